@@ -1,0 +1,24 @@
+"""Differentiable operations from hidden states to the GRPO loss, without ever building the logits.
+
+Depends on torch and triton alone. Every operation takes packed ``[N]`` or padded ``[B, T]`` tensors; see
+`kernels/README.md` for the mathematics, the cost and the limits of each.
+"""
+
+from grpo_kernels.kl import kl_estimate
+from grpo_kernels.linear_logprob import linear_logprob
+from grpo_kernels.linear_policy_loss import linear_policy_loss
+from grpo_kernels.masked_mean import masked_mean
+from grpo_kernels.objective import PRESETS, PolicyObjective, token_weights
+from grpo_kernels.policy_loss import PolicyLoss, policy_loss
+
+__all__ = [
+    "PRESETS",
+    "PolicyLoss",
+    "PolicyObjective",
+    "kl_estimate",
+    "linear_logprob",
+    "linear_policy_loss",
+    "masked_mean",
+    "policy_loss",
+    "token_weights",
+]

@@ -1,0 +1,134 @@
+"""What every operation shares: argument checks, chunk sizes and the one place where a backend is chosen.
+
+An operation lists its implementations in a table, ``{"torch": ..., "reference": ..., ...}``, and asks
+:func:`choose_backend` which row to call. ``"auto"`` picks the fastest row for the device; a named backend is
+used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+MIB = 1 << 20
+DEFAULT_BUFFER_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
+
+
+def choose_backend(op: str, implementations: Mapping[str, Callable], backend: str, device: torch.device) -> Callable:
+    """Return the implementation of `op` for `backend`.
+
+    Raises:
+        ValueError: `backend` is not one of :data:`BACKENDS`, or this operation has no such implementation.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" and "triton" in implementations else "torch"
+    if backend not in implementations:
+        have = ", ".join(repr(name) for name in ("auto", *implementations))
+        raise ValueError(f"{op}: backend={backend!r} has no implementation yet; choose one of {have}")
+    return implementations[backend]
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any argument is float64 (so that the fast paths can be checked in it), else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_floating(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def require_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but the other tensors are on {device}")
+
+
+def require_shape(op: str, shape: torch.Size, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def require_finite_positive(op: str, name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
+
+
+def values_can_be_checked(device: torch.device) -> bool:
+    """Whether reading tensor values is cheap enough for argument checks.
+
+    On a GPU it would stall the stream, so there it happens only with ``GRPO_KERNELS_DEBUG=1`` in the environment.
+    """
+    return device.type == "cpu" or os.environ.get("GRPO_KERNELS_DEBUG") == "1"
+
+
+def require_targets(op: str, targets: Tensor, vocab_size: int) -> None:
+    """Targets are integers in ``[0, vocab_size)`` or ``IGNORE_INDEX``; values are read only where that is cheap."""
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: targets must be int64 or int32, got {targets.dtype}")
+    if not values_can_be_checked(targets.device) or targets.numel() == 0:
+        return
+    wrong = ((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)
+    if wrong.any():
+        raise ValueError(
+            f"{op}: target id {targets[wrong][0].item()} is outside the vocabulary; "
+            f"allowed are 0..{vocab_size - 1} and {IGNORE_INDEX} (ignored)"
+        )
+
+
+def require_cu_seqlens(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
+    """`cu_seqlens` is ``[S + 1]`` int, starts at 0, never falls and ends at `num_tokens`."""
+    if cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: cu_seqlens must be int64 or int32, got {cu_seqlens.dtype}")
+    require(cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1, f"{op}: cu_seqlens must have shape [S + 1]")
+    if not values_can_be_checked(cu_seqlens.device):
+        return
+    first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
+    require(first == 0, f"{op}: cu_seqlens must start at 0, got {first}")
+    require(last == num_tokens, f"{op}: cu_seqlens must end at the number of tokens {num_tokens}, got {last}")
+    require(bool((cu_seqlens.diff() >= 0).all()), f"{op}: cu_seqlens must not fall")
+
+
+def sequence_offsets(op: str, shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
+    """Offsets of the sequences in the flattened tensor: given for ``[N]``, one sequence a row for ``[B, T]``.
+
+    Returns None for a packed ``[N]`` tensor without `cu_seqlens`, where sequences are unknown.
+    """
+    if cu_seqlens is not None:
+        require(len(shape) == 1, f"{op}: cu_seqlens goes with packed [N] tensors, got shape {tuple(shape)}")
+        require_cu_seqlens(op, cu_seqlens, shape[0])
+        require_device(op, device, cu_seqlens=cu_seqlens)
+        return cu_seqlens
+    if len(shape) == 1:
+        return None
+    rows, length = shape
+    return torch.arange(rows + 1, device=device) * length
+
+
+def sequence_ids(offsets: Tensor, num_tokens: int) -> Tensor:
+    """The index of the sequence that each of the `num_tokens` tokens belongs to, ``[N]`` int64."""
+    sequences = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(sequences, offsets.diff(), output_size=num_tokens)
+
+
+def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
+    """Split `num_rows` into slices of nearly equal length, none longer than `rows_per_chunk`."""
+    count = -(-num_rows // max(rows_per_chunk, 1))
+    for index in range(count):
+        yield slice(index * num_rows // count, (index + 1) * num_rows // count)

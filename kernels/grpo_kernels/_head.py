@@ -1,0 +1,361 @@
+"""The output head, a chunk of rows at a time: what `linear_logprob` and `linear_policy_loss` are made of.
+
+For a chunk of C rows, in float32 whatever the inputs' dtype,
+
+    z = logits(hidden)            [C, V]     one product (1U)
+    e, stats = exponentiate_(z)   in place   e = exp(z - max), with the row's max, sum(e) and sum(e * log e)
+    d, row_scale = gradient_(e)   in place   dL/dlogits = row_scale * d
+    dH = row_scale * (d @ W)                 one product (1U)
+    dW += d.T @ (row_scale * hidden)         one product (1U)
+
+The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
+[C, V] buffer is written once by the product and once by the exponential. It is the only buffer of width V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_kernels._common import (
+    DEFAULT_BUFFER_BYTES,
+    IGNORE_INDEX,
+    MIB,
+    accumulation_dtype,
+    chunks,
+    require,
+    require_device,
+    require_finite_positive,
+    require_floating,
+    require_shape,
+    require_targets,
+)
+
+# Rows whose elementwise work is done together on a CPU: the block stays in the last-level cache.
+CPU_BLOCK_BYTES = 4 * MIB
+# Share of the byte budget for float32 copies of 16-bit weights where the device has no mixed-precision product.
+WEIGHT_COPY_SHARE = 0.25
+
+
+class RowStatistics(NamedTuple):
+    """What the softmax of a row leaves behind, ``[C]`` each: max of z, sum(e), sum(e * log e) (or None)."""
+
+    maximum: Tensor
+    total: Tensor
+    weighted: Tensor | None
+
+    @property
+    def logsumexp(self) -> Tensor:
+        return self.maximum + torch.log(self.total)
+
+    @property
+    def entropy(self) -> Tensor | None:
+        return None if self.weighted is None else torch.log(self.total) - self.weighted / self.total
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Multiply float32 matrices that hold bfloat16 values by bfloat16 instructions, with float32 sums.
+
+    The setting is torch's global one; it holds for the product alone.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class Head:
+    """A (possibly vocabulary-parallel) output head and the transform from products to logits.
+
+    ``z = softcap(logit_scale * hidden @ weight.T + bias) / temperature``, softcap(x) = softcap * tanh(x / softcap).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    process_group: dist.ProcessGroup | None
+    max_buffer_bytes: int
+    operand_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def vocab_start(self) -> int:
+        """First target id of this rank's shard; shards lie in rank order."""
+        if self.process_group is None:
+            return 0
+        sizes = [None] * dist.get_world_size(self.process_group)
+        dist.all_gather_object(sizes, self.vocab_size, group=self.process_group)
+        return sum(sizes[: dist.get_rank(self.process_group)])
+
+    @property
+    def mixed_products(self) -> bool:
+        """Whether the device multiplies operands as they are into float32 (bfloat16 on a GPU).
+
+        float16 is widened everywhere: the row scale, about 1 / tokens, would underflow in it.
+        """
+        return self.weight.device.type != "cpu" and self.operand_dtype == torch.bfloat16
+
+    @property
+    def copies_weight(self) -> bool:
+        """Whether the weight is widened, a block of the vocabulary at a time."""
+        return self.weight.dtype != self.dtype and not self.mixed_products
+
+    def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        if self.process_group is not None:
+            dist.all_reduce(tensor, op=op, group=self.process_group)
+        return tensor
+
+    def rows_per_chunk(self) -> int:
+        """Rows of float32 logits that fit the byte budget, the same on every rank of the group."""
+        share = 1 - WEIGHT_COPY_SHARE if self.copies_weight else 1.0
+        # A 16-bit copy of the gradient lies beside the logits where the products take 16-bit operands.
+        width = self.dtype.itemsize + (self.operand_dtype.itemsize if self.mixed_products else 0)
+        if self.weight.device.type == "cpu":
+            share -= CPU_BLOCK_BYTES / self.max_buffer_bytes if self.max_buffer_bytes > 4 * CPU_BLOCK_BYTES else 0
+        rows = max(int(share * self.max_buffer_bytes) // (max(self.vocab_size, 1) * width), 1)
+        if self.process_group is None:
+            return rows
+        smallest = torch.tensor(rows, device=self.weight.device)
+        return int(self.all_reduce(smallest, dist.ReduceOp.MIN).item())
+
+    def products(self):
+        """The context in which float32 copies of bfloat16 operands are multiplied at bfloat16 speed."""
+        fast = self.weight.device.type == "cpu" and self.operand_dtype == torch.bfloat16
+        return _bfloat16_products() if fast else nullcontext()
+
+    def vocab_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight as products take it: whole, or in widened blocks of the vocabulary."""
+        if not self.copies_weight:
+            weight = self.weight
+            yield slice(None), weight.to(self.operand_dtype if self.mixed_products else self.dtype)
+            return
+        row_bytes = max(self.weight.shape[1], 1) * self.dtype.itemsize
+        for block in chunks(self.vocab_size, int(WEIGHT_COPY_SHARE * self.max_buffer_bytes) // row_bytes):
+            yield block, self.weight[block].to(self.operand_dtype).to(self.dtype)
+
+    def operand(self, rows: Tensor) -> Tensor:
+        """Hidden states, or gradients, in the dtype that the products take."""
+        rounded = rows.to(self.operand_dtype)
+        return rounded if self.mixed_products else rounded.to(self.dtype)
+
+    def logits(self, hidden: Tensor, temperature: Tensor | None, out: Tensor) -> Tensor:
+        """Transformed logits of ``hidden [C, H]`` (an operand), written into ``out [C, V]``."""
+        with self.products():
+            for block, weight in self.vocab_blocks():
+                if self.mixed_products:
+                    torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out[:, block])
+                else:
+                    torch.mm(hidden, weight.t(), out=out[:, block])
+        if self.logit_scale != 1.0:
+            out *= self.logit_scale
+        if self.bias is not None:
+            out += self.bias
+        if self.softcap is not None:
+            for rows in self.row_blocks(out):
+                excluded = out[rows] == float("-inf")
+                out[rows].div_(self.softcap).tanh_().mul_(self.softcap).masked_fill_(excluded, float("-inf"))
+        if temperature is not None:
+            out /= temperature[:, None]
+        return out
+
+    def row_blocks(self, logits: Tensor) -> Iterator[slice]:
+        """Rows to be treated together by elementwise work: all on a GPU, a cacheful on a CPU."""
+        if logits.device.type != "cpu":
+            return chunks(logits.shape[0], logits.shape[0])
+        row_bytes = max(logits.shape[1], 1) * logits.element_size()
+        return chunks(logits.shape[0], max(CPU_BLOCK_BYTES // row_bytes, 1))
+
+    def exponentiate_(self, logits: Tensor, with_entropy: bool) -> RowStatistics:
+        """Replace z by e = exp(z - max) and return the row statistics (over all shards)."""
+        maximum, total = logits.new_empty(2, logits.shape[0])
+        weighted = torch.empty_like(total) if with_entropy else None
+        if self.process_group is not None:
+            torch.amax(logits, 1, out=maximum)
+            self.all_reduce(maximum, dist.ReduceOp.MAX)
+        for rows in self.row_blocks(logits):
+            block = logits[rows]
+            if self.process_group is None:
+                torch.amax(block, 1, out=maximum[rows])
+            block -= maximum[rows, None]
+            if with_entropy:
+                # Excluded columns are -inf, and 0 * -inf must count as 0.
+                shifted = block.clamp(min=torch.finfo(block.dtype).min)
+                block.exp_()
+                torch.linalg.vecdot(block, shifted, dim=1, out=weighted[rows])
+            else:
+                block.exp_()
+            torch.sum(block, 1, out=total[rows])
+        if self.process_group is not None:
+            sums = self.all_reduce(torch.stack([total] if weighted is None else [total, weighted]))
+            total, weighted = sums[0], sums[1] if with_entropy else None
+        return RowStatistics(maximum, total, weighted)
+
+    def target_logits(self, logits: Tensor, local_targets: Tensor) -> Tensor:
+        """z at each row's target. A target of another shard is -1 here."""
+        picked = logits.gather(1, local_targets.clamp(min=0)[:, None]).squeeze(1)
+        if self.process_group is not None:
+            picked = self.all_reduce(torch.where(local_targets < 0, 0.0, picked))
+        return picked
+
+    def gradient_(
+        self,
+        e: Tensor,
+        stats: RowStatistics,
+        local_targets: Tensor,
+        temperature: Tensor | None,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None = None,
+    ) -> Tensor:
+        """Turn e into d, where row_scale * d is dL/d(logit_scale * hidden @ weight.T + bias); return row_scale ``[C]``.
+
+        dL/dz_v = grad_logprobs * (1[v = y] - p_v) - grad_entropy * p_v * (log p_v + entropy). Without `grad_entropy`,
+        d = e - sum(e) 1[v = y] and the coefficient joins the row scale. `grad_logprobs` None stands for 1.
+        """
+        if grad_entropy is None:
+            row_scale = -1 / stats.total if grad_logprobs is None else -grad_logprobs / stats.total
+            at_target = -stats.total
+        else:
+            row_scale = torch.ones_like(stats.total)
+            at_target = grad_logprobs
+        if grad_entropy is not None:
+            # log p + entropy = log e - weighted / total, since both shift by log(total).
+            slope = -(grad_entropy / stats.total)[:, None]
+            level = -(grad_logprobs / stats.total)[:, None] - slope * (stats.weighted / stats.total)[:, None]
+        local = local_targets >= 0
+        index = local_targets.clamp(min=0)[:, None]
+        for rows in self.row_blocks(e):
+            block = e[rows]
+            flattening = None
+            if self.softcap is not None:
+                z = block.log().add_(stats.maximum[rows, None])
+                if temperature is not None:
+                    z *= temperature[rows, None]
+                flattening = 1 - z.div_(self.softcap).square_()
+                flattening.clamp_(min=0)
+            if grad_entropy is not None:
+                torch.addcmul(block * level[rows], slope[rows], torch.xlogy(block, block), out=block)
+            block.scatter_add_(1, index[rows], torch.where(local[rows], at_target[rows], 0.0)[:, None])
+            if flattening is not None:
+                block *= flattening
+        return row_scale if temperature is None else row_scale / temperature
+
+    def grad_hidden(self, d: Tensor, row_scale: Tensor) -> Tensor:
+        """``row_scale * logit_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
+        out = d.new_zeros(d.shape[0], self.weight.shape[1])
+        with self.products():
+            for block, weight in self.vocab_blocks():
+                if self.mixed_products:
+                    out += torch.mm(d[:, block].to(self.operand_dtype), weight, out_dtype=self.dtype)
+                else:
+                    out.addmm_(d[:, block], weight)
+        out *= (row_scale * self.logit_scale)[:, None]
+        return self.all_reduce(out)
+
+    def accumulate_grad_weight(self, d: Tensor, row_scale: Tensor, hidden: Tensor, grad_weight: Tensor) -> None:
+        """``grad_weight [V, H] += d.T @ (row_scale * logit_scale * hidden)``."""
+        scaled = self.operand(hidden.to(self.dtype) * (row_scale * self.logit_scale)[:, None])
+        with self.products():
+            if self.mixed_products:
+                product = torch.addmm(
+                    grad_weight, d.to(self.operand_dtype).t(), scaled, out_dtype=self.dtype, out=grad_weight
+                )
+                assert product is grad_weight
+            else:
+                grad_weight.addmm_(d.t(), scaled)
+
+    def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor, grad_bias: Tensor) -> None:
+        grad_bias.addmv_(d.t(), row_scale)
+
+
+def make_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    max_buffer_bytes: int | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Head, Tensor | None]:
+    """Check the arguments that both operations take; return the head and per-token temperatures (None for 1)."""
+    require_floating(op, hidden=hidden, weight=weight, bias=bias)
+    require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
+    require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
+    require(
+        hidden.shape[-1] == weight.shape[1],
+        f"{op}: hidden has H={hidden.shape[-1]}, but weight [V, H] has H={weight.shape[1]}",
+    )
+    require_shape(op, hidden.shape[:-1], targets=targets)
+    require_shape(op, weight.shape[:1], bias=bias)
+    require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
+    require_finite_positive(op, "softcap", softcap)
+    require_finite_positive(op, "logit_scale", logit_scale)
+    require(max_buffer_bytes is None or max_buffer_bytes > 0, f"{op}: max_buffer_bytes must be above 0")
+    dtype = accumulation_dtype(hidden, weight)
+
+    if isinstance(temperature, Tensor):
+        require_floating(op, temperature=temperature)
+        require_device(op, hidden.device, temperature=temperature)
+        if temperature.numel() == 1:
+            temperature = temperature.expand(targets.shape)
+        require_shape(op, targets.shape, temperature=temperature)
+        temperatures = temperature.detach().reshape(-1).to(dtype)
+        if hidden.device.type == "cpu" and not bool((temperatures > 0).all()):
+            raise ValueError(f"{op}: temperature must be above 0, got {temperatures.min().item()}")
+    else:
+        require_finite_positive(op, "temperature", temperature)
+        ones = targets.numel()
+        temperatures = None if temperature == 1.0 else hidden.new_full((ones,), temperature, dtype=dtype)
+
+    device = hidden.device.type
+    operand_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and operand_dtype != torch.float64:
+        operand_dtype = torch.get_autocast_dtype(device)
+    budget = max_buffer_bytes or DEFAULT_BUFFER_BYTES.get(device, DEFAULT_BUFFER_BYTES["cuda"])
+    head = Head(
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        logit_scale=float(logit_scale),
+        softcap=softcap,
+        process_group=process_group,
+        max_buffer_bytes=budget,
+        operand_dtype=operand_dtype,
+        dtype=dtype,
+    )
+    vocab_size = int(head.all_reduce(torch.tensor(head.vocab_size, device=hidden.device)).item()) if (
+        process_group is not None
+    ) else head.vocab_size
+    require_targets(op, targets, vocab_size)
+    return head, temperatures
+
+
+def local_targets(head: Head, targets: Tensor) -> Tensor:
+    """Target ids within this rank's shard, -1 for those of other shards; int64."""
+    targets = targets.long()
+    if head.process_group is None:
+        return targets
+    local = targets - head.vocab_start
+    return torch.where((local >= 0) & (local < head.vocab_size), local, -1)
+
+
+def valid_rows(targets: Tensor) -> Tensor:
+    return (targets != IGNORE_INDEX).nonzero().squeeze(1)

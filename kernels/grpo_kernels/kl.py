@@ -1,0 +1,93 @@
+"""Per-token estimates of the Kullback-Leibler divergence KL(policy || reference) from sampled tokens.
+
+With ``d = logprobs - ref_logprobs`` (Schulman, "Approximating KL Divergence", 2020):
+
+    k1 = d                      unbiased, any sign
+    k2 = d**2 / 2               biased, >= 0; its gradient is unbiased for the reverse KL on on-policy samples
+    k3 = exp(-d) - 1 + d        unbiased, >= 0 (TRL's and DeepSeekMath's choice)
+
+Nothing is saved beyond ``d``; accumulation is elementwise in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._common import (
+    accumulation_dtype,
+    choose_backend,
+    require,
+    require_device,
+    require_floating,
+    require_shape,
+)
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """The definition above, differentiated by autograd: the oracle of the tests."""
+    d = logprobs - ref_logprobs
+    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
+
+
+def kl_and_derivative(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimate and its derivative with respect to `logprobs`, both elementwise.
+
+    ``expm1`` keeps k3 accurate where policy and reference nearly agree, which is where training spends its time.
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return d, torch.ones_like(d)
+    if estimator == "k2":
+        return d.square() / 2, d
+    excess = torch.expm1(-d)
+    return excess + d, -excess
+
+
+class _KLEstimate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, ref_logprobs, estimator):
+        dtype = accumulation_dtype(logprobs, ref_logprobs)
+        value, derivative = kl_and_derivative(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
+        ctx.save_for_backward(derivative)
+        ctx.dtypes = logprobs.dtype, ref_logprobs.dtype
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        (derivative,) = ctx.saved_tensors
+        grad = grad_output * derivative
+        # Every estimator depends on d = logprobs - ref_logprobs alone.
+        grad_logprobs = grad.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        grad_ref = -grad.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return grad_logprobs, grad_ref, None
+
+
+_IMPLEMENTATIONS = {"torch": _KLEstimate.apply, "reference": kl_estimate_ref}
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *, backend: str = "auto") -> Tensor:
+    """Per-token KL(policy || reference) estimate, elementwise and differentiable in both arguments.
+
+    Args:
+        logprobs: log-probabilities under the policy (nats), any shape, floating point.
+        ref_logprobs: log-probabilities of the same tokens under the reference, same shape and device.
+        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        A tensor of the same shape, float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: shapes or devices differ, or `estimator` or `backend` is unknown.
+        TypeError: an argument is not floating point.
+    """
+    op = "kl_estimate"
+    require(estimator in KL_ESTIMATORS, f"{op}: estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
+    require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
+    require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
+    return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device)(logprobs, ref_logprobs, estimator)

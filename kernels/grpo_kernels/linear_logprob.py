@@ -1,0 +1,249 @@
+"""Per-token log-probabilities (and entropies) straight from hidden states, without an [N, V] tensor.
+
+    z = softcap(logit_scale * hidden @ weight.T + bias) / temperature
+    logprobs = torch.log_softmax(z.float(), -1).gather(-1, targets[..., None]).squeeze(-1)
+    entropy = torch.distributions.Categorical(logits=z.float()).entropy()
+
+Products run over chunks of rows that fit `max_buffer_bytes`; a logit is never rounded to 16 bits before the softmax,
+and every statistic is float32 (float64 for float64 inputs). Cost in U = 2 N H V flops, and what is saved:
+
+    no gradient       1U            nothing
+    frozen weight     2U            u = dlogp/dhidden, [N, H] in hidden's dtype, in place of the hidden states;
+                      (+1U with     du = dentropy/dhidden likewise
+                      entropy)
+    trainable weight  1U + 3U       the inputs and the row's [N] log-sum-exp statistics
+
+The frozen head's backward is one multiplication, since any loss of the log-probabilities reaches hidden_t through the
+one scalar dL/dlogp_t:  u_t = dlogp_t/dhidden_t = (W[y_t] - sum_v p_tv W[v]) * logit_scale / temperature_t  (each
+term times its 1 - tanh**2 under a softcap).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._common import IGNORE_INDEX, accumulation_dtype, choose_backend, chunks, require
+from grpo_kernels._head import Head, local_targets, make_head, valid_rows
+
+
+def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None):
+    """The definition above on flat ``[N, H]`` hidden states with full logits: the oracle of the tests."""
+    dtype = accumulation_dtype(hidden, weight)
+    logits = logit_scale * (hidden.to(dtype) @ weight.to(dtype).T)
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if softcap is not None:
+        capped = softcap * torch.tanh(logits / softcap)
+        logits = torch.where(logits == float("-inf"), float("-inf"), capped)
+    logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    valid = targets != IGNORE_INDEX
+    log_p = torch.log_softmax(logits, -1)
+    logprobs = log_p.gather(1, targets.long().clamp(min=0)[:, None]).squeeze(1)
+    finite = torch.where(log_p == float("-inf"), 0.0, log_p)
+    entropy = -(log_p.exp() * finite).sum(-1)
+    return torch.where(valid, logprobs, 0.0), torch.where(valid, entropy, 0.0)
+
+
+def forward_rows(head: Head, hidden, targets, temperature, rows, out, with_entropy):
+    """Logits and statistics of one chunk: (hidden operand, e, statistics, log-probabilities, temperatures)."""
+    operand = head.operand(hidden[rows])
+    row_temperature = None if temperature is None else temperature[rows]
+    logits = head.logits(operand, row_temperature, out[: operand.shape[0]])
+    at_target = head.target_logits(logits, targets[rows])
+    stats = head.exponentiate_(logits, with_entropy)
+    return operand, logits, stats, at_target - stats.logsumexp, row_temperature
+
+
+def score(head: Head, hidden, targets, temperature, rows, logprobs, entropy) -> None:
+    """1U: write log-probabilities (and entropies, where a tensor is given) of `rows` in place."""
+    buffer = logits_buffer(head, rows.numel())
+    for chunk in chunks(rows.numel(), buffer.shape[0]):
+        at = rows[chunk]
+        _, _, stats, logp, _ = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
+        logprobs[at] = logp
+        if entropy is not None:
+            entropy[at] = stats.entropy
+
+
+def logits_buffer(head: Head, num_rows: int) -> Tensor:
+    rows = max(min(head.rows_per_chunk(), num_rows), 1)
+    # Equal chunks: no short last product.
+    rows = -(-num_rows // -(-num_rows // rows)) if num_rows else 1
+    return torch.empty(rows, head.vocab_size, dtype=head.dtype, device=head.weight.device)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, head, with_entropy):
+        ctx.set_materialize_grads(False)
+        num_tokens = hidden.shape[0]
+        logprobs = torch.zeros(num_tokens, dtype=head.dtype, device=hidden.device)
+        entropy = torch.zeros_like(logprobs) if with_entropy else None
+        rows = valid_rows(targets)
+        targets = local_targets(head, targets)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        ctx.head, ctx.dtypes = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.frozen = not (needs_weight or needs_bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if ctx.frozen and needs_hidden:
+                slopes = _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy)
+                ctx.save_for_backward(*slopes)
+            else:
+                score(head, hidden, targets, temperature, rows, logprobs, entropy)
+                ctx.save_for_backward(hidden, targets, temperature, rows)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        if ctx.frozen:
+            grad = None
+            for upstream, slope in zip((grad_logprobs, grad_entropy), ctx.saved_tensors, strict=False):
+                if upstream is not None:
+                    term = upstream[:, None] * slope
+                    grad = term if grad is None else grad.add_(term)
+            return None if grad is None else grad.to(ctx.dtypes[0]), *(None,) * 6
+        hidden, targets, temperature, rows = ctx.saved_tensors
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
+        coefficients = torch.zeros(hidden.shape[0], dtype=ctx.head.dtype, device=hidden.device)
+        if grad_logprobs is not None:
+            coefficients = grad_logprobs
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = recompute_gradients(
+                ctx.head, hidden, targets, temperature, rows, coefficients, grad_entropy, ctx.needs_input_grad[:3]
+            )
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return *cast, *(None,) * 4
+
+
+def _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy):
+    """2U (3U with entropy): fill the outputs, return dlogp/dhidden and dentropy/dhidden, ``[N, H]`` each."""
+    slopes = [torch.zeros_like(hidden) for _ in range(1 if entropy is None else 2)]
+    buffer = logits_buffer(head, rows.numel())
+    for chunk in chunks(rows.numel(), buffer.shape[0]):
+        at = rows[chunk]
+        _, e, stats, logp, row_temperature = forward_rows(
+            head, hidden, targets, temperature, at, buffer, entropy is not None
+        )
+        logprobs[at] = logp
+        if entropy is not None:
+            entropy[at] = stats.entropy
+            slope = _entropy_slope(head, e, stats, targets[at], row_temperature)
+            slopes[1][at] = slope.to(hidden.dtype)
+        row_scale = head.gradient_(e, stats, targets[at], row_temperature, None)
+        slopes[0][at] = head.grad_hidden(e, row_scale).to(hidden.dtype)
+    return slopes
+
+
+def _entropy_slope(head, e, stats, targets, temperature):
+    one, zero = torch.ones_like(stats.total), torch.zeros_like(stats.total)
+    d = e.clone()
+    row_scale = head.gradient_(d, stats, targets, temperature, zero, one)
+    return head.grad_hidden(d, row_scale)
+
+
+def recompute_gradients(head, hidden, targets, temperature, rows, grad_logprobs, grad_entropy, needs, grad_weight=None):
+    """3U: gradients of (hidden, weight, bias) for given dL/dlogp and dL/dentropy, ``[N]`` each.
+
+    `rows` of zero coefficient should have been left out. `grad_weight` is accumulated into where it is given.
+    Gradients are in the accumulation dtype, hidden's in hidden's own.
+    """
+    needs_hidden, needs_weight, needs_bias = needs
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+    if grad_weight is None and needs_weight:
+        grad_weight = torch.zeros(head.weight.shape, dtype=head.dtype, device=hidden.device)
+    grad_bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs_bias else None
+    buffer = logits_buffer(head, rows.numel())
+    for chunk in chunks(rows.numel(), buffer.shape[0]):
+        at = rows[chunk]
+        operand, e, stats, _, row_temperature = forward_rows(
+            head, hidden, targets, temperature, at, buffer, grad_entropy is not None
+        )
+        row_scale = head.gradient_(
+            e, stats, targets[at], row_temperature, grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
+        )
+        apply_gradient(head, e, row_scale, operand, at, grad_hidden, grad_weight, grad_bias)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def apply_gradient(head, d, row_scale, operand, rows, grad_hidden, grad_weight, grad_bias):
+    """2U: send one chunk's dL/dlogits on to the gradients that are wanted (the others are None)."""
+    if grad_hidden is not None:
+        grad_hidden[rows] = head.grad_hidden(d, row_scale).to(grad_hidden.dtype)
+    if grad_weight is not None:
+        head.accumulate_grad_weight(d, row_scale, operand, grad_weight)
+    if grad_bias is not None:
+        head.accumulate_grad_bias(d, row_scale, grad_bias)
+
+
+def _linear_logprob_torch(hidden, weight, bias, targets, temperature, head, with_entropy):
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return _LinearLogprob.apply(hidden, weight, bias, targets, temperature, head, with_entropy)
+
+
+def _linear_logprob_reference(hidden, weight, bias, targets, temperature, head, with_entropy):
+    require(head.process_group is None, "linear_logprob: backend='reference' has no process_group")
+    logprobs, entropy = linear_logprob_ref(
+        hidden, weight, targets, bias=bias, temperature=1.0 if temperature is None else temperature,
+        logit_scale=head.logit_scale, softcap=head.softcap,
+    )  # fmt: skip
+    return logprobs, entropy if with_entropy else None
+
+
+_IMPLEMENTATIONS = {"torch": _linear_logprob_torch, "reference": _linear_logprob_reference}
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    max_buffer_bytes: int | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets` under a linear head, and entropies on demand: see the top of this module.
+
+    Args:
+        hidden: ``[..., H]`` floating point; any leading shape and strides.
+        weight: ``[V, H]`` floating point, in any dtype; this rank's rows ``[V_local, H]`` with a process group.
+        targets: ``[...]`` int64 or int32 ids in ``[0, V)``; ``-100`` gives log-probability and entropy 0, no
+            gradient and no work.
+        bias: ``[V]``; ``-inf`` excludes a token.
+        temperature: float, or one value per token (``[...]``), above 0. Not differentiable.
+        logit_scale: factor on the products, above 0 (Cohere, Granite).
+        softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma 2).
+        return_entropy: also return entropies (nats).
+        max_buffer_bytes: budget for temporary memory beyond inputs, outputs and gradients (default: 256 MiB on a
+            CPU, 1 GiB on a GPU). At least one row of float32 logits is always held.
+        process_group: ranks that hold the vocabulary in shards, in rank order; hidden states and targets are the
+            same on all of them, and so are the results and hidden's gradient.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``logprobs [...]`` or ``(logprobs, entropy)``, float32 (float64 for float64 inputs), differentiable in
+        `hidden`, `weight` and `bias`.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a target id is outside the vocabulary (checked on CPU, and on a GPU
+            with GRPO_KERNELS_DEBUG=1), or an option is out of range or unknown.
+        TypeError: a tensor has the wrong dtype.
+    """
+    op = "linear_logprob"
+    head, temperatures = make_head(
+        op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        max_buffer_bytes=max_buffer_bytes, process_group=process_group,
+    )  # fmt: skip
+    run = choose_backend(op, _IMPLEMENTATIONS, backend, hidden.device)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logprobs, entropy = run(flat, weight, bias, targets.reshape(-1), temperatures, head, return_entropy)
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs

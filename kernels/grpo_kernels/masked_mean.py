@@ -1,0 +1,85 @@
+"""Mean over the entries that a mask selects.
+
+    masked_mean(x, m, dim) = (x * m).sum(dim) / m.sum(dim)
+
+An empty selection has no mean, so the result is NaN there, as in ``torch.mean`` of an empty tensor. Entries outside
+the mask never reach the result or the gradient, even where they are NaN or infinite. Sums are float32 (float64 for
+float64 inputs); what is saved is the mask and its counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._common import (
+    accumulation_dtype,
+    choose_backend,
+    require,
+    require_device,
+    require_floating,
+)
+
+
+def masked_mean_ref(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """The definition above, differentiated by autograd: the oracle of the tests."""
+    mask = mask.bool().expand(values.shape)
+    selected = torch.where(mask, values, 0.0)
+    return selected.sum() / mask.sum() if dim is None else selected.sum(dim) / mask.sum(dim)
+
+
+class _MaskedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, mask, dim):
+        mask = mask.bool()
+        dims = list(range(values.dim())) if dim is None else [dim]
+        count = mask.expand(values.shape).sum(dims, keepdim=True)
+        selected = values.to(accumulation_dtype(values)).masked_fill(~mask, 0.0)
+        mean = selected.sum(dims, keepdim=True) / count
+        ctx.save_for_backward(mask, count)
+        ctx.values_shape, ctx.values_dtype = values.shape, values.dtype
+        ctx.kept_shape = mean.shape
+        return mean.reshape(()) if dim is None else mean.squeeze(dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        mask, count = ctx.saved_tensors
+        grad = (grad_output.reshape(ctx.kept_shape) / count).expand(ctx.values_shape)
+        return grad.masked_fill(~mask, 0.0).to(ctx.values_dtype), None, None
+
+
+_IMPLEMENTATIONS = {"torch": _MaskedMean.apply, "reference": masked_mean_ref}
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend: str = "auto") -> Tensor:
+    """Mean of `values` over the entries where `mask` is set, differentiable in `values`.
+
+    Args:
+        values: floating-point tensor of any shape.
+        mask: boolean or 0/1 tensor of the same shape, or one that broadcasts to it.
+        dim: dimension to reduce, or None for all of them.
+        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        float32 (float64 for float64 `values`): a scalar, or `values` without `dim`. NaN where the mask is empty.
+
+    Raises:
+        ValueError: `mask` does not broadcast to `values`, devices differ, or `backend` is unknown.
+        IndexError: `dim` is out of range.
+        TypeError: `values` is not floating point.
+    """
+    op = "masked_mean"
+    require_floating(op, values=values)
+    require_device(op, values.device, mask=mask)
+    try:
+        broadcast = torch.broadcast_shapes(values.shape, mask.shape)
+    except RuntimeError:
+        broadcast = None
+    require(
+        broadcast == values.shape,
+        f"{op}: mask of shape {tuple(mask.shape)} does not broadcast to values of shape {tuple(values.shape)}",
+    )
+    if dim is not None and not -values.dim() <= dim < values.dim():
+        raise IndexError(f"{op}: dim={dim} is out of range for values of shape {tuple(values.shape)}")
+    return choose_backend(op, _IMPLEMENTATIONS, backend, values.device)(values, mask, dim)
