@@ -1,0 +1,129 @@
+"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_fast import __version__
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError, import_extra, nearest
+
+USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
+
+Train a model with GRPO. Every field of the configuration can be set on the command line.
+
+  grpo-fast train --help                      all fields, with their meaning
+  grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
+  grpo-fast --version"""
+
+FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE)
+            return 0
+        if argv[0] == "--version":
+            print(f"grpo-fast {__version__}")
+            return 0
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there is: {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"grpo-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ngrpo-fast: interrupted; what was measured so far is in the run folder", file=sys.stderr)
+        return 130
+
+
+def parse_config(argv: Sequence[str]) -> GRPOConfig:
+    """The configuration of a YAML file (the first argument, optional) and of ``--field value`` pairs after it.
+
+    Raises:
+        UserError: a missing file, an unknown field, or a value that is not allowed.
+    """
+    jsonargparse = import_extra("jsonargparse", "train")
+    parser = jsonargparse.ArgumentParser(prog="grpo-fast train", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; may also be given as the first argument.")
+    parser.add_class_arguments(GRPOConfig, instantiate=False)
+    argv = list(argv)
+    path = None
+    if argv and not argv[0].startswith("-"):
+        path = Path(argv[0])
+        _check_file(path)
+        argv = [f"--config={path}", *argv[1:]]
+    _check_options(argv)
+    try:
+        values = parser.parse_args(argv)
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_one_line(str(error))) from None
+    values = values.clone().as_dict() if hasattr(values, "clone") else dict(values)
+    values.pop("config", None)
+    if values.get("run_name") is None and path is not None:
+        values["run_name"] = path.stem
+    return GRPOConfig(**values)
+
+
+def _check_file(path: Path) -> None:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
+    for name in content:
+        if name not in FIELDS:
+            raise UserError(f"{path}: unknown field {name!r}{nearest(str(name), FIELDS)}")
+
+
+def _check_options(argv: list[str]) -> None:
+    for argument in argv:
+        if not argument.startswith("--"):
+            continue
+        name = argument[2:].split("=")[0].split(".")[0].removesuffix("+")
+        if name not in FIELDS | {"config", "help", "print_config"}:
+            raise UserError(f"unknown option --{name}{nearest(name, FIELDS)}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def train(argv: Sequence[str]) -> int:
+    config = parse_config(argv)
+    import_extra("accelerate", "train")
+    transformers = import_extra("transformers", "train")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from grpo_fast.trainer import GRPOTrainer
+
+    trainer = GRPOTrainer(config)
+    save_config(config, trainer.run_folder)
+    trainer.train()
+    return 0
+
+
+def save_config(config: GRPOConfig, folder: Path) -> None:
+    import yaml
+
+    resolved = dataclasses.asdict(config) | {"output_dir": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+COMMANDS = {"train": train}
+
+if __name__ == "__main__":
+    sys.exit(main())

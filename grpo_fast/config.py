@@ -1,0 +1,248 @@
+"""The configuration of a run: one flat dataclass, with TRL's names where TRL has one.
+
+`grpo-fast train CONFIG.yaml --field value` fills it; every field is checked here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grpo_fast.errors import UserError
+from grpo_kernels import PRESETS, PolicyObjective
+
+
+@dataclass
+class GRPOConfig:
+    """A GRPO run.
+
+    Args:
+        model_name_or_path: a folder or hub name for `from_pretrained`, or a built-in: ``smollm2-135m-instruct``
+            (extra `smollm2`) or ``random-llama`` (random weights for digit tasks).
+        dtype: dtype of the weights.
+        attn_implementation: attention of the model; None leaves the choice to transformers.
+        trust_remote_code: run code that comes with the model.
+        model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
+        gradient_checkpointing: recompute activations in the backward instead of storing them.
+        dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``.
+        dataset_config: configuration of a hub dataset.
+        dataset_kwargs: arguments of a built-in dataset.
+        dataset_train_split: split to train on.
+        dataset_test_split: split to evaluate on; for files without splits, see eval_dataset_name.
+        eval_dataset_name: file or dataset to evaluate on, if it is not a split of dataset_name.
+        prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
+        system_prompt: system message put before a templated prompt, which then is a chat.
+        apply_chat_template: turn a templated prompt into a chat even without a system message.
+        chat_template_kwargs: more arguments for the tokenizer's chat template.
+        max_train_samples: use only the first rows of the training split.
+        max_eval_samples: use only the first rows of the evaluation split.
+        shuffle_dataset: draw the training prompts in a random order (by the seed).
+        reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
+        reward_weights: a weight for each of them (default: 1 each).
+        eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
+        num_generations: completions sampled for each prompt, G.
+        generation_batch_size: completions of one optimizer step; num_generations must divide it.
+        max_completion_length: longest completion, tokens.
+        temperature: sampling temperature, also applied to the log-probabilities of the loss.
+        top_p: nucleus sampling.
+        top_k: sample among the k likeliest tokens; 0 for all.
+        min_p: drop tokens below this fraction of the likeliest one's probability.
+        generation_kwargs: more arguments for transformers' GenerationConfig.
+        num_generations_eval: completions for each evaluation prompt.
+        max_tokens_per_generation_batch: tokens (prompts and longest completions) that are sampled at once.
+        loss_type: a preset of the objective; see `grpo_kernels.PRESETS`.
+        epsilon: lower clip distance (default: the preset's).
+        epsilon_high: upper clip distance (default: the preset's).
+        delta: upper bound of the unclipped ratio, for two-sided clipping.
+        importance_sampling_level: whether a ratio belongs to a token or a sequence (default: the preset's).
+        beta: weight of the KL term to the initial policy.
+        use_bias_correction_kl: multiply the KL estimate by the ratio.
+        entropy_coef: weight of the entropy bonus.
+        sapo_temperature_pos: sapo's temperature for positive advantages.
+        sapo_temperature_neg: sapo's temperature for the other advantages.
+        num_iterations: optimizer steps on each generation batch.
+        scale_rewards: divide advantages by the standard deviation of the group, of the batch, or of nothing.
+        mask_truncated_completions: leave completions that did not end out of the loss.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: AdamW's weight decay, on matrices only.
+        adam_beta1: AdamW's first decay rate.
+        adam_beta2: AdamW's second decay rate.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: clip the gradient to this norm; 0 for no clipping.
+        max_steps: number of optimizer steps.
+        lr_scheduler_type: a schedule of transformers (``constant_with_warmup``, ``cosine``, ``linear``, ...).
+        warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
+        max_tokens_per_microbatch: tokens of one forward and backward; it bounds the memory for activations.
+        share_prompts: compute a prompt once for all completions of its group (auto: where rows are short).
+        max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU).
+        bf16: mixed precision with bfloat16 through accelerate.
+        use_cpu: stay on the CPU even where there is a GPU.
+        seed: seed of the weights, the data order and the sampling.
+        output_dir: the run folder (default: runs/NAME-TIME).
+        run_name: name of the run (default: the configuration file's).
+        logging_steps: write metrics every so many steps.
+        log_completions_steps: write sampled completions every so many steps; 0 for never.
+    """
+
+    model_name_or_path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+
+    dataset_name: str = ""
+    dataset_config: str | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    eval_dataset_name: str | None = None
+    prompt_template: str | None = None
+    system_prompt: str | None = None
+    apply_chat_template: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    shuffle_dataset: bool = True
+
+    reward_funcs: list[str] = field(default_factory=list)
+    reward_weights: list[float] | None = None
+    eval_metric: str | None = None
+
+    num_generations: int = 8
+    generation_batch_size: int = 64
+    max_completion_length: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    generation_kwargs: dict[str, Any] | None = None
+    num_generations_eval: int = 1
+    max_tokens_per_generation_batch: int = 65536
+
+    loss_type: str = "dapo"
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    entropy_coef: float = 0.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    num_iterations: int = 1
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    mask_truncated_completions: bool = False
+
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    max_steps: int = 100
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    max_tokens_per_microbatch: int = 8192
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    max_buffer_mib: int | None = None
+    bf16: bool = False
+    use_cpu: bool = False
+    seed: int = 42
+
+    output_dir: str | None = None
+    run_name: str | None = None
+    logging_steps: int = 1
+    log_completions_steps: int = 10
+
+    def __post_init__(self):
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                _refuse(name, value, f"one of {', '.join(map(str, allowed))}")
+        for names, holds, allowed in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and holds(value)):
+                    _refuse(name, value, allowed)
+        if not self.dataset_name:
+            raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
+        if not self.reward_funcs:
+            raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
+        if self.generation_batch_size % self.num_generations:
+            _refuse(
+                "generation_batch_size", self.generation_batch_size,
+                f"a multiple of num_generations={self.num_generations}",
+            )  # fmt: skip
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise UserError(
+                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
+            )
+        if self.loss_type not in PRESETS:
+            _refuse("loss_type", self.loss_type, f"one of {', '.join(PRESETS)}")
+        try:
+            self.objective()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def max_buffer_bytes(self) -> int | None:
+        return None if self.max_buffer_mib is None else self.max_buffer_mib << 20
+
+    def objective(self) -> PolicyObjective:
+        """The preset of `loss_type` with the fields that were set."""
+        overrides = {
+            "epsilon": self.epsilon,
+            "epsilon_high": self.epsilon_high,
+            "delta": self.delta,
+            "level": self.importance_sampling_level,
+        }
+        return dataclasses.replace(
+            PRESETS[self.loss_type],
+            **{name: value for name, value in overrides.items() if value is not None},
+            beta=self.beta,
+            kl_bias_correction=self.use_bias_correction_kl,
+            entropy_coef=self.entropy_coef,
+            sapo_temperature_pos=self.sapo_temperature_pos,
+            sapo_temperature_neg=self.sapo_temperature_neg,
+        )
+
+
+# jsonargparse checks these as well; Python callers come here directly.
+_CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "importance_sampling_level": (None, "token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "share_prompts": ("auto", "always", "never"),
+}
+
+_RANGES = [
+    (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
+    (
+        (
+            "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
+            "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
+            "max_train_samples", "max_eval_samples",
+        ),
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    (("temperature", "learning_rate", "adam_epsilon"), lambda v: v > 0, "above 0"),
+    (
+        ("top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "seed"),
+        lambda v: v >= 0,
+        "at least 0",
+    ),
+    (("top_p",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (("min_p", "adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+]  # fmt: skip
+
+
+def _refuse(name: str, value: object, allowed: str) -> None:
+    raise UserError(f"{name}={value!r} is not allowed: it must be {allowed}")

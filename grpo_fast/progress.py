@@ -1,0 +1,95 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.report import Summary
+
+# Lines printed in all where there is no terminal.
+PLAIN_LINES = 20
+
+
+class Progress:
+    """Live figures of a run; use as a context manager around it."""
+
+    def __init__(self, config: GRPOConfig, run_folder: Path, metric: str, num_parameters: int):
+        self.config, self.run_folder, self.metric = config, run_folder, metric
+        self.console = Console(highlight=False)
+        self.console.print(
+            f"[bold]{config.model_name_or_path}[/] ({_count(num_parameters)} parameters) on "
+            f"[bold]{config.dataset_name}[/]: {config.max_steps} steps of {config.prompts_per_step} prompts x "
+            f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}"
+        )
+        self.console.print(f"run folder: {run_folder}")
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=config.max_steps, figures="", visible=False)
+        self.start = 0.0
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def phase(self, text: str) -> None:
+        self.console.print(f"{text} ...")
+
+    def started(self, before: float) -> None:
+        self.console.print(f"before: {self.metric} {before:.1%}")
+        self.start = time.perf_counter()
+        self.bar.update(self.task, visible=True)
+
+    def update(self, metrics: dict[str, float]) -> None:
+        step, total = metrics["step"], self.config.max_steps
+        left = (time.perf_counter() - self.start) / step * (total - step)
+        figures = (
+            f"reward {metrics['reward']:.3f}  {self.metric} {metrics[f'rewards/{self.metric}/mean']:.1%}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  left {_clock(left)}"
+        )
+        self.bar.update(self.task, completed=step, figures=figures)
+        if not self.console.is_terminal and (step == 1 or step % max(total // PLAIN_LINES, 1) == 0 or step >= total):
+            self.console.print(f"step {step}/{total}  {figures}", soft_wrap=True)
+
+    def finished(self, summary: Summary, checkpoint: Path) -> None:
+        table = Table(title=f"{summary.metric} on held-out prompts", title_justify="left")
+        for column in ("before", "after", "steps", "training time"):
+            table.add_column(column, justify="right")
+        table.add_row(
+            f"{summary.before:.1%}", f"{summary.after:.1%}", str(summary.steps), _clock(summary.train_seconds)
+        )
+        self.console.print(table)
+        for label, path in (
+            ("run folder", self.run_folder),
+            ("curves", self.run_folder / "reward.png"),
+            ("completions", self.run_folder / "completions"),
+            ("model", checkpoint),
+        ):
+            self.console.print(f"{label + ':':<13}{path}", soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _count(number: int) -> str:
+    for limit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return str(number)

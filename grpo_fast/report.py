@@ -1,0 +1,74 @@
+"""What a run leaves behind for a person: the summary and the curves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``summary.json``: the mean of `metric` on held-out prompts before and after `steps` steps."""
+
+    metric: str
+    before: float
+    after: float
+    train_seconds: float
+    steps: int
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    smoothed, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        smoothed.append(total / min(index + 1, window))
+    return smoothed
+
+
+def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> None:
+    """Draw reward, its spread within groups, the metric and the completions' length over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = [metrics["step"] for metrics in history]
+    metric = f"rewards/{summary.metric}/mean"
+    panels = [
+        ("reward", "reward", "#1f6feb"),
+        (metric, f"{summary.metric} (sampled in training)", "#1a7f37"),
+        ("reward_std", "reward std within a group", "#9a6700"),
+        ("completions/mean_length", "completion length (tokens)", "#8250df"),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    for axis, (name, title, color) in zip(axes.flat, panels, strict=True):
+        values = [metrics[name] for metrics in history]
+        axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+        axis.plot(steps, _smooth(values, max(len(values) // 25, 1)), color=color, linewidth=2)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if name == metric:
+            axis.set_ylim(-0.03, 1.03)
+            for value, label, place in ((summary.before, "before", steps[0]), (summary.after, "after", steps[-1])):
+                axis.scatter([place], [value], color="black", zorder=3, s=22)
+                axis.annotate(
+                    f"held out, {label}: {value:.1%}", (place, value), textcoords="offset points",
+                    xytext=(8, 10) if label == "before" else (-8, -16), fontsize=9,
+                    ha="left" if label == "before" else "right",
+                )  # fmt: skip
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer step")
+    figure.suptitle(
+        f"{summary.metric}: {summary.before:.1%} to {summary.after:.1%} in {summary.steps} steps, "
+        f"{summary.train_seconds:.0f} s of training",
+        fontsize=12,
+    )  # fmt: skip
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
