@@ -35,7 +35,9 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
         ValueError: G does not divide B or is below 2, rewards are not finite, or `scale_rewards` is unknown.
     """
     if num_generations < 2 or rewards.numel() % num_generations:
-        raise ValueError(f"num_generations={num_generations} must be at least 2 and divide the batch of {rewards.numel()}")
+        raise ValueError(
+            f"num_generations={num_generations} must be at least 2 and divide the batch of {rewards.numel()}"
+        )
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards must be finite")
     groups = rewards.view(-1, num_generations)
@@ -49,6 +51,4 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
         centred = centred / (rewards.std() + EPSILON)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; choose 'group', 'batch' or 'none'")
-    return Advantages(
-        centred.flatten(), std.expand_as(groups).flatten(), equal.expand_as(groups).flatten()
-    )
+    return Advantages(centred.flatten(), std.expand_as(groups).flatten(), equal.expand_as(groups).flatten())

@@ -27,15 +27,24 @@ MAX_HELD_OUT = 200
 
 
 def sort_digits(length: int = 4, test_size: int = 500, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Prompts ``3142>`` that ask for ``1234``: all tuples of `length` digits, of which `test_size` are held out."""
+    """Prompts ``3142>`` that ask for ``1234``: all tuples of `length` digits, of which about `test_size` are held out.
+
+    Whole multisets are held out, so that no other order of the same digits is trained on.
+    """
     if not 1 <= length <= 6:
         raise UserError(f"sort_digits: length={length!r} is not allowed: it must be from 1 to 6")
     if not 0 < test_size < 10**length:
         raise UserError(f"sort_digits: test_size={test_size!r} is not allowed: it must be from 1 to {10**length - 1}")
-    tuples = ["".join(digits) for digits in itertools.product(string.digits, repeat=length)]
-    random.Random(seed).shuffle(tuples)
-    rows = [{"prompt": f"{digits}>", "answer": "".join(sorted(digits))} for digits in tuples]
-    return rows[test_size:], rows[:test_size]
+    by_answer: dict[str, list[Row]] = {}
+    for digits in map("".join, itertools.product(string.digits, repeat=length)):
+        answer = "".join(sorted(digits))
+        by_answer.setdefault(answer, []).append({"prompt": f"{digits}>", "answer": answer})
+    answers = list(by_answer)
+    random.Random(seed).shuffle(answers)
+    train, test = [], []
+    for answer in answers:
+        (test if len(test) < test_size else train).extend(by_answer[answer])
+    return train, test
 
 
 def addition(test_share: float = 0.2, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -73,7 +82,10 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
         size = min(config.max_eval_samples or MAX_HELD_OUT, max(int(HELD_OUT_SHARE * len(train)), 1), len(train) - 1)
         train, test = shuffled[size:], shuffled[:size]
     splits = []
-    for name, rows, limit in (("training", train, config.max_train_samples), ("evaluation", test, config.max_eval_samples)):
+    for name, rows, limit in (
+        ("training", train, config.max_train_samples),
+        ("evaluation", test, config.max_eval_samples),
+    ):
         if not rows:
             raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}")
         splits.append([{**row, "prompt": build_prompt(row, config)} for row in rows[:limit]])
@@ -193,7 +205,9 @@ def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[
             encoded.append(tokenizer(prompt)["input_ids"])
             continue
         if tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer of {config.model_name_or_path!r} has no chat template, but prompts are chats")
+            raise UserError(
+                f"the tokenizer of {config.model_name_or_path!r} has no chat template, but prompts are chats"
+            )
         ids = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(config.chat_template_kwargs or {})
         )

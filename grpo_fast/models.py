@@ -65,20 +65,14 @@ def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
 
 
 def digit_tokenizer():
-    """One token a character: the digits and ``>``; text gets a leading <s>, answers end with </s>."""
+    """One token a character: </s>, which also pads, ``>`` and the digits."""
     transformers = import_extra("transformers", "train")
     tokenizers = import_extra("tokenizers", "train")
-    special = ["<pad>", "<s>", "</s>"]
-    vocabulary = {token: index for index, token in enumerate([*special, ">", *string.digits])}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    vocabulary = {token: index for index, token in enumerate(["</s>", ">", *string.digits])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="</s>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     core.decoder = tokenizers.decoders.Fuse()
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="</s>", eos_token="</s>")
 
 
 def _random_llama(config: GRPOConfig) -> tuple[nn.Module, Any]:
@@ -90,7 +84,7 @@ def _random_llama(config: GRPOConfig) -> tuple[nn.Module, Any]:
         if key not in known:
             raise UserError(f"model_init_kwargs: LlamaConfig has no field {key!r}{nearest(key, known)}")
     llama = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, **{**RANDOM_LLAMA, **overrides},
     )  # fmt: skip
     torch.manual_seed(config.seed)

@@ -96,7 +96,9 @@ def load_reward(name: str) -> RewardFunction:
     else:
         module_name, _, attribute = name.rpartition(".")
         if not module_name:
-            raise UserError(f"reward_funcs: {name!r} is unknown{nearest(name, REWARDS)}; built in: {', '.join(REWARDS)}")
+            raise UserError(
+                f"reward_funcs: {name!r} is unknown{nearest(name, REWARDS)}; built in: {', '.join(REWARDS)}"
+            )
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -160,7 +162,9 @@ def _checked(name: str, values: object, expected: int) -> list[float]:
         try:
             finite = math.isfinite(value)
         except TypeError:
-            raise UserError(f"reward function {name!r} returned {value!r} for completion {index}, not a number") from None
+            raise UserError(
+                f"reward function {name!r} returned {value!r} for completion {index}, not a number"
+            ) from None
         if not finite:
             raise UserError(f"reward function {name!r} returned {value} for completion {index}; use None to abstain")
     return [math.nan if value is None else float(value) for value in values]

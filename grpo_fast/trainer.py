@@ -1,6 +1,6 @@
 """The GRPO step, top to bottom.
 
-    rollout -> rewards -> advantages -> drop what carries no gradient -> microbatches -> optimizer -> log
+rollout -> rewards -> advantages -> drop what carries no gradient -> microbatches -> optimizer -> log
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -89,6 +89,14 @@ class Head:
     max_buffer_bytes: int
     operand_dtype: torch.dtype
     dtype: torch.dtype
+
+    def prepared(self) -> Head:
+        """This head for one forward or backward: the weight widened once, where that takes at most half the budget."""
+        copied = self.weight.numel() * self.dtype.itemsize
+        if not self.copies_weight or 2 * copied > self.max_buffer_bytes:
+            return self
+        widened = self.weight.to(self.operand_dtype).to(self.dtype)
+        return replace(self, weight=widened, max_buffer_bytes=self.max_buffer_bytes - copied)
 
     @property
     def vocab_size(self) -> int:
@@ -341,9 +349,11 @@ def make_head(
         operand_dtype=operand_dtype,
         dtype=dtype,
     )
-    vocab_size = int(head.all_reduce(torch.tensor(head.vocab_size, device=hidden.device)).item()) if (
-        process_group is not None
-    ) else head.vocab_size
+    vocab_size = (
+        int(head.all_reduce(torch.tensor(head.vocab_size, device=hidden.device)).item())
+        if (process_group is not None)
+        else head.vocab_size
+    )
     require_targets(op, targets, vocab_size)
     return head, temperatures
 

@@ -86,6 +86,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.head, ctx.dtypes = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.frozen = not (needs_weight or needs_bias)
         with torch.autocast(hidden.device.type, enabled=False):
+            head = head.prepared()
             if ctx.frozen and needs_hidden:
                 slopes = _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy)
                 ctx.save_for_backward(*slopes)
@@ -112,7 +113,14 @@ class _LinearLogprob(torch.autograd.Function):
             coefficients = grad_logprobs
         with torch.autocast(hidden.device.type, enabled=False):
             grads = recompute_gradients(
-                ctx.head, hidden, targets, temperature, rows, coefficients, grad_entropy, ctx.needs_input_grad[:3]
+                ctx.head.prepared(),
+                hidden,
+                targets,
+                temperature,
+                rows,
+                coefficients,
+                grad_entropy,
+                ctx.needs_input_grad[:3],
             )
         cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return *cast, *(None,) * 4
@@ -162,7 +170,12 @@ def recompute_gradients(head, hidden, targets, temperature, rows, grad_logprobs,
             head, hidden, targets, temperature, at, buffer, grad_entropy is not None
         )
         row_scale = head.gradient_(
-            e, stats, targets[at], row_temperature, grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
+            e,
+            stats,
+            targets[at],
+            row_temperature,
+            grad_logprobs[at],
+            None if grad_entropy is None else grad_entropy[at],
         )
         apply_gradient(head, e, row_scale, operand, at, grad_hidden, grad_weight, grad_bias)
     return grad_hidden, grad_weight, grad_bias

@@ -157,8 +157,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         logprobs, entropy = outputs[0], outputs[1] if with_entropy else None
         targets = local_targets(head, targets)
         moving, still = _split_rows(tokens, objective, offsets)
-        common = head, hidden, targets, temperature
         with torch.autocast(hidden.device.type, enabled=False):
+            head = head.prepared()
+            common = head, hidden, targets, temperature
             gradients = _Gradients(head, hidden, needs, grad_weight_buffer)
             if skip_inactive:
                 outputs[:, still] = float("nan")
@@ -170,9 +171,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 terms = policy_terms(logprobs, tokens, objective, entropy, offsets)
                 loss, stats = terms.loss, terms.stats
             elif objective.level == "sequence":
-                loss, stats = _sequence_level(
-                    *common, tokens, objective, offsets, moving, logprobs, entropy, gradients
-                )
+                loss, stats = _sequence_level(*common, tokens, objective, offsets, moving, logprobs, entropy, gradients)
             else:
                 loss, stats = _token_level(*common, tokens, objective, moving, logprobs, entropy, gradients)
                 if not skip_inactive or moving.numel() == 0:
