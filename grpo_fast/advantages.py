@@ -35,9 +35,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale_rewards: str =
         ValueError: G does not divide B or is below 2, rewards are not finite, or `scale_rewards` is unknown.
     """
     if num_generations < 2 or rewards.numel() % num_generations:
-        raise ValueError(
-            f"num_generations={num_generations} must be at least 2 and divide the batch of {rewards.numel()}"
-        )
+        raise ValueError(f"num_generations={num_generations} must be at least 2 and divide {rewards.numel()} rewards")
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards must be finite")
     groups = rewards.view(-1, num_generations)

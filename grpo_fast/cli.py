@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[argv[0]](argv[1:])
     except UserError as error:
         print(f"grpo-fast: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"grpo-fast: error: {error.strerror or error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ngrpo-fast: interrupted; what was measured so far is in the run folder", file=sys.stderr)
@@ -98,7 +103,8 @@ def _check_options(argv: list[str]) -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    return re.sub(r"<class '(\w+)'>", r"\1", text.removeprefix("Parser key ")).replace("typing.", "")
 
 
 def train(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, PolicyObjective
@@ -72,7 +72,7 @@ class GRPOConfig:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the gradient to this norm; 0 for no clipping.
         max_steps: number of optimizer steps.
-        lr_scheduler_type: a schedule of transformers (``constant_with_warmup``, ``cosine``, ``linear``, ...).
+        lr_scheduler_type: learning-rate schedule, one of transformers'.
         warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
         max_tokens_per_microbatch: tokens of one forward and backward; it bounds the memory for activations.
         share_prompts: compute a prompt once for all completions of its group (auto: where rows are short).
@@ -143,7 +143,15 @@ class GRPOConfig:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     max_steps: int = 100
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = "linear"
     warmup_steps: float = 0
     max_tokens_per_microbatch: int = 8192
     share_prompts: Literal["auto", "always", "never"] = "auto"
@@ -158,10 +166,10 @@ class GRPOConfig:
     log_completions_steps: int = 10
 
     def __post_init__(self):
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                _refuse(name, value, f"one of {', '.join(map(str, allowed))}")
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = _literals(hint)
+            if allowed and getattr(self, name) not in allowed:
+                _refuse(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
         for names, holds, allowed in _RANGES:
             for name in names:
                 value = getattr(self, name)
@@ -214,14 +222,6 @@ class GRPOConfig:
         )
 
 
-# jsonargparse checks these as well; Python callers come here directly.
-_CHOICES = {
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "importance_sampling_level": (None, "token", "sequence"),
-    "scale_rewards": ("group", "batch", "none"),
-    "share_prompts": ("auto", "always", "never"),
-}
-
 _RANGES = [
     (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
     (
@@ -242,6 +242,14 @@ _RANGES = [
     (("top_p",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
     (("min_p", "adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
 ]  # fmt: skip
+
+
+def _literals(hint: Any) -> tuple:
+    """The values that a ``Literal`` (or an optional one) allows; empty for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    values = [value for part in get_args(hint) for value in _literals(part)]
+    return (*values, None) if values and type(None) in get_args(hint) else tuple(values)
 
 
 def _refuse(name: str, value: object, allowed: str) -> None:

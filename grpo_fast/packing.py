@@ -128,10 +128,8 @@ def build_microbatch(samples: list[Sample], rows: list[Row], offsets: Tensor, pa
             tokens.append(torch.arange(int(offsets[index]), int(offsets[index + 1])))
             lengths.append(completion.numel())
             start = end
-    if any(len(row.samples) > 1 for row in rows):
-        mask = _shared_mask(segments)
-    else:
-        mask = (segments >= 0).long()
+    shared = any(len(row.samples) > 1 for row in rows)
+    mask = _shared_mask(segments) if shared else (segments >= 0).long()
     return Microbatch(
         input_ids=input_ids,
         position_ids=position_ids,

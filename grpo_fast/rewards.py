@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import math
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +50,7 @@ def digits_ordered(prompts, completions, **columns) -> list[float]:
     for prompt, completion in zip(prompts, completions, strict=True):
         prompt, completion = text_of(prompt), text_of(completion)
         answer = completion.replace(" ", "")
-        ascending = sum(a.isdigit() and b.isdigit() and a <= b for a, b in zip(answer, answer[1:], strict=False))
+        ascending = sum(a.isdigit() and b.isdigit() and a <= b for a, b in pairwise(answer))
         pairs = max(len(_digits(prompt)) - 1, len(answer) - 1, 1)
         rewards.append(ascending / pairs * _included(prompt, completion))
     return rewards
@@ -141,10 +143,12 @@ class RewardModel:
         for name, function in zip(self.names, self.functions, strict=True):
             try:
                 values = function(prompts=prompts, completions=completions, **columns)
-            except TypeError as error:
-                if "argument" not in str(error):
-                    raise
-                raise UserError(f"reward function {name!r}: {error} (columns: {', '.join(columns)})") from None
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                raise UserError(
+                    f"reward function {name!r} raised {type(error).__name__}: {error} "
+                    f"({Path(place.filename).name}, line {place.lineno}; columns: {', '.join(columns)})"
+                ) from error
             rows.append(_checked(name, values, len(prompts)))
         each = torch.tensor(rows, dtype=torch.float32).T.contiguous()
         return Rewards((each.nan_to_num(nan=0.0) * self.weights).sum(1), each)
@@ -157,14 +161,10 @@ def _checked(name: str, values: object, expected: int) -> list[float]:
     if len(values) != expected:
         raise UserError(f"reward function {name!r} returned {len(values)} rewards for {expected} completions")
     for index, value in enumerate(values):
-        if value is None:
-            continue
-        try:
-            finite = math.isfinite(value)
-        except TypeError:
+        number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+        if value is not None and not (number and math.isfinite(value)):
             raise UserError(
-                f"reward function {name!r} returned {value!r} for completion {index}, not a number"
-            ) from None
-        if not finite:
-            raise UserError(f"reward function {name!r} returned {value} for completion {index}; use None to abstain")
+                f"reward function {name!r} returned {value!r} for completion {index}; "
+                "it must be a finite number, or None to abstain"
+            )
     return [math.nan if value is None else float(value) for value in values]

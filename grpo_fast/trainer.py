@@ -53,7 +53,6 @@ class GRPOTrainer:
 
     Args:
         config: the run.
-        reward_functions: more reward functions than the configured ones, as callables; see `RewardModel`.
 
     Raises:
         UserError: anything about the configuration, the data, the rewards or the model that would fail later.
@@ -105,12 +104,12 @@ class GRPOTrainer:
         """Evaluate, train for `max_steps` optimizer steps, evaluate again, and write the run folder."""
         config = self.config
         metric_name = self.rewards.names[self.metric]
-        metrics_file = MetricsFile(self.run_folder / "metrics.jsonl")
         progress = Progress(config, self.run_folder, metric_name, sum(p.numel() for p in self.model.parameters()))
         with progress:
             progress.phase(f"measuring {metric_name} before training on {len(self.eval_rows)} held-out prompts")
             before = self.evaluate()
             progress.started(before)
+            metrics_file = MetricsFile(self.run_folder / "metrics.jsonl")
             history, train_seconds = [], 0.0
             try:
                 while self.step < config.max_steps:
