@@ -1,0 +1,39 @@
+"""The house rules that an import or a stray file could break without any other test noticing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_kernels_is_a_plain_folder():
+    # A package named `kernels` on the path would be imported by transformers in place of the real one.
+    assert not list((ROOT / "kernels").glob("*.py"))
+
+
+def test_grpo_kernels_needs_torch_and_triton_alone():
+    code = (
+        "import sys, grpo_kernels; "
+        "print([m for m in ('transformers', 'grpo_fast', 'accelerate', 'datasets', 'numpy.testing') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_grpo_kernels_source_imports():
+    allowed = {"torch", "triton", "grpo_kernels", "__future__"} | set(sys.stdlib_module_names)
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                assert words[1].split(".")[0] in allowed, f"{path.name}: {line}"
+
+
+def test_recipes_parse():
+    from grpo_fast.cli import parse_config
+
+    recipes = sorted((ROOT / "examples").glob("*.yaml"))
+    assert len(recipes) >= 3
+    for recipe in recipes:
+        assert parse_config([str(recipe), "--seed", "3"]).seed == 3

@@ -1,0 +1,95 @@
+"""The gradient of an optimizer step does not depend on how it is cut into microbatches."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_packing import plain_logprobs
+from tiny import random_samples, tiny_model
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.packing import build_microbatch, plan_rows
+from grpo_fast.policy import FusedPolicy, LossInputs
+from grpo_fast.trainer import build_step_batch
+from grpo_kernels import PRESETS
+from grpo_kernels.policy_loss import Tokens, policy_loss_ref
+
+SAMPLES = random_samples(groups=4, per_group=4)
+CONFIG = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], max_completion_length=11)
+
+
+def step(objective, old_shift=0.0):
+    """A step's batch: unequal lengths, one group without variance, one completion left out of the loss."""
+    torch.manual_seed(1)
+    advantages = torch.randn(16)
+    advantages[4:8] = 0.0
+    counted = torch.ones(16, dtype=torch.bool)
+    counted[9] = False
+    batch = build_step_batch(SAMPLES, advantages, counted, objective, CONFIG)
+    if old_shift:
+        with torch.no_grad():
+            logprobs = plain_logprobs(tiny_model(), SAMPLES)
+        batch.old_logprobs = logprobs + old_shift * torch.randn_like(logprobs)
+    if objective.uses_reference:
+        batch.ref_logprobs = torch.randn(batch.weights.shape, dtype=torch.float64) - 3
+    return batch, counted
+
+
+def split(items, count):
+    """`count` unequal, non-empty parts."""
+    bounds = [round(len(items) * (index / count) ** 1.3) for index in range(count + 1)]
+    bounds = [max(bound, index) for index, bound in enumerate(bounds)]
+    return [items[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if items[a:b]]
+
+
+def gradient(objective, batch, microbatches, longest_shared_row):
+    model = tiny_model()
+    policy = FusedPolicy(model)
+    rows = plan_rows(batch.samples, batch.active, 10_000, longest_shared_row)
+    parts = split(rows, min(microbatches, len(rows)))
+    total = 0.0
+    for part in parts:
+        microbatch = build_microbatch(batch.samples, part, batch.offsets, 0)
+        fields = (batch.advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
+        inputs = LossInputs(objective, *(None if f is None else f[microbatch.tokens] for f in fields))
+        loss = policy(microbatch, inputs).loss
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters()]), len(parts)
+
+
+def reference_gradient(objective, batch):
+    """Full logits of all completions at once, and the loss by its definition."""
+    model = tiny_model()
+    tokens = Tokens(batch.advantages.double(), batch.weights.double(), batch.old_logprobs, batch.ref_logprobs)
+    loss, _ = policy_loss_ref(plain_logprobs(model, batch.samples), tokens, objective, None, batch.offsets)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("old_shift", [0.0, 0.3])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_same_gradient_for_any_number_of_microbatches(preset, beta, old_shift):
+    objective = dataclasses.replace(PRESETS[preset], beta=beta, kl_bias_correction=True)
+    batch, counted = step(objective, old_shift)
+    expected_loss, expected = reference_gradient(objective, batch)
+    assert expected.norm() > 1e-3
+    # Without KL the group without variance is not even computed.
+    assert len(batch.active) == int(counted.sum()) - (4 if beta == 0.0 else 0)
+    for microbatches in (1, 2, 5, 16):
+        for longest_shared_row in (0, 10_000):
+            loss, got, parts = gradient(objective, batch, microbatches, longest_shared_row)
+            assert longest_shared_row or parts == min(microbatches, len(batch.active))
+            assert loss == pytest.approx(expected_loss, rel=1e-9, abs=1e-12)
+            assert (got - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_a_wrong_normaliser_would_show():
+    """The check above sees weights that are normalised within a microbatch instead of over the step."""
+    objective = PRESETS["dapo"]
+    batch, _ = step(objective)
+    _, expected = reference_gradient(objective, batch)
+    batch.weights = batch.weights * 1.01
+    _, got, _ = gradient(objective, batch, 2, 0)
+    assert (got - expected).norm() > 1e-3 * expected.norm()
