@@ -109,11 +109,13 @@ def _one_line(text: str) -> str:
 
 def train(argv: Sequence[str]) -> int:
     config = parse_config(argv)
+    # Bars of loading and conversion would break up the run's own live line.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import_extra("accelerate", "train")
     transformers = import_extra("transformers", "train")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from grpo_fast.trainer import GRPOTrainer
 
     trainer = GRPOTrainer(config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +85,22 @@ class Progress:
             ("model", checkpoint),
         ):
             self.console.print(f"{label + ':':<13}{path}", soft_wrap=True)
+        command = _command()
+        self.console.print("\n[bold]What to try next[/]")
+        for hint, arguments in (
+            ("another objective", f"{self.run_folder / 'config.yaml'} --loss_type gspo --output_dir runs/gspo"),
+            ("a pretrained model", "examples/smollm2_addition.yaml"),
+            ("your own task", "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'"),
+        ):
+            self.console.print(f"  {hint + ':':<20}{command} train {arguments}", soft_wrap=True, markup=False)
+
+
+def _command() -> str:
+    """The program as it was called, for hints that can be pasted."""
+    program = Path(sys.argv[0])
+    if program.name != "grpo-fast" or shutil.which("grpo-fast"):
+        return "grpo-fast"
+    return os.path.relpath(program)
 
 
 def _clock(seconds: float) -> str:

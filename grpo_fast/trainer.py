@@ -82,8 +82,8 @@ class GRPOTrainer:
         policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
         self.longest_shared_row = policy.longest_shared_row(config.share_prompts)
         self.optimizer = build_optimizer(policy, config)
+        policy.to(self.accelerator.device).check_head(self.train_prompts[0])
         self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
-        policy.check_head(self.train_prompts[0])
         self.reference = None
         if self.objective.uses_reference:
             self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
@@ -96,6 +96,7 @@ class GRPOTrainer:
         self.rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
+        self.rollout.generation_config(self.sampling)
         self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed)
         self.step = 0
         self.num_tokens = 0

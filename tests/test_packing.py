@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny import random_samples, tiny_model
 
 from grpo_fast.packing import build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy
+from tiny import random_samples, tiny_model
 
 
 def plain_logprobs(model, samples):

@@ -1,11 +1,11 @@
 import pytest
 import torch
 import transformers
-from test_packing import packed_logprobs, plain_logprobs
-from tiny import random_samples, tiny_model
 
 from grpo_fast.errors import UserError
 from grpo_fast.policy import FusedPolicy
+from test_packing import packed_logprobs, plain_logprobs
+from tiny import random_samples, tiny_model
 
 ARCHITECTURES = {
     "llama, tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),

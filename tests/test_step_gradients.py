@@ -1,11 +1,10 @@
 """The gradient of an optimizer step does not depend on how it is cut into microbatches."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
-from test_packing import plain_logprobs
-from tiny import random_samples, tiny_model
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.packing import build_microbatch, plan_rows
@@ -13,6 +12,8 @@ from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.trainer import build_step_batch
 from grpo_kernels import PRESETS
 from grpo_kernels.policy_loss import Tokens, policy_loss_ref
+from test_packing import plain_logprobs
+from tiny import random_samples, tiny_model
 
 SAMPLES = random_samples(groups=4, per_group=4)
 CONFIG = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], max_completion_length=11)
@@ -39,7 +40,7 @@ def split(items, count):
     """`count` unequal, non-empty parts."""
     bounds = [round(len(items) * (index / count) ** 1.3) for index in range(count + 1)]
     bounds = [max(bound, index) for index, bound in enumerate(bounds)]
-    return [items[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if items[a:b]]
+    return [items[a:b] for a, b in pairwise(bounds) if items[a:b]]
 
 
 def gradient(objective, batch, microbatches, longest_shared_row):

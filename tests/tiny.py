@@ -29,7 +29,7 @@ def tiny_model(dtype=torch.float64, config_class=LlamaConfig, **overrides):
     model = AutoModelForCausalLM.from_config(config_class(**{**SMALL, **overrides})).to(dtype).eval()
     if config_class is LlamaConfig:
         # transformers' norm computes in float32 whatever the dtype.
-        for name, module in list(model.named_modules()):
+        for name, _ in list(model.named_modules()):
             if name.endswith("layernorm") or name == "model.norm":
                 norm = torch.nn.RMSNorm(model.config.hidden_size, model.config.rms_norm_eps, dtype=dtype)
                 model.set_submodule(name, norm)

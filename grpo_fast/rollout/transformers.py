@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
-from grpo_fast.errors import UserError
+from grpo_fast.errors import UserError, nearest
 from grpo_fast.rollout.base import Response, Sampling
 
 
@@ -71,7 +71,7 @@ class TransformersRollout:
         output = self.model.generate(
             input_ids=ids.repeat_interleave(repeats, 0),
             attention_mask=mask.repeat_interleave(repeats, 0),
-            generation_config=self._generation_config(sampling),
+            generation_config=self.generation_config(sampling),
             **arguments,
         )
         return [self._response(tokens) for tokens in output[:, width:].tolist()]
@@ -86,7 +86,16 @@ class TransformersRollout:
         cache.batch_repeat_interleave(repeats)
         return cache
 
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+    def generation_config(self, sampling: Sampling) -> GenerationConfig:
+        """How `generate` is called.
+
+        Raises:
+            UserError: `generation_kwargs` names something that a GenerationConfig does not have.
+        """
+        known = vars(GenerationConfig())
+        for name in sampling.generation_kwargs:
+            if name not in known:
+                raise UserError(f"generation_kwargs: GenerationConfig has no field {name!r}{nearest(name, known)}")
         arguments = {
             "do_sample": True,
             "temperature": sampling.temperature,
@@ -98,10 +107,7 @@ class TransformersRollout:
             "eos_token_id": sorted(self.eos_token_ids),
             **sampling.generation_kwargs,
         }
-        try:
-            return GenerationConfig(**arguments)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"generation_kwargs={sampling.generation_kwargs!r} is not allowed: {error}") from None
+        return GenerationConfig(**arguments)
 
     def _response(self, tokens: list[int]) -> Response:
         for index, token in enumerate(tokens):

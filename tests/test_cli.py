@@ -1,0 +1,115 @@
+"""The command line: what it resolves, and the one line that wrong input ends in."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo_fast.cli import main, parse_config
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError
+from grpo_kernels import PRESETS
+
+SORT = str(Path(__file__).parent.parent / "examples" / "sort.yaml")
+
+
+def test_options_override_the_file():
+    config = parse_config([SORT, "--seed", "7", "--learning_rate=2e-4", "--reward_funcs", "[exact_answer]"])
+    assert (config.seed, config.learning_rate, config.reward_funcs) == (7, 2e-4, ["exact_answer"])
+    assert config.num_generations == 16
+    assert config.run_name == "sort"
+
+
+def test_options_alone():
+    config = parse_config(
+        ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--reward_funcs", "[exact_answer]"]
+    )
+    assert (config.model_name_or_path, config.loss_type) == ("m", "dapo")
+
+
+def test_print_config_can_be_read_back(tmp_path):
+    command = [sys.executable, "-m", "grpo_fast", "train", SORT, "--seed", "7", "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(done.stdout)
+    assert yaml.safe_load(done.stdout)["seed"] == 7
+    assert parse_config([str(path), "--run_name", "sort"]) == parse_config([SORT, "--seed", "7"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.yaml"], "no such file: missing.yaml"),
+        ([SORT, "--lerning_rate", "1"], "unknown option --lerning_rate (did you mean 'learning_rate'?)"),
+        ([SORT, "--learning_rate", "fast"], "learning_rate"),
+        ([SORT, "--learning_rate", ".nan"], "learning_rate=nan is not allowed: it must be above 0"),
+        ([SORT, "--num_generations", "1"], "num_generations=1 is not allowed: it must be at least 2"),
+        ([SORT, "--num_generations", "7"], "generation_batch_size=1024 is not allowed: it must be a multiple of"),
+        ([SORT, "--loss_type", "gprp"], "loss_type='gprp' is not allowed: it must be one of grpo, bnpo"),
+        ([SORT, "--epsilon", "2"], "epsilon must be in (0, 1), got 2.0"),
+        ([SORT, "--scale_rewards", "grp"], "scale_rewards"),
+        ([SORT, "--lr_scheduler_type", "lineal"], "lr_scheduler_type"),
+        ([SORT, "--reward_weights", "[1.0]"], "reward_weights has 1 values for 3 reward_funcs"),
+        ([SORT, "--reward_funcs", "[exact_anser]"], "did you mean 'exact_answer'"),
+        ([SORT, "--dataset_name", "sort_digit"], "did you mean 'sort_digits'"),
+        ([SORT, "--dataset_name", "missing.jsonl"], "no such file: missing.jsonl"),
+        ([SORT, "--model_name_or_path", "random-lama"], "did you mean 'random-llama'"),
+        ([SORT, "--model_init_kwargs", "{hiden_size: 3}"], "did you mean 'hidden_size'"),
+        ([SORT, "--max_completion_length", "100"], "do not fit the model's 64 positions"),
+        ([SORT, "--generation_kwargs", "{top_kk: 3}"], "GenerationConfig has no field 'top_kk'"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("grpo-fast: error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: [1\n", "is not valid YAML"),
+        ("- 1\n", "must hold fields and values"),
+        ("learning_rates: 1\n", "unknown field 'learning_rates' (did you mean 'learning_rate'?)"),
+        ("learning_rate: 1\n", "model_name_or_path"),
+    ],
+)
+def test_wrong_files_end_in_one_line(text, message, capsys, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert main(["train", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+    assert main([]) == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_objective_follows_the_fields():
+    base = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"]}
+    assert GRPOConfig(**base, loss_type="gspo").objective().epsilon == PRESETS["gspo"].epsilon
+    changed = GRPOConfig(**base, loss_type="gspo", epsilon=0.1, beta=0.2, importance_sampling_level="token").objective()
+    assert (changed.epsilon, changed.beta, changed.level) == (0.1, 0.2, "token")
+    with pytest.raises(UserError, match="beta"):
+        GRPOConfig(**base, beta=-1.0)
+    with pytest.raises(UserError, match="importance_sampling_level='tok'"):
+        GRPOConfig(**base, importance_sampling_level="tok")
+    with pytest.raises(UserError, match="dataset_name is missing"):
+        GRPOConfig("m", reward_funcs=["r"])
+    with pytest.raises(UserError, match="reward_funcs is missing"):
+        GRPOConfig("m", dataset_name="d")
+
+
+def test_missing_extra_names_the_pip_command():
+    from grpo_fast.errors import import_extra
+
+    with pytest.raises(UserError, match=r"pip install 'grpo-fast\[vllm\]'"):
+        import_extra("no_such_module_at_all", "vllm")

@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_fast.errors import UserError
+from grpo_fast.rewards import RewardModel, digits_included, digits_ordered, final_number, load_reward
+
+GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "included", "ordered"),
+    [
+        ("3142>", "1234", 1.0, 1.0),
+        ("3142>", "4321", 1.0, 0.0),
+        ("3142>", "1243", 1.0, 2 / 3),
+        ("3142>", "", 0.0, 0.0),
+        ("3142>", "1", 0.25, 0.0),
+        ("3142>", "1111", 0.25, 0.25),
+        ("3142>", "5678", 0.0, 0.0),  # perfect order of the wrong digits earns nothing
+        ("3142>", "12344", 0.8, 0.8),  # one digit too many
+        ("3142>", "12>34", 0.8, 0.8 * 2 / 4),
+        ("2255>", "2255", 1.0, 1.0),
+        ("2255>", "2555", 0.75, 0.75),
+    ],
+)
+def test_partial_rewards_of_sorting(prompt, completion, included, ordered):
+    assert digits_included([prompt], [completion]) == [pytest.approx(included)]
+    assert digits_ordered([prompt], [completion]) == [pytest.approx(ordered)]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("7", "7", 1),
+        ("3 + 4 = 7.", "7", 1),
+        ("7 is 3 + 4", "7", 0),
+        ("", "7", 0),
+        ("so the total is 1,234.50 dollars", "1234.5", 1),
+        ("#### 72", "Natalia sold ... #### 72", 1),
+        ("#### 72 and not 5", "#### 5", 1),
+        ("12 apples #### 5", "#### 5", 1),
+        ("-3", "3", 0),
+        ("-3", "#### -3", 1),
+        ("72", "#### 1,072", 0),
+    ],
+)
+def test_final_number(completion, answer, reward):
+    assert final_number(["q"], [completion], answer=[answer]) == [reward]
+    assert final_number([[]], [[{"role": "assistant", "content": completion}]], answer=[answer]) == [reward]
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not beside this checkout")
+def test_final_number_reads_every_gsm8k_answer():
+    for name, size in (("train", 7473), ("test", 1319)):
+        answers = [json.loads(line)["answer"] for line in (GSM8K / f"{name}.jsonl").open(encoding="utf-8")]
+        assert len(answers) == size
+        finals = [answer.rpartition("####")[2].strip() for answer in answers]
+        assert sum(final_number(finals, finals, answer=answers)) == size
+
+
+def test_weighted_sum_and_none():
+    def abstains(prompts, completions, **columns):
+        return [None, 1.0]
+
+    model = RewardModel(["digits_included", "exact_answer"], [2.0, 0.5])
+    model.functions[1] = abstains
+    scored = model(["12>", "12>"], ["12", "1"], {"answer": ["12", "12"]})
+    assert scored.total.tolist() == [2.0, 1.5]
+    assert scored.each.isnan().tolist() == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [0.0]", "returned 1 rewards for 2 completions"),
+        ("return [0.0, float('nan')]", "returned nan for completion 1"),
+        ("return [float('inf'), 0.0]", "returned inf for completion 0"),
+        ("return ['good', 0.0]", "returned 'good' for completion 0"),
+        ("return 1.0", "must return a list of numbers, got float"),
+        ("return 'ab'", "must return a list of numbers, got str"),
+        ("return [1 / 0]", r"raised ZeroDivisionError: division by zero \(mine.py, line 2"),
+    ],
+)
+def test_wrong_rewards_are_named(tmp_path, body, message):
+    (tmp_path / "mine.py").write_text(f"def mine(prompts, completions, **columns):\n    {body}\n")
+    model = RewardModel([f"{tmp_path / 'mine.py'}:mine"], None)
+    with pytest.raises(UserError, match=f"reward function 'mine' {message}"):
+        model(["a", "b"], ["c", "d"], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exact_anser", "did you mean 'exact_answer'"),
+        ("no_such_module.reward", "cannot import 'no_such_module'"),
+        ("json.no_such_reward", "no callable 'no_such_reward'"),
+        ("missing.py:reward", "no such file: missing.py"),
+    ],
+)
+def test_unknown_rewards_are_named(name, message):
+    with pytest.raises(UserError, match=message):
+        load_reward(name)
+
+
+def test_dotted_path():
+    assert load_reward("grpo_fast.rewards.final_number") is final_number
+
+
+def test_unknown_metric_is_named():
+    with pytest.raises(UserError, match="eval_metric='accuracy' is not one of reward_funcs: exact_answer"):
+        RewardModel(["exact_answer"], None).index("accuracy")
