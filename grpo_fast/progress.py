@@ -29,9 +29,10 @@ class Progress:
         self.console.print(
             f"[bold]{config.model_name_or_path}[/] ({_count(num_parameters)} parameters) on "
             f"[bold]{config.dataset_name}[/]: {config.max_steps} steps of {config.prompts_per_step} prompts x "
-            f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}"
+            f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}",
+            soft_wrap=True,
         )
-        self.console.print(f"run folder: {run_folder}")
+        self.console.print(f"run folder: {run_folder}", soft_wrap=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -88,7 +89,7 @@ class Progress:
         command = _command()
         self.console.print("\n[bold]What to try next[/]")
         for hint, arguments in (
-            ("another objective", f"{self.run_folder / 'config.yaml'} --loss_type gspo --output_dir runs/gspo"),
+            ("another objective", f"{self.run_folder / 'config.yaml'} --loss_type dr_grpo --output_dir runs/dr_grpo"),
             ("a pretrained model", "examples/smollm2_addition.yaml"),
             ("your own task", "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'"),
         ):
