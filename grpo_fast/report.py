@@ -60,7 +60,8 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
                 axis.scatter([place], [value], color="black", zorder=3, s=22)
                 axis.annotate(
                     f"held out, {label}: {value:.1%}", (place, value), textcoords="offset points",
-                    xytext=(8, 10) if label == "before" else (-8, -16), fontsize=9,
+                    xytext=(8, 10) if label == "before" else (-8, -18), fontsize=9,
+                    bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1},
                     ha="left" if label == "before" else "right",
                 )  # fmt: skip
     for axis in axes[1]:
