@@ -47,6 +47,10 @@ class StepBatch:
     ref_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
 
+    def to(self, device: torch.device) -> StepBatch:
+        """The token tensors on the device of the microbatches; the plan of rows stays on the CPU."""
+        return dataclasses.replace(self, advantages=self.advantages.to(device), weights=self.weights.to(device))
+
 
 class GRPOTrainer:
     """Trains a policy as `config` says, and writes the run folder.
@@ -170,6 +174,7 @@ class GRPOTrainer:
             [not (config.mask_truncated_completions and response.finish_reason == "length") for response in responses]
         )
         batch = build_step_batch(samples, advantages.values, counted, self.objective, config)
+        batch = batch.to(self.accelerator.device)
         batch.ref_logprobs = self.score(self.reference, batch) if self.reference is not None else None
         next_step = self.step + 1
         if config.log_completions_steps and (next_step == 1 or next_step % config.log_completions_steps == 0):

@@ -47,9 +47,18 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_tensors(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+
+
 def require_floating(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        require_tensors(op, **{name: tensor})
+        if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")
 
 
@@ -65,7 +74,13 @@ def require_shape(op: str, shape: torch.Size, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def require_number(op: str, name: str, value: float | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
 def require_finite_positive(op: str, name: str, value: float | None) -> None:
+    require_number(op, name, value)
     if value is not None and not (math.isfinite(value) and value > 0):
         raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
 
@@ -94,6 +109,7 @@ def require_targets(op: str, targets: Tensor, vocab_size: int) -> None:
 
 def require_cu_seqlens(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
     """`cu_seqlens` is ``[S + 1]`` int, starts at 0, never falls and ends at `num_tokens`."""
+    require_tensors(op, cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: cu_seqlens must be int64 or int32, got {cu_seqlens.dtype}")
     require(cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1, f"{op}: cu_seqlens must have shape [S + 1]")

@@ -35,24 +35,30 @@ from grpo_kernels._common import (
     require_floating,
     require_shape,
     require_targets,
+    require_tensors,
+    values_can_be_checked,
 )
 
 # Rows whose elementwise work is done together on a CPU: the block stays in the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB
-# Share of the byte budget for float32 copies of 16-bit weights where the device has no mixed-precision product.
+# Share of the byte budget for copies of the weight where the products take another dtype than it has.
 WEIGHT_COPY_SHARE = 0.25
+# [C, H] temporaries alive at once beside the logits: hidden states and gradients, each also scaled or rounded.
+NARROW_COPIES = 3
 
 
 class RowStatistics(NamedTuple):
-    """What the softmax of a row leaves behind, ``[C]`` each: max of z, sum(e), sum(e * log e) (or None)."""
+    """What the softmax of a row leaves behind, ``[C]`` each: z at the target, max of z, sum(e), sum(e * log e)."""
 
+    target: Tensor
     maximum: Tensor
     total: Tensor
     weighted: Tensor | None
 
     @property
-    def logsumexp(self) -> Tensor:
-        return self.maximum + torch.log(self.total)
+    def logprobs(self) -> Tensor:
+        # The maximum goes first: rounding maximum + log(total) would cost large logits their last digits.
+        return (self.target - self.maximum) - torch.log(self.total)
 
     @property
     def entropy(self) -> Tensor | None:
@@ -91,12 +97,12 @@ class Head:
     dtype: torch.dtype
 
     def prepared(self) -> Head:
-        """This head for one forward or backward: the weight widened once, where that takes at most half the budget."""
-        copied = self.weight.numel() * self.dtype.itemsize
+        """This head for one forward or backward: the weight cast once, where that takes at most half the budget."""
+        copied = self.weight.numel() * self.product_dtype.itemsize
         if not self.copies_weight or 2 * copied > self.max_buffer_bytes:
             return self
-        widened = self.weight.to(self.operand_dtype).to(self.dtype)
-        return replace(self, weight=widened, max_buffer_bytes=self.max_buffer_bytes - copied)
+        cast = self.weight.to(self.operand_dtype).to(self.product_dtype)
+        return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - copied)
 
     @property
     def vocab_size(self) -> int:
@@ -120,9 +126,14 @@ class Head:
         return self.weight.device.type != "cpu" and self.operand_dtype == torch.bfloat16
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype in which operands enter a product."""
+        return self.operand_dtype if self.mixed_products else self.dtype
+
+    @property
     def copies_weight(self) -> bool:
-        """Whether the weight is widened, a block of the vocabulary at a time."""
-        return self.weight.dtype != self.dtype and not self.mixed_products
+        """Whether the weight is cast for the products, a block of the vocabulary at a time."""
+        return self.weight.dtype != self.product_dtype
 
     def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         if self.process_group is not None:
@@ -136,7 +147,8 @@ class Head:
         width = self.dtype.itemsize + (self.operand_dtype.itemsize if self.mixed_products else 0)
         if self.weight.device.type == "cpu":
             share -= CPU_BLOCK_BYTES / self.max_buffer_bytes if self.max_buffer_bytes > 4 * CPU_BLOCK_BYTES else 0
-        rows = max(int(share * self.max_buffer_bytes) // (max(self.vocab_size, 1) * width), 1)
+        row_bytes = self.vocab_size * width + NARROW_COPIES * self.weight.shape[1] * self.dtype.itemsize
+        rows = max(int(share * self.max_buffer_bytes) // max(row_bytes, 1), 1)
         if self.process_group is None:
             return rows
         smallest = torch.tensor(rows, device=self.weight.device)
@@ -148,19 +160,17 @@ class Head:
         return _bfloat16_products() if fast else nullcontext()
 
     def vocab_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as products take it: whole, or in widened blocks of the vocabulary."""
+        """The weight as products take it: whole, or in cast blocks of the vocabulary."""
         if not self.copies_weight:
-            weight = self.weight
-            yield slice(None), weight.to(self.operand_dtype if self.mixed_products else self.dtype)
+            yield slice(None), self.weight
             return
-        row_bytes = max(self.weight.shape[1], 1) * self.dtype.itemsize
+        row_bytes = max(self.weight.shape[1], 1) * self.product_dtype.itemsize
         for block in chunks(self.vocab_size, int(WEIGHT_COPY_SHARE * self.max_buffer_bytes) // row_bytes):
-            yield block, self.weight[block].to(self.operand_dtype).to(self.dtype)
+            yield block, self.weight[block].to(self.operand_dtype).to(self.product_dtype)
 
     def operand(self, rows: Tensor) -> Tensor:
         """Hidden states, or gradients, in the dtype that the products take."""
-        rounded = rows.to(self.operand_dtype)
-        return rounded if self.mixed_products else rounded.to(self.dtype)
+        return rows.to(self.operand_dtype).to(self.product_dtype)
 
     def logits(self, hidden: Tensor, temperature: Tensor | None, out: Tensor) -> Tensor:
         """Transformed logits of ``hidden [C, H]`` (an operand), written into ``out [C, V]``."""
@@ -189,8 +199,9 @@ class Head:
         row_bytes = max(logits.shape[1], 1) * logits.element_size()
         return chunks(logits.shape[0], max(CPU_BLOCK_BYTES // row_bytes, 1))
 
-    def exponentiate_(self, logits: Tensor, with_entropy: bool) -> RowStatistics:
+    def exponentiate_(self, logits: Tensor, local_targets: Tensor, with_entropy: bool) -> RowStatistics:
         """Replace z by e = exp(z - max) and return the row statistics (over all shards)."""
+        target = self.target_logits(logits, local_targets)
         maximum, total = logits.new_empty(2, logits.shape[0])
         weighted = torch.empty_like(total) if with_entropy else None
         if self.process_group is not None:
@@ -212,7 +223,7 @@ class Head:
         if self.process_group is not None:
             sums = self.all_reduce(torch.stack([total] if weighted is None else [total, weighted]))
             total, weighted = sums[0], sums[1] if with_entropy else None
-        return RowStatistics(maximum, total, weighted)
+        return RowStatistics(target, maximum, total, weighted)
 
     def target_logits(self, logits: Tensor, local_targets: Tensor) -> Tensor:
         """z at each row's target. A target of another shard is -1 here."""
@@ -252,6 +263,9 @@ class Head:
             flattening = None
             if self.softcap is not None:
                 z = block.log().add_(stats.maximum[rows, None])
+                # The target alone keeps a gradient where its e has underflowed to 0, so its z is not taken from e.
+                at_index = torch.where(local[rows, None], stats.target[rows, None], z.gather(1, index[rows]))
+                z.scatter_(1, index[rows], at_index)
                 if temperature is not None:
                     z *= temperature[rows, None]
                 flattening = 1 - z.div_(self.softcap).square_()
@@ -305,6 +319,7 @@ def make_head(
     process_group: dist.ProcessGroup | None,
 ) -> tuple[Head, Tensor | None]:
     """Check the arguments that both operations take; return the head and per-token temperatures (None for 1)."""
+    require_tensors(op, hidden=hidden, weight=weight, targets=targets)
     require_floating(op, hidden=hidden, weight=weight, bias=bias)
     require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
     require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
@@ -317,22 +332,23 @@ def make_head(
     require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
     require_finite_positive(op, "softcap", softcap)
     require_finite_positive(op, "logit_scale", logit_scale)
-    require(max_buffer_bytes is None or max_buffer_bytes > 0, f"{op}: max_buffer_bytes must be above 0")
+    require_finite_positive(op, "max_buffer_bytes", max_buffer_bytes)
     dtype = accumulation_dtype(hidden, weight)
 
     if isinstance(temperature, Tensor):
         require_floating(op, temperature=temperature)
         require_device(op, hidden.device, temperature=temperature)
         if temperature.numel() == 1:
-            temperature = temperature.expand(targets.shape)
+            temperature = temperature.reshape(()).expand(targets.shape)
         require_shape(op, targets.shape, temperature=temperature)
         temperatures = temperature.detach().reshape(-1).to(dtype)
-        if hidden.device.type == "cpu" and not bool((temperatures > 0).all()):
-            raise ValueError(f"{op}: temperature must be above 0, got {temperatures.min().item()}")
+        if values_can_be_checked(hidden.device):
+            used = temperatures[targets.reshape(-1) != IGNORE_INDEX]
+            wrong = used[~(used.isfinite() & (used > 0))]
+            require(wrong.numel() == 0, f"{op}: temperature must be finite and above 0, got {wrong[:1].tolist()}")
     else:
         require_finite_positive(op, "temperature", temperature)
-        ones = targets.numel()
-        temperatures = None if temperature == 1.0 else hidden.new_full((ones,), temperature, dtype=dtype)
+        temperatures = None if temperature == 1.0 else hidden.new_full((targets.numel(),), temperature, dtype=dtype)
 
     device = hidden.device.type
     operand_dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -349,11 +365,9 @@ def make_head(
         operand_dtype=operand_dtype,
         dtype=dtype,
     )
-    vocab_size = (
-        int(head.all_reduce(torch.tensor(head.vocab_size, device=hidden.device)).item())
-        if (process_group is not None)
-        else head.vocab_size
-    )
+    vocab_size = head.vocab_size
+    if process_group is not None:
+        vocab_size = int(head.all_reduce(torch.tensor(vocab_size, device=hidden.device)).item())
     require_targets(op, targets, vocab_size)
     return head, temperatures
 

@@ -21,6 +21,7 @@ from grpo_kernels._common import (
     require_device,
     require_floating,
     require_shape,
+    require_tensors,
 )
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -28,7 +29,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """The definition above, differentiated by autograd: the oracle of the tests."""
-    d = logprobs - ref_logprobs
+    dtype = accumulation_dtype(logprobs, ref_logprobs)
+    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
 
 
@@ -87,6 +89,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *
     """
     op = "kl_estimate"
     require(estimator in KL_ESTIMATORS, f"{op}: estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
+    require_tensors(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
     require_device(op, logprobs.device, ref_logprobs=ref_logprobs)

@@ -11,7 +11,7 @@ and every statistic is float32 (float64 for float64 inputs). Cost in U = 2 N H V
     frozen weight     2U            u = dlogp/dhidden, [N, H] in hidden's dtype, in place of the hidden states;
                       (+1U with     du = dentropy/dhidden likewise
                       entropy)
-    trainable weight  1U + 3U       the inputs and the row's [N] log-sum-exp statistics
+    trainable weight  1U + 3U f     the inputs; f: fraction of tokens with a non-zero incoming gradient
 
 The frozen head's backward is one multiplication, since any loss of the log-probabilities reaches hidden_t through the
 one scalar dL/dlogp_t:  u_t = dlogp_t/dhidden_t = (W[y_t] - sum_v p_tv W[v]) * logit_scale / temperature_t  (each
@@ -46,13 +46,12 @@ def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, l
 
 
 def forward_rows(head: Head, hidden, targets, temperature, rows, out, with_entropy):
-    """Logits and statistics of one chunk: (hidden operand, e, statistics, log-probabilities, temperatures)."""
+    """Logits and statistics of one chunk: (hidden operand, e, statistics, temperatures)."""
     operand = head.operand(hidden[rows])
     row_temperature = None if temperature is None else temperature[rows]
     logits = head.logits(operand, row_temperature, out[: operand.shape[0]])
-    at_target = head.target_logits(logits, targets[rows])
-    stats = head.exponentiate_(logits, with_entropy)
-    return operand, logits, stats, at_target - stats.logsumexp, row_temperature
+    stats = head.exponentiate_(logits, targets[rows], with_entropy)
+    return operand, logits, stats, row_temperature
 
 
 def score(head: Head, hidden, targets, temperature, rows, logprobs, entropy) -> None:
@@ -60,14 +59,15 @@ def score(head: Head, hidden, targets, temperature, rows, logprobs, entropy) -> 
     buffer = logits_buffer(head, rows.numel())
     for chunk in chunks(rows.numel(), buffer.shape[0]):
         at = rows[chunk]
-        _, _, stats, logp, _ = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
-        logprobs[at] = logp
+        _, _, stats, _ = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
+        logprobs[at] = stats.logprobs
         if entropy is not None:
             entropy[at] = stats.entropy
 
 
-def logits_buffer(head: Head, num_rows: int) -> Tensor:
-    rows = max(min(head.rows_per_chunk(), num_rows), 1)
+def logits_buffer(head: Head, num_rows: int, copies: int = 1) -> Tensor:
+    """The ``[C, V]`` buffer for chunks of `num_rows` rows; C is such that `copies` of it fit the byte budget."""
+    rows = max(min(head.rows_per_chunk() // copies, num_rows), 1)
     # Equal chunks: no short last product.
     rows = -(-num_rows // -(-num_rows // rows)) if num_rows else 1
     return torch.empty(rows, head.vocab_size, dtype=head.dtype, device=head.weight.device)
@@ -85,88 +85,112 @@ class _LinearLogprob(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         ctx.head, ctx.dtypes = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.frozen = not (needs_weight or needs_bias)
+        weight, bias = head.weight, head.bias
         with torch.autocast(hidden.device.type, enabled=False):
             head = head.prepared()
             if ctx.frozen and needs_hidden:
                 slopes = _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy)
-                ctx.save_for_backward(*slopes)
+                ctx.save_for_backward(rows, *slopes)
             else:
                 score(head, hidden, targets, temperature, rows, logprobs, entropy)
-                ctx.save_for_backward(hidden, targets, temperature, rows)
+                # The backward reads the head's own weight and bias; saving them makes torch refuse one that was
+                # changed in place meanwhile, as by an optimizer step.
+                ctx.save_for_backward(rows, hidden, targets, temperature, weight, bias)
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        if ctx.frozen:
-            grad = None
-            for upstream, slope in zip((grad_logprobs, grad_entropy), ctx.saved_tensors, strict=False):
-                if upstream is not None:
-                    term = upstream[:, None] * slope
-                    grad = term if grad is None else grad.add_(term)
-            return None if grad is None else grad.to(ctx.dtypes[0]), *(None,) * 6
-        hidden, targets, temperature, rows = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 7
-        coefficients = torch.zeros(hidden.shape[0], dtype=ctx.head.dtype, device=hidden.device)
-        if grad_logprobs is not None:
-            coefficients = grad_logprobs
+        rows, *saved = ctx.saved_tensors
+        if ctx.frozen:
+            return _from_slopes(rows, (grad_logprobs, grad_entropy), saved), *(None,) * 6
+        hidden, targets, temperature, *_ = saved
+        coefficients = torch.zeros_like(grad_entropy) if grad_logprobs is None else grad_logprobs
+        moving = coefficients[rows] != 0
+        if grad_entropy is not None:
+            moving |= grad_entropy[rows] != 0
+        gradients = Gradients(ctx.head, hidden, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = recompute_gradients(
-                ctx.head.prepared(),
-                hidden,
-                targets,
-                temperature,
-                rows,
-                coefficients,
-                grad_entropy,
-                ctx.needs_input_grad[:3],
+            recompute_gradients(
+                ctx.head.prepared(), hidden, targets, temperature, rows[moving], coefficients, grad_entropy, gradients
             )
+        grads = gradients.hidden, gradients.weight, gradients.bias
         cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return *cast, *(None,) * 4
+
+
+def _from_slopes(rows, upstreams, slopes):
+    """The hidden states' gradient, ``sum(upstream * slope)``. Of the upstreams (or None) only `rows` are read."""
+    grad = torch.zeros_like(slopes[0])
+    for upstream, slope in zip(upstreams, slopes, strict=False):
+        if upstream is not None:
+            # An ignored token's upstream may be NaN or infinite, and NaN * 0 is not 0.
+            coefficients = torch.zeros_like(upstream).index_copy_(0, rows, upstream[rows])
+            grad = torch.addcmul(grad, coefficients[:, None], slope)
+    return grad.to(slopes[0].dtype)
 
 
 def _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy):
     """2U (3U with entropy): fill the outputs, return dlogp/dhidden and dentropy/dhidden, ``[N, H]`` each."""
     slopes = [torch.zeros_like(hidden) for _ in range(1 if entropy is None else 2)]
-    buffer = logits_buffer(head, rows.numel())
+    # The entropy's slope is made in a copy of e.
+    buffer = logits_buffer(head, rows.numel(), copies=len(slopes))
+    copy = None if entropy is None else torch.empty_like(buffer)
     for chunk in chunks(rows.numel(), buffer.shape[0]):
         at = rows[chunk]
-        _, e, stats, logp, row_temperature = forward_rows(
-            head, hidden, targets, temperature, at, buffer, entropy is not None
-        )
-        logprobs[at] = logp
+        _, e, stats, row_temperature = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
+        logprobs[at] = stats.logprobs
         if entropy is not None:
             entropy[at] = stats.entropy
-            slope = _entropy_slope(head, e, stats, targets[at], row_temperature)
-            slopes[1][at] = slope.to(hidden.dtype)
+            one, zero = torch.ones_like(stats.total), torch.zeros_like(stats.total)
+            d = copy[: e.shape[0]].copy_(e)
+            row_scale = head.gradient_(d, stats, targets[at], row_temperature, zero, one)
+            slopes[1][at] = head.grad_hidden(d, row_scale).to(hidden.dtype)
         row_scale = head.gradient_(e, stats, targets[at], row_temperature, None)
         slopes[0][at] = head.grad_hidden(e, row_scale).to(hidden.dtype)
     return slopes
 
 
-def _entropy_slope(head, e, stats, targets, temperature):
-    one, zero = torch.ones_like(stats.total), torch.zeros_like(stats.total)
-    d = e.clone()
-    row_scale = head.gradient_(d, stats, targets, temperature, zero, one)
-    return head.grad_hidden(d, row_scale)
+class Gradients:
+    """Where the gradients of (hidden, weight, bias) are collected; None where one is not wanted.
 
-
-def recompute_gradients(head, hidden, targets, temperature, rows, grad_logprobs, grad_entropy, needs, grad_weight=None):
-    """3U: gradients of (hidden, weight, bias) for given dL/dlogp and dL/dentropy, ``[N]`` each.
-
-    `rows` of zero coefficient should have been left out. `grad_weight` is accumulated into where it is given.
-    Gradients are in the accumulation dtype, hidden's in hidden's own.
+    The weight's and the bias's are in the accumulation dtype, hidden's is in hidden's own unless it is given.
     """
-    needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-    if grad_weight is None and needs_weight:
-        grad_weight = torch.zeros(head.weight.shape, dtype=head.dtype, device=hidden.device)
-    grad_bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs_bias else None
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        needs: tuple[bool, bool, bool],
+        weight_buffer: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+    ):
+        self.hidden = torch.zeros_like(hidden, dtype=hidden_dtype) if needs[0] else None
+        self.weight = weight_buffer
+        if weight_buffer is None and needs[1]:
+            self.weight = torch.zeros(head.weight.shape, dtype=head.dtype, device=hidden.device)
+        self.bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs[2] else None
+
+    def add(self, head: Head, d: Tensor, row_scale: Tensor, operand: Tensor, rows: Tensor) -> None:
+        """2U: send one chunk's dL/dlogits on to the gradients that are wanted."""
+        if self.hidden is not None:
+            self.hidden[rows] = head.grad_hidden(d, row_scale).to(self.hidden.dtype)
+        if self.weight is not None:
+            head.accumulate_grad_weight(d, row_scale, operand, self.weight)
+        if self.bias is not None:
+            head.accumulate_grad_bias(d, row_scale, self.bias)
+
+
+def recompute_gradients(
+    head, hidden, targets, temperature, rows, grad_logprobs, grad_entropy, gradients: Gradients
+) -> None:
+    """3U: collect `gradients` for given dL/dlogp and dL/dentropy (or None), ``[N]`` each, of `rows`."""
     buffer = logits_buffer(head, rows.numel())
     for chunk in chunks(rows.numel(), buffer.shape[0]):
         at = rows[chunk]
-        operand, e, stats, _, row_temperature = forward_rows(
+        operand, e, stats, row_temperature = forward_rows(
             head, hidden, targets, temperature, at, buffer, grad_entropy is not None
         )
         row_scale = head.gradient_(
@@ -177,18 +201,7 @@ def recompute_gradients(head, hidden, targets, temperature, rows, grad_logprobs,
             grad_logprobs[at],
             None if grad_entropy is None else grad_entropy[at],
         )
-        apply_gradient(head, e, row_scale, operand, at, grad_hidden, grad_weight, grad_bias)
-    return grad_hidden, grad_weight, grad_bias
-
-
-def apply_gradient(head, d, row_scale, operand, rows, grad_hidden, grad_weight, grad_bias):
-    """2U: send one chunk's dL/dlogits on to the gradients that are wanted (the others are None)."""
-    if grad_hidden is not None:
-        grad_hidden[rows] = head.grad_hidden(d, row_scale).to(grad_hidden.dtype)
-    if grad_weight is not None:
-        head.accumulate_grad_weight(d, row_scale, operand, grad_weight)
-    if grad_bias is not None:
-        head.accumulate_grad_bias(d, row_scale, grad_bias)
+        gradients.add(head, e, row_scale, operand, at)
 
 
 def _linear_logprob_torch(hidden, weight, bias, targets, temperature, head, with_entropy):

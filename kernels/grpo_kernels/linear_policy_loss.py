@@ -14,9 +14,10 @@ U = 2 N H V flops:
     rows whose coefficient is known to be  1U instead of 3U, or nothing with skip_inactive
     zero (advantage 0, no KL, no entropy)
 
-Rows of weight 0 or target -100 cost nothing. Saved for the backward: the finished gradients, hidden's in its own dtype.
-The weight's gradient is accumulated in float32 over all chunks, and rounded to the weight's dtype once; or it is added
-to a float32 buffer that lives across microbatches.
+Rows of weight 0 or target -100 cost nothing. Saved for the backward: the finished gradients, hidden's in its own dtype
+(float16's in float32, out of reach of underflow until the loss scale arrives). The weight's gradient is accumulated in
+float32 over all chunks, and rounded to the weight's dtype once; or it is added to a float32 buffer that lives across
+microbatches.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from grpo_kernels._common import (
     chunks,
     require,
     require_device,
+    require_floating,
     require_shape,
+    require_tensors,
     sequence_ids,
 )
-from grpo_kernels._head import Head, local_targets, make_head
+from grpo_kernels._head import local_targets, make_head
 from grpo_kernels.linear_logprob import (
-    apply_gradient,
+    Gradients,
     forward_rows,
     linear_logprob_ref,
     logits_buffer,
@@ -77,18 +80,9 @@ def _split_rows(tokens: Tokens, objective: PolicyObjective, offsets: Tensor | No
     return moves.nonzero().squeeze(1), (counted & ~moves).nonzero().squeeze(1)
 
 
-class _Gradients:
-    """Where the gradients of one call are collected; None where one is not wanted."""
-
-    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool], buffer: Tensor | None):
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.weight = buffer
-        if buffer is None and needs[1]:
-            self.weight = torch.zeros(head.weight.shape, dtype=head.dtype, device=hidden.device)
-        self.bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs[2] else None
-
-    def add(self, head, d, row_scale, operand, rows):
-        apply_gradient(head, d, row_scale, operand, rows, self.hidden, self.weight, self.bias)
+def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient is kept in until the backward: float16 would underflow before a loss scale reaches it."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _token_level(head, hidden, targets, temperature, tokens, objective, rows, logprobs, entropy, gradients):
@@ -98,13 +92,13 @@ def _token_level(head, hidden, targets, temperature, tokens, objective, rows, lo
     buffer = logits_buffer(head, rows.numel())
     for chunk in chunks(rows.numel(), buffer.shape[0]):
         at = rows[chunk]
-        operand, e, row_stats, logp, row_temperature = forward_rows(
+        operand, e, row_stats, row_temperature = forward_rows(
             head, hidden, targets, temperature, at, buffer, entropy is not None
         )
-        logprobs[at] = logp
+        logprobs[at] = row_stats.logprobs
         if entropy is not None:
             entropy[at] = row_stats.entropy
-        terms = policy_terms(logp, tokens.take(at), objective, None if entropy is None else entropy[at])
+        terms = policy_terms(logprobs[at], tokens.take(at), objective, None if entropy is None else entropy[at])
         loss, stats = loss + terms.loss, stats + terms.stats
         row_scale = head.gradient_(
             e, row_stats, targets[at], row_temperature, terms.grad_logprobs, terms.grad_entropy if bonus else None
@@ -122,27 +116,26 @@ def _sequence_level(head, hidden, targets, temperature, tokens, objective, offse
         buffer = logits_buffer(head, rows.numel())
         for chunk in chunks(rows.numel(), buffer.shape[0]):
             at = rows[chunk]
-            _, e, row_stats, logp, row_temperature = forward_rows(
+            _, e, row_stats, row_temperature = forward_rows(
                 head, hidden, targets, temperature, at, buffer, entropy is not None
             )
-            logprobs[at] = logp
+            logprobs[at] = row_stats.logprobs
             if entropy is not None:
                 entropy[at] = row_stats.entropy
             row_scale = head.gradient_(e, row_stats, targets[at], row_temperature, None)
-            gradients.hidden[at] = head.grad_hidden(e, row_scale).to(hidden.dtype)
+            gradients.hidden[at] = head.grad_hidden(e, row_scale).to(gradients.hidden.dtype)
     else:
         score(head, hidden, targets, temperature, rows, logprobs, entropy)
     terms = policy_terms(logprobs, tokens, objective, entropy, offsets)
     if slopes:
-        gradients.hidden.mul_(terms.grad_logprobs[:, None].to(hidden.dtype))
+        gradients.hidden.mul_(terms.grad_logprobs[:, None])
         return terms.loss, terms.stats
     moving = terms.grad_logprobs != 0
     if bonus:
         moving = moving | (terms.grad_entropy != 0)
-    needs = gradients.hidden is not None, gradients.weight is not None, gradients.bias is not None
-    gradients.hidden, gradients.weight, gradients.bias = recompute_gradients(
+    recompute_gradients(
         head, hidden, targets, temperature, moving.nonzero().squeeze(1),
-        terms.grad_logprobs, terms.grad_entropy if bonus else None, needs, grad_weight=gradients.weight,
+        terms.grad_logprobs, terms.grad_entropy if bonus else None, gradients,
     )  # fmt: skip
     return terms.loss, terms.stats
 
@@ -160,7 +153,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = head.prepared()
             common = head, hidden, targets, temperature
-            gradients = _Gradients(head, hidden, needs, grad_weight_buffer)
+            gradients = Gradients(head, hidden, needs, grad_weight_buffer, _kept_dtype(hidden.dtype))
             if skip_inactive:
                 outputs[:, still] = float("nan")
                 tokens = tokens._replace(weights=tokens.weights.index_fill(0, still, 0.0))
@@ -179,9 +172,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
                                         None if entropy is None else entropy[still])  # fmt: skip
                     loss, stats = loss + rest.loss, stats + rest.stats
         ctx.buffered = grad_weight_buffer is not None
-        weight_grad = None if ctx.buffered or gradients.weight is None else gradients.weight.to(weight.dtype)
-        bias_grad = None if gradients.bias is None else gradients.bias.to(bias.dtype)
-        ctx.gradients = (gradients.hidden, weight_grad, bias_grad)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        made = gradients.hidden, None if ctx.buffered else gradients.weight, gradients.bias
+        ctx.gradients = [
+            None if grad is None else grad.to(_kept_dtype(dtype)) for grad, dtype in zip(made, ctx.dtypes, strict=True)
+        ]
         ctx.mark_non_differentiable(stats, logprobs, *(() if entropy is None else (entropy,)))
         return loss, stats, logprobs, entropy
 
@@ -200,7 +195,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
             for grad in gradients:
                 if grad is not None:
                     grad.mul_(grad_loss)
-        return *gradients, *(None,) * 7
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return *cast, *(None,) * 7
 
 
 def _require_unit(grad_loss: Tensor) -> None:
@@ -262,7 +258,7 @@ def linear_policy_loss(
     process_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Policy loss from hidden states: `linear_logprob` and `policy_loss` in one, at the cost the top of this module says.
+    """Policy loss from hidden states: `linear_logprob` and `policy_loss` in one, at the cost named above.
 
     Args:
         hidden: ``[N, H]`` packed or ``[B, T, H]`` padded, floating point.
@@ -287,6 +283,7 @@ def linear_policy_loss(
         TypeError: an argument has the wrong dtype or type.
     """
     op = "linear_policy_loss"
+    require_tensors(op, hidden=hidden, targets=targets)
     require(hidden.dim() in (2, 3), f"{op}: hidden must have shape [N, H] or [B, T, H], got {tuple(hidden.shape)}")
     head, temperatures = make_head(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
@@ -297,6 +294,7 @@ def linear_policy_loss(
         advantages, weights, old_logprobs, ref_logprobs, correction, cu_seqlens,
     )  # fmt: skip
     if grad_weight_buffer is not None:
+        require_floating(op, grad_weight_buffer=grad_weight_buffer)
         require_shape(op, weight.shape, grad_weight_buffer=grad_weight_buffer)
         require_device(op, weight.device, grad_weight_buffer=grad_weight_buffer)
         if grad_weight_buffer.dtype != head.dtype:

@@ -18,13 +18,14 @@ from grpo_kernels._common import (
     require,
     require_device,
     require_floating,
+    require_tensors,
 )
 
 
 def masked_mean_ref(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """The definition above, differentiated by autograd: the oracle of the tests."""
     mask = mask.bool().expand(values.shape)
-    selected = torch.where(mask, values, 0.0)
+    selected = torch.where(mask, values.to(accumulation_dtype(values)), 0.0)
     return selected.sum() / mask.sum() if dim is None else selected.sum(dim) / mask.sum(dim)
 
 
@@ -70,6 +71,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend
         TypeError: `values` is not floating point.
     """
     op = "masked_mean"
+    require_tensors(op, values=values, mask=mask)
     require_floating(op, values=values)
     require_device(op, values.device, mask=mask)
     try:

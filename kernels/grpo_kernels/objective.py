@@ -25,7 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import require, require_floating, sequence_ids, sequence_offsets
+from grpo_kernels._common import (
+    require,
+    require_floating,
+    require_number,
+    require_tensors,
+    sequence_ids,
+    sequence_offsets,
+)
 from grpo_kernels.kl import KL_ESTIMATORS
 
 KINDS = ("clip", "cispo", "sapo", "reinforce")
@@ -76,6 +83,10 @@ class PolicyObjective:
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(value in allowed, f"PolicyObjective: {name}={value!r} is unknown; choose one of {allowed}")
+        for name in ("epsilon", "epsilon_high", "delta", "beta", "entropy_coef"):
+            require_number("PolicyObjective", name, getattr(self, name))
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            require_number("PolicyObjective", name, getattr(self, name))
         require(0 < self.epsilon < 1, f"PolicyObjective: epsilon must be in (0, 1), got {self.epsilon}")
         for name in ("epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg"):
             value = getattr(self, name)
@@ -156,6 +167,7 @@ def token_weights(
     """
     op = "token_weights"
     require(aggregation in AGGREGATIONS, f"{op}: aggregation={aggregation!r} is unknown; choose one of {AGGREGATIONS}")
+    require_tensors(op, mask=mask)
     require(mask.dim() in (1, 2), f"{op}: mask must have shape [B, T] or [N], got {tuple(mask.shape)}")
     counted = (mask != 0).to(torch.float32)
     if aggregation == "token_mean":

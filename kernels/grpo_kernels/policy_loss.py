@@ -27,6 +27,7 @@ from grpo_kernels._common import (
     require_device,
     require_floating,
     require_shape,
+    require_tensors,
     sequence_ids,
     sequence_offsets,
 )
@@ -81,10 +82,11 @@ def _sapo_temperature(A: Tensor, o: PolicyObjective) -> Tensor:
 
 def policy_loss_ref(logprobs, tokens: Tokens, objective: PolicyObjective, entropy=None, offsets=None):
     """The equation above on flat ``[N]`` tensors, differentiated by autograd: the oracle of the tests."""
+    counted = tokens.weights != 0
+    tokens = Tokens(*(None if field is None else torch.where(counted, field, 0.0) for field in tokens))
     o, (A, w, old, ref, rho) = objective, tokens
-    counted = w != 0
     logp = torch.where(counted, logprobs, 0.0)
-    log_ratio = logp - (logp.detach() if old is None else torch.where(counted, old, 0.0))
+    log_ratio = logp - (logp.detach() if old is None else old)
     counts = counted.to(logp.dtype)
     if o.level == "sequence":
         ids = sequence_ids(offsets, logp.numel())
@@ -109,7 +111,7 @@ def policy_loss_ref(logprobs, tokens: Tokens, objective: PolicyObjective, entrop
         per_token = rho * per_token
     kl = torch.zeros_like(logp)
     if ref is not None:
-        kl = kl_estimate_ref(logp, torch.where(counted, ref, 0.0), o.kl)
+        kl = kl_estimate_ref(logp, ref, o.kl)
         per_token = per_token + o.beta * kl * (ratio if o.kl_bias_correction else 1.0)
     if entropy is not None:
         per_token = per_token - o.entropy_coef * entropy
@@ -138,7 +140,7 @@ def _cispo(ratio, logp, A, o):
 def _sapo(ratio, logp, A, o):
     tau = _sapo_temperature(A, o)
     gate = torch.sigmoid(tau * (ratio - 1))
-    slope = 4 * gate * (1 - gate) * ratio
+    slope = 4 * gate * torch.sigmoid(-tau * (ratio - 1)) * ratio
     return -4 / tau * gate * A, torch.where(gate < 1, -A * slope, 0.0), None
 
 
@@ -262,9 +264,15 @@ def flatten_tokens(
 ) -> tuple[Tokens, Tensor | None]:
     """Check the loss's per-token arguments and flatten them; also return the offsets of the sequences."""
     require_objective(op, objective)
+    require_tensors(op, advantages=advantages, weights=weights)
     require(len(shape) in (1, 2), f"{op}: tensors must be packed [N] or padded [B, T], got shape {tuple(shape)}")
     require_reference(op, objective, ref_logprobs)
-    fields = dict(weights=weights, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction)
+    fields = {
+        "weights": weights,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "correction": correction,
+    }
     require_floating(op, advantages=advantages, **fields)
     require_device(op, device, advantages=advantages, **fields)
     offsets = sequence_offsets(op, shape, cu_seqlens, device)
@@ -296,7 +304,7 @@ def policy_loss(
 
     Args:
         logprobs: ``[N]`` packed or ``[B, T]`` padded (a sequence a row) log-probabilities under the policy, nats.
-        advantages: same shape, or one a sequence (``[B]``, or ``[S]`` with `cu_seqlens`).
+        advantages: same shape, or one a sequence (``[B]``, or ``[S]`` with `cu_seqlens`; where S = N, one a token).
         weights: same shape; mask and normaliser, from `token_weights`. 0 removes a token altogether.
         objective: what is minimised; see `PolicyObjective` and `PRESETS`.
         old_logprobs: log-probabilities under the policy that sampled the tokens. None: the present ones, so every
@@ -316,6 +324,7 @@ def policy_loss(
         TypeError: an argument has the wrong dtype or type.
     """
     op = "policy_loss"
+    require_tensors(op, logprobs=logprobs)
     require_floating(op, logprobs=logprobs, entropy=entropy)
     require_device(op, logprobs.device, entropy=entropy)
     require_shape(op, logprobs.shape, entropy=entropy)
