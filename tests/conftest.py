@@ -11,7 +11,7 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """`torch.empty` and its kin come filled with NaN (integers: the largest), so a value that was never written shows."""
+    """`torch.empty` and its kin come filled with NaN (integers: the largest), so that an unwritten value shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,8 +1,8 @@
 """What is right, and how far from it a result may be.
 
-Truth is the operation's `<op>_ref` (``backend="reference"``: full logits, autograd) in float64 on the same input values.
-Native is the same reference in the dtype at hand: float32 as it is, 16-bit types under autocast, where the product of
-the head is made and stored in 16 bits as a model's own `lm_head` does. A result passes when
+Truth is the operation's `<op>_ref` (``backend="reference"``: full logits, autograd) in float64 on the same input
+values. Native is the same reference in the dtype at hand: float32 as it is, 16-bit types under autocast, where the
+product of the head is made and stored in 16 bits, as a model's own `lm_head` does. A result passes when
 
     ||result - truth|| / ||truth||  <=  2 * ||native - truth|| / ||truth|| + SLACK[result's dtype]
 """
