@@ -81,13 +81,11 @@ def test_first_update_on_fresh_samples(name):
     torch.testing.assert_close(again["d logprobs"], results["d logprobs"])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+# cispo stops the gradient of the ratio, which finite differences cannot.
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].kind != "cispo"])
 def test_gradcheck(name):
     arguments = make(dtype=torch.float64)
     leaves = arguments.pop("logprobs"), arguments.pop("entropy")
-    # cispo stops the gradient of the ratio, which finite differences cannot.
-    if OBJECTIVES[name].kind == "cispo":
-        pytest.skip("cispo's value is not the integral of its gradient")
 
     def loss(logprobs, entropy):
         return policy_loss(logprobs, objective=OBJECTIVES[name], entropy=entropy, **arguments).loss
@@ -140,12 +138,8 @@ def test_the_bound_itself_still_has_a_gradient(advantage, side):
     objective = PolicyObjective(epsilon=0.5)
     bound = 1.5 if advantage > 0 else 0.5
     # exp(log(x)) need not be x, so the ratio of exactly the bound is searched for.
-    log_ratio = next(
-        x
-        for x in torch.tensor(math.log(bound), dtype=torch.float64)
-        + torch.arange(-4.0, 5.0, dtype=torch.float64) * 2.0**-53
-        if x.exp() == bound
-    )
+    nearby = math.log(bound) + torch.arange(-4.0, 5.0, dtype=torch.float64) * 2.0**-53
+    log_ratio = next(x for x in nearby if x.exp() == bound)
     outward = 1 if advantage > 0 else -1
     log_ratio = log_ratio.item() + outward * {"on": 0, "inside": -1e-9, "outside": 1e-9}[side]
     logprobs = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
