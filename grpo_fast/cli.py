@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from grpo_fast import __version__
-from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest
+from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
+from grpo_fast.errors import UserError, import_extra, nearest, one_line
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"grpo-fast: error: {error.strerror or error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ngrpo-fast: interrupted; what was measured so far is in the run folder", file=sys.stderr)
+        print("\ngrpo-fast: interrupted", file=sys.stderr)
         return 130
 
 
@@ -56,7 +57,9 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
         UserError: a missing file, an unknown field, or a value that is not allowed.
     """
     jsonargparse = import_extra("jsonargparse", "train")
-    parser = jsonargparse.ArgumentParser(prog="grpo-fast train", exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog="grpo-fast train", usage="grpo-fast train CONFIG.yaml [--field value ...]", exit_on_error=False
+    )
     parser.add_argument("--config", action="config", help="YAML file; may also be given as the first argument.")
     parser.add_class_arguments(GRPOConfig, instantiate=False)
     argv = list(argv)
@@ -69,7 +72,7 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     try:
         values = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
-        raise UserError(_one_line(str(error))) from None
+        raise UserError(_explain(one_line(error, limit=2000))) from None
     values = values.clone().as_dict() if hasattr(values, "clone") else dict(values)
     values.pop("config", None)
     if values.get("run_name") is None and path is not None:
@@ -84,27 +87,41 @@ def _check_file(path: Path) -> None:
         raise UserError(f"no such file: {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(str(error))}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
     for name in content:
         if name not in FIELDS:
-            raise UserError(f"{path}: unknown field {name!r}{nearest(str(name), FIELDS)}")
+            raise UserError(f"{path}: unknown field {name!r}{_instead(str(name))}")
 
 
 def _check_options(argv: list[str]) -> None:
-    for argument in argv:
+    for index, argument in enumerate(argv):
+        if argument.endswith((".yaml", ".yml")) and index and not argument.startswith("-"):
+            raise UserError(f"{argument}: the configuration file goes first, before the options")
         if not argument.startswith("--"):
             continue
         name = argument[2:].split("=")[0].split(".")[0].removesuffix("+")
         if name not in FIELDS | {"config", "help", "print_config"}:
-            raise UserError(f"unknown option --{name}{nearest(name, FIELDS)}")
+            raise UserError(f"unknown option --{name}{_instead(name)}")
 
 
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return re.sub(r"<class '(\w+)'>", r"\1", text.removeprefix("Parser key ")).replace("typing.", "")
+def _instead(name: str) -> str:
+    """What an unknown field may have meant: another name of ours, or one of TRL's."""
+    if name in TRL_FIELDS_INSTEAD:
+        return f"; set {TRL_FIELDS_INSTEAD[name]} instead"
+    return nearest(name, FIELDS)
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's complaint about a value, in the words of the other errors."""
+    found = re.search(r'key "(\w+)":.*(?:Got value|Given value): (.*)', message)
+    if not found or found[1] not in FIELDS:
+        return message
+    hint = get_type_hints(GRPOConfig)[found[1]]
+    kind = str(hint).replace("typing.", "") if get_args(hint) else hint.__name__
+    return f"{found[1]}={found[2].strip()!r} is not allowed: it must be {kind}"
 
 
 def train(argv: Sequence[str]) -> int:
@@ -118,17 +135,8 @@ def train(argv: Sequence[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     from grpo_fast.trainer import GRPOTrainer
 
-    trainer = GRPOTrainer(config)
-    save_config(config, trainer.run_folder)
-    trainer.train()
+    GRPOTrainer(config).train()
     return 0
-
-
-def save_config(config: GRPOConfig, folder: Path) -> None:
-    import yaml
-
-    resolved = dataclasses.asdict(config) | {"output_dir": str(folder)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
 
 COMMANDS = {"train": train}

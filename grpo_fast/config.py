@@ -29,9 +29,9 @@ class GRPOConfig:
         dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``.
         dataset_config: configuration of a hub dataset.
         dataset_kwargs: arguments of a built-in dataset.
-        dataset_train_split: split to train on.
-        dataset_test_split: split to evaluate on; for files without splits, see eval_dataset_name.
-        eval_dataset_name: file or dataset to evaluate on, if it is not a split of dataset_name.
+        dataset_train_split: split of a hub dataset to train on.
+        dataset_test_split: split of a hub dataset to evaluate on.
+        eval_dataset_name: file to evaluate on; without it, dataset_test_split, or a held-out share of a file's rows.
         prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
         system_prompt: system message put before a templated prompt, which then is a chat.
         apply_chat_template: turn a templated prompt into a chat even without a system message.
@@ -49,10 +49,10 @@ class GRPOConfig:
         top_p: nucleus sampling.
         top_k: sample among the k likeliest tokens; 0 for all.
         min_p: drop tokens below this fraction of the likeliest one's probability.
-        generation_kwargs: more arguments for transformers' GenerationConfig.
+        generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``.
         num_generations_eval: completions for each evaluation prompt.
         max_tokens_per_generation_batch: tokens (prompts and longest completions) that are sampled at once.
-        loss_type: a preset of the objective; see `grpo_kernels.PRESETS`.
+        loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, gspo or reinforce.
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
@@ -87,7 +87,7 @@ class GRPOConfig:
     """
 
     model_name_or_path: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     model_init_kwargs: dict[str, Any] | None = None
@@ -167,14 +167,16 @@ class GRPOConfig:
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
-            allowed = _literals(hint)
-            if allowed and getattr(self, name) not in allowed:
-                _refuse(name, getattr(self, name), f"one of {', '.join(map(str, allowed))}")
+            value, allowed = getattr(self, name), _literals(hint)
+            if allowed and value not in allowed:
+                _refuse(name, value, f"one of {', '.join(map(str, allowed))}")
+            if value is None and type(None) not in get_args(hint):
+                _refuse(name, value, "set; leave the field out for its default")
         for names, holds, allowed in _RANGES:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and holds(value)):
-                    _refuse(name, value, allowed)
+                    _refuse(name, value, f"a finite number, {allowed}")
         if not self.dataset_name:
             raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
         if not self.reward_funcs:
@@ -188,12 +190,14 @@ class GRPOConfig:
             raise UserError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
             )
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            _refuse("reward_weights", self.reward_weights, "finite numbers")
         if self.loss_type not in PRESETS:
             _refuse("loss_type", self.loss_type, f"one of {', '.join(PRESETS)}")
         try:
             self.objective()
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(str(error).removeprefix("PolicyObjective: ")) from None
 
     @property
     def prompts_per_step(self) -> int:
@@ -222,6 +226,17 @@ class GRPOConfig:
         )
 
 
+# Fields of TRL that have another name, or another home, here.
+TRL_FIELDS_INSTEAD = {
+    "per_device_train_batch_size": "generation_batch_size (and max_tokens_per_microbatch for the memory)",
+    "gradient_accumulation_steps": "max_tokens_per_microbatch",
+    "steps_per_generation": "num_iterations",
+    "num_train_epochs": "max_steps",
+    "repetition_penalty": "generation_kwargs",
+    "warmup_ratio": "warmup_steps (below 1, it is a share of max_steps)",
+    "log_completions": "log_completions_steps",
+}
+
 _RANGES = [
     (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
     (
@@ -235,10 +250,11 @@ _RANGES = [
     ),
     (("temperature", "learning_rate", "adam_epsilon"), lambda v: v > 0, "above 0"),
     (
-        ("top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "seed"),
+        ("top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps"),
         lambda v: v >= 0,
         "at least 0",
     ),
+    (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
     (("top_p",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
     (("min_p", "adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
 ]  # fmt: skip

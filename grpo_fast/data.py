@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest
+from grpo_fast.errors import UserError, import_extra, nearest, one_line
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
@@ -76,24 +76,38 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
             needs and a row lacks, or an empty split.
     """
     train, test = _load_splits(config)
+    train = _with_prompts(train, config)
     if test is None:
         shuffled = list(train)
         random.Random(config.seed).shuffle(shuffled)
         size = min(config.max_eval_samples or MAX_HELD_OUT, max(int(HELD_OUT_SHARE * len(train)), 1), len(train) - 1)
-        train, test = shuffled[size:], shuffled[:size]
-    splits = []
-    for name, rows, limit in (
-        ("training", train, config.max_train_samples),
-        ("evaluation", test, config.max_eval_samples),
-    ):
+        train, test = shuffled[max(size, 0) :], shuffled[: max(size, 0)]
+    else:
+        test = _with_prompts(test, config)
+    for name, rows, instead in (("training", train, ""), ("evaluation", test, "; set eval_dataset_name")):
         if not rows:
-            raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}")
-        splits.append([{**row, "prompt": build_prompt(row, config)} for row in rows[:limit]])
-    return splits[0], splits[1]
+            raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}{instead}")
+    return train[: config.max_train_samples], test[: config.max_eval_samples]
+
+
+def _with_prompts(rows: list[Row], config: GRPOConfig) -> list[Row]:
+    """Every row with its prompt and with all columns of the data, None where it lacks one."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    made = []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append({**columns, **row, "prompt": build_prompt(row, config)})
+        except UserError as error:
+            raise UserError(f"{config.dataset_name}, row {number}: {error}") from None
+    return made
 
 
 def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
     name = config.dataset_name
+    if name in GENERATED and config.eval_dataset_name:
+        raise UserError(f"eval_dataset_name goes with files and hub datasets; {name!r} brings its own held-out rows")
+    if (name in GENERATED or _is_file(name)) and config.dataset_train_split != "train":
+        raise UserError(f"dataset_train_split={config.dataset_train_split!r} goes with hub datasets, not with {name!r}")
     if name in GENERATED:
         return _generate(name, config.dataset_kwargs or {})
     if config.dataset_kwargs:
@@ -110,9 +124,11 @@ def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
     try:
         loaded = datasets.load_dataset(name, config.dataset_config)
     except Exception as error:
-        raise UserError(f"dataset_name={name!r} could not be loaded: {_first_line(error)}") from None
+        raise UserError(f"dataset_name={name!r} could not be loaded: {one_line(error)}") from None
     if config.dataset_train_split not in loaded:
         raise UserError(f"dataset_train_split={config.dataset_train_split!r} is not in {name!r}: it has {list(loaded)}")
+    if config.dataset_test_split not in loaded and config.dataset_test_split != "test":
+        raise UserError(f"dataset_test_split={config.dataset_test_split!r} is not in {name!r}: it has {list(loaded)}")
     train = list(loaded[config.dataset_train_split])
     if config.eval_dataset_name:
         return train, read_file(config.eval_dataset_name)
@@ -124,15 +140,14 @@ def _generate(name: str, kwargs: dict[str, Any]) -> tuple[list[Row], list[Row]]:
     for key in kwargs:
         if key not in known:
             raise UserError(f"dataset_kwargs: {name} takes {', '.join(known)}, not {key!r}{nearest(key, known)}")
+        if not isinstance(kwargs[key], type(known[key].default)):
+            kind = type(known[key].default).__name__
+            raise UserError(f"dataset_kwargs: {key}={kwargs[key]!r} is not allowed: it must be of type {kind}")
     return GENERATED[name](**kwargs)
 
 
 def _is_file(name: str) -> bool:
     return Path(name).suffix in (".jsonl", ".json", ".parquet")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_file(name: str) -> list[Row]:
@@ -147,13 +162,13 @@ def read_file(name: str) -> list[Row]:
         try:
             return list(datasets.Dataset.from_parquet(str(path)))
         except Exception as error:
-            raise UserError(f"{name} is not a readable parquet file: {_first_line(error)}") from None
+            raise UserError(f"{name} is not a readable parquet file: {one_line(error)}") from None
     if path.suffix != ".json":
         raise UserError(f"{name}: only .jsonl, .json and .parquet files can be read")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{name} is not valid JSON: {error}") from None
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON: {one_line(error)}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{name} must hold a list of objects")
     return rows
@@ -165,9 +180,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not valid JSON: {one_line(error)}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
             yield row
@@ -177,40 +192,50 @@ def build_prompt(row: Row, config: GRPOConfig) -> Prompt:
     """The row's prompt: its ``prompt`` column, or `prompt_template` filled with its columns."""
     if config.prompt_template is None:
         if "prompt" not in row:
-            raise UserError(
-                f"dataset_name={config.dataset_name!r} has no column 'prompt' (it has {', '.join(row)}); "
-                "set prompt_template, as in '{question}'"
-            )
-        prompt = row["prompt"]
-        messages = isinstance(prompt, list) and all(isinstance(m, dict) and "content" in m for m in prompt)
-        if not (isinstance(prompt, str) or (messages and prompt)):
-            raise UserError(f"column 'prompt' must hold text or a list of chat messages, got {prompt!r:.80}")
-        return prompt
+            raise UserError(f"no column 'prompt' (it has {', '.join(row)}); set prompt_template, as in '{{question}}'")
+        return _checked_prompt(row["prompt"])
     try:
         text = config.prompt_template.format_map(row)
-    except (KeyError, IndexError) as error:
-        raise UserError(f"prompt_template uses column {error}, but the dataset has {', '.join(row)}") from None
+    except KeyError as error:
+        raise UserError(f"prompt_template uses column {error}, but there is {', '.join(row)}") from None
+    except (ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"prompt_template={config.prompt_template!r} cannot be filled: {one_line(error)}") from None
     if not (config.apply_chat_template or config.system_prompt):
-        return text
+        return _checked_prompt(text)
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-    return [*system, {"role": "user", "content": text}]
+    return _checked_prompt([*system, {"role": "user", "content": text}])
+
+
+def _checked_prompt(prompt: object) -> Prompt:
+    if isinstance(prompt, str):
+        texts = [prompt]
+    elif isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+        texts = [message.get(key) for message in prompt for key in ("role", "content")]
+    else:
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"a prompt must be text, or chat messages with a role and a content, got {prompt!r:.80}")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid Unicode: {one_line(error)}") from None
+    return prompt
 
 
 def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[int]]:
     """Token ids of every row's prompt, by the model's chat template where the prompt is a chat."""
     encoded = []
-    for row in rows:
-        prompt = row["prompt"]
+    for prompt in (row["prompt"] for row in rows):
         if isinstance(prompt, str):
             encoded.append(tokenizer(prompt)["input_ids"])
             continue
         if tokenizer.chat_template is None:
-            raise UserError(
-                f"the tokenizer of {config.model_name_or_path!r} has no chat template, but prompts are chats"
-            )
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(config.chat_template_kwargs or {})
-        )
+            raise UserError(f"{config.model_name_or_path!r} has no chat template, but the prompts are chats")
+        arguments = {"add_generation_prompt": True, **(config.chat_template_kwargs or {})}
+        try:
+            ids = tokenizer.apply_chat_template(prompt, **{**arguments, "tokenize": True, "return_dict": False})
+        except Exception as error:
+            raise UserError(f"the chat template refuses {prompt!r:.80}: {one_line(error)}") from None
         encoded.append(list(ids))
     return encoded
 

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 
 class UserError(ValueError):
     """Wrong input. The command line prints its one line and exits with status 2; no traceback."""
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """An exception's message without its line breaks, or its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Report a full or unwritable disk in one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or one_line(error)}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ def sample_and_score(
 ) -> tuple[list[Response], list[str], Rewards]:
     """Sample `num_generations` responses to each row and score them: (responses, their texts, rewards)."""
     responses = rollout.generate(prompt_ids, sampling)
-    ids = [response.token_ids for response in responses]
+    ids = [list(response.token_ids) for response in responses]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     repeated = [row for row in rows for _ in range(sampling.num_generations)]
     prompts = [row["prompt"] for row in repeated]

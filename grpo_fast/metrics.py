@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_fast.advantages import nanstd
+from grpo_fast.errors import writing
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
+from grpo_kernels import PolicyObjective
 
 
-def reward_metrics(names: list[str], rewards: Rewards, group_std: Tensor, equal: Tensor) -> dict[str, float]:
-    """``reward``, ``reward_std`` (mean over groups), ``frac_reward_zero_std`` and mean and std of each function."""
+def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
+    """``reward`` and ``reward_std`` of the batch, ``frac_reward_zero_std``, and mean and std of each function."""
     metrics = {
-        "reward": rewards.total.mean().item(),
-        "reward_std": group_std.mean().item(),
+        "reward": rewards.total.nanmean().item(),
+        "reward_std": nanstd(rewards.total).item(),
         "frac_reward_zero_std": equal.float().mean().item(),
     }
     for index, name in enumerate(names):
-        values = rewards.each[:, index]
-        values = values[~values.isnan()]
-        metrics[f"rewards/{name}/mean"] = values.mean().item()
-        metrics[f"rewards/{name}/std"] = values.std().item() if values.numel() > 1 else 0.0
+        metrics[f"rewards/{name}/mean"] = rewards.each[:, index].nanmean().item()
+        metrics[f"rewards/{name}/std"] = nanstd(rewards.each[:, index]).item()
     return metrics
 
 
@@ -45,32 +48,58 @@ def completion_metrics(responses: list[Response]) -> dict[str, float]:
     return metrics
 
 
-def loss_metrics(loss: Tensor, stats: dict[str, Tensor], clips: bool, uses_reference: bool) -> dict[str, float]:
-    """From the sums that `linear_policy_loss` returned, added up over the microbatches of a step."""
+def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: PolicyObjective) -> dict[str, float]:
+    """From the sums that `linear_policy_loss` returned, added up over the microbatches of a step.
+
+    Entropy, KL and clip ratios are means over the tokens (sequences, where ratios are theirs) that were computed:
+    groups dropped for want of variance are not among them. `stats` is None where all were dropped.
+    """
+    if stats is None:
+        return {"loss": loss.item()}
     sums = {name: value.item() for name, value in stats.items()}
     tokens, ratios = max(sums["tokens"], 1.0), max(sums["ratios"], 1.0)
     metrics = {"loss": loss.item(), "entropy": sums["entropy"] / tokens}
-    if uses_reference:
+    if objective.uses_reference:
         metrics["kl"] = sums["kl"] / tokens
-    if clips:
-        low, high = sums["clip_low"] / ratios, sums["clip_high"] / ratios
+    low, high = sums["clip_low"] / ratios, sums["clip_high"] / ratios
+    if objective.kind == "clip":
         metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    elif objective.kind == "cispo":
+        metrics["cispo_clip_ratio"] = high
     return metrics
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one object a line, flushed at once, so that an interrupted run keeps its figures."""
+def json_ready(content: Any) -> Any:
+    """`content` with None for what JSON has no number for: NaN and the infinities."""
+    if isinstance(content, dict):
+        return {key: json_ready(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [json_ready(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+class LinesFile:
+    """A JSON-lines file, an object a line, flushed at once, so that an interrupted run keeps what it wrote."""
 
     def __init__(self, path: Path):
-        self.file = path.open("w", encoding="utf-8")
+        self.path, self.file = path, None
 
-    def write(self, metrics: dict[str, float]) -> None:
-        plain = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
+    def write(self, entry: dict[str, Any]) -> None:
+        with writing(self.path):
+            if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open("w", encoding="utf-8")
+            self.file.write(json.dumps(json_ready(entry), ensure_ascii=False) + "\n")
+            self.file.flush()
 
-    def close(self) -> None:
-        self.file.close()
+    def __enter__(self) -> LinesFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            # What could not be flushed was reported when it was written.
+            with suppress(OSError):
+                self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

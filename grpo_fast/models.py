@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest
+from grpo_fast.errors import UserError, import_extra, nearest, one_line
 
 # A Llama small enough to learn from random weights on a laptop.
 RANDOM_LLAMA = {
@@ -33,10 +33,33 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
         UserError: the model cannot be found or loaded, or an argument of it is unknown.
     """
     loader = BUILT_IN.get(config.model_name_or_path, _from_pretrained)
-    model, tokenizer = loader(config)
+    try:
+        model, tokenizer = loader(config)
+    except UserError:
+        raise
+    except Exception as error:
+        # Libraries report a broken folder or an impossible option by exceptions of many types.
+        name, reason = config.model_name_or_path, one_line(error)
+        raise UserError(f"model_name_or_path={name!r} could not be loaded: {type(error).__name__}: {reason}") from None
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Padding is masked, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
+
+
+def check_vocabulary(model: nn.Module, encoded: list[list[int]], tokenizer: Any) -> None:
+    """Every token of the prompts, and those that pad and end, must have an embedding.
+
+    Raises:
+        UserError: tokenizer and model do not belong together.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    largest = max(max(map(max, encoded)), tokenizer.pad_token_id, tokenizer.eos_token_id or 0)
+    if largest >= size:
+        raise UserError(
+            f"token id {largest} of the tokenizer is outside the model's vocabulary of {size}; "
+            "tokenizer and model do not belong together"
+        )
 
 
 def _dtype(config: GRPOConfig) -> torch.dtype | str:
@@ -52,15 +75,17 @@ def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
             f"nor one of {', '.join(BUILT_IN)}{nearest(name, BUILT_IN)}"
         )
     options = {"trust_remote_code": config.trust_remote_code}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=_dtype(config), attn_implementation=config.attn_implementation,
-            **options, **(config.model_init_kwargs or {}),
-        )  # fmt: skip
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model_name_or_path={name!r} could not be loaded: {reason}") from None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        name, dtype=_dtype(config), attn_implementation=config.attn_implementation, output_loading_info=True,
+        **options, **(config.model_init_kwargs or {}),
+    )  # fmt: skip
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"model_name_or_path={name!r} lacks {len(missing)} weights, which would be random: {', '.join(missing[:3])}"
+            + (", ..." if len(missing) > 3 else "")
+        )
     return model, tokenizer
 
 
@@ -79,10 +104,11 @@ def _random_llama(config: GRPOConfig) -> tuple[nn.Module, Any]:
     transformers = import_extra("transformers", "train")
     tokenizer = digit_tokenizer()
     overrides = config.model_init_kwargs or {}
-    known = set(inspect.signature(transformers.LlamaConfig.__init__).parameters) - {"self", "kwargs"}
+    known = set(inspect.signature(transformers.LlamaConfig.__init__).parameters)
+    known -= {"self", "kwargs", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
     for key in overrides:
         if key not in known:
-            raise UserError(f"model_init_kwargs: LlamaConfig has no field {key!r}{nearest(key, known)}")
+            raise UserError(f"model_init_kwargs: {key!r} is not a field to set{nearest(key, known)}")
     llama = transformers.LlamaConfig(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, **{**RANDOM_LLAMA, **overrides},

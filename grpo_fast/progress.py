@@ -14,10 +14,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.report import Summary
+from grpo_fast.report import Summary, is_share, show
 
 # Lines printed in all where there is no terminal.
 PLAIN_LINES = 20
+PRETRAINED_RECIPE = Path("examples/smollm2_addition.yaml")
 
 
 class Progress:
@@ -25,10 +26,11 @@ class Progress:
 
     def __init__(self, config: GRPOConfig, run_folder: Path, metric: str, num_parameters: int):
         self.config, self.run_folder, self.metric = config, run_folder, metric
-        self.console = Console(highlight=False)
+        # Paths may hold brackets, which are not markup.
+        self.console = Console(highlight=False, markup=False)
         self.console.print(
-            f"[bold]{config.model_name_or_path}[/] ({_count(num_parameters)} parameters) on "
-            f"[bold]{config.dataset_name}[/]: {config.max_steps} steps of {config.prompts_per_step} prompts x "
+            f"{config.model_name_or_path} ({_count(num_parameters)} parameters) on "
+            f"{config.dataset_name}: {config.max_steps} steps of {config.prompts_per_step} prompts x "
             f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}",
             soft_wrap=True,
         )
@@ -37,7 +39,7 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -53,18 +55,23 @@ class Progress:
         self.bar.stop()
 
     def phase(self, text: str) -> None:
-        self.console.print(f"{text} ...")
+        self.console.print(f"{text} ...", soft_wrap=True)
+
+    def stopped(self, step: int, checkpoint: Path) -> None:
+        self.bar.stop()
+        self.console.print(f"stopped after step {step}; the model so far: {checkpoint}", soft_wrap=True)
 
     def started(self, before: float) -> None:
-        self.console.print(f"before: {self.metric} {before:.1%}")
+        self.console.print(f"before: {self.metric} {show(before, is_share(before))}")
         self.start = time.perf_counter()
         self.bar.update(self.task, visible=True)
 
     def update(self, metrics: dict[str, float]) -> None:
         step, total = metrics["step"], self.config.max_steps
         left = (time.perf_counter() - self.start) / step * (total - step)
+        score = metrics[f"rewards/{self.metric}/mean"]
         figures = (
-            f"reward {metrics['reward']:.3f}  {self.metric} {metrics[f'rewards/{self.metric}/mean']:.1%}  "
+            f"reward {metrics['reward']:.3f}  {self.metric} {show(score, is_share(score))}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  left {_clock(left)}"
         )
         self.bar.update(self.task, completed=step, figures=figures)
@@ -75,8 +82,9 @@ class Progress:
         table = Table(title=f"{summary.metric} on held-out prompts", title_justify="left")
         for column in ("before", "after", "steps", "training time"):
             table.add_column(column, justify="right")
+        share = is_share(summary.before, summary.after)
         table.add_row(
-            f"{summary.before:.1%}", f"{summary.after:.1%}", str(summary.steps), _clock(summary.train_seconds)
+            show(summary.before, share), show(summary.after, share), str(summary.steps), _clock(summary.train_seconds)
         )
         self.console.print(table)
         for label, path in (
@@ -86,14 +94,18 @@ class Progress:
             ("model", checkpoint),
         ):
             self.console.print(f"{label + ':':<13}{path}", soft_wrap=True)
-        command = _command()
-        self.console.print("\n[bold]What to try next[/]")
-        for hint, arguments in (
-            ("another objective", f"{self.run_folder / 'config.yaml'} --loss_type dr_grpo --output_dir runs/dr_grpo"),
-            ("a pretrained model", "examples/smollm2_addition.yaml"),
-            ("your own task", "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'"),
-        ):
-            self.console.print(f"  {hint + ':':<20}{command} train {arguments}", soft_wrap=True, markup=False)
+        self.console.print("\nWhat to try next", style="bold")
+        for hint, arguments in self._hints():
+            self.console.print(f"  {hint + ':':<20}{_command()} train {arguments}", soft_wrap=True)
+
+    def _hints(self) -> list[tuple[str, str]]:
+        hints = [
+            ("another objective", f"{self.run_folder / 'config.yaml'} --loss_type dr_grpo --output_dir runs/dr_grpo")
+        ]
+        if PRETRAINED_RECIPE.exists() and "smollm2" not in self.config.model_name_or_path:
+            hints.append(("a pretrained model", str(PRETRAINED_RECIPE)))
+        task = "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'"
+        return [*hints, ("your own task", task)]
 
 
 def _command() -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import writing
+from grpo_fast.metrics import json_ready
 
 
 @dataclass(frozen=True)
@@ -20,19 +25,38 @@ class Summary:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(json_ready(content), indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(path: Path, config: GRPOConfig) -> None:
+    """The configuration as resolved, to be given to ``grpo-fast train`` again."""
+    import yaml
+
+    with writing(path):
+        path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def is_share(*values: float) -> bool:
+    """Whether figures can be shown as percentages."""
+    return all(0 <= value <= 1 for value in values)
+
+
+def show(value: float, share: bool) -> str:
+    return f"{value:.1%}" if share else f"{value:.3f}"
 
 
 def _smooth(values: list[float], window: int) -> list[float]:
-    smoothed, total = [], 0.0
-    for index, value in enumerate(values):
-        total += value - (values[index - window] if index >= window else 0.0)
-        smoothed.append(total / min(index + 1, window))
-    return smoothed
+    """Means over the last `window` values; NaN counts in none."""
+    means = []
+    for end in range(1, len(values) + 1):
+        known = [value for value in values[max(end - window, 0) : end] if value == value]
+        means.append(sum(known) / len(known) if known else float("nan"))
+    return means
 
 
 def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> None:
-    """Draw reward, its spread within groups, the metric and the completions' length over the steps."""
+    """Draw reward, its spread, the metric and the completions' length over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,10 +67,11 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
     panels = [
         ("reward", "reward", "#1f6feb"),
         (metric, f"{summary.metric} (sampled in training)", "#1a7f37"),
-        ("reward_std", "reward std within a group", "#9a6700"),
+        ("reward_std", "reward std", "#9a6700"),
         ("completions/mean_length", "completion length (tokens)", "#8250df"),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    share = is_share(summary.before, summary.after, *(entry[metric] for entry in history))
     for axis, (name, title, color) in zip(axes.flat, panels, strict=True):
         values = [metrics[name] for metrics in history]
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
@@ -55,11 +80,12 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if name == metric:
-            axis.set_ylim(-0.03, 1.03)
+            if share:
+                axis.set_ylim(-0.03, 1.03)
             for value, label, place in ((summary.before, "before", steps[0]), (summary.after, "after", steps[-1])):
                 axis.scatter([place], [value], color="black", zorder=3, s=22)
                 axis.annotate(
-                    f"held out, {label}: {value:.1%}", (place, value), textcoords="offset points",
+                    f"held out, {label}: {show(value, share)}", (place, value), textcoords="offset points",
                     xytext=(8, 10) if label == "before" else (-8, -18), fontsize=9,
                     bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1},
                     ha="left" if label == "before" else "right",
@@ -67,9 +93,10 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
     for axis in axes[1]:
         axis.set_xlabel("optimizer step")
     figure.suptitle(
-        f"{summary.metric}: {summary.before:.1%} to {summary.after:.1%} in {summary.steps} steps, "
+        f"{summary.metric}: {show(summary.before, share)} to {show(summary.after, share)} in {summary.steps} steps, "
         f"{summary.train_seconds:.0f} s of training",
         fontsize=12,
     )  # fmt: skip
-    figure.savefig(path, dpi=130)
+    with writing(path):
+        figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import re
+import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from grpo_fast.errors import UserError, nearest
+from grpo_fast.errors import UserError, nearest, one_line
 
 RewardFunction = Callable[..., Sequence[float | None]]
+
+# What the trainer passes by name beside the data's own columns.
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 
 
 def text_of(message: str | list[dict[str, str]]) -> str:
@@ -85,46 +91,79 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A built-in by name, ``package.module.function``, or ``path/to/file.py:function``."""
+    """A built-in by name, ``package.module.function``, or ``path/to/file.py:function``.
+
+    Modules may lie in the present folder, and a file may import its neighbours.
+    """
     if name in REWARDS:
         return REWARDS[name]
     path, colon, attribute = name.rpartition(":")
-    if colon:
-        if not Path(path).is_file():
-            raise UserError(f"reward_funcs: no such file: {path} (from {name!r})")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module_name, _, attribute = name.rpartition(".")
-        if not module_name:
-            raise UserError(
-                f"reward_funcs: {name!r} is unknown{nearest(name, REWARDS)}; built in: {', '.join(REWARDS)}"
-            )
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise UserError(f"reward_funcs: cannot import {module_name!r} (from {name!r}): {error}") from None
+    try:
+        module = _load_file(path) if colon else _import_module(name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"reward_funcs: {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
+    attribute = attribute if colon else name.rpartition(".")[2]
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"reward_funcs: {name!r} names no function: {module.__name__} has no callable {attribute!r}")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"reward_funcs: {name!r} is async, which is not supported yet; make it a plain function")
     return function
 
 
+def _load_file(path: str) -> ModuleType:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"reward_funcs: no such file: {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None:
+        raise UserError(f"reward_funcs: {path} is not a Python file")
+    _extend_path(file.parent)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    module_name = name.rpartition(".")[0]
+    if not module_name:
+        known = ", ".join(REWARDS)
+        raise UserError(f"reward_funcs: {name!r} is unknown{nearest(name, REWARDS)}; built in: {known}")
+    _extend_path(Path.cwd())
+    return importlib.import_module(module_name)
+
+
+def _extend_path(folder: Path) -> None:
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+
+
 class Rewards(NamedTuple):
-    """Rewards of a batch: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None)."""
+    """Rewards of a batch: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None).
+
+    A completion for which every function returned None has the sum NaN.
+    """
 
     total: torch.Tensor
     each: torch.Tensor
 
 
 class RewardModel:
-    """The configured reward functions and their weights."""
+    """The configured reward functions and their weights.
+
+    Raises:
+        UserError: a function cannot be loaded, or two have the same name.
+    """
 
     def __init__(self, names: list[str], weights: list[float] | None):
         self.functions = [load_reward(name) for name in names]
         self.names = [getattr(function, "__name__", name) for function, name in zip(self.functions, names, strict=True)]
         self.weights = torch.tensor(weights or [1.0] * len(names))
+        for name, count in Counter(self.names).items():
+            if count > 1:
+                raise UserError(f"reward_funcs: {count} functions are named {name!r}; metrics need a name for each")
 
     def index(self, metric: str | None) -> int:
         if metric is None:
@@ -133,38 +172,80 @@ class RewardModel:
             raise UserError(f"eval_metric={metric!r} is not one of reward_funcs: {', '.join(self.names)}")
         return self.names.index(metric)
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Every function must accept the data's columns by name.
+
+        Raises:
+            UserError: a signature does not fit, or a column has a name that is taken.
+        """
+        columns = list(columns)
+        for name in RESERVED_COLUMNS:
+            if name in columns:
+                raise UserError(f"the dataset has a column {name!r}, which rewards get from the trainer; rename it")
+        arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns])
+        for name, function in zip(self.names, self.functions, strict=True):
+            try:
+                signature = inspect.signature(function)
+            except ValueError:
+                continue
+            try:
+                signature.bind(**arguments)
+            except TypeError as error:
+                raise UserError(
+                    f"reward function {name!r}{signature} does not fit: {error}; "
+                    f"it is called with {', '.join(arguments)}"
+                ) from None
+
     def __call__(self, prompts: list, completions: list, columns: dict[str, list[Any]]) -> Rewards:
-        """Call every function once on the whole batch.
+        """Call every function once on the whole batch; each gets lists of its own.
 
         Raises:
             UserError: a function raises, or returns the wrong number of rewards, NaN, infinity or not a number.
         """
         rows = []
         for name, function in zip(self.names, self.functions, strict=True):
+            arguments = {"prompts": prompts, "completions": completions, **columns}
+            arguments = {key: [_copied(value) for value in values] for key, values in arguments.items()}
             try:
-                values = function(prompts=prompts, completions=completions, **columns)
-            except Exception as error:
+                values = function(**arguments)
+            except (Exception, SystemExit) as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 raise UserError(
-                    f"reward function {name!r} raised {type(error).__name__}: {error} "
+                    f"reward function {name!r} raised {type(error).__name__}: {one_line(error)} "
                     f"({Path(place.filename).name}, line {place.lineno}; columns: {', '.join(columns)})"
                 ) from error
             rows.append(_checked(name, values, len(prompts)))
         each = torch.tensor(rows, dtype=torch.float32).T.contiguous()
-        return Rewards((each.nan_to_num(nan=0.0) * self.weights).sum(1), each)
+        total = (each.nan_to_num(nan=0.0) * self.weights).sum(1)
+        return Rewards(total.masked_fill(each.isnan().all(1), math.nan), each)
+
+
+def _copied(value: Any) -> Any:
+    """A list that a function may change without changing the trainer's: token ids, or chat messages."""
+    if not isinstance(value, list):
+        return value
+    return [dict(part) if isinstance(part, dict) else part for part in value]
 
 
 def _checked(name: str, values: object, expected: int) -> list[float]:
-    values = values.tolist() if isinstance(values, torch.Tensor) else values
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise UserError(f"reward function {name!r} must return a list of numbers, got {type(values).__name__}")
     if len(values) != expected:
         raise UserError(f"reward function {name!r} returned {len(values)} rewards for {expected} completions")
-    for index, value in enumerate(values):
-        number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-        if value is not None and not (number and math.isfinite(value)):
-            raise UserError(
-                f"reward function {name!r} returned {value!r} for completion {index}; "
-                "it must be a finite number, or None to abstain"
-            )
-    return [math.nan if value is None else float(value) for value in values]
+    return [_number(name, value, index) for index, value in enumerate(values)]
+
+
+def _number(name: str, value: object, index: int) -> float:
+    if value is None:
+        return math.nan
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise UserError(
+            f"reward function {name!r} returned {value!r:.80} for completion {index}; "
+            "it must be a finite number, or None to abstain"
+        )
+    return number

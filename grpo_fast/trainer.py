@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from grpo_fast.advantages import group_advantages
-from grpo_fast.checkpoint import save_model
+from grpo_fast.checkpoint import check_space, save_model
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
-from grpo_fast.errors import UserError
+from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.evaluate import evaluate, sample_and_score
-from grpo_fast.metrics import MetricsFile, completion_metrics, loss_metrics, reward_metrics
-from grpo_fast.models import load_model
+from grpo_fast.metrics import LinesFile, completion_metrics, loss_metrics, reward_metrics
+from grpo_fast.models import check_vocabulary, load_model
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
-from grpo_fast.report import Summary, plot_run, write_json
+from grpo_fast.report import Summary, plot_run, write_config, write_json
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, TransformersRollout
 from grpo_kernels import token_weights
@@ -64,11 +65,13 @@ class GRPOTrainer:
 
     def __init__(self, config: GRPOConfig):
         self.config = config
-        self.run_folder = prepare_run_folder(config)
+        self.run_folder = choose_run_folder(config)
         self.objective = config.objective()
         self.rewards = RewardModel(config.reward_funcs, config.reward_weights)
         self.metric = self.rewards.index(config.eval_metric)
         self.train_rows, self.eval_rows = load_rows(config)
+        for rows in (self.train_rows, self.eval_rows):
+            self.rewards.check_columns(name for name in rows[0] if name != "prompt")
 
         self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.use_cpu)
         if self.accelerator.num_processes > 1:
@@ -80,8 +83,12 @@ class GRPOTrainer:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         check_lengths(self.train_prompts, self.train_rows, positions, config)
         check_lengths(self.eval_prompts, self.eval_rows, positions, config)
+        check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
+        check_space(model, self.run_folder)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The older name is deprecated where the newer one exists.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
 
         policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
         self.longest_shared_row = policy.longest_shared_row(config.share_prompts)
@@ -92,11 +99,7 @@ class GRPOTrainer:
         if self.objective.uses_reference:
             self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
         self.model = model
-        self.scheduler = get_scheduler(
-            config.lr_scheduler_type, self.optimizer, num_training_steps=config.max_steps,
-            num_warmup_steps=round(config.warmup_steps * config.max_steps if config.warmup_steps < 1
-                                   else config.warmup_steps),
-        )  # fmt: skip
+        self.scheduler = build_scheduler(self.optimizer, config)
         self.rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
@@ -106,39 +109,57 @@ class GRPOTrainer:
         self.num_tokens = 0
 
     def train(self) -> Summary:
-        """Evaluate, train for `max_steps` optimizer steps, evaluate again, and write the run folder."""
-        config = self.config
-        metric_name = self.rewards.names[self.metric]
-        progress = Progress(config, self.run_folder, metric_name, sum(p.numel() for p in self.model.parameters()))
-        with progress:
-            progress.phase(f"measuring {metric_name} before training on {len(self.eval_rows)} held-out prompts")
+        """Evaluate, train for `max_steps` optimizer steps, evaluate again, and write the run folder.
+
+        A run that is stopped, by the user or by wrong rewards, still leaves its metrics and a checkpoint.
+        """
+        config, folder = self.config, self.run_folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder / "config.yaml", dataclasses.replace(config, output_dir=str(folder)))
+        metric = self.rewards.names[self.metric]
+        history: list[dict[str, float]] = []
+        progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
+        with progress, LinesFile(folder / "metrics.jsonl") as metrics_file:
+            progress.phase(f"measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
             before = self.evaluate()
             progress.started(before)
-            metrics_file = MetricsFile(self.run_folder / "metrics.jsonl")
-            history, train_seconds = [], 0.0
             try:
-                while self.step < config.max_steps:
-                    start = time.perf_counter()
-                    metrics = self.train_on_one_generation()
-                    seconds = time.perf_counter() - start
-                    train_seconds += seconds
-                    metrics |= {"step": self.step, "step_time": seconds}
-                    metrics["tokens_per_second"] = (self.num_tokens - metrics["num_tokens"]) / seconds
-                    metrics["num_tokens"] = self.num_tokens
+                for metrics in self.steps():
                     history.append(metrics)
                     if self.step % config.logging_steps == 0 or self.step >= config.max_steps:
                         metrics_file.write(metrics)
                     progress.update(metrics)
-            finally:
-                metrics_file.close()
-            progress.phase(f"measuring {metric_name} after training")
-            after = self.evaluate()
-            checkpoint = save_model(self.model, self.tokenizer, self.run_folder / f"checkpoint-{self.step}")
-            summary = Summary(metric_name, before, after, round(train_seconds, 2), self.step)
-            write_json(self.run_folder / "summary.json", dataclasses.asdict(summary))
-            plot_run(history, summary, self.run_folder / "reward.png")
+            except (KeyboardInterrupt, UserError):
+                if self.step:
+                    progress.stopped(self.step, self.save())
+                raise
+            checkpoint = self.save()
+            progress.phase(f"measuring {metric} after training")
+            train_seconds = sum(metrics["step_time"] for metrics in history)
+            summary = Summary(metric, before, self.evaluate(), round(train_seconds, 2), self.step)
+            write_json(folder / "summary.json", dataclasses.asdict(summary))
+            plot_run(history, summary, folder / "reward.png")
         progress.finished(summary, checkpoint)
         return summary
+
+    def save(self) -> Path:
+        return save_model(self.model, self.tokenizer, self.run_folder / f"checkpoint-{self.step}")
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """Train, and yield the figures of every optimizer step. A generation batch serves `num_iterations` of them."""
+        while self.step < self.config.max_steps:
+            start = time.perf_counter()
+            batch, figures = self.collect()
+            tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in batch.samples)
+            self.num_tokens += tokens
+            for iteration in range(min(self.config.num_iterations, self.config.max_steps - self.step)):
+                metrics = self.update(batch, keep_logprobs=self.config.num_iterations > 1 and iteration == 0)
+                self.step += 1
+                seconds = time.perf_counter() - start
+                speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
+                yield {"step": self.step, **figures, **metrics, "num_tokens": self.num_tokens, **speed}
+                start = time.perf_counter()
 
     def evaluate(self) -> float:
         """Mean of the evaluation metric on the held-out prompts."""
@@ -146,15 +167,6 @@ class GRPOTrainer:
             self.rollout, self.rewards, self.metric, self.tokenizer, self.eval_rows, self.eval_prompts,
             self.eval_sampling, self.config.seed,
         )  # fmt: skip
-
-    def train_on_one_generation(self) -> dict[str, float]:
-        """Sample one generation batch and make `num_iterations` optimizer steps on it."""
-        tokens_before = self.num_tokens
-        batch, metrics = self.collect()
-        for iteration in range(min(self.config.num_iterations, self.config.max_steps - self.step)):
-            metrics |= self.update(batch, keep_logprobs=self.config.num_iterations > 1 and iteration == 0)
-            self.step += 1
-        return metrics | {"num_tokens": tokens_before}
 
     def collect(self) -> tuple[StepBatch, dict[str, float]]:
         """Rollout, rewards, advantages, token weights of the whole step, and what may be dropped."""
@@ -169,23 +181,20 @@ class GRPOTrainer:
             Sample(prompts[i // config.num_generations], response.token_ids, i // config.num_generations)
             for i, response in enumerate(responses)
         ]
-        self.num_tokens += sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
         counted = torch.tensor(
             [not (config.mask_truncated_completions and response.finish_reason == "length") for response in responses]
         )
         batch = build_step_batch(samples, advantages.values, counted, self.objective, config)
         batch = batch.to(self.accelerator.device)
         batch.ref_logprobs = self.score(self.reference, batch) if self.reference is not None else None
-        next_step = self.step + 1
-        if config.log_completions_steps and (next_step == 1 or next_step % config.log_completions_steps == 0):
-            self.log_completions(next_step, rows, texts, rewards.each, advantages.values)
-        metrics = reward_metrics(self.rewards.names, rewards, advantages.group_std, advantages.equal)
+        if self.logs_completions():
+            self.log_completions(self.step + 1, rows, texts, rewards.each, advantages.values)
+        metrics = reward_metrics(self.rewards.names, rewards, advantages.equal)
         return batch, metrics | completion_metrics(responses)
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch."""
-        self.accumulate_gradients(batch, keep_logprobs)
-        metrics = self.loss_of_step
+        metrics = self.accumulate_gradients(batch, keep_logprobs)
         learning_rate = self.scheduler.get_last_lr()[0]
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm).item()
@@ -199,8 +208,11 @@ class GRPOTrainer:
         self.scheduler.step()
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
-    def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> None:
-        """Forward and backward of every microbatch; the gradients add up to those of the whole step."""
+    def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
+        """Forward and backward of every microbatch; the gradients add up to those of the whole step.
+
+        Returns the loss's figures. With `keep_logprobs`, the batch also gets the log-probabilities as its old ones.
+        """
         self.policy.train()
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         seen = torch.zeros_like(batch.weights) if keep_logprobs else None
@@ -212,15 +224,13 @@ class GRPOTrainer:
             stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
             if keep_logprobs:
                 seen[microbatch.tokens] = result.logprobs.float()
-        if stats is None:
-            stats = dict.fromkeys(("tokens", "entropy", "kl", "ratios", "ratio", "clip_low", "clip_high"), loss)
         # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
         for parameter in self.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if keep_logprobs:
             batch.old_logprobs = seen
-        self.loss_of_step = loss_metrics(loss, stats, self.objective.kind == "clip", self.objective.uses_reference)
+        return loss_metrics(loss, stats, self.objective)
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
         fields = (batch.advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
@@ -240,15 +250,18 @@ class GRPOTrainer:
             logprobs[microbatch.tokens] = policy(microbatch).float()
         return logprobs
 
+    def logs_completions(self) -> bool:
+        """Whether one of the steps on the coming generation is due for its completions to be written."""
+        every = self.config.log_completions_steps
+        last = min(self.step + self.config.num_iterations, self.config.max_steps)
+        return bool(every) and (self.step == 0 or self.step // every != last // every)
+
     def log_completions(self, step: int, rows: list, texts: list[str], each: Tensor, advantages: Tensor) -> None:
-        folder = self.run_folder / "completions"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"completions_{step:05d}.jsonl").open("w", encoding="utf-8") as file:
+        with LinesFile(self.run_folder / "completions" / f"completions_{step:05d}.jsonl") as file:
             for index, text in enumerate(texts):
                 rewards = dict(zip(self.rewards.names, each[index].tolist(), strict=True))
                 entry = {"step": step, "prompt": rows[index // self.config.num_generations]["prompt"]}
-                entry |= {"completion": text, "rewards": rewards, "advantage": advantages[index].item()}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write({**entry, "completion": text, "rewards": rewards, "advantage": advantages[index].item()})
 
 
 def build_step_batch(
@@ -287,14 +300,22 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> torch.optim.Optimi
     )
 
 
-def prepare_run_folder(config: GRPOConfig) -> Path:
-    """Create the run folder, which must not hold another run."""
+def choose_run_folder(config: GRPOConfig) -> Path:
+    """The run folder, which must not hold another run. It is created when the run begins."""
     name = config.run_name or config.dataset_name.replace("/", "-")
     folder = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir={str(folder)!r} cannot be created: {error.strerror}") from None
     return folder
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: GRPOConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' schedule; like there, `warmup_steps` below 1 is a share of the steps, rounded up."""
+    warmup = config.warmup_steps
+    warmup = math.ceil(warmup * config.max_steps) if warmup < 1 else int(warmup)
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=config.max_steps
+        )
+    except ValueError as error:
+        raise UserError(f"lr_scheduler_type={config.lr_scheduler_type!r}: {one_line(error)}") from None

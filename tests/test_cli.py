@@ -43,9 +43,21 @@ def test_print_config_can_be_read_back(tmp_path):
     [
         (["missing.yaml"], "no such file: missing.yaml"),
         ([SORT, "--lerning_rate", "1"], "unknown option --lerning_rate (did you mean 'learning_rate'?)"),
-        ([SORT, "--learning_rate", "fast"], "learning_rate"),
-        ([SORT, "--learning_rate", ".nan"], "learning_rate=nan is not allowed: it must be above 0"),
-        ([SORT, "--num_generations", "1"], "num_generations=1 is not allowed: it must be at least 2"),
+        ([SORT, "--learning_rate", "fast"], "learning_rate='fast' is not allowed: it must be float"),
+        ([SORT, "--max_steps", "1.5"], "max_steps='1.5' is not allowed: it must be int"),
+        ([SORT, "--epsilon", "wide"], "epsilon='wide' is not allowed: it must be float | None"),
+        ([SORT, "--gradient_accumulation_steps", "4"], "set max_tokens_per_microbatch instead"),
+        ([SORT, "--max_eval_samples", "4", SORT], "the configuration file goes first"),
+        ([SORT, "--seed", str(2**63)], "it must be a finite number, at least 0 and below 2**63"),
+        ([SORT, "--reward_weights", "[.nan, 1, 1]"], "reward_weights"),
+        ([SORT, "--eval_dataset_name", "x.jsonl"], "brings its own held-out rows"),
+        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "2 functions are named 'exact_answer'"),
+        ([SORT, "--attn_implementation", "bogus"], "could not be loaded"),
+        ([SORT, "--model_init_kwargs", "{vocab_size: 3}"], "'vocab_size' is not a field to set"),
+        ([SORT, "--model_init_kwargs", "{hidden_size: -3}"], "could not be loaded"),
+        ([SORT, "--output_dir", "/dev/null/run"], "/dev/null is not a folder"),
+        ([SORT, "--learning_rate", ".nan"], "learning_rate=nan is not allowed: it must be a finite number, above 0"),
+        ([SORT, "--num_generations", "1"], "num_generations=1 is not allowed: it must be a finite number, at least 2"),
         ([SORT, "--num_generations", "7"], "generation_batch_size=1024 is not allowed: it must be a multiple of"),
         ([SORT, "--loss_type", "gprp"], "loss_type='gprp' is not allowed: it must be one of grpo, bnpo"),
         ([SORT, "--epsilon", "2"], "epsilon must be in (0, 1), got 2.0"),
@@ -58,7 +70,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--model_name_or_path", "random-lama"], "did you mean 'random-llama'"),
         ([SORT, "--model_init_kwargs", "{hiden_size: 3}"], "did you mean 'hidden_size'"),
         ([SORT, "--max_completion_length", "100"], "do not fit the model's 64 positions"),
-        ([SORT, "--generation_kwargs", "{top_kk: 3}"], "GenerationConfig has no field 'top_kk'"),
+        ([SORT, "--generation_kwargs", "{top_kk: 3}"], "generation_kwargs: 'top_kk' is not allowed"),
     ],
 )
 def test_wrong_input_ends_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -77,6 +89,10 @@ def test_wrong_input_ends_in_one_line(arguments, message, capsys, tmp_path, monk
         ("- 1\n", "must hold fields and values"),
         ("learning_rates: 1\n", "unknown field 'learning_rates' (did you mean 'learning_rate'?)"),
         ("learning_rate: 1\n", "model_name_or_path"),
+        (
+            "model_name_or_path: m\ndataset_name: d\nreward_funcs: [r]\nseed:\n",
+            "seed=None is not allowed: it must be set",
+        ),
     ],
 )
 def test_wrong_files_end_in_one_line(text, message, capsys, tmp_path):

@@ -79,8 +79,18 @@ def test_other_files(tmp_path, suffix):
         (['{"prompt": "a"}', "", '{"prompt": "b"'], {}, "line 3: not valid JSON"),
         (['{"prompt": "a"}', "[1]"], {}, "line 2: expected an object, got list"),
         (['{"question": "a"}'] * 2, {}, r"no column 'prompt' \(it has question\)"),
-        (['{"question": "a"}'] * 2, {"prompt_template": "{q}"}, "uses column 'q', but the dataset has question"),
-        (['{"prompt": 3}'] * 2, {}, "must hold text or a list of chat messages, got 3"),
+        (
+            ['{"question": "a"}'] * 2,
+            {"prompt_template": "{q}"},
+            "row 1: prompt_template uses column 'q', but there is question",
+        ),
+        (['{"question": "a"}'] * 2, {"prompt_template": "{"}, "prompt_template='{' cannot be filled"),
+        (['{"question": "a"}'] * 2, {"prompt_template": "{question.x}"}, "cannot be filled"),
+        (['{"prompt": 3}'] * 2, {}, "row 1: a prompt must be text, or chat messages with a role and a content, got 3"),
+        (['{"prompt": "a"}', '{"prompt": [{"content": "a"}]}'], {}, "row 2: a prompt must be text, or chat"),
+        (['{"prompt": "\\ud800"}'] * 2, {}, "row 1: the prompt is not valid Unicode"),
+        (['{"prompt": "a"}'], {}, "no rows for evaluation; set eval_dataset_name"),
+        (["[" * 100_000], {}, "line 1: not valid JSON"),
         ([], {}, "no rows for training"),
     ],
 )
@@ -96,6 +106,8 @@ def test_bad_lines_are_named(tmp_path, lines, fields, message):
         ("missing.jsonl", {}, "no such file: missing.jsonl"),
         ("sort_digit", {}, "did you mean 'sort_digits'"),
         ("sort_digits", {"dataset_kwargs": {"lenth": 3}}, "not 'lenth' .did you mean 'length'"),
+        ("sort_digits", {"dataset_kwargs": {"length": "a"}}, "length='a' is not allowed: it must be of type int"),
+        ("sort_digits", {"dataset_train_split": "zzz"}, "dataset_train_split='zzz' goes with hub datasets"),
         ("sort_digits", {"dataset_kwargs": {"length": 9}}, "length=9 is not allowed: it must be from 1 to 6"),
         ("a.jsonl", {"dataset_kwargs": {"length": 4}}, "dataset_kwargs goes with the built-in datasets"),
     ],
@@ -115,6 +127,18 @@ def test_lengths():
         check_lengths(encoded, rows, None, config("x", max_completion_length=10, max_tokens_per_microbatch=25))
     with pytest.raises(UserError, match="no tokens"):
         check_lengths([[]], rows, None, config("x"))
+
+
+def test_rows_get_every_column(tmp_path):
+    path = write(tmp_path / "a.jsonl", *({"prompt": "a", **({"hint": "b"} if i % 2 else {})} for i in range(9)))
+    train, test = load_rows(config(path))
+    assert {row["hint"] for row in train + test} == {None, "b"}
+
+
+def test_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n' * 3)
+    assert load_rows(config(path))[0][0]["prompt"] == "a"
 
 
 def test_order_covers_every_epoch_and_follows_the_seed():

@@ -80,6 +80,10 @@ def test_weighted_sum_and_none():
         ("return ['good', 0.0]", "returned 'good' for completion 0"),
         ("return 1.0", "must return a list of numbers, got float"),
         ("return 'ab'", "must return a list of numbers, got str"),
+        ("return [0.0, 1e300]", r"returned 1e\+300 for completion 1"),
+        ("return [0.0, 10**400]", "returned 1000000"),
+        ("raise SystemExit(0)", "raised SystemExit: 0"),
+        ("raise KeyError('a\\nb')", "raised KeyError: 'a"),
         ("return [1 / 0]", r"raised ZeroDivisionError: division by zero \(mine.py, line 2"),
     ],
 )
@@ -94,7 +98,7 @@ def test_wrong_rewards_are_named(tmp_path, body, message):
     ("name", "message"),
     [
         ("exact_anser", "did you mean 'exact_answer'"),
-        ("no_such_module.reward", "cannot import 'no_such_module'"),
+        ("no_such_module.reward", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
         ("json.no_such_reward", "no callable 'no_such_reward'"),
         ("missing.py:reward", "no such file: missing.py"),
     ],
@@ -102,6 +106,60 @@ def test_wrong_rewards_are_named(tmp_path, body, message):
 def test_unknown_rewards_are_named(name, message):
     with pytest.raises(UserError, match=message):
         load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def mine(:", "cannot be loaded: SyntaxError"),
+        ("import no_such_module_here", "No module named 'no_such_module_here'"),
+        ("mine = 3", "no callable 'mine'"),
+        ("async def mine(prompts, completions, **columns): return []", "is async, which is not supported yet"),
+    ],
+)
+def test_broken_reward_files_are_named(tmp_path, text, message):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_reward(f"{tmp_path / 'broken.py'}:mine")
+
+
+def test_a_reward_file_imports_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("VALUE = 2.0")
+    (tmp_path / "with_neighbour.py").write_text(
+        "from neighbour_of_mine import VALUE\ndef mine(prompts, **columns):\n    return [VALUE] * len(prompts)"
+    )
+    model = RewardModel([f"{tmp_path / 'with_neighbour.py'}:mine"], None)
+    assert model(["a"], ["b"], {}).total.item() == 2
+
+
+def test_signatures_and_columns_are_checked_before_anything_is_sampled():
+    model = RewardModel(["exact_answer"], None)
+    model.check_columns(["answer", "level"])
+    with pytest.raises(UserError, match=r"reward function 'exact_answer'.*missing a required argument: 'answer'"):
+        model.check_columns(["level"])
+    with pytest.raises(UserError, match="the dataset has a column 'completions'"):
+        model.check_columns(["answer", "completions"])
+
+
+def test_functions_cannot_change_what_others_see():
+    def greedy(prompts, completions, completion_ids, **columns):
+        completion_ids[0].append(9)
+        completions[0][0]["content"] = "changed"
+        prompts.clear()
+        return [1.0]
+
+    model = RewardModel(["exact_answer"], None)
+    model.functions = [greedy]
+    prompts, completions, ids = [[{"role": "user", "content": "q"}]], [[{"content": "a"}]], [[1, 2]]
+    model(prompts, completions, {"completion_ids": ids})
+    assert (len(prompts), completions[0][0]["content"], ids) == (1, "a", [[1, 2]])
+
+
+def test_all_none_is_no_reward():
+    model = RewardModel(["exact_answer"], None)
+    model.functions = [lambda prompts, completions, **columns: [None, 0.5]]
+    scored = model(["a", "b"], ["c", "d"], {})
+    assert scored.total.isnan().tolist() == [True, False]
 
 
 def test_dotted_path():

@@ -6,7 +6,6 @@ from grpo_fast.models import digit_tokenizer
 from grpo_fast.rollout import Sampling, TransformersRollout
 from tiny import VOCAB, tiny_model
 
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8], [5, 9, 12, 2]]
 
 
@@ -30,7 +29,7 @@ def greedy(model, prompt, length, eos):
 def test_greedy_equals_one_at_a_time(max_tokens, num_generations):
     """Left padding, sorting by length, batching and the shared prompt cache change nothing."""
     sampler, model = rollout(max_tokens)
-    responses = sampler.generate(PROMPTS, Sampling(num_generations, 12, generation_kwargs=GREEDY))
+    responses = sampler.generate(PROMPTS, Sampling(num_generations, 12, temperature=0.0))
     with torch.no_grad():
         expected = [greedy(model, prompt, 12, sampler.eos_token_ids) for prompt in PROMPTS]
     assert [r.token_ids for r in responses] == [tokens for tokens in expected for _ in range(num_generations)]
@@ -67,6 +66,18 @@ def test_responses_end_at_the_first_end_token():
     assert min(reasons.values()) > 0
 
 
+def test_filters_that_a_model_ships_are_not_applied():
+    """They would fill in for what is not set, and the sampled policy would not be the trained one."""
+    sampler, model = rollout()
+    expected = sampler.generate(PROMPTS, Sampling(1, 12, temperature=0.0))
+    model.generation_config.repetition_penalty = 1000.0
+    model.generation_config.min_new_tokens = 12
+    assert sampler.generate(PROMPTS, Sampling(1, 12, temperature=0.0)) == expected
+    assert model.generation_config.repetition_penalty == 1000.0
+    penalised = Sampling(1, 12, temperature=0.0, generation_kwargs={"repetition_penalty": 1000.0})
+    assert sampler.generate(PROMPTS, penalised) != expected
+
+
 def test_the_models_mode_is_restored():
     sampler, model = rollout()
     model.train()
@@ -76,5 +87,5 @@ def test_the_models_mode_is_restored():
 
 def test_unknown_generation_kwargs_are_named():
     sampler, _ = rollout()
-    with pytest.raises(UserError, match=r"no field 'repetition_penlty' .did you mean 'repetition_penalty'"):
+    with pytest.raises(UserError, match=r"'repetition_penlty' is not allowed .did you mean 'repetition_penalty'"):
         sampler.generate(PROMPTS, Sampling(2, 2, generation_kwargs={"repetition_penlty": 1.1}))

@@ -3,10 +3,13 @@
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load as load_file_bytes
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast.cli import main, parse_config
@@ -258,6 +261,75 @@ def test_conversational_prompts_reach_rewards_as_messages(tmp_path):
     chat = {"model_name_or_path": str(tmp_path / "model"), "model_init_kwargs": None}
     metrics, _, _ = run(tmp_path / "c", **fields, **chat)
     assert metrics[-1]["step"] == 3
+
+
+def test_every_step_is_logged(tmp_path):
+    metrics, _, _ = run(tmp_path, num_iterations=2, max_steps=5, log_completions_steps=2)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
+    assert metrics[0]["reward"] == metrics[1]["reward"]
+    assert metrics[0]["loss"] != metrics[1]["loss"]
+    # Steps 2 and 4 fall on the generations that begin with steps 1 and 3.
+    assert sorted(p.name[12:17] for p in (tmp_path / "completions").iterdir()) == ["00001", "00003"]
+
+
+def test_a_stopped_run_leaves_its_model(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "calls = 0\n"
+        "def mine(prompts, completions, **columns):\n"
+        "    global calls\n    calls += 1\n"
+        "    if calls == 4:\n        raise KeyboardInterrupt\n"
+        "    return [float(i % 3) for i in range(len(prompts))]\n"
+    )
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps({**SMALL, "reward_funcs": [f"{tmp_path / 'mine.py'}:mine"]}))
+    assert main(["train", str(path), "--output_dir", str(tmp_path / "run")]) == 130
+    assert "stopped after step 2; the model so far" in capsys.readouterr().out.replace("\n", " ")
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 2
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+
+
+def test_a_run_without_rewards_writes_valid_json(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(prompts, completions, **columns): return [None] * len(prompts)\n")
+    run(tmp_path, reward_funcs=[f"{tmp_path / 'mine.py'}:mine"], max_steps=1)
+    for file in (tmp_path / "summary.json", tmp_path / "metrics.jsonl"):
+        assert "NaN" not in file.read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())["before"] is None
+
+
+def test_odd_folders(tmp_path):
+    folder = tmp_path / "a [/b] ü c"
+    run(folder, max_steps=1)
+    assert (folder / "checkpoint-1").is_dir()
+
+
+def test_broken_models_are_refused(tmp_path):
+    made = trainer(tmp_path / "run")
+    made.model.save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    fields = {"model_name_or_path": str(tmp_path / "model"), "model_init_kwargs": None}
+    trainer(tmp_path / "run", **fields)
+
+    weights_file = tmp_path / "model" / "model.safetensors"
+    whole = weights_file.read_bytes()
+    weights_file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="could not be loaded: SafetensorError"):
+        trainer(tmp_path / "run", **fields)
+
+    tensors = {k: v for k, v in load_file_bytes(whole).items() if "layers.1" not in k}
+    save_file(tensors, weights_file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks \d+ weights, which would be random: model.layers.1"):
+        trainer(tmp_path / "run", **fields)
+
+    made.model.resize_token_embeddings(8)
+    made.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="token id 11 of the tokenizer is outside the model's vocabulary of 8"):
+        trainer(tmp_path / "run", **fields)
+
+
+def test_too_small_a_disk_is_told_before_anything_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**12))
+    with pytest.raises(UserError, match=r"the disk has 0.0 MiB left, and the checkpoint takes"):
+        trainer(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ from grpo_fast.config import GRPOConfig
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled: `num_generations` for each prompt, at most `max_completion_length` tokens each."""
+    """How completions are sampled: `num_generations` for each prompt, at most `max_completion_length` tokens each.
+
+    A temperature of 0 takes the likeliest token.
+    """
 
     num_generations: int
     max_completion_length: int

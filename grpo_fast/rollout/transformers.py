@@ -11,6 +11,19 @@ from transformers import DynamicCache, GenerationConfig
 from grpo_fast.errors import UserError, nearest
 from grpo_fast.rollout.base import Response, Sampling
 
+# What may change the sampled distribution besides temperature, top_p, top_k and min_p.
+FILTERS = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "min_new_tokens",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+
 
 class TransformersRollout:
     """Batches prompts of similar length under a token budget and computes each prompt once for all its completions.
@@ -32,8 +45,11 @@ class TransformersRollout:
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
         """Responses to every prompt, `num_generations` side by side, in the order of the prompts."""
         responses: list[list[Response]] = [[] for _ in prompt_ids]
-        training = self.model.training
+        training, own_config = self.model.training, self.model.generation_config
         self.model.eval()
+        # A model may ship filters (a repetition penalty, say) that would fill in for what is not set here, and then
+        # the sampled policy would not be the trained one.
+        self.model.generation_config = GenerationConfig()
         try:
             for batch in self._batches(prompt_ids, sampling):
                 sampled = self._sample([prompt_ids[index] for index in batch], sampling)
@@ -42,6 +58,7 @@ class TransformersRollout:
                     responses[index] = sampled[first : first + sampling.num_generations]
         finally:
             self.model.train(training)
+            self.model.generation_config = own_config
         return [response for group in responses for response in group]
 
     def _batches(self, prompt_ids: list[list[int]], sampling: Sampling) -> Iterator[list[int]]:
@@ -68,12 +85,17 @@ class TransformersRollout:
         arguments = {}
         if repeats > 1 and width > 1:
             arguments["past_key_values"] = self._prompt_cache(ids[:, :-1], mask[:, :-1], repeats)
-        output = self.model.generate(
-            input_ids=ids.repeat_interleave(repeats, 0),
-            attention_mask=mask.repeat_interleave(repeats, 0),
-            generation_config=self.generation_config(sampling),
-            **arguments,
-        )
+        try:
+            output = self.model.generate(
+                input_ids=ids.repeat_interleave(repeats, 0),
+                attention_mask=mask.repeat_interleave(repeats, 0),
+                generation_config=self.generation_config(sampling),
+                **arguments,
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError("the policy's probabilities are not finite any more; try a smaller learning_rate") from None
         return [self._response(tokens) for tokens in output[:, width:].tolist()]
 
     def _prompt_cache(self, ids: torch.Tensor, mask: torch.Tensor, repeats: int) -> DynamicCache:
@@ -87,27 +109,28 @@ class TransformersRollout:
         return cache
 
     def generation_config(self, sampling: Sampling) -> GenerationConfig:
-        """How `generate` is called.
+        """How `generate` is called; a temperature of 0 is greedy.
 
         Raises:
-            UserError: `generation_kwargs` names something that a GenerationConfig does not have.
+            UserError: `generation_kwargs` names something other than a filter of the distribution.
         """
-        known = vars(GenerationConfig())
         for name in sampling.generation_kwargs:
-            if name not in known:
-                raise UserError(f"generation_kwargs: GenerationConfig has no field {name!r}{nearest(name, known)}")
-        arguments = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "max_new_tokens": sampling.max_completion_length,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": sorted(self.eos_token_ids),
+            if name not in FILTERS:
+                raise UserError(
+                    f"generation_kwargs: {name!r} is not allowed{nearest(name, FILTERS)}; "
+                    f"there are {', '.join(FILTERS)}, and fields of their own for temperature, top_p, top_k and min_p"
+                )
+        chosen = {"do_sample": False}
+        if sampling.temperature > 0:
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+            chosen |= {"top_k": sampling.top_k, "min_p": sampling.min_p}
+        return GenerationConfig(
+            max_new_tokens=sampling.max_completion_length,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=sorted(self.eos_token_ids) or None,
+            **chosen,
             **sampling.generation_kwargs,
-        }
-        return GenerationConfig(**arguments)
+        )
 
     def _response(self, tokens: list[int]) -> Response:
         for index, token in enumerate(tokens):
