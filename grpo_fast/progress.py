@@ -113,7 +113,7 @@ def _command() -> str:
     program = Path(sys.argv[0])
     if program.name != "grpo-fast" or shutil.which("grpo-fast"):
         return "grpo-fast"
-    return os.path.relpath(program)
+    return min(sys.argv[0], os.path.relpath(program), key=len)
 
 
 def _clock(seconds: float) -> str:
