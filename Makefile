@@ -47,7 +47,7 @@ smollm2: $(VENV)/.smollm2
 	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

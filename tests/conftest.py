@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Two workers share two cores; threads of their own would only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():

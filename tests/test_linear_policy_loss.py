@@ -285,6 +285,32 @@ def test_clipped_sequences_are_not_recomputed():
     assert flops == pytest.approx(1 + 3 * 0.25)
 
 
+@pytest.mark.parametrize("trainable", ["hw", "h"])
+def test_one_moving_token_moves_its_sequence(trainable):
+    objective = PolicyObjective(level="sequence", epsilon=0.9)
+    advantages = torch.zeros(sum(LENGTHS))
+    advantages[[8, 20]] = torch.tensor([1.0, -2.0])
+    results = compare(runner(objective), make(trainable=trainable, advantages=advantages), torch.float32)
+    assert (results["d hidden"] != 0).any(1).sum() > 10
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("trainable", ["hw", "h"])
+def test_a_loss_scale_keeps_float16_gradients_from_underflow(trainable, level):
+    scale = 2.0**20
+    arguments = make(dtype=torch.float16, trainable=trainable)
+    # Without the scale the gradients are far below float16's smallest number, 6e-8.
+    arguments["weights"] *= 2.0**-20
+
+    def run(arguments, **options):
+        objective = PolicyObjective(level=level, epsilon=0.9)
+        (linear_policy_loss(objective=objective, **arguments, **options).loss * scale).backward()
+        return {"d hidden": arguments["hidden"].grad, "d weight": arguments["weight"].grad}
+
+    results = compare(run, arguments, None)
+    assert results["d hidden"].dtype == torch.float16
+
+
 def test_one_backward_for_each_forward():
     arguments = make()
     loss = linear_policy_loss(**arguments).loss

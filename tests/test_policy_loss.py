@@ -157,9 +157,21 @@ def test_zero_advantage_is_exactly_zero(name, log_ratio):
     assert (loss, slope) == (0, 0)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sapo_is_flat_where_its_gate_is_full(level):
+    # The ratio is infinite in float32, and its gradient is still a number: 0.
+    objective = dataclasses.replace(PRESETS["sapo"], level=level)
+    logprobs = torch.tensor([0.0], requires_grad=True)
+    arguments = torch.tensor([1.5]), torch.ones(1), objective
+    loss = policy_loss(logprobs, *arguments, old_logprobs=torch.tensor([-200.0]), cu_seqlens=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert (loss.item(), logprobs.grad.item()) == (-4 * 1.5, 0.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
-def test_weight_zero_hides_garbage(name, garbage):
+def test_weight_zero_hides_garbage(name, garbage, backend):
     objective = OBJECTIVES[name]
     clean, dirty = make(), make()
     for key, value in clean.items():
@@ -169,7 +181,7 @@ def test_weight_zero_hides_garbage(name, garbage):
     for key in ("logprobs", "advantages", "old_logprobs", "ref_logprobs", "entropy"):
         with torch.no_grad():
             dirty[key][hidden] = garbage
-    expected, got = runner(objective)(clean), runner(objective)(dirty)
+    expected, got = runner(objective)(clean, backend=backend), runner(objective)(dirty, backend=backend)
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=0)
     assert (got["d logprobs"][hidden] == 0).all()

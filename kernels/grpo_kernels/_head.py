@@ -291,7 +291,8 @@ class Head:
 
     def accumulate_grad_weight(self, d: Tensor, row_scale: Tensor, hidden: Tensor, grad_weight: Tensor) -> None:
         """``grad_weight [V, H] += d.T @ (row_scale * logit_scale * hidden)``."""
-        scaled = self.operand(hidden.to(self.dtype) * (row_scale * self.logit_scale)[:, None])
+        # Not rounded to the operands' float16, where the row scale would underflow.
+        scaled = (hidden.to(self.dtype) * (row_scale * self.logit_scale)[:, None]).to(self.product_dtype)
         with self.products():
             if self.mixed_products:
                 product = torch.addmm(
