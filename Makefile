@@ -8,13 +8,14 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help demo demo-seeds smollm2 test lint clean
+.PHONY: help demo demo-seeds smollm2 test test-peers lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
 	@echo "make demo-seeds  the demo with three seeds"
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
+	@echo "make test-peers  the losses against TRL's and Liger's own code"
 	@echo "make lint        ruff, as the pre-commit hooks run it"
 	@echo "make clean       remove the environment and caches"
 
@@ -48,6 +49,13 @@ smollm2: $(VENV)/.smollm2
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) trl liger-kernel
+	@touch $@
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
