@@ -9,8 +9,8 @@ import pytest
 MIB = 2**20
 H, V = 576, 49152
 BUDGET = 256 * MIB
-# The BLAS packs its operands, and the allocator keeps pages of its own: 5 to 20 MiB were seen.
-SLACK = 40 * MIB
+# What the BLAS packs and the allocator keeps. The largest total seen, 254 MiB at N=5192, was within the budget itself.
+SLACK = 16 * MIB
 
 SCRIPT = """
 import sys, torch
@@ -52,7 +52,8 @@ def peak(tokens: int, kind: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_is_the_budget_and_the_gradients():
-    figures = {tokens: peak(tokens, "fused") for tokens in (4096, 8192)}
+    # 5192 tokens are four full chunks; the others leave some of the budget unused.
+    figures = {tokens: peak(tokens, "fused") for tokens in (4096, 5192, 8192)}
     full = peak(4096, "full")
     for tokens, size in figures.items():
         gradients = 4 * (tokens * H + V * H)
@@ -60,5 +61,3 @@ def test_peak_is_the_budget_and_the_gradients():
         assert size <= BUDGET + gradients + SLACK
     print(f"N=4096, full logits: {full / MIB:.0f} MiB")
     assert full > 5 * figures[4096]
-    # Flat in N but for hidden's gradient.
-    assert figures[8192] - figures[4096] <= 4 * 4096 * H + SLACK
