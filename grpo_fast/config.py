@@ -190,6 +190,11 @@ class GRPOConfig:
             raise UserError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
             )
+        if self.prompt_template is None and (self.system_prompt or self.apply_chat_template):
+            name = "system_prompt" if self.system_prompt else "apply_chat_template"
+            raise UserError(f"{name} goes with prompt_template; a prompt column is taken as it is")
+        if self.run_name is not None and (not self.run_name or "/" in self.run_name):
+            _refuse("run_name", self.run_name, "a name without '/'; output_dir takes a path")
         if not all(map(math.isfinite, self.reward_weights or [])):
             _refuse("reward_weights", self.reward_weights, "finite numbers")
         if self.loss_type not in PRESETS:

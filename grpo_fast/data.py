@@ -106,8 +106,14 @@ def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
     name = config.dataset_name
     if name in GENERATED and config.eval_dataset_name:
         raise UserError(f"eval_dataset_name goes with files and hub datasets; {name!r} brings its own held-out rows")
-    if (name in GENERATED or _is_file(name)) and config.dataset_train_split != "train":
-        raise UserError(f"dataset_train_split={config.dataset_train_split!r} goes with hub datasets, not with {name!r}")
+    if name in GENERATED or _is_file(name):
+        for field, default in (
+            ("dataset_config", None),
+            ("dataset_train_split", "train"),
+            ("dataset_test_split", "test"),
+        ):
+            if getattr(config, field) != default:
+                raise UserError(f"{field}={getattr(config, field)!r} goes with hub datasets, not with {name!r}")
     if name in GENERATED:
         return _generate(name, config.dataset_kwargs or {})
     if config.dataset_kwargs:

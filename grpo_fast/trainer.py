@@ -103,7 +103,7 @@ class GRPOTrainer:
         self.rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
-        self.rollout.generation_config(self.sampling)
+        self.rollout.check(self.train_prompts[0], self.sampling)
         self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed)
         self.step = 0
         self.num_tokens = 0

@@ -70,6 +70,15 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--model_name_or_path", "random-lama"], "did you mean 'random-llama'"),
         ([SORT, "--model_init_kwargs", "{hiden_size: 3}"], "did you mean 'hidden_size'"),
         ([SORT, "--max_completion_length", "100"], "do not fit the model's 64 positions"),
+        ([SORT, "--generation_kwargs", "{repetition_penalty: -1}"], "generation_kwargs={'repetition_penalty': -1} is"),
+        (
+            [SORT, "--generation_kwargs", "{min_new_tokens: 9}"],
+            "min_new_tokens=9 is not allowed: it must be from",
+        ),
+        ([SORT, "--dataset_config", "zzz"], "dataset_config='zzz' goes with hub datasets, not with 'sort_digits'"),
+        ([SORT, "--dataset_test_split", "zzz"], "dataset_test_split='zzz' goes with hub datasets"),
+        ([SORT, "--system_prompt", "Be brief."], "system_prompt goes with prompt_template"),
+        ([SORT, "--run_name", "../x"], "run_name='../x' is not allowed: it must be a name without '/'"),
         ([SORT, "--generation_kwargs", "{top_kk: 3}"], "generation_kwargs: 'top_kk' is not allowed"),
     ],
 )

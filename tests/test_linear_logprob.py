@@ -4,12 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from grpo_kernels import linear_logprob
 from grpo_kernels._common import MIB
+from measure import LargestTensor, count_flops
 from oracle import compare, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -317,21 +315,6 @@ def test_global_precision_setting_is_left_alone():
     assert matmul.fp32_precision == before
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        # In units of float32; views of what went in are not new memory.
-        sizes = [storage.nbytes() // 4 for storage in made if storage.data_ptr() not in inputs]
-        self.numel = max(self.numel, *sizes, 0)
-        return out
-
-
 @pytest.mark.parametrize("trainable", ["hw", "h", ""])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_budget_bounds_every_tensor(dtype, trainable):
@@ -356,15 +339,6 @@ def test_small_vocabulary_keeps_to_the_budget_too(trainable):
     with peak, torch.no_grad():
         linear_logprob(**{k: v.detach() for k, v in arguments.items()}, max_buffer_bytes=budget)
     assert peak.numel * 4 <= budget
-
-
-def count_flops(function, shapes: tuple[int, int, int]) -> float:
-    """Matrix-product flops of `function` in U = 2 N H V."""
-    N, H, V = shapes
-    addmm_ = {torch.ops.aten.addmm_: lambda _, a, b, *args, **kwargs: mm_flop(a, b)}
-    with FlopCounterMode(display=False, custom_mapping=addmm_) as counter:
-        function()
-    return counter.get_total_flops() / (2 * N * H * V)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from grpo_kernels import PRESETS, PolicyObjective, linear_logprob, linear_policy_loss, policy_loss, token_weights
+from measure import count_flops
 from oracle import compare
-from test_linear_logprob import count_flops
 from test_policy_loss import OBJECTIVES
 
 H, V = 17, 259
@@ -346,6 +346,7 @@ def test_outputs_are_detached():
         ({"grad_weight_buffer": torch.zeros(V, H).half()}, TypeError, "grad_weight_buffer must be torch.float32"),
         ({"objective": PolicyObjective(beta=0.1), "ref_logprobs": None}, ValueError, "beta=0.1 needs ref_logprobs"),
         ({"objective": dataclasses.asdict(PolicyObjective())}, TypeError, "objective must be a PolicyObjective"),
+        ({"process_group": "tp"}, TypeError, "process_group must be a torch.distributed.ProcessGroup, got 'tp'"),
         ({"backend": "triton"}, ValueError, "backend='triton' has no implementation yet"),
     ],
 )

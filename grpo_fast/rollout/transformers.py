@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
-from grpo_fast.errors import UserError, nearest
+from grpo_fast.errors import UserError, nearest, one_line
 from grpo_fast.rollout.base import Response, Sampling
 
 # What may change the sampled distribution besides temperature, top_p, top_k and min_p.
@@ -60,6 +61,28 @@ class TransformersRollout:
             self.model.train(training)
             self.model.generation_config = own_config
         return [response for group in responses for response in group]
+
+    def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        """Sample one token, so that what cannot work fails before anything long begins.
+
+        Raises:
+            UserError: the sampling arguments are refused.
+        """
+        filters = dict(sampling.generation_kwargs)
+        shortest, longest = filters.pop("min_new_tokens", 0), sampling.max_completion_length
+        if not isinstance(shortest, int) or not 0 <= shortest <= longest:
+            raise UserError(
+                f"generation_kwargs: min_new_tokens={shortest!r} is not allowed: it must be from 0 to {longest}"
+            )
+        one_token = replace(sampling, num_generations=1, max_completion_length=1, generation_kwargs=filters)
+        with torch.random.fork_rng():
+            try:
+                self.generate([prompt_ids], one_token)
+            except (TypeError, ValueError) as error:
+                if isinstance(error, UserError):
+                    raise
+                given = sampling.generation_kwargs
+                raise UserError(f"generation_kwargs={given!r} is not allowed: {one_line(error)}") from None
 
     def _batches(self, prompt_ids: list[list[int]], sampling: Sampling) -> Iterator[list[int]]:
         """Indices of prompts to be sampled together: similar lengths, within the token budget."""

@@ -331,6 +331,8 @@ def make_head(
     require_shape(op, hidden.shape[:-1], targets=targets)
     require_shape(op, weight.shape[:1], bias=bias)
     require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"{op}: process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
     require_finite_positive(op, "softcap", softcap)
     require_finite_positive(op, "logit_scale", logit_scale)
     require_finite_positive(op, "max_buffer_bytes", max_buffer_bytes)
