@@ -1,7 +1,19 @@
 """Fixtures every test gets: reproducible random numbers, and uninitialised memory that cannot pass for a result."""
 
+import os
+
 import pytest
 import torch
+
+# Which device the tests of the operations run on; `make test-gpu` sets it to cuda.
+DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    # Triton's kernels are interpreted; the choice is made when they are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    torch.set_default_device(DEVICE)
+
+from grpo_kernels import _common
 
 # Two workers share two cores; threads of their own would only wait for each other.
 torch.set_num_threads(1)
@@ -16,8 +28,20 @@ def fixed_seed():
 def poisoned_memory():
     """`torch.empty` and its kin come filled with NaN (integers: the largest), so that an unwritten value shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    """``backend="auto"`` means this one, where it can serve the tensors at hand (float64 is torch's alone)."""
+
+    def choose(device, dtype):
+        served = request.param == "torch" or _common.triton_obstacle(device, dtype) is None
+        return request.param if served else "torch"
+
+    monkeypatch.setattr(_common, "auto_backend", choose)
+    return request.param

@@ -1,9 +1,13 @@
-"""What a call costs: the largest tensor it makes, and the flops of its matrix products."""
+"""What a call costs: the largest tensor it makes, and the flops of its matrix products (Triton's included)."""
+
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+from grpo_kernels.triton_kernels.engine import TritonHead
 
 
 class LargestTensor(TorchDispatchMode):
@@ -24,7 +28,17 @@ class LargestTensor(TorchDispatchMode):
 def count_flops(function, shapes: tuple[int, int, int]) -> float:
     """Matrix-product flops of `function` in U = 2 N H V."""
     N, H, V = shapes
+    forward, kernels = TritonHead.launch_forward, 0
+
+    def count_forward(head, tile, hidden, *args):
+        nonlocal kernels
+        kernels += 2 * hidden.numel() * head.vocab_size
+        return forward(head, tile, hidden, *args)
+
     addmm_ = {torch.ops.aten.addmm_: lambda _, a, b, *args, **kwargs: mm_flop(a, b)}
-    with FlopCounterMode(display=False, custom_mapping=addmm_) as counter:
+    with (
+        FlopCounterMode(display=False, custom_mapping=addmm_) as counter,
+        mock.patch.object(TritonHead, "launch_forward", count_forward),
+    ):
         function()
-    return counter.get_total_flops() / (2 * N * H * V)
+    return (counter.get_total_flops() + kernels) / (2 * N * H * V)

@@ -9,6 +9,7 @@ from grpo_kernels import kl_estimate, masked_mean
 from oracle import compare
 
 ESTIMATORS = ["k1", "k2", "k3"]
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -12,6 +12,7 @@ from oracle import compare, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LEAVES = ("hidden", "weight", "bias")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def make(shape, H, V, dtype=torch.float32, *, weight_dtype=None, trainable="hw", scale=1.0, **extra):

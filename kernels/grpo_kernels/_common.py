@@ -7,6 +7,7 @@ used or refused, never replaced.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -21,20 +22,40 @@ MIB = 1 << 20
 DEFAULT_BUFFER_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
 
 
-def choose_backend(op: str, implementations: Mapping[str, Callable], backend: str, device: torch.device) -> Callable:
-    """Return the implementation of `op` for `backend`.
+def choose_backend(
+    op: str, implementations: Mapping[str, Callable], backend: str, device: torch.device, dtype: torch.dtype
+) -> Callable:
+    """Return the implementation of `op` for `backend`; `dtype` is what it accumulates in.
 
     Raises:
-        ValueError: `backend` is not one of :data:`BACKENDS`, or this operation has no such implementation.
+        ValueError: `backend` is not one of :data:`BACKENDS`, or ``"triton"`` cannot serve this device or dtype.
     """
+    return implementations[backend_name(op, backend, device, dtype)]
+
+
+def backend_name(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The row of an operation's table that `backend` means; as :func:`choose_backend`."""
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" and "triton" in implementations else "torch"
-    if backend not in implementations:
-        have = ", ".join(repr(name) for name in ("auto", *implementations))
-        raise ValueError(f"{op}: backend={backend!r} has no implementation yet; choose one of {have}")
-    return implementations[backend]
+        return auto_backend(device, dtype)
+    if backend == "triton":
+        obstacle = triton_obstacle(device, dtype)
+        require(obstacle is None, f"{op}: backend='triton' cannot run here: {obstacle}")
+    return backend
+
+
+def auto_backend(device: torch.device, dtype: torch.dtype) -> str:
+    return "triton" if device.type == "cuda" and triton_obstacle(device, dtype) is None else "torch"
+
+
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot take tensors of `device` and `dtype`; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    from grpo_kernels.triton_kernels.launch import obstacle
+
+    return obstacle(device, dtype)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -139,8 +160,9 @@ def sequence_offsets(op: str, shape: torch.Size, cu_seqlens: Tensor | None, devi
 
 def sequence_ids(offsets: Tensor, num_tokens: int) -> Tensor:
     """The index of the sequence that each of the `num_tokens` tokens belongs to, ``[N]`` int64."""
-    sequences = torch.arange(offsets.numel() - 1, device=offsets.device)
-    return torch.repeat_interleave(sequences, offsets.diff(), output_size=num_tokens)
+    tokens = torch.arange(num_tokens, device=offsets.device)
+    # A search, unlike a repetition, stays within bounds where unchecked offsets do not end at `num_tokens`.
+    return torch.searchsorted(offsets[1:].long(), tokens, right=True).clamp(max=max(offsets.numel() - 2, 0))
 
 
 def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:

@@ -8,7 +8,8 @@ For a chunk of C rows, in float32 whatever the inputs' dtype,
     dH = row_scale * (d @ W)                 one product (1U)
     dW += d.T @ (row_scale * hidden)         one product (1U)
 
-The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
+This is the portable engine; `triton_kernels.engine.TritonHead` replaces its steps by kernels that need no float32 copy
+of the logits. The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
 [C, V] buffer is written once by the product and once by the exponential. It is the only buffer of width V.
 """
 
@@ -48,12 +49,17 @@ NARROW_COPIES = 3
 
 
 class RowStatistics(NamedTuple):
-    """What the softmax of a row leaves behind, ``[C]`` each: z at the target, max of z, sum(e), sum(e * log e)."""
+    """What the softmax of a row leaves behind, ``[C]`` each: z at the target, max of z, sum(e), sum(e * log e).
+
+    Where e is relative to the maximum of a tile of `tile_width` columns instead, these are in ``[tiles, C]``.
+    """
 
     target: Tensor
     maximum: Tensor
     total: Tensor
     weighted: Tensor | None
+    tile_maximum: Tensor | None = None
+    tile_width: int = 0
 
     @property
     def logprobs(self) -> Tensor:
@@ -95,10 +101,13 @@ class Head:
     max_buffer_bytes: int
     operand_dtype: torch.dtype
     dtype: torch.dtype
+    vocab_start: int
+    sizing_vocab: int
+    """The largest shard's vocabulary: chunk lengths follow from it, so that they agree on all ranks."""
 
     def prepared(self) -> Head:
         """This head for one forward or backward: the weight cast once, where that takes at most half the budget."""
-        copied = self.weight.numel() * self.product_dtype.itemsize
+        copied = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
         if not self.copies_weight or 2 * copied > self.max_buffer_bytes:
             return self
         cast = self.weight.to(self.operand_dtype).to(self.product_dtype)
@@ -107,15 +116,6 @@ class Head:
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
-
-    @property
-    def vocab_start(self) -> int:
-        """First target id of this rank's shard; shards lie in rank order."""
-        if self.process_group is None:
-            return 0
-        sizes = [None] * dist.get_world_size(self.process_group)
-        dist.all_gather_object(sizes, self.vocab_size, group=self.process_group)
-        return sum(sizes[: dist.get_rank(self.process_group)])
 
     @property
     def mixed_products(self) -> bool:
@@ -140,19 +140,50 @@ class Head:
             dist.all_reduce(tensor, op=op, group=self.process_group)
         return tensor
 
-    def rows_per_chunk(self) -> int:
-        """Rows of float32 logits that fit the byte budget, the same on every rank of the group."""
-        share = 1 - WEIGHT_COPY_SHARE if self.copies_weight else 1.0
+    def over_shards(self, stats: RowStatistics) -> RowStatistics:
+        """The statistics of the whole vocabulary from those of this rank's shard: two all-reduces."""
+        if self.process_group is None:
+            return stats
+        maximum = self.all_reduce(stats.maximum.clone(), dist.ReduceOp.MAX)
+        # A shard of nothing but -inf adds nothing, and has no finite maximum to subtract.
+        shift = torch.where(stats.total > 0, stats.maximum - maximum, 0.0)
+        factor = shift.exp()
+        sums = [stats.target, factor * stats.total]
+        if stats.weighted is not None:
+            sums.append(factor * (stats.weighted + shift * stats.total))
+        target, total, *weighted = self.all_reduce(torch.stack(sums))
+        return stats._replace(target=target, maximum=maximum, total=total, weighted=weighted[0] if weighted else None)
+
+    @property
+    def buffer_dtype(self) -> torch.dtype:
+        """The dtype of the ``[C, V]`` buffer."""
+        return self.dtype
+
+    def narrow_bytes(self) -> int:
+        """Memory of a row beside the logits."""
+        return NARROW_COPIES * self.weight.shape[1] * self.dtype.itemsize
+
+    def row_bytes(self) -> int:
+        """Memory of a row of a chunk."""
         # A 16-bit copy of the gradient lies beside the logits where the products take 16-bit operands.
         width = self.dtype.itemsize + (self.operand_dtype.itemsize if self.mixed_products else 0)
+        return self.sizing_vocab * width + self.narrow_bytes()
+
+    def rows_per_chunk(self) -> int:
+        """Rows that fit the byte budget, the same on every rank of the group."""
+        share = 1 - WEIGHT_COPY_SHARE if self.copies_weight else 1.0
         if self.weight.device.type == "cpu":
             share -= CPU_BLOCK_BYTES / self.max_buffer_bytes if self.max_buffer_bytes > 4 * CPU_BLOCK_BYTES else 0
-        row_bytes = self.vocab_size * width + NARROW_COPIES * self.weight.shape[1] * self.dtype.itemsize
-        rows = max(int(share * self.max_buffer_bytes) // max(row_bytes, 1), 1)
-        if self.process_group is None:
-            return rows
-        smallest = torch.tensor(rows, device=self.weight.device)
-        return int(self.all_reduce(smallest, dist.ReduceOp.MIN).item())
+        return max(int(share * self.max_buffer_bytes) // max(self.row_bytes(), 1), 1)
+
+    def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
+        """The ``[C, V]`` buffer for chunks of `num_rows` rows; C is such that `copies` of it fit the byte budget."""
+        rows = equal_parts(num_rows, self.rows_per_chunk() // copies)
+        return torch.empty(rows, self.vocab_size, dtype=self.buffer_dtype, device=self.weight.device)
+
+    def scoring_buffer(self, num_rows: int) -> Tensor:
+        """The buffer for chunks whose logits nobody needs afterwards."""
+        return self.buffer(num_rows)
 
     def products(self):
         """The context in which float32 copies of bfloat16 operands are multiplied at bfloat16 speed."""
@@ -199,12 +230,20 @@ class Head:
         row_bytes = max(logits.shape[1], 1) * logits.element_size()
         return chunks(logits.shape[0], max(CPU_BLOCK_BYTES // row_bytes, 1))
 
+    def forward_(
+        self, hidden: Tensor, local_targets: Tensor, temperature: Tensor | None, out: Tensor, with_entropy: bool
+    ) -> RowStatistics:
+        """Write ``e = exp(z - max)`` of ``hidden [C, H]`` (an operand) into ``out [C, V]``; return the statistics."""
+        z = self.logits(hidden, temperature, out)
+        return self.exponentiate_(z, local_targets, with_entropy)
+
     def exponentiate_(self, logits: Tensor, local_targets: Tensor, with_entropy: bool) -> RowStatistics:
         """Replace z by e = exp(z - max) and return the row statistics (over all shards)."""
-        target = self.target_logits(logits, local_targets)
+        target = logits.gather(1, local_targets.clamp(min=0)[:, None]).squeeze(1)
         maximum, total = logits.new_empty(2, logits.shape[0])
         weighted = torch.empty_like(total) if with_entropy else None
         if self.process_group is not None:
+            target = torch.where(local_targets < 0, 0.0, target)
             torch.amax(logits, 1, out=maximum)
             self.all_reduce(maximum, dist.ReduceOp.MAX)
         for rows in self.row_blocks(logits):
@@ -221,16 +260,9 @@ class Head:
                 block.exp_()
             torch.sum(block, 1, out=total[rows])
         if self.process_group is not None:
-            sums = self.all_reduce(torch.stack([total] if weighted is None else [total, weighted]))
-            total, weighted = sums[0], sums[1] if with_entropy else None
+            target, total, *rest = self.all_reduce(torch.stack([target, total, *([weighted] if with_entropy else [])]))
+            weighted = rest[0] if with_entropy else None
         return RowStatistics(target, maximum, total, weighted)
-
-    def target_logits(self, logits: Tensor, local_targets: Tensor) -> Tensor:
-        """z at each row's target. A target of another shard is -1 here."""
-        picked = logits.gather(1, local_targets.clamp(min=0)[:, None]).squeeze(1)
-        if self.process_group is not None:
-            picked = self.all_reduce(torch.where(local_targets < 0, 0.0, picked))
-        return picked
 
     def gradient_(
         self,
@@ -240,8 +272,8 @@ class Head:
         temperature: Tensor | None,
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None = None,
-    ) -> Tensor:
-        """Turn e into d, where row_scale * d is dL/d(logit_scale * hidden @ weight.T + bias); return row_scale ``[C]``.
+    ) -> Tensor | None:
+        """Turn e into d, where row_scale * d is dL/d(hidden @ weight.T); return row_scale ``[C]`` (None for 1).
 
         dL/dz_v = grad_logprobs * (1[v = y] - p_v) - grad_entropy * p_v * (log p_v + entropy). Without `grad_entropy`,
         d = e - sum(e) 1[v = y] and the coefficient joins the row scale. `grad_logprobs` None stands for 1.
@@ -275,24 +307,27 @@ class Head:
             block.scatter_add_(1, index[rows], torch.where(local[rows], at_target[rows], 0.0)[:, None])
             if flattening is not None:
                 block *= flattening
+        row_scale = row_scale * self.logit_scale
         return row_scale if temperature is None else row_scale / temperature
 
-    def grad_hidden(self, d: Tensor, row_scale: Tensor) -> Tensor:
-        """``row_scale * logit_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
-        out = d.new_zeros(d.shape[0], self.weight.shape[1])
+    def grad_hidden(self, d: Tensor, row_scale: Tensor | None) -> Tensor:
+        """``row_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
+        out = d.new_zeros(d.shape[0], self.weight.shape[1], dtype=self.dtype)
         with self.products():
             for block, weight in self.vocab_blocks():
                 if self.mixed_products:
                     out += torch.mm(d[:, block].to(self.operand_dtype), weight, out_dtype=self.dtype)
                 else:
                     out.addmm_(d[:, block], weight)
-        out *= (row_scale * self.logit_scale)[:, None]
+        if row_scale is not None:
+            out *= row_scale[:, None]
         return self.all_reduce(out)
 
-    def accumulate_grad_weight(self, d: Tensor, row_scale: Tensor, hidden: Tensor, grad_weight: Tensor) -> None:
-        """``grad_weight [V, H] += d.T @ (row_scale * logit_scale * hidden)``."""
+    def accumulate_grad_weight(self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, grad_weight: Tensor) -> None:
+        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``."""
         # Not rounded to the operands' float16, where the row scale would underflow.
-        scaled = (hidden.to(self.dtype) * (row_scale * self.logit_scale)[:, None]).to(self.product_dtype)
+        scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
+        scaled = scaled.to(self.product_dtype)
         with self.products():
             if self.mixed_products:
                 product = torch.addmm(
@@ -302,8 +337,18 @@ class Head:
             else:
                 grad_weight.addmm_(d.t(), scaled)
 
-    def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor, grad_bias: Tensor) -> None:
-        grad_bias.addmv_(d.t(), row_scale)
+    def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor | None, grad_bias: Tensor) -> None:
+        """``grad_bias [V] += d.T @ row_scale``, less the logit scale, which does not act on the bias."""
+        if row_scale is None:
+            grad_bias.add_(d.sum(0, dtype=self.dtype), alpha=1 / self.logit_scale)
+        else:
+            grad_bias.addmv_(d.t(), row_scale / self.logit_scale)
+
+
+def equal_parts(num_rows: int, most: int) -> int:
+    """Rows of a chunk, at most `most` and at least 1, such that the last chunk is not much shorter than the others."""
+    rows = max(min(most, num_rows), 1)
+    return -(-num_rows // -(-num_rows // rows)) if num_rows else 1
 
 
 def make_head(
@@ -342,9 +387,9 @@ def make_head(
         require_floating(op, temperature=temperature)
         require_device(op, hidden.device, temperature=temperature)
         if temperature.numel() == 1:
-            temperature = temperature.reshape(()).expand(targets.shape)
+            temperature = temperature.reshape(()).expand(targets.shape).contiguous()
         require_shape(op, targets.shape, temperature=temperature)
-        temperatures = temperature.detach().reshape(-1).to(dtype)
+        temperatures = temperature.detach().reshape(-1).to(dtype).contiguous()
         if values_can_be_checked(hidden.device):
             used = temperatures[targets.reshape(-1) != IGNORE_INDEX]
             wrong = used[~(used.isfinite() & (used > 0))]
@@ -358,31 +403,56 @@ def make_head(
     if torch.is_autocast_enabled(device) and operand_dtype != torch.float64:
         operand_dtype = torch.get_autocast_dtype(device)
     budget = max_buffer_bytes or DEFAULT_BUFFER_BYTES.get(device, DEFAULT_BUFFER_BYTES["cuda"])
+    shards = [weight.shape[0]]
+    rank = 0
+    if process_group is not None:
+        rank, shards = dist.get_rank(process_group), _gather_sizes(weight, process_group)
     head = Head(
         weight=weight.detach(),
-        bias=None if bias is None else bias.detach(),
+        bias=None if bias is None else bias.detach().contiguous(),
         logit_scale=float(logit_scale),
         softcap=softcap,
         process_group=process_group,
         max_buffer_bytes=budget,
         operand_dtype=operand_dtype,
         dtype=dtype,
+        vocab_start=sum(shards[:rank]),
+        sizing_vocab=max(shards),
     )
-    vocab_size = head.vocab_size
-    if process_group is not None:
-        vocab_size = int(head.all_reduce(torch.tensor(vocab_size, device=hidden.device)).item())
-    require_targets(op, targets, vocab_size)
+    require_targets(op, targets, sum(shards))
     return head, temperatures
+
+
+def _gather_sizes(weight: Tensor, process_group: dist.ProcessGroup) -> list[int]:
+    """The vocabulary of every rank's shard, in rank order."""
+    size = torch.tensor([weight.shape[0]], device=weight.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(sizes, size, group=process_group)
+    return torch.cat(sizes).tolist()
 
 
 def local_targets(head: Head, targets: Tensor) -> Tensor:
     """Target ids within this rank's shard, -1 for those of other shards; int64."""
-    targets = targets.long()
+    targets = targets.long().contiguous()
     if head.process_group is None:
         return targets
     local = targets - head.vocab_start
     return torch.where((local >= 0) & (local < head.vocab_size), local, -1)
 
 
-def valid_rows(targets: Tensor) -> Tensor:
-    return (targets != IGNORE_INDEX).nonzero().squeeze(1)
+def partition(category: Tensor, count: int) -> list[Tensor]:
+    """The indices at which ``category [N]`` int is 0, 1, .. `count` - 1, each in order.
+
+    Their numbers are read by the host once, which waits for a GPU: a row that is not multiplied has to be known.
+    """
+    if category.device.type == "cpu":
+        return [(category == value).nonzero().squeeze(1) for value in range(count)]
+    order = torch.argsort(category, stable=True)
+    sizes = torch.bincount(category, minlength=count).tolist()
+    return list(order.split(sizes))
+
+
+def row_chunks(rows: Tensor, num_tokens: int, most: int) -> Iterator[Tensor | slice]:
+    """The row indices `rows` in chunks of at most `most`; slices, which copy nothing, where they are all rows."""
+    for chunk in chunks(rows.numel(), most):
+        yield chunk if rows.numel() == num_tokens else rows[chunk]

@@ -6,7 +6,7 @@ With ``d = logprobs - ref_logprobs`` (Schulman, "Approximating KL Divergence", 2
     k2 = d**2 / 2               biased, >= 0; its gradient is unbiased for the reverse KL on on-policy samples
     k3 = exp(-d) - 1 + d        unbiased, >= 0 (TRL's and DeepSeekMath's choice)
 
-Nothing is saved beyond ``d``; accumulation is elementwise in float32 (float64 for float64 inputs).
+The portable path saves the derivative, Triton's its inputs; accumulation is elementwise in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -68,7 +68,13 @@ class _KLEstimate(torch.autograd.Function):
         return grad_logprobs, grad_ref, None
 
 
-_IMPLEMENTATIONS = {"torch": _KLEstimate.apply, "reference": kl_estimate_ref}
+def _kl_estimate_triton(logprobs, ref_logprobs, estimator):
+    from grpo_kernels.triton_kernels.elementwise import KLEstimateTriton
+
+    return KLEstimateTriton.apply(logprobs, ref_logprobs, estimator)
+
+
+_IMPLEMENTATIONS = {"triton": _kl_estimate_triton, "torch": _KLEstimate.apply, "reference": kl_estimate_ref}
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *, backend: str = "auto") -> Tensor:
@@ -78,7 +84,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *
         logprobs: log-probabilities under the policy (nats), any shape, floating point.
         ref_logprobs: log-probabilities of the same tokens under the reference, same shape and device.
         estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A tensor of the same shape, float32 (float64 if an input is float64).
@@ -93,4 +99,5 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *
     require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
     require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
     require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
-    return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device)(logprobs, ref_logprobs, estimator)
+    dtype = accumulation_dtype(logprobs, ref_logprobs)
+    return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)(logprobs, ref_logprobs, estimator)

@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import IGNORE_INDEX, accumulation_dtype, choose_backend, chunks, require
-from grpo_kernels._head import Head, local_targets, make_head, valid_rows
+from grpo_kernels._common import IGNORE_INDEX, accumulation_dtype, choose_backend, require
+from grpo_kernels._head import Head, local_targets, make_head, partition, row_chunks
 
 
 def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None):
@@ -46,31 +46,22 @@ def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, l
 
 
 def forward_rows(head: Head, hidden, targets, temperature, rows, out, with_entropy):
-    """Logits and statistics of one chunk: (hidden operand, e, statistics, temperatures)."""
+    """The forward of one chunk: (hidden operand, e, statistics, temperatures)."""
     operand = head.operand(hidden[rows])
     row_temperature = None if temperature is None else temperature[rows]
-    logits = head.logits(operand, row_temperature, out[: operand.shape[0]])
-    stats = head.exponentiate_(logits, targets[rows], with_entropy)
-    return operand, logits, stats, row_temperature
+    e = out[: operand.shape[0]]
+    stats = head.forward_(operand, targets[rows], row_temperature, e, with_entropy)
+    return operand, e, stats, row_temperature
 
 
 def score(head: Head, hidden, targets, temperature, rows, logprobs, entropy) -> None:
     """1U: write log-probabilities (and entropies, where a tensor is given) of `rows` in place."""
-    buffer = logits_buffer(head, rows.numel())
-    for chunk in chunks(rows.numel(), buffer.shape[0]):
-        at = rows[chunk]
+    buffer = head.scoring_buffer(rows.numel())
+    for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
         _, _, stats, _ = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
         logprobs[at] = stats.logprobs
         if entropy is not None:
             entropy[at] = stats.entropy
-
-
-def logits_buffer(head: Head, num_rows: int, copies: int = 1) -> Tensor:
-    """The ``[C, V]`` buffer for chunks of `num_rows` rows; C is such that `copies` of it fit the byte budget."""
-    rows = max(min(head.rows_per_chunk() // copies, num_rows), 1)
-    # Equal chunks: no short last product.
-    rows = -(-num_rows // -(-num_rows // rows)) if num_rows else 1
-    return torch.empty(rows, head.vocab_size, dtype=head.dtype, device=head.weight.device)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -80,7 +71,7 @@ class _LinearLogprob(torch.autograd.Function):
         num_tokens = hidden.shape[0]
         logprobs = torch.zeros(num_tokens, dtype=head.dtype, device=hidden.device)
         entropy = torch.zeros_like(logprobs) if with_entropy else None
-        rows = valid_rows(targets)
+        rows, _ = partition((targets == IGNORE_INDEX).long(), 2)
         targets = local_targets(head, targets)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         ctx.head, ctx.dtypes = head, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -136,10 +127,9 @@ def _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy):
     """2U (3U with entropy): fill the outputs, return dlogp/dhidden and dentropy/dhidden, ``[N, H]`` each."""
     slopes = [torch.zeros_like(hidden) for _ in range(1 if entropy is None else 2)]
     # The entropy's slope is made in a copy of e.
-    buffer = logits_buffer(head, rows.numel(), copies=len(slopes))
+    buffer = head.buffer(rows.numel(), copies=len(slopes))
     copy = None if entropy is None else torch.empty_like(buffer)
-    for chunk in chunks(rows.numel(), buffer.shape[0]):
-        at = rows[chunk]
+    for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
         _, e, stats, row_temperature = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
         logprobs[at] = stats.logprobs
         if entropy is not None:
@@ -173,7 +163,7 @@ class Gradients:
             self.weight = torch.zeros(head.weight.shape, dtype=head.dtype, device=hidden.device)
         self.bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs[2] else None
 
-    def add(self, head: Head, d: Tensor, row_scale: Tensor, operand: Tensor, rows: Tensor) -> None:
+    def add(self, head: Head, d: Tensor, row_scale: Tensor | None, operand: Tensor, rows: Tensor | slice) -> None:
         """2U: send one chunk's dL/dlogits on to the gradients that are wanted."""
         if self.hidden is not None:
             self.hidden[rows] = head.grad_hidden(d, row_scale).to(self.hidden.dtype)
@@ -187,9 +177,8 @@ def recompute_gradients(
     head, hidden, targets, temperature, rows, grad_logprobs, grad_entropy, gradients: Gradients
 ) -> None:
     """3U: collect `gradients` for given dL/dlogp and dL/dentropy (or None), ``[N]`` each, of `rows`."""
-    buffer = logits_buffer(head, rows.numel())
-    for chunk in chunks(rows.numel(), buffer.shape[0]):
-        at = rows[chunk]
+    buffer = head.buffer(rows.numel())
+    for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
         operand, e, stats, row_temperature = forward_rows(
             head, hidden, targets, temperature, at, buffer, grad_entropy is not None
         )
@@ -210,6 +199,12 @@ def _linear_logprob_torch(hidden, weight, bias, targets, temperature, head, with
     return _LinearLogprob.apply(hidden, weight, bias, targets, temperature, head, with_entropy)
 
 
+def _linear_logprob_triton(hidden, weight, bias, targets, temperature, head, with_entropy):
+    from grpo_kernels.triton_kernels.engine import TritonHead
+
+    return _linear_logprob_torch(hidden, weight, bias, targets, temperature, TritonHead(**vars(head)), with_entropy)
+
+
 def _linear_logprob_reference(hidden, weight, bias, targets, temperature, head, with_entropy):
     require(head.process_group is None, "linear_logprob: backend='reference' has no process_group")
     logprobs, entropy = linear_logprob_ref(
@@ -219,7 +214,11 @@ def _linear_logprob_reference(hidden, weight, bias, targets, temperature, head, 
     return logprobs, entropy if with_entropy else None
 
 
-_IMPLEMENTATIONS = {"torch": _linear_logprob_torch, "reference": _linear_logprob_reference}
+_IMPLEMENTATIONS = {
+    "triton": _linear_logprob_triton,
+    "torch": _linear_logprob_torch,
+    "reference": _linear_logprob_reference,
+}
 
 
 def linear_logprob(
@@ -252,7 +251,7 @@ def linear_logprob(
             CPU, 1 GiB on a GPU). At least one row of float32 logits is always held.
         process_group: ranks that hold the vocabulary in shards, in rank order; hidden states and targets are the
             same on all of them, and so are the results and hidden's gradient.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``logprobs [...]`` or ``(logprobs, entropy)``, float32 (float64 for float64 inputs), differentiable in
@@ -268,7 +267,7 @@ def linear_logprob(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         max_buffer_bytes=max_buffer_bytes, process_group=process_group,
     )  # fmt: skip
-    run = choose_backend(op, _IMPLEMENTATIONS, backend, hidden.device)
+    run = choose_backend(op, _IMPLEMENTATIONS, backend, hidden.device, head.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])
     logprobs, entropy = run(flat, weight, bias, targets.reshape(-1), temperatures, head, return_entropy)
     logprobs = logprobs.view(targets.shape)

@@ -22,13 +22,15 @@ microbatches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from grpo_kernels._common import (
     IGNORE_INDEX,
     choose_backend,
-    chunks,
     require,
     require_device,
     require_floating,
@@ -36,18 +38,18 @@ from grpo_kernels._common import (
     require_tensors,
     sequence_ids,
 )
-from grpo_kernels._head import local_targets, make_head
+from grpo_kernels._head import local_targets, make_head, partition, row_chunks
 from grpo_kernels.linear_logprob import (
     Gradients,
     forward_rows,
     linear_logprob_ref,
-    logits_buffer,
     recompute_gradients,
     score,
 )
 from grpo_kernels.objective import PolicyObjective
 from grpo_kernels.policy_loss import (
     PolicyLoss,
+    Terms,
     Tokens,
     flatten_tokens,
     named_statistics,
@@ -68,7 +70,8 @@ def _split_rows(tokens: Tokens, objective: PolicyObjective, offsets: Tensor | No
     """Rows that may have a gradient, and rows whose coefficient is known to be zero. Weightless rows are in neither."""
     counted = tokens.weights != 0
     if not objective.advantage_alone:
-        return counted.nonzero().squeeze(1), counted.new_zeros(0, dtype=torch.int64)
+        moving, _ = partition((~counted).long(), 2)
+        return moving, moving.new_zeros(0)
     moves = counted & (tokens.advantages != 0)
     if tokens.correction is not None:
         moves = moves & (tokens.correction != 0)
@@ -77,7 +80,8 @@ def _split_rows(tokens: Tokens, objective: PolicyObjective, offsets: Tensor | No
         ids = sequence_ids(offsets, counted.numel())
         moving = torch.zeros(offsets.numel() - 1, device=ids.device).index_add_(0, ids, moves.float())
         moves = counted & (moving[ids] > 0)
-    return moves.nonzero().squeeze(1), (counted & ~moves).nonzero().squeeze(1)
+    moving, still, _ = partition(torch.where(moves, 0, torch.where(counted, 1, 2)), 3)
+    return moving, still
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,20 +89,27 @@ def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _token_level(head, hidden, targets, temperature, tokens, objective, rows, logprobs, entropy, gradients):
+class _Options(NamedTuple):
+    with_entropy: bool
+    skip_inactive: bool
+    grad_weight_buffer: Tensor | None
+    # `policy_loss.policy_terms`, or the same in one kernel.
+    terms: Callable[..., Terms] = policy_terms
+
+
+def _token_level(head, hidden, targets, temperature, tokens, objective, rows, logprobs, entropy, gradients, terms_of):
     """3U or 2U: the coefficient is made from each chunk's own log-probabilities. Returns (loss, statistics)."""
     loss, stats = 0.0, 0.0
     bonus = objective.entropy_coef != 0.0
-    buffer = logits_buffer(head, rows.numel())
-    for chunk in chunks(rows.numel(), buffer.shape[0]):
-        at = rows[chunk]
+    buffer = head.buffer(rows.numel())
+    for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
         operand, e, row_stats, row_temperature = forward_rows(
             head, hidden, targets, temperature, at, buffer, entropy is not None
         )
         logprobs[at] = row_stats.logprobs
         if entropy is not None:
             entropy[at] = row_stats.entropy
-        terms = policy_terms(logprobs[at], tokens.take(at), objective, None if entropy is None else entropy[at])
+        terms = terms_of(logprobs[at], tokens.take(at), objective, None if entropy is None else entropy[at])
         loss, stats = loss + terms.loss, stats + terms.stats
         row_scale = head.gradient_(
             e, row_stats, targets[at], row_temperature, terms.grad_logprobs, terms.grad_entropy if bonus else None
@@ -107,15 +118,16 @@ def _token_level(head, hidden, targets, temperature, tokens, objective, rows, lo
     return loss, stats
 
 
-def _sequence_level(head, hidden, targets, temperature, tokens, objective, offsets, rows, logprobs, entropy, gradients):
+def _sequence_level(
+    head, hidden, targets, temperature, tokens, objective, offsets, rows, logprobs, entropy, gradients, terms_of
+):
     """Log-probabilities first; then the rows that move, recomputed (trainable head) or by their slope (frozen)."""
     bonus = objective.entropy_coef != 0.0
     frozen = gradients.weight is None and gradients.bias is None
     slopes = frozen and not bonus
     if slopes:
-        buffer = logits_buffer(head, rows.numel())
-        for chunk in chunks(rows.numel(), buffer.shape[0]):
-            at = rows[chunk]
+        buffer = head.buffer(rows.numel())
+        for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
             _, e, row_stats, row_temperature = forward_rows(
                 head, hidden, targets, temperature, at, buffer, entropy is not None
             )
@@ -126,7 +138,7 @@ def _sequence_level(head, hidden, targets, temperature, tokens, objective, offse
             gradients.hidden[at] = head.grad_hidden(e, row_scale).to(gradients.hidden.dtype)
     else:
         score(head, hidden, targets, temperature, rows, logprobs, entropy)
-    terms = policy_terms(logprobs, tokens, objective, entropy, offsets)
+    terms = terms_of(logprobs, tokens, objective, entropy, offsets)
     if slopes:
         gradients.hidden.mul_(terms.grad_logprobs[:, None])
         return terms.loss, terms.stats
@@ -134,7 +146,7 @@ def _sequence_level(head, hidden, targets, temperature, tokens, objective, offse
     if bonus:
         moving = moving | (terms.grad_entropy != 0)
     recompute_gradients(
-        head, hidden, targets, temperature, moving.nonzero().squeeze(1),
+        head, hidden, targets, temperature, partition((~moving).long(), 2)[0],
         terms.grad_logprobs, terms.grad_entropy if bonus else None, gradients,
     )  # fmt: skip
     return terms.loss, terms.stats
@@ -143,7 +155,7 @@ def _sequence_level(head, hidden, targets, temperature, tokens, objective, offse
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, head, tokens, objective, offsets, options):
-        with_entropy, skip_inactive, grad_weight_buffer = options
+        with_entropy, skip_inactive, grad_weight_buffer, terms_of = options
         needs = list(ctx.needs_input_grad[:3])
         needs[1] = needs[1] or grad_weight_buffer is not None
         outputs = hidden.new_zeros(2, hidden.shape[0], dtype=head.dtype)
@@ -161,15 +173,17 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 score(*common, still, logprobs, entropy)
             if not any(needs):
                 score(*common, moving, logprobs, entropy)
-                terms = policy_terms(logprobs, tokens, objective, entropy, offsets)
+                terms = terms_of(logprobs, tokens, objective, entropy, offsets)
                 loss, stats = terms.loss, terms.stats
             elif objective.level == "sequence":
-                loss, stats = _sequence_level(*common, tokens, objective, offsets, moving, logprobs, entropy, gradients)
+                loss, stats = _sequence_level(
+                    *common, tokens, objective, offsets, moving, logprobs, entropy, gradients, terms_of
+                )
             else:
-                loss, stats = _token_level(*common, tokens, objective, moving, logprobs, entropy, gradients)
-                if not skip_inactive or moving.numel() == 0:
-                    rest = policy_terms(logprobs[still], tokens.take(still), objective,
-                                        None if entropy is None else entropy[still])  # fmt: skip
+                loss, stats = _token_level(*common, tokens, objective, moving, logprobs, entropy, gradients, terms_of)
+                if (still.numel() > 0 and not skip_inactive) or moving.numel() == 0:
+                    rest = terms_of(logprobs[still], tokens.take(still), objective,
+                                    None if entropy is None else entropy[still])  # fmt: skip
                     loss, stats = loss + rest.loss, stats + rest.stats
         ctx.buffered = grad_weight_buffer is not None
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -211,17 +225,27 @@ def _require_unit(grad_loss: Tensor) -> None:
 def _linear_policy_loss_torch(hidden, weight, bias, targets, temperature, head, tokens, objective, offsets, options):
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        options = (*options[:2], None)
+        options = options._replace(grad_weight_buffer=None)
     return _LinearPolicyLoss.apply(
         hidden, weight, bias, targets, temperature, head, tokens, objective, offsets, options
     )
+
+
+def _linear_policy_loss_triton(hidden, weight, bias, targets, temperature, head, tokens, objective, offsets, options):
+    from grpo_kernels.triton_kernels.engine import TritonHead
+    from grpo_kernels.triton_kernels.policy import policy_terms_triton
+
+    return _linear_policy_loss_torch(
+        hidden, weight, bias, targets, temperature, TritonHead(**vars(head)), tokens, objective, offsets,
+        options._replace(terms=policy_terms_triton),
+    )  # fmt: skip
 
 
 def _linear_policy_loss_reference(
     hidden, weight, bias, targets, temperature, head, tokens, objective, offsets, options
 ):
     op = "linear_policy_loss"
-    with_entropy, skip_inactive, grad_weight_buffer = options
+    with_entropy, skip_inactive, grad_weight_buffer, _ = options
     require(head.process_group is None, f"{op}: backend='reference' has no process_group")
     require(grad_weight_buffer is None, f"{op}: backend='reference' has no grad_weight_buffer")
     require(not skip_inactive, f"{op}: backend='reference' has no skip_inactive")
@@ -232,7 +256,11 @@ def _linear_policy_loss_reference(
     return loss, stats, logprobs, entropy if with_entropy else None
 
 
-_IMPLEMENTATIONS = {"torch": _linear_policy_loss_torch, "reference": _linear_policy_loss_reference}
+_IMPLEMENTATIONS = {
+    "triton": _linear_policy_loss_triton,
+    "torch": _linear_policy_loss_torch,
+    "reference": _linear_policy_loss_reference,
+}
 
 
 def linear_policy_loss(
@@ -271,7 +299,7 @@ def linear_policy_loss(
         grad_weight_buffer: float32 ``[V, H]``; the weight's gradient is added to it during the forward and `weight`
             gets none from autograd. The loss must then be backpropagated with gradient 1, as it is when `weights`
             carry the normaliser.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         :class:`PolicyLoss`: ``loss`` is differentiable in `hidden`, `weight` and `bias`, once; ``logprobs`` and
@@ -302,10 +330,10 @@ def linear_policy_loss(
     flat_targets = targets.reshape(-1)
     tokens = tokens._replace(weights=tokens.weights.masked_fill(flat_targets == IGNORE_INDEX, 0.0))
     with_entropy = return_entropy or objective.entropy_coef != 0.0
-    run = choose_backend(op, _IMPLEMENTATIONS, backend, hidden.device)
+    run = choose_backend(op, _IMPLEMENTATIONS, backend, hidden.device, head.dtype)
     loss, stats, logprobs, entropy = run(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_targets, temperatures, head, tokens, objective,
-        offsets, (with_entropy, skip_inactive, grad_weight_buffer),
+        offsets, _Options(with_entropy, skip_inactive, grad_weight_buffer),
     )  # fmt: skip
     return PolicyLoss(
         loss,

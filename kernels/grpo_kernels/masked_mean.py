@@ -50,7 +50,13 @@ class _MaskedMean(torch.autograd.Function):
         return grad.masked_fill(~mask, 0.0).to(ctx.values_dtype), None, None
 
 
-_IMPLEMENTATIONS = {"torch": _MaskedMean.apply, "reference": masked_mean_ref}
+def _masked_mean_triton(values, mask, dim):
+    from grpo_kernels.triton_kernels.elementwise import MaskedMeanTriton
+
+    return MaskedMeanTriton.apply(values, mask, dim)
+
+
+_IMPLEMENTATIONS = {"triton": _masked_mean_triton, "torch": _MaskedMean.apply, "reference": masked_mean_ref}
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend: str = "auto") -> Tensor:
@@ -60,7 +66,7 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend
         values: floating-point tensor of any shape.
         mask: boolean or 0/1 tensor of the same shape, or one that broadcasts to it.
         dim: dimension to reduce, or None for all of them.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         float32 (float64 for float64 `values`): a scalar, or `values` without `dim`. NaN where the mask is empty.
@@ -84,4 +90,5 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend
     )
     if dim is not None and not -values.dim() <= dim < values.dim():
         raise IndexError(f"{op}: dim={dim} is out of range for values of shape {tuple(values.shape)}")
-    return choose_backend(op, _IMPLEMENTATIONS, backend, values.device)(values, mask, dim)
+    run = choose_backend(op, _IMPLEMENTATIONS, backend, values.device, accumulation_dtype(values))
+    return run(values, mask, dim)

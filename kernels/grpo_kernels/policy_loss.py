@@ -224,8 +224,8 @@ def named_statistics(stats: Tensor) -> dict[str, Tensor]:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, entropy, tokens, objective, offsets):
-        terms = policy_terms(logprobs, tokens, objective, entropy, offsets)
+    def forward(ctx, logprobs, entropy, tokens, objective, offsets, terms_of):
+        terms = terms_of(logprobs, tokens, objective, entropy, offsets)
         ctx.save_for_backward(terms.grad_logprobs, terms.grad_entropy)
         ctx.mark_non_differentiable(terms.stats)
         return terms.loss, terms.stats
@@ -238,15 +238,21 @@ class _PolicyLoss(torch.autograd.Function):
         return (
             grad_loss * grad_logprobs if wanted[0] else None,
             grad_loss * grad_entropy if wanted[1] else None,
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
 def _policy_loss_torch(logprobs, tokens, objective, entropy, offsets):
-    return _PolicyLoss.apply(logprobs, entropy, tokens, objective, offsets)
+    return _PolicyLoss.apply(logprobs, entropy, tokens, objective, offsets, policy_terms)
 
 
-_IMPLEMENTATIONS = {"torch": _policy_loss_torch, "reference": policy_loss_ref}
+def _policy_loss_triton(logprobs, tokens, objective, entropy, offsets):
+    from grpo_kernels.triton_kernels.policy import policy_terms_triton
+
+    return _PolicyLoss.apply(logprobs, entropy, tokens, objective, offsets, policy_terms_triton)
+
+
+_IMPLEMENTATIONS = {"triton": _policy_loss_triton, "torch": _policy_loss_torch, "reference": policy_loss_ref}
 
 
 def flatten_tokens(
@@ -313,7 +319,7 @@ def policy_loss(
         entropy: per-token entropies, for the bonus and for the statistics.
         correction: the constant ``rho_t`` for the difference between sampler and trainer.
         cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed at level ``"sequence"``.
-        backend: ``"auto"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         :class:`PolicyLoss`; the loss is differentiable in `logprobs` and `entropy`, float32 (or float64).
@@ -334,7 +340,7 @@ def policy_loss(
         advantages, weights, old_logprobs, ref_logprobs, correction, cu_seqlens,
     )  # fmt: skip
     require(objective.entropy_coef == 0.0 or entropy is not None, f"{op}: entropy_coef needs the entropy argument")
-    run = choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device)
+    run = choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     loss, stats = run(logprobs.reshape(-1).to(dtype), tokens, objective, flat_entropy, offsets)
     return PolicyLoss(loss, named_statistics(stats))

@@ -1,0 +1,149 @@
+"""The output head on Triton: the steps of `grpo_kernels._head.Head` that touch logits, each one kernel.
+
+Gradients with respect to hidden states and weight stay the products of `Head`. The chunk's buffer holds exponentials,
+then dL/d(hidden @ weight.T), in bfloat16 where the device multiplies bfloat16 into float32, else in float32.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from grpo_kernels._head import Head, RowStatistics
+from grpo_kernels.triton_kernels.head import combine_splits, head_forward, head_gradient
+from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, on_device, processors
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, autotuning, choose_tile, splits_of
+
+DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# Rows and warps of the kernels that are bound by memory.
+COMBINE_ROWS, COMBINE_WARPS = 128, 4
+GRADIENT_ROWS, GRADIENT_WARPS = 16, 4
+
+
+def descriptors_fit(*matrices: Tensor) -> bool:
+    """Whether tensor descriptors can address these matrices: rows and base aligned to 16 bytes, unit last stride."""
+    return all(
+        m.stride(-1) == 1 and m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 for m in matrices
+    )
+
+
+class TritonHead(Head):
+    """`Head` whose logits live in registers; the row scale is part of the gradient, so `gradient_` returns None."""
+
+    @property
+    def buffer_dtype(self) -> torch.dtype:
+        return self.operand_dtype if self.mixed_products else self.dtype
+
+    def row_bytes(self) -> int:
+        return self.sizing_vocab * self.buffer_dtype.itemsize + super().narrow_bytes()
+
+    def scoring_buffer(self, num_rows: int) -> Tensor:
+        """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
+        narrow = self.narrow_bytes() + 4 * 4 * processors(self.weight.device)
+        rows = max(min(self.max_buffer_bytes // narrow, num_rows), 1)
+        return torch.empty(-(-num_rows // -(-num_rows // rows)) if num_rows else 1, 0, device=self.weight.device)
+
+    def operand(self, rows: Tensor) -> Tensor:
+        """Hidden states in the dtype that they are multiplied in, which the kernel takes without widening."""
+        return rows.to(self.operand_dtype).contiguous()
+
+    def tile(
+        self, hidden: Tensor, targets: Tensor, temperature: Tensor | None, out: Tensor, with_entropy: bool
+    ) -> Tile:
+        architecture = architecture_of(hidden.device)
+        key = f"H={hidden.shape[1]} V={self.vocab_size} store={out.shape[1] > 0} entropy={with_entropy}"
+
+        def measure(tile: Tile) -> float:
+            def launch():
+                self.launch_forward(tile, hidden, targets, temperature, out, with_entropy)
+
+            if hidden.is_cuda:
+                return triton.testing.do_bench(launch, warmup=5, rep=50, return_mode="median")
+            started = time.perf_counter()
+            launch()
+            return time.perf_counter() - started
+
+        return choose_tile(architecture, self.operand_dtype, key, measure if autotuning() else None)
+
+    def forward_(
+        self, hidden: Tensor, local_targets: Tensor, temperature: Tensor | None, out: Tensor, with_entropy: bool
+    ) -> RowStatistics:
+        tile = self.tile(hidden, local_targets, temperature, out, with_entropy)
+        return self.launch_forward(tile, hidden, local_targets, temperature, out, with_entropy)
+
+    def launch_forward(
+        self,
+        tile: Tile,
+        hidden: Tensor,
+        local_targets: Tensor,
+        temperature: Tensor | None,
+        out: Tensor,
+        with_entropy: bool,
+    ) -> RowStatistics:
+        (N, H), V, store = hidden.shape, self.vocab_size, out.shape[1] > 0
+        weight, device = self.weight, hidden.device
+        architecture = ARCHITECTURES[architecture_of(device)]
+        row_blocks, tiles = -(-N // tile.rows), -(-V // tile.columns)
+        programs = processors(device)
+        splits, tiles_per_split = splits_of(row_blocks, tiles, programs)
+        items = row_blocks * splits
+        partials = torch.empty(4, splits, N, dtype=torch.float32, device=device)
+        # The last tile writes all of its parts, also those beyond V.
+        parts = tiles * (tile.columns // tile.part) if store else 0
+        tile_maximum = torch.empty(parts, N, dtype=torch.float32, device=device)
+        descriptors = architecture.descriptors and descriptors_fit(hidden, weight, *([out] if store else []))
+        first, second, third = hidden, weight, out
+        if descriptors:
+            first = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
+            second = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth])
+            third = TensorDescriptor.from_tensor(out, [tile.rows, tile.part]) if store else out
+        with on_device(hidden):
+            head_forward[(min(items, programs) if architecture.descriptors else items,)](
+                first, second, self.bias, local_targets, temperature, partials, third, tile_maximum,
+                N, V, H, hidden.stride(0), weight.stride(0), weight.stride(1), tiles_per_split, splits,
+                self.logit_scale, self.softcap or 1.0,
+                HAS_BIAS=self.bias is not None,
+                HAS_TEMPERATURE=temperature is not None,
+                HAS_SOFTCAP=self.softcap is not None,
+                WITH_ENTROPY=with_entropy,
+                STORE=store,
+                DESCRIPTORS=descriptors,
+                # The interpreter's dot is wrong for bfloat16 operands and right for their float32 copies.
+                DOT_DTYPE=tl.float32 if interpreting() else DOT_DTYPES[self.operand_dtype],
+                BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            statistics = torch.empty(4, N, dtype=torch.float32, device=device)
+            combine_splits[(-(-N // COMBINE_ROWS),)](
+                partials, statistics, local_targets, N, V, splits,
+                CHECK_TARGETS=self.process_group is None, BLOCK=COMBINE_ROWS, num_warps=COMBINE_WARPS,
+            )  # fmt: skip
+        maximum, total, weighted, target = statistics
+        mine = RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile.part)
+        return self.over_shards(mine)
+
+    def gradient_(
+        self,
+        e: Tensor,
+        stats: RowStatistics,
+        local_targets: Tensor,
+        temperature: Tensor | None,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None = None,
+    ) -> None:
+        N, V = e.shape
+        with on_device(e):
+            head_gradient[(-(-N // GRADIENT_ROWS) * -(-V // stats.tile_width),)](
+                e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, local_targets,
+                temperature, grad_logprobs, grad_entropy, N, V, self.logit_scale, self.softcap or 1.0,
+                HAS_TEMPERATURE=temperature is not None,
+                HAS_SOFTCAP=self.softcap is not None,
+                HAS_GRAD=grad_logprobs is not None,
+                HAS_GRAD_ENTROPY=grad_entropy is not None,
+                PART_V=stats.tile_width, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
+            )  # fmt: skip

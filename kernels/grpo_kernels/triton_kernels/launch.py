@@ -1,0 +1,56 @@
+"""Where the kernels may run: the architecture of a device, and what is refused, in one line each."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, nearest_architecture
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_name(device: torch.device) -> str | None:
+    """``"sm_90"``, ``"gfx942"`` and so on; None for a device that Triton does not compile for."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def architecture_of(device: torch.device) -> str | None:
+    """The row of :data:`ARCHITECTURES` that serves `device`, or None."""
+    if interpreting():
+        return "interpreter"
+    name = device_name(device)
+    return None if name is None else nearest_architecture(name)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take tensors of `dtype` on `device`; None where they can."""
+    if dtype == torch.float64:
+        return "float64 is computed by backend='torch'"
+    if architecture_of(device) is not None:
+        return None
+    known = ", ".join(name for name in ARCHITECTURES if name != "interpreter")
+    if device.type != "cuda":
+        return f"tensors are on {device}; it needs a GPU ({known}), or TRITON_INTERPRET=1 to run on the CPU, slowly"
+    return f"unsupported architecture {device_name(device)}; there are kernels for {known}"
+
+
+def on_device(tensor: Tensor):
+    """The context in which a kernel for `tensor` is launched: Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run at once, at least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

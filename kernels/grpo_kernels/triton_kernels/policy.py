@@ -1,0 +1,237 @@
+"""The policy loss in Triton: loss, derivative and every logged sum in one pass over the tokens.
+
+    policy_tokens     ratio of a token: a block of tokens a program
+    policy_sequences  ratio of a sequence: a sequence a program, which reads its tokens once for the ratio, once for
+                      the terms and once to hand the ratio's derivative back to the tokens
+
+Both write float32 sums [8, programs] (the loss, then the statistics of `policy_loss.STATISTICS`), which are added up
+afterwards, always in the same order. Clip bounds and coefficients are run-time numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_kernels.objective import PolicyObjective
+from grpo_kernels.policy_loss import STATISTICS, Terms, Tokens
+from grpo_kernels.triton_kernels.launch import on_device
+from grpo_kernels.triton_kernels.math import expm1, sigmoid
+
+BLOCK, WARPS = 1024, 4
+CLIP, CISPO, SAPO, REINFORCE = (tl.constexpr(index) for index in range(4))
+KINDS = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+_POINTERS = ["logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy", "offsets"]
+_POINTERS += ["grad_logprobs", "sums"]
+
+
+@triton.jit
+def kl_terms(d, KL: tl.constexpr):
+    """The estimate k1, k2 or k3 of ``d = logprobs - ref_logprobs``, and its derivative."""
+    if KL == 1:
+        return d, tl.full(d.shape, 1.0, d.dtype)
+    elif KL == 2:
+        return d * d * 0.5, d
+    else:
+        excess = expm1(-d)
+        return excess + d, -excess
+
+
+@triton.jit
+def _objective(ratio, logp, A, low, high, delta, tau_pos, tau_neg, KIND: tl.constexpr, HAS_DELTA: tl.constexpr):
+    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: the rows of `policy_loss._KIND`. NaN passes every bound."""
+    through = tl.zeros(ratio.shape, tl.float32)
+    direct = tl.zeros(ratio.shape, tl.float32)
+    if KIND == CLIP:
+        # On a bound the gradient passes.
+        upper = tl.where(ratio > high, high, ratio)
+        lower = tl.where(ratio < low, low, ratio)
+        if HAS_DELTA:
+            lower = tl.where(lower > delta, delta, lower)
+        bounded = tl.where(A > 0, upper, lower)
+        value = -A * bounded
+        through = tl.where(ratio == bounded, -A * ratio, 0.0)
+    elif KIND == CISPO:
+        direct = -A * tl.where(ratio > high, high, ratio)
+        value = direct * logp
+    elif KIND == SAPO:
+        tau = tl.where(A > 0, tau_pos, tau_neg)
+        gate = sigmoid(tau * (ratio - 1.0))
+        slope = 4.0 * gate * sigmoid(-tau * (ratio - 1.0)) * ratio
+        value = -4.0 / tau * gate * A
+        through = tl.where(gate < 1.0, -A * slope, 0.0)
+    else:
+        direct = -A
+        value = direct * logp
+    return value, through, direct
+
+
+@triton.jit
+def _terms(
+    at, mask, counted, w, logp, A, ratio, share, ref_logprobs, correction, entropy,
+    low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr,
+):  # fmt: skip
+    """For a block of tokens: dL/dlog_ratio, dL/dlogp at a fixed ratio, and the eight sums; `share` counts a ratio."""
+    value, through, direct = _objective(ratio, logp, A, low, high, delta, tau_pos, tau_neg, KIND, HAS_DELTA)
+    scale = w
+    if HAS_CORRECTION:
+        scale *= tl.where(counted, tl.load(correction + at, mask, other=0.0), 0.0)
+    # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
+    moves = A != 0
+    loss = tl.where(moves, scale * value, 0.0)
+    through = tl.where(moves, scale * through, 0.0)
+    direct = tl.where(moves, scale * direct, 0.0)
+    kl = tl.zeros(w.shape, tl.float32)
+    if HAS_REF:
+        kl, kl_slope = kl_terms(logp - tl.where(counted, tl.load(ref_logprobs + at, mask, other=0.0), 0.0), KL)
+        if beta != 0.0:
+            factor = beta * w
+            if KL_TIMES_RATIO:
+                factor *= ratio
+                through += factor * kl
+            loss += factor * kl
+            direct += factor * kl_slope
+    token_entropy = tl.zeros(w.shape, tl.float32)
+    if HAS_ENTROPY:
+        token_entropy = tl.where(counted, tl.load(entropy + at, mask, other=0.0), 0.0)
+        loss -= entropy_coef * w * token_entropy
+    clips_low = tl.zeros(w.shape, tl.float32)
+    clips_high = tl.zeros(w.shape, tl.float32)
+    if KIND == CLIP:
+        clips_low = tl.where((ratio < low) & (A < 0), share, 0.0)
+    if (KIND == CLIP) or (KIND == CISPO):
+        clips_high = tl.where((ratio > high) & (A > 0), share, 0.0)
+    ones = counted.to(tl.float32)
+    sums = (
+        tl.sum(loss, 0), tl.sum(ones, 0), tl.sum(token_entropy, 0), tl.sum(tl.where(counted, kl, 0.0), 0),
+        tl.sum(share, 0), tl.sum(tl.where(counted, share * ratio, 0.0), 0), tl.sum(clips_low, 0),
+        tl.sum(clips_high, 0),
+    )  # fmt: skip
+    return through, direct, sums
+
+
+@triton.jit
+def _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD: tl.constexpr):
+    """(counted, w, logp, A, log_ratio); garbage under a zero weight is replaced before any arithmetic."""
+    w = tl.load(weights + at, mask, other=0.0)
+    counted = w != 0
+    logp = tl.where(counted, tl.load(logprobs + at, mask, other=0.0), 0.0)
+    A = tl.where(counted, tl.load(advantages + at, mask, other=0.0), 0.0)
+    log_ratio = tl.zeros(w.shape, tl.float32)
+    if HAS_OLD:
+        log_ratio = tl.where(counted, logp - tl.load(old_logprobs + at, mask, other=0.0), 0.0)
+    return counted, w, logp, A, log_ratio
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
+def policy_tokens(
+    logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
+    N, low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < N
+    counted, w, logp, A, log_ratio = _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD)
+    through, direct, block_sums = _terms(
+        at, mask, counted, w, logp, A, tl.exp(log_ratio), counted.to(tl.float32), ref_logprobs, correction, entropy,
+        low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+        KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
+    )  # fmt: skip
+    tl.store(grad_logprobs + at, through + direct, mask)
+    for index in tl.static_range(8):
+        tl.store(sums + index * tl.num_programs(0) + tl.program_id(0), block_sums[index])
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
+def policy_sequences(
+    logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
+    N, low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    # Unchecked offsets must not lead outside of the tensors.
+    start = tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0)
+    end = tl.minimum(tl.load(offsets + sequence + 1).to(tl.int64), N)
+    log_ratios = tl.zeros([BLOCK], tl.float32)
+    counts = tl.zeros([BLOCK], tl.float32)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        counted, w, logp, A, log_ratio = _load_tokens(
+            at, at < end, logprobs, advantages, weights, old_logprobs, HAS_OLD
+        )
+        log_ratios += log_ratio
+        counts += counted.to(tl.float32)
+    length = tl.maximum(tl.sum(counts, 0), 1.0)
+    sequence_ratio = tl.exp(tl.sum(log_ratios, 0) / length)
+
+    throughs = tl.zeros([BLOCK], tl.float32)
+    totals = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        mask = at < end
+        counted, w, logp, A, log_ratio = _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD)
+        through, direct, block_sums = _terms(
+            at, mask, counted, w, logp, A, tl.zeros([BLOCK], tl.float32) + sequence_ratio,
+            counted.to(tl.float32) / length, ref_logprobs, correction, entropy,
+            low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+            KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
+        )  # fmt: skip
+        throughs += through
+        totals = _add(totals, block_sums)
+        tl.store(grad_logprobs + at, direct, mask)
+    for index in tl.static_range(8):
+        tl.store(sums + index * tl.num_programs(0) + sequence, totals[index])
+
+    # Every token of a sequence moves the one ratio by 1 / length.
+    each = tl.sum(throughs, 0) / length
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        mask = at < end
+        counted = tl.load(weights + at, mask, other=0.0) != 0
+        direct = tl.load(grad_logprobs + at, mask, other=0.0)
+        tl.store(grad_logprobs + at, tl.where(counted, direct + each, 0.0), mask)
+
+
+@triton.jit
+def _add(a, b):
+    return (
+        a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7]
+    )  # fmt: skip
+
+
+def policy_terms_triton(
+    logprobs: Tensor,
+    tokens: Tokens,
+    objective: PolicyObjective,
+    entropy: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Terms:
+    """`policy_loss.policy_terms` in one kernel; float32 ``[N]`` tensors."""
+    o, N = objective, logprobs.numel()
+    fields = (None if field is None else field.contiguous() for field in (logprobs, *tokens, entropy))
+    logprobs, advantages, weights, old, ref, correction, entropy = fields
+    by_sequence = o.level == "sequence"
+    programs = offsets.numel() - 1 if by_sequence else -(-N // BLOCK)
+    # Tokens of no sequence, where offsets go unchecked, have no gradient.
+    grad = torch.zeros_like(logprobs) if by_sequence else torch.empty_like(logprobs)
+    sums = torch.empty(1 + len(STATISTICS), programs, dtype=torch.float32, device=logprobs.device)
+    kernel = policy_sequences if by_sequence else policy_tokens
+    high = o.epsilon_high if o.kind == "cispo" else 1 + o.upper_epsilon
+    if programs > 0:
+        with on_device(logprobs):
+            kernel[(programs,)](
+                logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
+                N, 1 - o.epsilon, high, o.delta or 0.0, o.sapo_temperature_pos, o.sapo_temperature_neg,
+                float(o.beta), float(o.entropy_coef),
+                KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
+                HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
+                KL_TIMES_RATIO=o.kl_bias_correction, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+    loss, *stats = sums.sum(1)
+    return Terms(loss, grad, None if entropy is None else -o.entropy_coef * weights, torch.stack(stats))

@@ -1,0 +1,148 @@
+"""The tile of `head_forward` for each architecture, and how its work is split over a GPU.
+
+Chosen from the compiler's resource reports (`python -m grpo_kernels.triton_kernels.resources` prints them): the
+largest tile whose inner loop keeps everything in registers and whose stages fit the shared memory. With
+GRPO_KERNELS_AUTOTUNE=1 the candidates are measured once for each head instead, and the winner is kept on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+KIB = 1 << 10
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of `rows` x `columns` products in steps of `depth`, handled by `warps` in `stages` of loads.
+
+    The statistics are taken `part` columns at a time, and `part` columns share one stored maximum.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    part: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the table holds for one kind of GPU.
+
+    Attributes:
+        shared_bytes: shared memory that one program may use.
+        descriptors: loads through tensor descriptors (TMA), and a fixed number of programs.
+        half: tiles for 16-bit operands, the default first, then candidates for autotuning.
+        single: the same for float32 operands.
+    """
+
+    shared_bytes: int
+    descriptors: bool
+    half: tuple[Tile, ...]
+    single: tuple[Tile, ...]
+
+
+_SINGLE = (Tile(64, 64, 32, 64, 4, 2), Tile(64, 128, 16, 128, 8, 2))
+_SMALL = (Tile(128, 128, 32, 64, 8, 4), Tile(128, 128, 64, 64, 8, 3), Tile(64, 128, 64, 64, 4, 3))
+_LARGE = (Tile(128, 256, 64, 64, 8, 4), Tile(128, 128, 64, 64, 8, 4), Tile(128, 256, 64, 64, 8, 3))
+
+ARCHITECTURES = {
+    "sm_80": Architecture(163 * KIB, False, _SMALL, _SINGLE),
+    "sm_86": Architecture(99 * KIB, False, _SMALL, _SINGLE),
+    "sm_89": Architecture(99 * KIB, False, _SMALL, _SINGLE),
+    "sm_90": Architecture(227 * KIB, True, _LARGE, _SINGLE),
+    "sm_100": Architecture(227 * KIB, True, _LARGE, _SINGLE),
+    "sm_120": Architecture(99 * KIB, True, (Tile(128, 128, 64, 64, 8, 3), Tile(128, 128, 32, 64, 8, 3)), _SINGLE),
+    # Splitting a tile for its statistics would go through AMD's shared memory, so it is taken whole.
+    "gfx942": Architecture(
+        64 * KIB, False, (Tile(128, 128, 32, 128, 8, 2), Tile(128, 256, 32, 256, 8, 2)), (Tile(64, 64, 16, 64, 4, 2),)
+    ),
+    # Small enough for small tests to have several tiles, parts and splits; its descriptors are used on demand.
+    "interpreter": Architecture(1 << 40, False, (Tile(32, 128, 16, 64, 4, 2),), (Tile(32, 128, 16, 64, 4, 2),)),
+}
+
+
+def nearest_architecture(name: str) -> str | None:
+    """The table's row for a GPU: its own, or the nearest older one of the same generation (sm_103 -> sm_100)."""
+    if name in ARCHITECTURES or not name.startswith("sm_"):
+        return name if name in ARCHITECTURES else None
+    number = int(name[3:])
+    older = [int(row[3:]) for row in ARCHITECTURES if row.startswith("sm_")]
+    older = [row for row in older if row <= number and row // 10 == number // 10]
+    return f"sm_{max(older)}" if older else None
+
+
+def splits_of(row_blocks: int, tiles: int, programs: int) -> tuple[int, int]:
+    """How many splits of the vocabulary, and tiles in each, keep `programs` busy: (splits, tiles a split).
+
+    The time of a launch is its rounds of work items times the tiles of an item; more splits even out the rounds, but
+    each writes its own statistics, so the fewest splits within 2% of the best are taken.
+    """
+    costs = {}
+    for splits in range(1, min(tiles, 4 * programs) + 1):
+        each = -(-tiles // splits)
+        used = -(-tiles // each)
+        rounds = -(-row_blocks * used // programs)
+        costs.setdefault(used, (rounds * each, each))
+    best = min(cost for cost, _ in costs.values())
+    splits = min(used for used, (cost, _) in costs.items() if cost <= 1.02 * best)
+    return splits, costs[splits][1]
+
+
+def cache_file() -> Path:
+    folder = os.environ.get("GRPO_KERNELS_CACHE") or Path.home() / ".cache" / "grpo_kernels"
+    return Path(folder) / "tiles.json"
+
+
+def autotuning() -> bool:
+    return os.environ.get("GRPO_KERNELS_AUTOTUNE") == "1"
+
+
+def choose_tile(
+    architecture: str, dtype: torch.dtype, key: str, measure: Callable[[Tile], float] | None = None
+) -> Tile:
+    """The tile for a head: the table's first, or with autotuning the fastest of the table's row.
+
+    Args:
+        architecture: a key of :data:`ARCHITECTURES`.
+        dtype: of the operands.
+        key: what a measurement depends on besides architecture, device and dtype: the head's sizes and options.
+        measure: seconds that a launch with a tile takes; called for each candidate when no winner is on disk.
+    """
+    row = ARCHITECTURES[architecture]
+    candidates = row.single if dtype == torch.float32 else row.half
+    if not autotuning() or measure is None or len(candidates) == 1:
+        return candidates[0]
+    path, name = cache_file(), f"{architecture} {str(dtype).removeprefix('torch.')} {key}"
+    known = _read(path)
+    if name in known:
+        found = Tile(**known[name])
+        if found in candidates:
+            return found
+    best = min(candidates, key=measure)
+    _write(path, {**_read(path), name: asdict(best)})
+    return best
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _write(path: Path, known: dict) -> None:
+    # Replaced in one step, so that processes that tune at the same time never read half a file.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(known, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
