@@ -13,7 +13,7 @@ if DEVICE == "cpu":
 else:
     torch.set_default_device(DEVICE)
 
-from grpo_kernels import _common
+from grpo_kernels import _common  # noqa: E402
 
 # Two workers share two cores; threads of their own would only wait for each other.
 torch.set_num_threads(1)
@@ -33,6 +33,16 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Float64 is served by the portable path alone, so its tests need not run twice."""
+    items[:] = [item for item in items if not _served_by_torch(getattr(item, "callspec", None))]
+
+
+def _served_by_torch(callspec) -> bool:
+    params = callspec.params if callspec else {}
+    return params.get("backend") == "triton" and params.get("dtype") == torch.float64
 
 
 @pytest.fixture(params=["torch", "triton"])

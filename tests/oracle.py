@@ -66,7 +66,11 @@ def fresh(value):
 
 def lower_precision(dtype: torch.dtype | None):
     """The context in which the reference becomes native PyTorch of a 16-bit dtype."""
-    return torch.autocast(torch.get_default_device().type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
+    return (
+        torch.autocast(torch.get_default_device().type, dtype)
+        if dtype in (torch.bfloat16, torch.float16)
+        else nullcontext()
+    )
 
 
 def compare(run, arguments: dict, native_dtype: torch.dtype | None, **options) -> dict[str, Tensor | None]:

@@ -8,9 +8,9 @@ For a chunk of C rows, in float32 whatever the inputs' dtype,
     dH = row_scale * (d @ W)                 one product (1U)
     dW += d.T @ (row_scale * hidden)         one product (1U)
 
-This is the portable engine; `triton_kernels.engine.TritonHead` replaces its steps by kernels that need no float32 copy
-of the logits. The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
-[C, V] buffer is written once by the product and once by the exponential. It is the only buffer of width V.
+The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
+[C, V] buffer is written once by the product and once by the exponential. It is the only buffer of width V. This is the
+portable engine; `triton_kernels.engine.TritonHead` replaces the steps that touch logits by kernels.
 """
 
 from __future__ import annotations

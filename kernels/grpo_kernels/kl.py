@@ -6,7 +6,8 @@ With ``d = logprobs - ref_logprobs`` (Schulman, "Approximating KL Divergence", 2
     k2 = d**2 / 2               biased, >= 0; its gradient is unbiased for the reverse KL on on-policy samples
     k3 = exp(-d) - 1 + d        unbiased, >= 0 (TRL's and DeepSeekMath's choice)
 
-The portable path saves the derivative, Triton's its inputs; accumulation is elementwise in float32 (float64 for float64 inputs).
+The portable path saves the derivative, Triton's its inputs. Arithmetic is elementwise in float32 (float64 for float64
+inputs).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grpo_kernels._head import Head, RowStatistics
+from grpo_kernels._head import Head, RowStatistics, equal_parts
 from grpo_kernels.triton_kernels.head import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, on_device, processors
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, autotuning, choose_tile, splits_of
@@ -22,7 +22,9 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, autotuning, c
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Rows and warps of the kernels that are bound by memory.
 COMBINE_ROWS, COMBINE_WARPS = 128, 4
-GRADIENT_ROWS, GRADIENT_WARPS = 16, 4
+# Elements of a row of the buffer, which is padded to a multiple of it.
+ALIGNMENT = 8
+GRADIENT_ROWS, GRADIENT_WARPS = 64 if interpreting() else 16, 4
 
 
 def descriptors_fit(*matrices: Tensor) -> bool:
@@ -42,11 +44,16 @@ class TritonHead(Head):
     def row_bytes(self) -> int:
         return self.sizing_vocab * self.buffer_dtype.itemsize + super().narrow_bytes()
 
+    def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
+        """As in `Head`, with rows that start at multiples of 16 bytes, whatever V is: the kernels and cuBLAS ask it."""
+        rows = equal_parts(num_rows, self.rows_per_chunk() // copies)
+        width = -(-self.vocab_size // ALIGNMENT) * ALIGNMENT
+        return torch.empty(rows, width, dtype=self.buffer_dtype, device=self.weight.device)[:, : self.vocab_size]
+
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
         narrow = self.narrow_bytes() + 4 * 4 * processors(self.weight.device)
-        rows = max(min(self.max_buffer_bytes // narrow, num_rows), 1)
-        return torch.empty(-(-num_rows // -(-num_rows // rows)) if num_rows else 1, 0, device=self.weight.device)
+        return torch.empty(equal_parts(num_rows, self.max_buffer_bytes // narrow), 0, device=self.weight.device)
 
     def operand(self, rows: Tensor) -> Tensor:
         """Hidden states in the dtype that they are multiplied in, which the kernel takes without widening."""
@@ -105,7 +112,7 @@ class TritonHead(Head):
         with on_device(hidden):
             head_forward[(min(items, programs) if architecture.descriptors else items,)](
                 first, second, self.bias, local_targets, temperature, partials, third, tile_maximum,
-                N, V, H, hidden.stride(0), weight.stride(0), weight.stride(1), tiles_per_split, splits,
+                N, V, H, hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
                 self.logit_scale, self.softcap or 1.0,
                 HAS_BIAS=self.bias is not None,
                 HAS_TEMPERATURE=temperature is not None,
@@ -140,7 +147,7 @@ class TritonHead(Head):
         with on_device(e):
             head_gradient[(-(-N // GRADIENT_ROWS) * -(-V // stats.tile_width),)](
                 e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, local_targets,
-                temperature, grad_logprobs, grad_entropy, N, V, self.logit_scale, self.softcap or 1.0,
+                temperature, grad_logprobs, grad_entropy, N, V, e.stride(0), self.logit_scale, self.softcap or 1.0,
                 HAS_TEMPERATURE=temperature is not None,
                 HAS_SOFTCAP=self.softcap is not None,
                 HAS_GRAD=grad_logprobs is not None,

@@ -40,7 +40,7 @@ def _part(z, index: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART:
 @triton.jit
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
-    N, V, logit_scale, softcap,
+    N, V, out_stride, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _fold_tile(
             out.store([first_row, first_column], e.to(out.dtype))
         else:
             tl.store(
-                (out + rows * V + first_column)[:, None] + column[None, :],
+                (out + rows * out_stride + first_column)[:, None] + column[None, :],
                 e.to(out.dtype.element_ty),
                 row_mask[:, None] & column_mask[None, :],
             )
@@ -100,7 +100,7 @@ def head_forward(
     targets,  # [N] int64, -1 where the target lies in another shard
     temperature,  # [N] float32
     partials,  # [4, splits, N] float32: maximum, sum(e), sum(e log e), z at the target
-    out,  # [N, V]: e
+    out,  # [N, V]: e; a pointer, or a descriptor of blocks [BLOCK_N, PART_V]
     tile_maximum,  # [tiles, N] float32
     N,
     V,
@@ -108,6 +108,7 @@ def head_forward(
     hidden_stride,
     weight_stride_v,
     weight_stride_h,
+    out_stride,
     tiles_per_split,
     splits,
     logit_scale,
@@ -163,8 +164,9 @@ def head_forward(
                 z = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE).T, z, input_precision="ieee")
             for part in tl.static_range(BLOCK_V // PART_V):
                 statistics = _fold_tile(
-                    _part(z, part, BLOCK_N, BLOCK_V, PART_V), statistics, first_row, first_column + part * PART_V, target,
-                    inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V, logit_scale, softcap,
+                    _part(z, part, BLOCK_N, BLOCK_V, PART_V), statistics, first_row, first_column + part * PART_V,
+                    target, inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V, out_stride,
+                    logit_scale, softcap,
                     HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, WITH_ENTROPY, STORE, DESCRIPTORS, PART_V,
                 )  # fmt: skip
         # Four planes of [splits, N].
@@ -239,6 +241,7 @@ def head_gradient(
     grad_entropy,  # [N] float32
     N,
     V,
+    stride,
     logit_scale,
     softcap,
     HAS_TEMPERATURE: tl.constexpr,
@@ -255,7 +258,7 @@ def head_gradient(
     first_column = tile * PART_V
     column = tl.arange(0, PART_V)
     mask = row_mask[:, None] & (column < V - first_column)[None, :]
-    pointers = (e + rows * V + first_column)[:, None] + column[None, :]
+    pointers = (e + rows * stride + first_column)[:, None] + column[None, :]
     values = tl.load(pointers, mask, other=0.0).to(tl.float32)
 
     row_maximum = tl.load(maximum + rows, row_mask, other=0.0)

@@ -46,6 +46,11 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"unsupported architecture {device_name(device)}; there are kernels for {known}"
 
 
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel stores for a result of `dtype`: the interpreter cuts to bfloat16 where a GPU rounds."""
+    return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
+
+
 def on_device(tensor: Tensor):
     """The context in which a kernel for `tensor` is launched: Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -103,7 +103,7 @@ def _terms(
     clips_high = tl.zeros(w.shape, tl.float32)
     if KIND == CLIP:
         clips_low = tl.where((ratio < low) & (A < 0), share, 0.0)
-    if (KIND == CLIP) or (KIND == CISPO):
+    if KIND == CLIP or KIND == CISPO:  # noqa: SIM109 (compiled by Triton)
         clips_high = tl.where((ratio > high) & (A > 0), share, 0.0)
     ones = counted.to(tl.float32)
     sums = (

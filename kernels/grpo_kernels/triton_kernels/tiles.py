@@ -51,7 +51,7 @@ class Architecture:
     single: tuple[Tile, ...]
 
 
-_SINGLE = (Tile(64, 64, 32, 64, 4, 2), Tile(64, 128, 16, 128, 8, 2))
+_SINGLE = (Tile(64, 128, 16, 128, 8, 2), Tile(64, 64, 16, 64, 4, 2))
 _SMALL = (Tile(128, 128, 32, 64, 8, 4), Tile(128, 128, 64, 64, 8, 3), Tile(64, 128, 64, 64, 4, 3))
 _LARGE = (Tile(128, 256, 64, 64, 8, 4), Tile(128, 128, 64, 64, 8, 4), Tile(128, 256, 64, 64, 8, 3))
 
@@ -66,8 +66,8 @@ ARCHITECTURES = {
     "gfx942": Architecture(
         64 * KIB, False, (Tile(128, 128, 32, 128, 8, 2), Tile(128, 256, 32, 256, 8, 2)), (Tile(64, 64, 16, 64, 4, 2),)
     ),
-    # Small enough for small tests to have several tiles, parts and splits; its descriptors are used on demand.
-    "interpreter": Architecture(1 << 40, False, (Tile(32, 128, 16, 64, 4, 2),), (Tile(32, 128, 16, 64, 4, 2),)),
+    # Small enough for small tests to have several tiles, parts and splits; larger ones would be interpreted faster.
+    "interpreter": Architecture(1 << 40, False, (Tile(64, 128, 32, 64, 4, 2),), (Tile(64, 128, 32, 64, 4, 2),)),
 }
 
 

@@ -1,0 +1,248 @@
+"""Compile every kernel for every architecture, without a GPU, and report what each needs.
+
+    python -m grpo_kernels.triton_kernels.resources              # a table
+    python -m grpo_kernels.triton_kernels.resources sm_90 --json # one architecture, for a program to read
+
+A row names shared memory in bytes, registers a thread, spilled bytes a thread ("stack") and how many instructions of
+the innermost loop around the matrix products touch spilled values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grpo_kernels.triton_kernels import elementwise, engine, head, policy
+from grpo_kernels.triton_kernels.launch import interpreting
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
+
+MATRIX_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|FFMA)")
+SPILL = re.compile(r"\b(LDL|STL)\b")
+
+
+@dataclass(frozen=True)
+class Report:
+    architecture: str
+    kernel: str
+    variant: str
+    shared: int
+    registers: int
+    stack: int
+    loop_spills: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: the types of its arguments, in order, and its compile-time constants."""
+
+    kernel: triton.JITFunction
+    name: str
+    types: dict[str, str]
+    constants: dict[str, object]
+    warps: int = 4
+    stages: int = 3
+    aligned: frozenset[str] = frozenset()
+
+
+def head_variants(architecture: str) -> Iterator[Variant]:
+    row = ARCHITECTURES[architecture]
+    for tiles, dtype in ((row.half, "bf16"), (row.single, "fp32")):
+        for index, tile in enumerate(tiles):
+            # The default tile in all its uses; candidates for autotuning in the heaviest and in the lightest.
+            uses = [(store, entropy) for store in (True, False) for entropy in (True, False)] if index == 0 else []
+            for store, entropy in uses or [(False, False)]:
+                yield _head_forward(row.descriptors, tile, dtype, store, entropy, options=False)
+            yield _head_forward(row.descriptors, tile, dtype, True, True, options=True)
+    if row.descriptors:
+        # Inputs that descriptors cannot address go through plain pointers on every architecture.
+        yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
+    for dtype in ("bf16", "fp32"):
+        for options in (False, True):
+            yield _head_gradient(row.half[0].part, dtype, options)
+
+
+def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entropy: bool, options: bool) -> Variant:
+    types = {"bias": "*fp32", "targets": "*i64", "temperature": "*fp32", "partials": "*fp32", "tile_maximum": "*fp32"}
+    sizes = ("N", "V", "H", "hidden_stride", "weight_stride_v", "out_stride", "tiles_per_split", "splits")
+    types |= dict.fromkeys(sizes, "i32")
+    types |= {"logit_scale": "fp32", "softcap": "fp32"}
+    blocks = {
+        "hidden": (tile.rows, tile.depth),
+        "weight": (tile.columns, tile.depth),
+        "out": (tile.rows, tile.part),
+    }
+    for name, (rows, columns) in blocks.items():
+        described = descriptors and (store or name != "out")
+        types[name] = f"tensordesc<{dtype}[{rows}, {columns}]>" if described else f"*{dtype}"
+    constants = {
+        "HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "WITH_ENTROPY": entropy,
+        "STORE": store, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
+        "PART_V": tile.part, "BLOCK_K": tile.depth, "weight_stride_h": 1,
+        "DOT_DTYPE": {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype],
+    }  # fmt: skip
+    name = f"{dtype} {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} {'store' if store else 'score'}"
+    name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
+    aligned = frozenset({"hidden", "weight", "out", "V", "H", "hidden_stride", "weight_stride_v", "out_stride"})
+    return Variant(head.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
+
+
+def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
+    types = {"e": f"*{dtype}", "targets": "*i64", "N": "i32", "V": "i32", "stride": "i32"}
+    types |= {"logit_scale": "fp32", "softcap": "fp32"}
+    names = ("tile_maximum", "maximum", "total", "weighted", "at_target", "temperature", "grad_logprobs")
+    types |= dict.fromkeys((*names, "grad_entropy"), "*fp32")
+    constants = {
+        "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
+        "PART_V": part, "ROWS": engine.GRADIENT_ROWS,
+    }  # fmt: skip
+    name = f"{dtype} part {part}" + (" options" if options else "")
+    aligned = frozenset({"e", "V", "stride"})
+    return Variant(head.head_gradient, name, types, constants, engine.GRADIENT_WARPS, aligned=aligned)
+
+
+def small_variants() -> Iterator[Variant]:
+    """The kernels that are bound by memory; the same on every architecture."""
+    types = {"partials": "*fp32", "statistics": "*fp32", "targets": "*i64", "N": "i32", "V": "i32", "splits": "i32"}
+    constants = {"CHECK_TARGETS": True, "BLOCK": engine.COMBINE_ROWS}
+    yield Variant(head.combine_splits, "", types, constants, engine.COMBINE_WARPS)
+    names = ("logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy")
+    types = {**dict.fromkeys((*names, "grad_logprobs", "sums"), "*fp32"), "offsets": "*i64", "N": "i32"}
+    types |= dict.fromkeys(("low", "high", "delta", "tau_pos", "tau_neg", "beta", "entropy_coef"), "fp32")
+    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_TIMES_RATIO")
+    for kernel in (policy.policy_tokens, policy.policy_sequences):
+        for kind, index in policy.KINDS.items():
+            constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy.BLOCK}
+            yield Variant(kernel, kind, types, constants, policy.WARPS)
+    block = {"BLOCK": elementwise.BLOCK}
+    for kl in (1, 2, 3):
+        types = {"logprobs": "*bf16", "ref_logprobs": "*fp32", "out": "*fp32", "N": "i32"}
+        yield Variant(elementwise.kl_forward, f"k{kl}", types, {"KL": kl, **block})
+        types = {"logprobs": "*bf16", "ref_logprobs": "*fp32", "grad_output": "*fp32"}
+        types |= {"grad_logprobs": "*bf16", "grad_ref": "*fp32", "N": "i32"}
+        yield Variant(
+            elementwise.kl_backward, f"k{kl}", types, {"KL": kl, "NEEDS_LOGPROBS": True, "NEEDS_REF": True, **block}
+        )
+    sizes = dict.fromkeys(("numel", "length", "inner"), "i32")
+    for inner in (1, 128):
+        types = {"values": "*bf16", "mask": "*i1", "sums": "*fp32", "counts": "*fp32", **sizes}
+        constants = {"BLOCK_L": elementwise.BLOCK // inner, "BLOCK_I": inner}
+        yield Variant(elementwise.masked_sums, f"inner {inner}", types, constants)
+    types = {"mask": "*i1", "grad_mean": "*fp32", "grad_values": "*bf16", **sizes}
+    yield Variant(elementwise.masked_mean_backward, "", types, block)
+
+
+def target_of(architecture: str) -> GPUTarget:
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+def compile_variant(variant: Variant, architecture: str) -> Report:
+    names = variant.kernel.arg_names
+    types = variant.types | dict.fromkeys(variant.constants, "constexpr")
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in variant.aligned and not types[name].startswith("tensordesc")
+    }
+    source = ASTSource(
+        variant.kernel,
+        signature={name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs=attributes,
+    )
+    compiled = triton.compile(
+        source,
+        target=target_of(architecture),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )
+    read = _read_amd if architecture.startswith("gfx") else _read_nvidia
+    registers, stack, loop_spills = read(compiled.asm)
+    return Report(
+        architecture, variant.kernel.__name__, variant.name, compiled.metadata.shared, registers, stack, loop_spills
+    )
+
+
+def _read_amd(asm: dict) -> tuple[int, int, int]:
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s*(\d+)", asm["amdgcn"]).group(1))
+
+    spills = number("vgpr_spill_count")
+    # Which instructions spill is not told apart, so any spill counts as one of the loop.
+    return number("vgpr_count"), number("private_segment_fixed_size"), spills
+
+
+def _read_nvidia(asm: dict) -> tuple[int, int, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(asm["cubin"])
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", binary)
+        registers, stack = (int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
+        loop_spills = spills_in_product_loop(_output(tools / "nvdisasm", "-c", binary)) if stack else 0
+    return registers, stack, loop_spills
+
+
+def _output(*command) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_product_loop(assembly: str) -> int:
+    """Instructions that touch spilled values in the shortest loop around matrix products, in `nvdisasm -c` output."""
+    lines = assembly.splitlines()
+    labels = {line.strip().rstrip(":"): index for index, line in enumerate(lines) if re.match(r"\s*\.L\w+:", line)}
+    loops = []
+    for index, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
+        start = labels.get(branch.group(1)) if branch else None
+        if start is not None and start < index and any(MATRIX_PRODUCT.search(text) for text in lines[start:index]):
+            loops.append((start, index))
+    if not loops:
+        return 0
+    start, end = min(loops, key=lambda loop: loop[1] - loop[0])
+    return sum(bool(SPILL.search(text)) for text in lines[start:end])
+
+
+def reports(architecture: str) -> Iterator[Report]:
+    for variant in (*head_variants(architecture), *small_variants()):
+        yield compile_variant(variant, architecture)
+
+
+def main() -> int:
+    known = [name for name in ARCHITECTURES if name != "interpreter"]
+    parser = argparse.ArgumentParser(prog="python -m grpo_kernels.triton_kernels.resources", description=__doc__)
+    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    chosen = parser.parse_args()
+    unknown = [name for name in chosen.architectures if name not in known]
+    if unknown:
+        parser.error(f"unknown architecture {unknown[0]}; choose of {', '.join(known)}")
+    if interpreting():
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    for architecture in chosen.architectures or known:
+        for report in reports(architecture):
+            if chosen.json:
+                print(json.dumps(asdict(report)), flush=True)
+            else:
+                r = report
+                print(
+                    f"{r.architecture:7} {r.kernel:20} {r.variant:58} {r.shared:7} B {r.registers:4} registers "
+                    f"{r.stack:4} B stack {r.loop_spills:3} spills in the loop",
+                    flush=True,
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
