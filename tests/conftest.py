@@ -1,6 +1,7 @@
 """Fixtures every test gets: reproducible random numbers, and uninitialised memory that cannot pass for a result."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ else:
     torch.set_default_device(DEVICE)
 
 from grpo_kernels import _common  # noqa: E402
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile  # noqa: E402
 
 # Two workers share two cores; threads of their own would only wait for each other.
 torch.set_num_threads(1)
@@ -55,3 +57,11 @@ def backend(request, monkeypatch):
 
     monkeypatch.setattr(_common, "auto_backend", choose)
     return request.param
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Interpreted tiles for real vocabularies: an interpreter's time goes by the number of tiles."""
+    tile = Tile(128, 2048, 64, 1024, 4, 2)
+    large = replace(ARCHITECTURES["interpreter"], half=(tile,), single=(tile,))
+    monkeypatch.setitem(ARCHITECTURES, "interpreter", large)

@@ -77,6 +77,7 @@ def test_dtypes_and_chunks(level, trainable, dtype, budget):
     compare(runner(objective), arguments, dtype, max_buffer_bytes=budget)
 
 
+@pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_real_vocabulary(dtype, trainable):

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from grpo_kernels._head import Head, RowStatistics, equal_parts
 from grpo_kernels.triton_kernels.head import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, on_device, processors
-from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, autotuning, choose_tile, splits_of
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, splits_of
 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Rows and warps of the kernels that are bound by memory.
@@ -63,7 +63,10 @@ class TritonHead(Head):
         self, hidden: Tensor, targets: Tensor, temperature: Tensor | None, out: Tensor, with_entropy: bool
     ) -> Tile:
         architecture = architecture_of(hidden.device)
-        key = f"H={hidden.shape[1]} V={self.vocab_size} store={out.shape[1] > 0} entropy={with_entropy}"
+        dtype, softcap = self.operand_dtype, self.softcap is not None
+        candidates = ARCHITECTURES[architecture].candidates(dtype, softcap)
+        sizes = f"H={hidden.shape[1]} V={self.vocab_size}"
+        key = f"{str(dtype).removeprefix('torch.')} {softcap=} {sizes} store={out.shape[1] > 0} entropy={with_entropy}"
 
         def measure(tile: Tile) -> float:
             def launch():
@@ -75,7 +78,7 @@ class TritonHead(Head):
             launch()
             return time.perf_counter() - started
 
-        return choose_tile(architecture, self.operand_dtype, key, measure if autotuning() else None)
+        return choose_tile(candidates, architecture, key, measure)
 
     def forward_(
         self, hidden: Tensor, local_targets: Tensor, temperature: Tensor | None, out: Tensor, with_entropy: bool
@@ -144,6 +147,10 @@ class TritonHead(Head):
         grad_entropy: Tensor | None = None,
     ) -> None:
         N, V = e.shape
+        # An incoming gradient may be one number, expanded.
+        grad_logprobs, grad_entropy = (
+            None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
+        )
         with on_device(e):
             head_gradient[(-(-N // GRADIENT_ROWS) * -(-V // stats.tile_width),)](
                 e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, local_targets,

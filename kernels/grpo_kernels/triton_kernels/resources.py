@@ -63,7 +63,11 @@ def head_variants(architecture: str) -> Iterator[Variant]:
             uses = [(store, entropy) for store in (True, False) for entropy in (True, False)] if index == 0 else []
             for store, entropy in uses or [(False, False)]:
                 yield _head_forward(row.descriptors, tile, dtype, store, entropy, options=False)
-            yield _head_forward(row.descriptors, tile, dtype, True, True, options=True)
+            if not (row.capped and dtype == "bf16"):
+                yield _head_forward(row.descriptors, tile, dtype, True, True, options=True)
+    for tile in row.capped or ():
+        yield _head_forward(row.descriptors, tile, "bf16", True, True, options=True)
+        yield _head_forward(row.descriptors, tile, "bf16", False, True, options=True)
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)

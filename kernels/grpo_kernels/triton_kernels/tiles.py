@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,12 +44,19 @@ class Architecture:
         descriptors: loads through tensor descriptors (TMA), and a fixed number of programs.
         half: tiles for 16-bit operands, the default first, then candidates for autotuning.
         single: the same for float32 operands.
+        capped: the same for heads with a softcap, where the compiler fails on the others.
     """
 
     shared_bytes: int
     descriptors: bool
     half: tuple[Tile, ...]
     single: tuple[Tile, ...]
+    capped: tuple[Tile, ...] | None = None
+
+    def candidates(self, dtype: torch.dtype, softcap: bool) -> tuple[Tile, ...]:
+        if dtype == torch.float32:
+            return self.single
+        return self.capped if softcap and self.capped else self.half
 
 
 _SINGLE = (Tile(64, 128, 16, 128, 8, 2), Tile(64, 64, 16, 64, 4, 2))
@@ -60,7 +68,8 @@ ARCHITECTURES = {
     "sm_86": Architecture(99 * KIB, False, _SMALL, _SINGLE),
     "sm_89": Architecture(99 * KIB, False, _SMALL, _SINGLE),
     "sm_90": Architecture(227 * KIB, True, _LARGE, _SINGLE),
-    "sm_100": Architecture(227 * KIB, True, _LARGE, _SINGLE),
+    # Triton 3.9 cannot lay out a softcap between tensor memory that is read in parts and a store.
+    "sm_100": Architecture(227 * KIB, True, _LARGE, _SINGLE, capped=(Tile(128, 128, 64, 128, 8, 4),)),
     "sm_120": Architecture(99 * KIB, True, (Tile(128, 128, 64, 64, 8, 3), Tile(128, 128, 32, 64, 8, 3)), _SINGLE),
     # Splitting a tile for its statistics would go through AMD's shared memory, so it is taken whole.
     "gfx942": Architecture(
@@ -108,29 +117,30 @@ def autotuning() -> bool:
 
 
 def choose_tile(
-    architecture: str, dtype: torch.dtype, key: str, measure: Callable[[Tile], float] | None = None
+    candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float] | None = None
 ) -> Tile:
-    """The tile for a head: the table's first, or with autotuning the fastest of the table's row.
+    """The tile for a head: the first of `candidates`, or with autotuning the fastest of them.
 
     Args:
+        candidates: from :meth:`Architecture.candidates`.
         architecture: a key of :data:`ARCHITECTURES`.
-        dtype: of the operands.
-        key: what a measurement depends on besides architecture, device and dtype: the head's sizes and options.
+        key: what else a measurement depends on: the head's dtype, sizes and options.
         measure: seconds that a launch with a tile takes; called for each candidate when no winner is on disk.
     """
-    row = ARCHITECTURES[architecture]
-    candidates = row.single if dtype == torch.float32 else row.half
     if not autotuning() or measure is None or len(candidates) == 1:
         return candidates[0]
-    path, name = cache_file(), f"{architecture} {str(dtype).removeprefix('torch.')} {key}"
-    known = _read(path)
-    if name in known:
-        found = Tile(**known[name])
-        if found in candidates:
-            return found
-    best = min(candidates, key=measure)
-    _write(path, {**_read(path), name: asdict(best)})
-    return best
+    path, name = cache_file(), f"{architecture} {key}"
+    if name not in known_tiles(path) or known_tiles(path)[name] not in candidates:
+        best = min(candidates, key=measure)
+        _write(path, {**_read(path), name: asdict(best)})
+        known_tiles.cache_clear()
+    return known_tiles(path)[name]
+
+
+@lru_cache(maxsize=1)
+def known_tiles(path: Path) -> dict[str, Tile]:
+    """The winners on disk, read once by a process."""
+    return {name: Tile(**fields) for name, fields in _read(path).items()}
 
 
 def _read(path: Path) -> dict:
