@@ -1,7 +1,7 @@
 """Everything that goes from hidden states to the GRPO loss, behind one interface.
 
-A contender makes a function ``loss(hidden [N, H], weight [V, H], batch) -> (loss, log-probabilities [N] or None)`` for a
-batch, whose backward gives the gradients, and where it can a function ``score(hidden, weight, batch) -> [N]`` without
+A contender makes a function ``loss(hidden [N, H], weight [V, H], batch) -> (loss, log-probabilities [N] or None)``,
+whose backward gives the gradients, and where it can a function ``score(hidden, weight, batch) -> [N]`` without
 gradients. Contenders that stop at the log-probabilities end in the same plain PyTorch loss. Peers run through their
 public functions, with their own defaults.
 """

@@ -55,7 +55,7 @@ HEADS = {
 class Batch:
     """Per-token arguments of the loss for `sequences` rows of equal length, flat ``[N]``.
 
-    ``advantages`` is ``[sequences]``; ``weights`` carry the normaliser of the whole step, whose tokens ``total`` counts.
+    ``advantages`` is ``[sequences]``; ``weights`` carry the normaliser of the whole step, which has ``total`` tokens.
     """
 
     targets: Tensor
