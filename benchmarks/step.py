@@ -96,7 +96,7 @@ def setting_for(run: Run, model: str | None) -> Setting:
     if run.device.type == "cpu":
         if model == "smollm2-135m-instruct":
             return Setting(model, "float32", 4, 8, 32, 8)
-        return Setting(model or "llama-16m", "float32", 8, 8, 32, 24)
+        return Setting(model or "llama-16m", "float32", 8, 8, 32, 16)
     return Setting(model or "llama-0.6b", "bfloat16", 8, 8, 256, 512)
 
 
@@ -251,7 +251,7 @@ def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: f
     ]
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    repeats = run.repeats or (2 if run.quick else 4)
+    repeats = run.repeats or (2 if run.quick else 3)
     width = setting.prompt_tokens + setting.longest
     config = our_config(
         device, folder / "ours", model_name_or_path=name, dtype=setting.dtype, dataset_name=str(data),

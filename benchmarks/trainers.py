@@ -131,7 +131,7 @@ def trl_trainer(
 
 
 class Stopped(Exception):
-    """TRL's training ended, by itself or by an exception, whose description this carries."""
+    """TRL's training ended before it was expected to; carries the description of why."""
 
 
 class PacedTRL:
@@ -147,6 +147,7 @@ class PacedTRL:
         self._go: queue.Queue[bool] = queue.Queue()
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._begin = 0.0
+        self.ended = False
         self.logs: list[dict[str, float]] = []
         trainer.add_callback(self._callback(before_optimizer))
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -156,7 +157,7 @@ class PacedTRL:
     def _run(self) -> None:
         try:
             self.trainer.train()
-            self._events.put(("end", "it has no steps left"))
+            self._events.put(("end", ""))
         except Exception as error:
             self._events.put(("end", describe_failure(error)))
 
@@ -190,16 +191,20 @@ class PacedTRL:
     def _expect(self, wanted: str) -> Any:
         kind, value = self._events.get()
         if kind != wanted:
-            raise Stopped(value)
+            self.ended = True
+            raise Stopped(value or "it ended early")
         return value
 
     def step(self) -> float:
         """Seconds of one optimizer step. Returns when the thread stands before the next one, or has ended."""
+        if self.ended:
+            raise Stopped("it has no steps left")
         self._go.put(True)
         seconds = self._expect("done")
-        kind, value = self._events.get()
-        if kind == "end" and "no steps" not in value:
-            raise Stopped(value)
+        kind, failure = self._events.get()
+        self.ended = kind == "end"
+        if self.ended and failure:
+            raise Stopped(failure)
         return seconds
 
     def stop(self) -> None:
