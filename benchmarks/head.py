@@ -104,7 +104,7 @@ def gate(contender: Contender, problem: Problem, truth: Truth) -> tuple[Any, dic
 
 def measure_problem(
     run: Run, problem: Problem, truth: Truth, contenders: Sequence[Contender] = CONTENDERS, repeats: int = 5,
-    seconds: float | None = None,
+    seconds: float | None = None, least: int = 3,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one problem: the floor, then every contender, gated and timed side by side."""
     device = run.device
@@ -118,7 +118,7 @@ def measure_problem(
             print(
                 f"  {contender.name}: {gated[contender.name]['status']}: {gated[contender.name]['detail']}", flush=True
             )
-    measured = interleave(calls, device, run.repeats or repeats, deadline=run.deadline.within(seconds))
+    measured = interleave(calls, device, run.repeats or repeats, least, run.deadline.within(seconds))
     floor = measured[FLOOR].times.median
     units = f"{UNITS[problem.mode]}U"
     by_name = {contender.name: contender for contender in contenders}
@@ -160,9 +160,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def run_head(
     run: Run, cases: list[Case], modes: Sequence[str], contenders: Sequence[Contender] = CONTENDERS,
-    table: Table | None = None, seconds: float | None = None,
+    table: Table | None = None, seconds: float | None = None, least: int = 3,
 ) -> None:  # fmt: skip
-    """Measure every case and mode until the run's deadline; `seconds` bounds the repeats of one of them."""
+    """Measure every case and mode until the run's deadline. Of each, rounds are repeated for `seconds`, but at least
+    `least` times."""
     table = table or run.table("head", KEY)
     for number, case in enumerate(cases):
         if run.deadline.left <= 0:
@@ -178,8 +179,11 @@ def run_head(
             release(run.device)
             continue
         for mode in modes:
+            if run.deadline.left <= 0:
+                print(f"head: left out for lack of time: {case.shape.model} N={case.tokens} {mode}")
+                continue
             print(f"head: {case.shape.model} N={case.tokens} {case.dtype} {mode}", flush=True)
-            rows = measure_problem(run, problem.with_mode(mode), truth, contenders, seconds=seconds)
+            rows = measure_problem(run, problem.with_mode(mode), truth, contenders, seconds=seconds, least=least)
             for row in rows:
                 table.add(row)
             show(rows)

@@ -235,6 +235,9 @@ def plot_lines(
             if line == 0:
                 axis.set_title(title, loc="left", fontsize=10)
             axis.set_xlabel(title.partition(":")[0], fontsize=9)
+            places = sorted({number(row, x) for row in chosen})
+            axis.set_xticks(places, [f"{place:,.0f}" for place in places], fontsize=8)
+            axis.minorticks_off()
     _legend(figure, axes)
     return figure
 
