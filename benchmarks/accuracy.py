@@ -8,9 +8,11 @@ log-probabilities. The method and the inputs are those of `problem.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from benchmarks.contenders import CONTENDERS, FLOOR
+from benchmarks.contenders import CONTENDERS, FLOOR, Contender, choose
 from benchmarks.head import KEY, Case, measure_problem
 from benchmarks.measure import Run, main, parser, release, show_seconds, start
 from benchmarks.problem import HEADS, Shape, make_problem
@@ -26,7 +28,7 @@ def cases_for(run: Run) -> list[Case]:
     return [Case(HEADS["qwen3-8b"], 4096, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 
 
-def run_accuracy(run: Run, seconds: float | None = None) -> None:
+def run_accuracy(run: Run, contenders: Sequence[Contender] = CONTENDERS, seconds: float | None = None) -> None:
     table = run.table("accuracy", KEY)
     for case in cases_for(run):
         if run.deadline.left <= 0:
@@ -35,7 +37,7 @@ def run_accuracy(run: Run, seconds: float | None = None) -> None:
         torch.compiler.reset()
         print(f"accuracy: {case.shape.model} N={case.tokens} {case.dtype}", flush=True)
         problem, truth = make_problem(case.shape, case.tokens, case.dtype, run.device, "trainable")
-        for row in measure_problem(run, problem, truth, CONTENDERS, repeats=3, seconds=seconds):
+        for row in measure_problem(run, problem, truth, contenders, repeats=3, seconds=seconds):
             if row["contender"] == FLOOR:
                 continue
             table.add(row)
@@ -49,7 +51,10 @@ def run_accuracy(run: Run, seconds: float | None = None) -> None:
 
 
 def body() -> None:
-    run_accuracy(start(parser(__doc__.splitlines()[0]).parse_args()))
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--contenders", help="names with commas (default: all)")
+    chosen = arguments.parse_args()
+    run_accuracy(start(chosen), choose(chosen.contenders))
 
 
 if __name__ == "__main__":

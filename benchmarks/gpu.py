@@ -8,11 +8,12 @@ Rows are written as they are measured, so a run that is stopped keeps what it ha
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
 from benchmarks.accuracy import run_accuracy
-from benchmarks.contenders import BY_NAME, CONTENDERS, OURS, Contender
+from benchmarks.contenders import BY_NAME, OURS, Contender, choose
 from benchmarks.cpu import Part, chosen_parts, run_parts
 from benchmarks.growth import run_growth
 from benchmarks.head import KEY, cases_for, gate, run_head
@@ -51,16 +52,12 @@ def check(run: Run) -> None:
     release(run.device)
 
 
-def without_compiling() -> list[Contender]:
-    """All but the contender that compiles anew for every shape, which takes longer than measuring it."""
-    return [contender for contender in CONTENDERS if contender.name != COMPILED]
-
-
-def head_in_order(run: Run) -> None:
-    """The bar's shape with every contender, then the other heads and lengths with those that need no compiling."""
+def head_in_order(run: Run, contenders: Sequence[Contender]) -> None:
+    """The bar's shape with every contender. Then the other heads and lengths, without the contender that compiles anew
+    for each of them, which takes longer than measuring it."""
     cases, table = cases_for(run), run.table("head", KEY)
-    run_head(run, cases[:1], MODES, table=table, seconds=6)
-    few = without_compiling()
+    run_head(run, cases[:1], MODES, contenders, table, seconds=6)
+    few = [contender for contender in contenders if contender.name != COMPILED]
     run_head(run, cases[1:4], MODES, few, table, seconds=3)
     run_head(run, cases[4:], ("trainable", "frozen"), few, table, seconds=2)
 
@@ -68,12 +65,14 @@ def head_in_order(run: Run) -> None:
 def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--parts", help="names with commas (default: all)")
+    arguments.add_argument("--contenders", help="names with commas, for head and accuracy (default: all)")
     arguments.set_defaults(device="cuda", minutes=MINUTES)
     chosen = arguments.parse_args()
     run = start(chosen)
+    contenders = choose(chosen.contenders)
     parts: list[Part] = [
-        ("head", 3.5, head_in_order),
-        ("accuracy", 0.7, lambda part: run_accuracy(part, seconds=2)),
+        ("head", 3.5, lambda part: head_in_order(part, contenders)),
+        ("accuracy", 0.7, lambda part: run_accuracy(part, contenders, seconds=2)),
         ("loss", 0.5, run_loss),
         ("step", 1.5, lambda part: run_step(part, [0.0, 0.5])),
         ("growth", 1.5, lambda part: run_growth(part, seconds=2)),

@@ -28,7 +28,7 @@ from benchmarks.measure import (
     start,
 )
 from benchmarks.problem import HEADS, MODES, UNITS, Problem, Shape, Truth, errors, make_problem, verdict
-from grpo_fast.errors import UserError
+from grpo_fast.errors import UserError, one_line
 
 KEY = ("model", "N", "H", "V", "dtype", "head", "contender")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,6 +95,11 @@ def gate(contender: Contender, problem: Problem, truth: Truth) -> tuple[Any, dic
     except NotApplicable as reason:
         return None, {"status": "left out", "detail": str(reason)}
     except Exception as error:
+        if "CUDA error" in str(error):
+            # Nothing works in this process after, say, an illegal memory access.
+            raise UserError(
+                f"{contender.name} broke CUDA, leave it out with --contenders: {one_line(error)}"
+            ) from error
         return None, {"status": "failed", "detail": describe_failure(error)}
     finally:
         release(problem.hidden.device)
@@ -138,6 +143,7 @@ def measure_problem(
             }
         row |= {
             "gradient_bytes": problem.gradient_bytes,
+            "needed_bytes": f"{problem.gradient_formula} = {problem.gradient_bytes}",
             "cost": units if name == FLOOR else by_name[name].cost_in(problem.mode),
             "needed_flops": f"{units} = {problem.flops:.4g}",
             "peer": "" if name == FLOOR else by_name[name].version(),

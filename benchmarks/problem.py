@@ -106,6 +106,11 @@ class Problem:
         rows = {"trainable": self.tokens + self.shape.vocab, "frozen": self.tokens, "scoring": 0}[self.mode]
         return rows * self.shape.hidden * self.hidden.element_size()
 
+    @property
+    def gradient_formula(self) -> str:
+        rows = {"trainable": "(N + V)", "frozen": "N", "scoring": "0"}[self.mode]
+        return f"gradients {rows} H {self.hidden.element_size()}"
+
     def with_mode(self, mode: str) -> Problem:
         return replace(self, mode=mode)
 

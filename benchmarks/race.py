@@ -118,7 +118,7 @@ def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
         table.add({
             "trainer": name, "seed": seed, "status": status, "detail": failure, "target": target,
             "steps": len(rewards), "seconds": elapsed, "seconds_per_step": elapsed / max(len(rewards), 1),
-            "peak_bytes": peak.bytes, "peer": f"trl {version('trl')}" if name == TRL else "",
+            "peak_bytes": peak.bytes, "transformers": version("transformers"), "peer": f"trl {version('trl')}" if name == TRL else "",
         })  # fmt: skip
     last = sum(rewards[-WINDOW:]) / max(len(rewards[-WINDOW:]), 1)
     print(

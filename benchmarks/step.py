@@ -56,6 +56,8 @@ SPREAD = 8
 # Largest difference of the two gradients in the norm, by the dtype of the weights.
 LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 FIRST_TOKEN = 16
+# One token each in SmolLM2's tokenizer, with or without a space before them.
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "are", "as", "with", "his", "they"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,13 @@ def mixed_lengths(count: int, mean: int, seed: int = 0) -> list[int]:
     lengths = [max(1, min(round(scale * value), SPREAD * mean)) for value in others] + [SPREAD * mean]
     random.Random(seed).shuffle(lengths)
     return lengths
+
+
+def make_prompts(setting: Setting, seed: int = 1) -> list[str]:
+    """Different prompts of words that are one token each."""
+    words = [f"t{index}" for index in range(FIRST_TOKEN, 500)] if setting.model in RANDOM else WORDS
+    generator = random.Random(seed)
+    return [" ".join(generator.choice(words) for _ in range(setting.prompt_tokens)) for _ in range(setting.prompts)]
 
 
 def make_rollouts(setting: Setting, vocab: int, equal: float, seed: int = 0) -> list[list[list[int]]]:
@@ -244,11 +253,7 @@ def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: f
     """Rows of one fraction of equal-reward groups."""
     device, table = run.device, run.table("step", KEY)
     rollouts = make_rollouts(setting, vocab, equal)
-    generator = random.Random(1)
-    rows = [
-        {"prompt": " ".join(f"t{generator.randrange(FIRST_TOKEN, 500)}" for _ in range(setting.prompt_tokens))}
-        for _ in range(setting.prompts)
-    ]
+    rows = [{"prompt": prompt} for prompt in make_prompts(setting)]
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     repeats = run.repeats or (2 if run.quick else 3)
@@ -303,9 +308,10 @@ def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: f
     for trainer, state in status.items():
         row = {
             "model": setting.model, "dtype": setting.dtype, "equal": equal, "trainer": trainer, **state,
-            "prompts": setting.prompts, "group": setting.group, "prompt_tokens": setting.prompt_tokens,
+            "prompts": setting.prompts, "group": setting.group, "prompt_tokens": max(ours.prompt_tokens),
             "mean_tokens": setting.mean_tokens, "longest_tokens": setting.longest, "tokens": tokens,
             "padded_tokens": setting.samples * width, "gradient_difference": difference,
+            "transformers": version("transformers"),
             "peer": f"trl {version('trl')}" if trainer == TRL else "",
         }  # fmt: skip
         if times.get(trainer) and times[trainer].seconds:

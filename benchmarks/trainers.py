@@ -156,6 +156,8 @@ class PacedTRL:
 
     def _run(self) -> None:
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             self.trainer.train()
             self._events.put(("end", ""))
         except Exception as error:

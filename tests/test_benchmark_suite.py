@@ -107,6 +107,14 @@ def trl_and_liger():
     return not (BY_NAME["Liger"].missing() or BY_NAME["TRL"].missing())
 
 
+def test_a_broken_gpu_ends_the_run():
+    def make(batch):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(UserError, match="rude broke CUDA, leave it out with --contenders"):
+        head.gate(Contender("rude", make), *problem_of())
+
+
 def test_a_contender_that_would_not_fit_is_left_out(monkeypatch):
     monkeypatch.setattr("benchmarks.contenders.available_bytes", lambda _: 1000)
     problem, truth = problem_of()
@@ -247,6 +255,12 @@ def test_rollouts_have_groups_of_equal_reward(equal, groups):
     setting = step.Setting("x", "float32", 8, 4, 8, 6)
     rewards = [step.parity_reward([], [], group) for group in step.make_rollouts(setting, 101, equal)]
     assert [len(set(group)) == 1 for group in rewards] == [True] * groups + [False] * (8 - groups)
+
+
+def test_prompts_differ():
+    prompts = step.make_prompts(step.Setting("llama-tiny", "float32", 8, 4, 8, 6))
+    assert len(set(prompts)) == 8
+    assert {len(prompt.split()) for prompt in prompts} == {8}
 
 
 def test_gradient_difference():
