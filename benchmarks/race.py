@@ -114,12 +114,16 @@ def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
                 failure = str(error)
             taken.close()
         done = reached(rewards, target)
-        status = "ok" if done else "failed" if failure else "not reached"
-        table.add({
-            "trainer": name, "seed": seed, "status": status, "detail": failure, "target": target,
-            "steps": len(rewards), "seconds": elapsed, "seconds_per_step": elapsed / max(len(rewards), 1),
-            "peak_bytes": peak.bytes, "transformers": version("transformers"), "peer": f"trl {version('trl')}" if name == TRL else "",
-        })  # fmt: skip
+        cut_short = not (done or failure) and len(rewards) < steps
+        status = "ok" if done else "failed" if failure else "out of time" if cut_short else "not reached"
+        # What the deadline cut short says nothing about who wins, and must not replace what was measured in full.
+        if not cut_short:
+            table.add({
+                "trainer": name, "seed": seed, "status": status, "detail": failure, "target": target,
+                "steps": len(rewards), "seconds": elapsed, "seconds_per_step": elapsed / max(len(rewards), 1),
+                "peak_bytes": peak.bytes, "transformers": version("transformers"),
+                "peer": f"trl {version('trl')}" if name == TRL else "",
+            })  # fmt: skip
     last = sum(rewards[-WINDOW:]) / max(len(rewards[-WINDOW:]), 1)
     print(
         f"  seed {seed} {name:10} {status}: {len(rewards)} steps, {elapsed:.0f} s, accuracy {last:.0%}, "
