@@ -83,9 +83,9 @@ def reached(rewards: list[float], target: float) -> bool:
 def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
     """One trainer and seed until the target, the last step or the deadline."""
     curves, table = run.table("race_curves", CURVE_KEY), run.table("race", KEY)
-    curves.rows = [row for row in curves.rows if (row["trainer"], row["seed"]) != (name, str(seed))]
     rows = training_rows(seed, steps)
     rewards: list[float] = []
+    curve: list[dict[str, Any]] = []
     elapsed = 0.0
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
@@ -104,10 +104,7 @@ def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
                 for seconds, reward in taken:
                     elapsed += seconds
                     rewards.append(reward)
-                    curves.add({
-                        "trainer": name, "seed": seed, "step": len(rewards), "seconds": elapsed, "reward": reward,
-                        "peer": f"trl {version('trl')}" if name == TRL else "",
-                    })  # fmt: skip
+                    curve.append({"step": len(rewards), "seconds": elapsed, "reward": reward})
                     if reached(rewards, target) or run.deadline.left <= 0:
                         break
             except Stopped as error:
@@ -118,12 +115,15 @@ def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
         status = "ok" if done else "failed" if failure else "out of time" if cut_short else "not reached"
         # What the deadline cut short says nothing about who wins, and must not replace what was measured in full.
         if not cut_short:
+            peer = {"trainer": name, "seed": seed, "peer": f"trl {version('trl')}" if name == TRL else ""}
             table.add({
-                "trainer": name, "seed": seed, "status": status, "detail": failure, "target": target,
-                "steps": len(rewards), "seconds": elapsed, "seconds_per_step": elapsed / max(len(rewards), 1),
-                "peak_bytes": peak.bytes, "transformers": version("transformers"),
-                "peer": f"trl {version('trl')}" if name == TRL else "",
+                **peer, "status": status, "detail": failure, "target": target, "steps": len(rewards),
+                "seconds": elapsed, "seconds_per_step": elapsed / max(len(rewards), 1), "peak_bytes": peak.bytes,
+                "transformers": version("transformers"),
             })  # fmt: skip
+            curves.rows = [row for row in curves.rows if (row["trainer"], row["seed"]) != (name, str(seed))]
+            for point in curve:
+                curves.add({**peer, **point})
     last = sum(rewards[-WINDOW:]) / max(len(rewards[-WINDOW:]), 1)
     print(
         f"  seed {seed} {name:10} {status}: {len(rewards)} steps, {elapsed:.0f} s, accuracy {last:.0%}, "

@@ -382,3 +382,23 @@ def test_quick_runs_stay_out_of_the_results():
     assert "runs" in Run(CPU, quick=True).folder.parts
     assert Run(CPU).folder.parent == Path(measure.__file__).parent / "results"
     assert json.dumps(Run(CPU).facts())
+
+
+def test_a_race_is_written_down_unless_it_was_cut_short(tmp_path, monkeypatch):
+    run = Run(CPU, output=tmp_path, commit="abc")
+    monkeypatch.setattr(race, "our_race", lambda config, run: ((2.0, reward) for reward in (0.1, 0.7, 0.8, 0.9, 1.0)))
+    race.run_one(run, OURS, 1, 10, 0.75)
+    rows, curve = (measure.read_csv(run.folder / f"{name}.csv") for name in ("race", "race_curves"))
+    assert [(row["status"], row["steps"], row["seconds"]) for row in rows] == [("ok", "4", "8")]
+    assert [(row["step"], row["seconds"], row["reward"]) for row in curve] == [
+        ("1", "2", "0.1"), ("2", "4", "0.7"), ("3", "6", "0.8"), ("4", "8", "0.9")
+    ]  # fmt: skip
+    # The same seed again, with time for one step only.
+    late = Run(CPU, output=tmp_path, deadline=Deadline(0.0))
+    race.run_one(late, OURS, 1, 10, 0.75)
+    assert measure.read_csv(run.folder / "race.csv") == rows
+    assert measure.read_csv(run.folder / "race_curves.csv") == curve
+    table = plots.fill_tables("<!-- table: race cpu -->\n<!-- /table -->", tmp_path)
+    assert "| trainer | steps to 75% |" in table
+    assert "| grpo-fast, seed 1 | 4 | 8 s | 2.0 s |" in table
+    assert [path.name for path in plots.draw(run.folder)] == ["race.png"]
