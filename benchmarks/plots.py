@@ -216,12 +216,16 @@ def plot_head(rows: Rows) -> Any:
 def plot_lines(
     rows: Rows, panels: Sequence[tuple[str, dict[str, str]]], x: str, figures: Sequence[tuple[str, str, float]]
 ) -> Any:
-    """Log-log curves by contender; a column a panel (title, values to select), a row a figure (column, label, unit)."""
-    figure, axes = _figure(len(panels), 3.4, len(figures))
+    """Log-log curves by contender; a column a panel (title, values to select), a row a figure (column, label, unit).
+    Panels of a single figure stand two in a row."""
+    if len(figures) == 1:
+        figure, axes = _figure(2, 3.0, -(-len(panels) // 2))
+    else:
+        figure, axes = _figure(len(panels), 3.4, len(figures))
     for column, (title, wanted) in enumerate(panels):
         chosen = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
         for line, (name, label, unit) in enumerate(figures):
-            axis = axes[line, column]
+            axis = axes.flat[column] if len(figures) == 1 else axes[line, column]
             for who in in_order([row["contender"] for row in chosen]):
                 mine = [row for row in chosen if row["contender"] == who and row.get(name) and number(row, name) > 0]
                 points = sorted((number(row, x), number(row, name) / unit) for row in mine)
@@ -264,6 +268,7 @@ def plot_loss(rows: Rows) -> Any:
 def plot_accuracy(rows: Rows) -> Any:
     rows = [row for row in measured(rows) if row.get("error_logprob")]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    found = [number(row, "error_logprob") for row in rows]
     figure, axes = _figure(len(dtypes), 3.6)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         for row in (row for row in rows if row["dtype"] == dtype):
@@ -273,6 +278,7 @@ def plot_accuracy(rows: Rows) -> Any:
         axis.set_yscale("log")
         axis.set_title(f"{dtype}: largest error of a log-probability", loc="left", fontsize=10)
         axis.set_xlabel("seconds, forward and backward", fontsize=9)
+        axis.set_ylim(min(found) / 3, max(found) * 3)
     axes[0, 0].set_ylabel("nats", fontsize=9)
     _legend(figure, axes)
     return figure
