@@ -1,0 +1,61 @@
+"""How far from float64 are the log-probabilities and gradients of every contender, and at which speed?
+
+    python -m benchmarks.accuracy
+
+The largest and the median error of the log-probabilities (nats), and the gradients' errors in the norm. Liger gives no
+log-probabilities. The method and the inputs are those of `problem.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.contenders import CONTENDERS, FLOOR, Contender, choose
+from benchmarks.head import KEY, Case, measure_problem
+from benchmarks.measure import Run, main, parser, release, show_seconds, start
+from benchmarks.problem import HEADS, Shape, make_problem
+
+ERRORS = ("error_logprob", "error_logprob_median", "error_hidden", "error_weight")
+
+
+def cases_for(run: Run) -> list[Case]:
+    if run.quick:
+        return [Case(Shape("tiny", 64, 1031), 256, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    if run.device.type == "cpu":
+        return [Case(HEADS["smollm2-135m"], 512, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    return [Case(HEADS["qwen3-8b"], 4096, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+
+
+def run_accuracy(run: Run, contenders: Sequence[Contender] = CONTENDERS, seconds: float | None = None) -> None:
+    table = run.table("accuracy", KEY)
+    for case in cases_for(run):
+        if run.deadline.left <= 0:
+            print(f"accuracy: left out for lack of time: {case.shape.model} {case.dtype}")
+            continue
+        torch.compiler.reset()
+        print(f"accuracy: {case.shape.model} N={case.tokens} {case.dtype}", flush=True)
+        problem, truth = make_problem(case.shape, case.tokens, case.dtype, run.device, "trainable")
+        for row in measure_problem(run, problem, truth, contenders, repeats=3, seconds=seconds):
+            if row["contender"] == FLOOR:
+                continue
+            table.add(row)
+            if row["status"] == "left out":
+                continue
+            figures = "  ".join(f"{name.removeprefix('error_')} {row[name]:.1e}" for name in ERRORS if name in row)
+            time = show_seconds(row.get("seconds", float("nan")))
+            print(f"  {row['contender']:28}{row['status']:>7} {time:>9}  {figures}", flush=True)
+        del problem, truth
+        release(run.device)
+
+
+def body() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--contenders", help="names with commas (default: all)")
+    chosen = arguments.parse_args()
+    run_accuracy(start(chosen), choose(chosen.contenders))
+
+
+if __name__ == "__main__":
+    main(body)

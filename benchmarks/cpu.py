@@ -1,0 +1,93 @@
+"""All questions on a CPU in under 15 minutes.
+
+    python -m benchmarks.cpu [--minutes 14] [--quick] [--parts head,step]
+
+Each part has a share of the time, and what it did not reach is named. The part's own module measures without a limit,
+more cases and contenders among them: `python -m benchmarks.head`. The race takes longer than all of this and is run
+by itself: `python -m benchmarks.race`.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.accuracy import run_accuracy
+from benchmarks.contenders import BY_NAME, OURS
+from benchmarks.growth import run_growth
+from benchmarks.head import KEY, cases_for, run_head
+from benchmarks.loss import run_loss
+from benchmarks.measure import Run, main, parser, start
+from benchmarks.problem import MODES
+from benchmarks.step import run_step
+from grpo_fast.errors import UserError
+
+MINUTES = 14.0
+Part = tuple[str, float, Callable[[Run], None]]
+
+
+def head_first(run: Run) -> None:
+    """The small head in all modes; the large one with a trainable head, against the fastest peers."""
+    cases, table = cases_for(run), run.table("head", KEY)
+    small = [case for case in cases if case.shape == cases[0].shape]
+    large = [case for case in cases if case.shape != cases[0].shape]
+    run_head(run, small, MODES, table=table, seconds=45)
+    few = [BY_NAME[name] for name in (OURS, "full logits", "Liger")]
+    run_head(run, large, ("trainable",), few, table, seconds=20, least=2)
+
+
+def chosen_parts(parts: list[Part], names: str | None) -> list[Part]:
+    """The parts of a comma-separated list, all of them without one."""
+    known = {part[0]: part for part in parts}
+    wanted = [name.strip() for name in names.split(",")] if names else list(known)
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"--parts: {name!r} is unknown; there are {', '.join(known)}")
+    return [known[name] for name in wanted]
+
+
+def run_parts(run: Run, parts: list[Part]) -> None:
+    """Every part within its share (minutes), scaled to the run's minutes; what a part leaves over goes to the rest.
+
+    A part that fails is reported, and the others run.
+    """
+    total = sum(share for _, share, _ in parts)
+    for number, (name, share, part) in enumerate(parts):
+        rest = sum(share for _, share, _ in parts[number:])
+        minutes = max(run.deadline.left, 0.0) / 60 * share / rest if run.minutes else share
+        if run.minutes and minutes <= 0:
+            print(f"{name}: left out for lack of time", flush=True)
+            continue
+        begin = time.perf_counter()
+        print(f"== {name}: {minutes:.1f} of {run.minutes or total:.1f} minutes", flush=True)
+        try:
+            part(run.share(minutes))
+        except UserError as error:
+            print(f"{name}: {error}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            torch.compiler.reset()
+        print(f"== {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def body() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--parts", help="names with commas (default: all)")
+    arguments.set_defaults(device="cpu", minutes=MINUTES)
+    chosen = arguments.parse_args()
+    run = start(chosen)
+    parts: list[Part] = [
+        ("head", 8.0, head_first),
+        ("step", 2.5, lambda part: run_step(part, [0.0, 0.5])),
+        ("accuracy", 0.7, run_accuracy),
+        ("loss", 0.5, run_loss),
+        ("growth", 2.0, lambda part: run_growth(part, seconds=5)),
+    ]
+    run_parts(run, chosen_parts(parts, chosen.parts))
+
+
+if __name__ == "__main__":
+    main(body)

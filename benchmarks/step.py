@@ -1,0 +1,369 @@
+"""How long is a whole optimizer step without sampling, and how much memory does it take, next to TRL's GRPOTrainer?
+
+    python -m benchmarks.step [--model smollm2-135m-instruct] [--equal 0,0.5,0.75]
+
+Both trainers get the same model, the same prompts and the same completions in place of their sampling, of mixed length
+(the longest 8 times the mean), and the same settings; each goes through its own code: rewards, advantages, batching,
+forward, backward, clipping, AdamW. A fraction of the groups has equal rewards, and so no gradient. Before anything is
+timed, the gradients of the first step must agree. Tokens a second count the real tokens, prompts once a completion.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+import random
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import (
+    Run,
+    Times,
+    describe_failure,
+    main,
+    parser,
+    peak_memory,
+    release,
+    show_bytes,
+    show_seconds,
+    start,
+    version,
+)
+from benchmarks.trainers import (
+    PacedTRL,
+    Stopped,
+    alone_in_accelerate,
+    missing_trl,
+    our_config,
+    our_steps,
+    quiet,
+    require,
+    trl_trainer,
+)
+from grpo_fast.errors import UserError
+
+KEY = ("model", "dtype", "equal", "trainer")
+OURS, TRL = "grpo-fast", "TRL"
+SPREAD = 8
+# Largest difference of the two gradients in the norm, by the dtype of the weights.
+LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
+FIRST_TOKEN = 16
+# One token each in SmolLM2's tokenizer, with or without a space before them.
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "are", "as", "with", "his", "they"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and the step's sizes: prompts, completions of each, prompt tokens, mean completion tokens."""
+
+    model: str
+    dtype: str
+    prompts: int
+    group: int
+    prompt_tokens: int
+    mean_tokens: int
+    rows_per_microbatch: int = 8
+
+    @property
+    def longest(self) -> int:
+        return SPREAD * self.mean_tokens
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * self.group
+
+
+# Llamas with random weights: a small body under SmolLM2's vocabulary, and one of the size of Qwen3-0.6B.
+RANDOM = {
+    "llama-tiny": {"vocab_size": 509, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                   "num_attention_heads": 2, "num_key_value_heads": 2},
+    "llama-16m": {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+                  "num_attention_heads": 4, "num_key_value_heads": 4},
+    "llama-0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+}  # fmt: skip
+
+
+def setting_for(run: Run, model: str | None) -> Setting:
+    if run.quick:
+        return Setting(model or "llama-tiny", "float32", 4, 4, 8, 4)
+    if run.device.type == "cpu":
+        if model == "smollm2-135m-instruct":
+            return Setting(model, "float32", 4, 8, 32, 8)
+        return Setting(model or "llama-16m", "float32", 8, 8, 32, 16)
+    return Setting(model or "llama-0.6b", "bfloat16", 8, 8, 256, 512)
+
+
+def build_model(setting: Setting, folder: Path) -> tuple[str, int]:
+    """A model's name for `load_model` and its vocabulary; a random one is written to `folder` with a tokenizer of
+    words ``t0 t1 ...``."""
+    if setting.model not in RANDOM:
+        if setting.model != "smollm2-135m-instruct":
+            raise UserError(
+                f"--model={setting.model!r} is unknown; there are smollm2-135m-instruct, {', '.join(RANDOM)}"
+            )
+        return setting.model, 49152
+    transformers = require("transformers", "'grpo-fast[train]'")
+    tokenizers = require("tokenizers", "'grpo-fast[train]'")
+    fields = RANDOM[setting.model]
+    vocabulary = {f"t{index}": index for index in range(fields["vocab_size"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="t0", eos_token="t1")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **fields, max_position_embeddings=8192, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None,
+        eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, setting.dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder), fields["vocab_size"]
+
+
+def mixed_lengths(count: int, mean: int, seed: int = 0) -> list[int]:
+    """`count` lengths of about the given mean, the longest `SPREAD` times it, the others spread exponentially."""
+    others = [-math.log(1 - (index + 0.5) / (count - 1)) for index in range(count - 1)]
+    scale = max(count * mean - SPREAD * mean, count) / sum(others)
+    lengths = [max(1, min(round(scale * value), SPREAD * mean)) for value in others] + [SPREAD * mean]
+    random.Random(seed).shuffle(lengths)
+    return lengths
+
+
+def make_prompts(setting: Setting, seed: int = 1) -> list[str]:
+    """Different prompts of words that are one token each."""
+    words = [f"t{index}" for index in range(FIRST_TOKEN, 500)] if setting.model in RANDOM else WORDS
+    generator = random.Random(seed)
+    return [" ".join(generator.choice(words) for _ in range(setting.prompt_tokens)) for _ in range(setting.prompts)]
+
+
+def make_rollouts(setting: Setting, vocab: int, equal: float, seed: int = 0) -> list[list[list[int]]]:
+    """Completions ``[prompts][group]`` of token ids. Their reward is the parity of the first one, which is the same
+    throughout the first `equal` share of the groups and alternates in the others."""
+    generator = random.Random(seed)
+    lengths = iter(mixed_lengths(setting.samples, setting.mean_tokens, seed))
+    rollouts = []
+    for prompt in range(setting.prompts):
+        group = []
+        for place in range(setting.group):
+            ids = [generator.randrange(FIRST_TOKEN, vocab) for _ in range(next(lengths))]
+            parity = 0 if prompt < round(equal * setting.prompts) else place % 2
+            ids[0] = FIRST_TOKEN + 2 * generator.randrange((vocab - FIRST_TOKEN) // 2 - 1) + parity
+            group.append(ids)
+        rollouts.append(group)
+    return rollouts
+
+
+def parity_reward(prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """1 where the completion's first token id is odd, else 0."""
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+
+class FixedRollout:
+    """Stands in for our sampling: the completions written down for each prompt."""
+
+    def __init__(self, by_prompt: dict[tuple[int, ...], list[list[int]]]):
+        self.by_prompt = by_prompt
+
+    def generate(self, prompt_ids: list[list[int]], sampling: Any) -> list[Any]:
+        from grpo_fast.rollout import Response
+
+        return [Response(ids, "length") for prompt in prompt_ids for ids in self.by_prompt[tuple(prompt)]]
+
+
+def copy_gradients(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Gradients by parameter name, on the CPU."""
+    return {name: p.grad.detach().float().cpu() for name, p in named if p.grad is not None}
+
+
+def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """``|ours - theirs| / |theirs|`` over all parameters; infinite where their names differ."""
+    if ours.keys() != theirs.keys():
+        return math.inf
+    difference = sum((ours[name] - theirs[name]).square().sum().item() for name in ours)
+    return math.sqrt(difference / max(sum(value.square().sum().item() for value in theirs.values()), 1e-30))
+
+
+class OurSteps:
+    """Our trainer, fed with the fixed completions."""
+
+    def __init__(self, config: Any, rollouts: list[list[list[int]]], device: torch.device):
+        from grpo_fast.trainer import GRPOTrainer
+
+        trainer = GRPOTrainer(config)
+        prompts = [tuple(ids) for ids in trainer.train_prompts]
+        trainer.rollout = FixedRollout(dict(zip(prompts, rollouts, strict=True)))
+        self.prompt_tokens = [len(prompt) for prompt in prompts]
+        self.gradients: dict[str, Tensor] | None = None
+
+        def keep(*_: Any) -> None:
+            if self.gradients is None:
+                self.gradients = copy_gradients(trainer.model.named_parameters())
+
+        trainer.optimizer.optimizer.register_step_pre_hook(keep)
+        self._steps = our_steps(trainer, device)
+
+    def step(self) -> float:
+        with alone_in_accelerate():
+            return next(self._steps)[0]
+
+    def stop(self) -> None:
+        self._steps = None
+
+
+class TRLSteps:
+    """TRL's trainer, fed with the fixed completions."""
+
+    def __init__(
+        self, config: Any, folder: Path, rows: list[dict], rollouts: list[list[list[int]]], setting: Setting,
+        device: torch.device,
+    ):  # fmt: skip
+        by_prompt = {row["prompt"]: group for row, group in zip(rows, rollouts, strict=True)}
+        self.gradients: dict[str, Tensor] | None = None
+
+        def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+            places: dict[str, itertools.count] = {}
+            chosen = [by_prompt[text][next(places.setdefault(text, itertools.count()))] for text in prompts]
+            ids = trainer.processing_class(prompts)["input_ids"]
+            return {"prompt_ids": ids, "completion_ids": [list(each) for each in chosen], "logprobs": None}
+
+        def keep(named: Iterable[tuple[str, Tensor]]) -> None:
+            if self.gradients is None:
+                self.gradients = copy_gradients(named)
+
+        trainer = trl_trainer(config, folder, rows, parity_reward, setting.rows_per_microbatch, rollout)
+        self._paced = PacedTRL(trainer, device, keep)
+
+    def step(self) -> float:
+        return self._paced.step()
+
+    def stop(self) -> None:
+        self._paced.stop()
+
+
+def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: float, folder: Path) -> None:
+    """Rows of one fraction of equal-reward groups."""
+    device, table = run.device, run.table("step", KEY)
+    rollouts = make_rollouts(setting, vocab, equal)
+    rows = [{"prompt": prompt} for prompt in make_prompts(setting)]
+    data = folder / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    repeats = run.repeats or (2 if run.quick else 3)
+    width = setting.prompt_tokens + setting.longest
+    config = our_config(
+        device, folder / "ours", model_name_or_path=name, dtype=setting.dtype, dataset_name=str(data),
+        eval_dataset_name=str(data), shuffle_dataset=False, reward_funcs=["benchmarks.step.parity_reward"],
+        num_generations=setting.group, generation_batch_size=setting.samples, max_completion_length=setting.longest,
+        max_tokens_per_microbatch=setting.rows_per_microbatch * width, learning_rate=1e-6,
+        lr_scheduler_type="constant", max_steps=repeats + 1,
+    )  # fmt: skip
+    ours = OurSteps(config, rollouts, device)
+    tokens = sum(length + len(ids) for length, group in zip(ours.prompt_tokens, rollouts, strict=True) for ids in group)
+    trainers: dict[str, Any] = {OURS: ours}
+    status = {OURS: {"status": "ok"}, TRL: {"status": "ok"}}
+    if reason := missing_trl():
+        status[TRL] = {"status": "left out", "detail": reason}
+    else:
+        trainers[TRL] = TRLSteps(config, folder / "trl", rows, rollouts, setting, device)
+
+    times = {trainer: Times() for trainer in trainers}
+    peaks: dict[str, float] = {}
+
+    def one_step(trainer: str, timed: bool) -> None:
+        if status[trainer]["status"] != "ok":
+            return
+        try:
+            with peak_memory(device) as peak:
+                seconds = trainers[trainer].step()
+        except Stopped as error:
+            status[trainer] = {"status": "failed", "detail": str(error)}
+        except Exception as error:
+            status[trainer] = {"status": "failed", "detail": describe_failure(error)}
+        else:
+            if timed:
+                times[trainer].seconds.append(seconds)
+                peaks[trainer] = max(peaks.get(trainer, 0.0), peak.bytes)
+
+    for trainer in trainers:
+        one_step(trainer, timed=False)
+    difference = None
+    if all(status[trainer]["status"] == "ok" for trainer in (OURS, TRL)):
+        difference = gradient_difference(ours.gradients, trainers[TRL].gradients)
+        if not difference <= LIMITS[setting.dtype]:
+            wrong = {"status": "wrong", "detail": f"the first gradients differ by {difference:.2g}"}
+            status = {OURS: wrong, TRL: wrong}
+    for number in range(repeats):
+        for trainer in list(trainers) if number % 2 == 0 else list(trainers)[::-1]:
+            one_step(trainer, timed=True)
+    for trainer in trainers.values():
+        trainer.stop()
+    for trainer, state in status.items():
+        row = {
+            "model": setting.model, "dtype": setting.dtype, "equal": equal, "trainer": trainer, **state,
+            "prompts": setting.prompts, "group": setting.group, "prompt_tokens": max(ours.prompt_tokens),
+            "mean_tokens": setting.mean_tokens, "longest_tokens": setting.longest, "tokens": tokens,
+            "padded_tokens": setting.samples * width, "gradient_difference": difference,
+            "transformers": version("transformers"),
+            "peer": f"trl {version('trl')}" if trainer == TRL else "",
+        }  # fmt: skip
+        if times.get(trainer) and times[trainer].seconds:
+            taken = times[trainer]
+            row |= {**taken.columns(), "tokens_per_second": tokens / taken.median, "peak_bytes": peaks[trainer]}
+            row["speedup"] = times[TRL].median / taken.median if times.get(TRL) else None
+            print(
+                f"  equal {equal:<5}{trainer:12}{show_seconds(taken.median):>10}  {tokens / taken.median:>10,.0f} "
+                f"tokens/s  {show_bytes(peaks[trainer]):>11}",
+                flush=True,
+            )
+        else:
+            print(f"  equal {equal:<5}{trainer:12}{state['status']}: {state.get('detail', '')}", flush=True)
+        table.add(row)
+
+
+def run_step(run: Run, equal: list[float], model: str | None = None) -> None:
+    setting = setting_for(run, model)
+    quiet()
+    print(
+        f"step: {setting.model}, {setting.prompts} prompts x {setting.group}, completions of {setting.mean_tokens} "
+        f"tokens on average, at most {setting.longest}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model_name, vocab = build_model(setting, folder / "model")
+        for number, fraction in enumerate(equal):
+            if run.deadline.left <= 0:
+                print(f"step: left out for lack of time: equal {fraction}")
+                continue
+            (folder / str(number)).mkdir()
+            measure_fraction(run, setting, model_name, vocab, fraction, folder / str(number))
+            gc.collect()
+            release(run.device)
+
+
+def body() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--model", help=f"smollm2-135m-instruct, {', '.join(RANDOM)} (default: by the device)")
+    arguments.add_argument("--equal", default="0,0.5,0.75", help="fractions of groups with equal rewards")
+    chosen = arguments.parse_args()
+    run = start(chosen)
+    try:
+        equal = [float(value) for value in chosen.equal.split(",")]
+    except ValueError:
+        raise UserError(f"--equal={chosen.equal!r} is not a list of fractions") from None
+    for value in equal:
+        if not 0 <= value < 1:
+            raise UserError(f"--equal: {value} is not allowed: it must be at least 0 and below 1")
+    run_step(run, equal, chosen.model)
+
+
+if __name__ == "__main__":
+    main(body)
