@@ -8,7 +8,8 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help demo demo-seeds smollm2 test test-peers lint clean
+.PHONY: help demo demo-seeds smollm2 test test-peers test-gpu fuzz doctor sanitize bench bench-race bench-gpu bench-ops \
+	plots lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
@@ -16,6 +17,15 @@ help:
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
 	@echo "make test-peers  the losses against TRL's and Liger's own code"
+	@echo "make test-gpu    the operations' tests on this machine's GPU"
+	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"
+	@echo "make doctor      which kernels run here, and whether they are right"
+	@echo "make sanitize    the kernels under compute-sanitizer's memcheck (NVIDIA)"
+	@echo "make bench       benchmarks against TRL, Liger and PyTorch on this CPU (under 15 minutes)"
+	@echo "make bench-race  seconds until 75% of additions are right, ours and TRL's, three seeds (CPU)"
+	@echo "make bench-gpu   the benchmarks on one GPU (under 9 minutes)"
+	@echo "make bench-ops   pytest-benchmark's timings of each operation"
+	@echo "make plots       figures and the README's tables from the measured CSV files"
 	@echo "make lint        ruff, as the pre-commit hooks run it"
 	@echo "make clean       remove the environment and caches"
 
@@ -48,14 +58,50 @@ smollm2: $(VENV)/.smollm2
 	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark" $(ARGS)
+
+GPU_TESTS := $(addprefix tests/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py generated.py \
+	triton.py gpu.py)
+EXAMPLES ?= 2000
+
+test-gpu: $(VENV)/.dev
+	GRPO_KERNELS_TEST_DEVICE=cuda PYTHONPATH=kernels:. $(BIN)/python -m pytest -p no:xdist $(GPU_TESTS) $(ARGS)
+
+fuzz: $(VENV)/.dev
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 tests/test_generated.py $(ARGS)
+
+doctor: $(VENV)/.train
+	$(BIN)/python -m grpo_kernels.doctor
+
+sanitize: $(VENV)/.train
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m grpo_kernels.doctor
 
 $(VENV)/.peers: $(VENV)/.dev
 	$(PIP) trl liger-kernel
 	@touch $@
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_benchmark_suite.py $(ARGS)
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) trl liger-kernel pytest-benchmark
+	$(PIP) --no-deps cut-cross-entropy
+	@touch $@
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-race: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.race --device cpu $(ARGS)
+
+bench-gpu: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-ops: $(VENV)/.bench
+	$(BIN)/python -m pytest tests/test_benchmark_ops.py $(ARGS)
+
+plots: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.plots $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -448,8 +448,8 @@ def partition(category: Tensor, count: int) -> list[Tensor]:
     if category.device.type == "cpu":
         return [(category == value).nonzero().squeeze(1) for value in range(count)]
     order = torch.argsort(category, stable=True)
-    sizes = torch.bincount(category, minlength=count).tolist()
-    return list(order.split(sizes))
+    sizes = torch.stack([(category == value).sum() for value in range(count)]).tolist()
+    return list(order[: sum(sizes)].split(sizes))
 
 
 def row_chunks(rows: Tensor, num_tokens: int, most: int) -> Iterator[Tensor | slice]:
