@@ -53,7 +53,10 @@ def runner(objective):
         gradients = {f"d {name}": arguments[name].grad for name in LEAVES if name in arguments}
         # Rows of weight 0 are not computed; the reference computes them all the same.
         outputs = {"logprobs": result.logprobs[counted], "entropy": result.entropy[counted]}
-        return {"loss": result.loss, **outputs, **gradients, **{k: v.float() for k, v in result.stats.items()}}
+        stats = {name: value.float() for name, value in result.stats.items()}
+        # A sum of signed numbers is judged by how many there are, not by what is left of them.
+        stats["kl"] = stats["kl"] + stats["tokens"]
+        return {"loss": result.loss, **outputs, **gradients, **stats}
 
     return run
 

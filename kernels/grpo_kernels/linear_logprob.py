@@ -136,10 +136,10 @@ def _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy):
             entropy[at] = stats.entropy
             one, zero = torch.ones_like(stats.total), torch.zeros_like(stats.total)
             d = copy[: e.shape[0]].copy_(e)
-            row_scale = head.gradient_(d, stats, targets[at], row_temperature, zero, one)
+            d, row_scale = head.gradient_(d, stats, targets[at], row_temperature, zero, one)
             slopes[1][at] = head.grad_hidden(d, row_scale).to(hidden.dtype)
-        row_scale = head.gradient_(e, stats, targets[at], row_temperature, None)
-        slopes[0][at] = head.grad_hidden(e, row_scale).to(hidden.dtype)
+        d, row_scale = head.gradient_(e, stats, targets[at], row_temperature, None)
+        slopes[0][at] = head.grad_hidden(d, row_scale).to(hidden.dtype)
     return slopes
 
 
@@ -182,7 +182,7 @@ def recompute_gradients(
         operand, e, stats, row_temperature = forward_rows(
             head, hidden, targets, temperature, at, buffer, grad_entropy is not None
         )
-        row_scale = head.gradient_(
+        d, row_scale = head.gradient_(
             e,
             stats,
             targets[at],
@@ -190,7 +190,7 @@ def recompute_gradients(
             grad_logprobs[at],
             None if grad_entropy is None else grad_entropy[at],
         )
-        gradients.add(head, e, row_scale, operand, at)
+        gradients.add(head, d, row_scale, operand, at)
 
 
 def _linear_logprob_torch(hidden, weight, bias, targets, temperature, head, with_entropy):

@@ -111,10 +111,10 @@ def _token_level(head, hidden, targets, temperature, tokens, objective, rows, lo
             entropy[at] = row_stats.entropy
         terms = terms_of(logprobs[at], tokens.take(at), objective, None if entropy is None else entropy[at])
         loss, stats = loss + terms.loss, stats + terms.stats
-        row_scale = head.gradient_(
+        d, row_scale = head.gradient_(
             e, row_stats, targets[at], row_temperature, terms.grad_logprobs, terms.grad_entropy if bonus else None
         )
-        gradients.add(head, e, row_scale, operand, at)
+        gradients.add(head, d, row_scale, operand, at)
     return loss, stats
 
 
@@ -134,8 +134,8 @@ def _sequence_level(
             logprobs[at] = row_stats.logprobs
             if entropy is not None:
                 entropy[at] = row_stats.entropy
-            row_scale = head.gradient_(e, row_stats, targets[at], row_temperature, None)
-            gradients.hidden[at] = head.grad_hidden(e, row_scale).to(gradients.hidden.dtype)
+            d, row_scale = head.gradient_(e, row_stats, targets[at], row_temperature, None)
+            gradients.hidden[at] = head.grad_hidden(d, row_scale).to(gradients.hidden.dtype)
     else:
         score(head, hidden, targets, temperature, rows, logprobs, entropy)
     terms = terms_of(logprobs, tokens, objective, entropy, offsets)

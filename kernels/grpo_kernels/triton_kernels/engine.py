@@ -38,6 +38,10 @@ class TritonHead(Head):
     """`Head` whose logits live in registers; the row scale is part of the gradient, so `gradient_` returns None."""
 
     @property
+    def narrows(self) -> bool:
+        return False
+
+    @property
     def buffer_dtype(self) -> torch.dtype:
         return self.operand_dtype if self.mixed_products else self.dtype
 
@@ -145,7 +149,7 @@ class TritonHead(Head):
         temperature: Tensor | None,
         grad_logprobs: Tensor | None,
         grad_entropy: Tensor | None = None,
-    ) -> None:
+    ) -> tuple[Tensor, None]:
         N, V = e.shape
         # An incoming gradient may be one number, expanded.
         grad_logprobs, grad_entropy = (
@@ -161,3 +165,4 @@ class TritonHead(Head):
                 HAS_GRAD_ENTROPY=grad_entropy is not None,
                 PART_V=stats.tile_width, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
             )  # fmt: skip
+        return e, None

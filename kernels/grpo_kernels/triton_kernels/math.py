@@ -15,10 +15,12 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
-    """tanh(x) to within 1e-6 of its value, in few steps: it is taken of every logit."""
+    """tanh(x) to within 3e-7 of its value, in few steps: it is taken of every logit."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
-    return tl.where(square < 0.03, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+    e = tl.exp(-2.0 * tl.abs(x))
+    value = (1.0 - e) / (1.0 + e)
+    return tl.where(square < 0.03, series, tl.where(x < 0, -value, value))
 
 
 @triton.jit
