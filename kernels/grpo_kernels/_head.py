@@ -347,25 +347,32 @@ class Head:
             out *= row_scale[:, None]
         return self.all_reduce(out)
 
-    def accumulate_grad_weight(self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, grad_weight: Tensor) -> None:
-        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``."""
+    def accumulate_grad_weight(
+        self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, grad_weight: Tensor, unwritten: bool = False
+    ) -> None:
+        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``; written, not added to, where it is `unwritten` yet."""
         # Not rounded to the operands' float16, where the row scale would underflow.
         scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
         if self.narrows:
             scaled = scaled.to(torch.bfloat16)
             # A block's product is added while it is in the cache.
             for block in chunks(self.vocab_size, CPU_BLOCK_BYTES // (2 * max(hidden.shape[1], 1))):
-                grad_weight[block] += torch.mm(d[:, block].t(), scaled)
+                product = torch.mm(d[:, block].t(), scaled)
+                if unwritten:
+                    grad_weight[block] = product
+                else:
+                    grad_weight[block] += product
             return
         scaled = scaled.to(self.product_dtype)
+        if self.mixed_products:
+            d, options = d.to(self.operand_dtype), {"out_dtype": self.dtype}
+        else:
+            options = {}
         with self.products():
-            if self.mixed_products:
-                product = torch.addmm(
-                    grad_weight, d.to(self.operand_dtype).t(), scaled, out_dtype=self.dtype, out=grad_weight
-                )
-                assert product is grad_weight
+            if unwritten:
+                torch.mm(d.t(), scaled, out=grad_weight, **options)
             else:
-                grad_weight.addmm_(d.t(), scaled)
+                torch.addmm(grad_weight, d.t(), scaled, out=grad_weight, **options)
 
     def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor | None, grad_bias: Tensor) -> None:
         """``grad_bias [V] += d.T @ row_scale``, less the logit scale, which does not act on the bias."""

@@ -107,8 +107,8 @@ class _LinearLogprob(torch.autograd.Function):
             recompute_gradients(
                 ctx.head.prepared(), hidden, targets, temperature, rows[moving], coefficients, grad_entropy, gradients
             )
-        grads = gradients.hidden, gradients.weight, gradients.bias
-        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        grads = zip(gradients.collected(), ctx.dtypes, strict=True)
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in grads)
         return *cast, *(None,) * 4
 
 
@@ -159,8 +159,10 @@ class Gradients:
     ):
         self.hidden = torch.zeros_like(hidden, dtype=hidden_dtype) if needs[0] else None
         self.weight = weight_buffer
-        if weight_buffer is None and needs[1]:
-            self.weight = torch.zeros(head.weight.shape, dtype=head.dtype, device=hidden.device)
+        # The first chunk writes a weight gradient of its own, and the others add to it.
+        self.unwritten = weight_buffer is None and needs[1]
+        if self.unwritten:
+            self.weight = torch.empty(head.weight.shape, dtype=head.dtype, device=hidden.device)
         self.bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs[2] else None
 
     def add(self, head: Head, d: Tensor, row_scale: Tensor | None, operand: Tensor, rows: Tensor | slice) -> None:
@@ -168,9 +170,16 @@ class Gradients:
         if self.hidden is not None:
             self.hidden[rows] = head.grad_hidden(d, row_scale).to(self.hidden.dtype)
         if self.weight is not None:
-            head.accumulate_grad_weight(d, row_scale, operand, self.weight)
+            head.accumulate_grad_weight(d, row_scale, operand, self.weight, self.unwritten)
+            self.unwritten = False
         if self.bias is not None:
             head.accumulate_grad_bias(d, row_scale, self.bias)
+
+    def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of (hidden, weight, bias), once all chunks were added."""
+        if self.unwritten:
+            self.weight.zero_()
+        return self.hidden, self.weight, self.bias
 
 
 def recompute_gradients(

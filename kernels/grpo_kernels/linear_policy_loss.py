@@ -187,7 +187,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     loss, stats = loss + rest.loss, stats + rest.stats
         ctx.buffered = grad_weight_buffer is not None
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        made = gradients.hidden, None if ctx.buffered else gradients.weight, gradients.bias
+        made_hidden, made_weight, made_bias = gradients.collected()
+        made = made_hidden, None if ctx.buffered else made_weight, made_bias
         ctx.gradients = [
             None if grad is None else grad.to(_kept_dtype(dtype)) for grad, dtype in zip(made, ctx.dtypes, strict=True)
         ]
