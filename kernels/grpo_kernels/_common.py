@@ -19,7 +19,10 @@ IGNORE_INDEX = -100
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 MIB = 1 << 20
-DEFAULT_BUFFER_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
+CPU_BUFFER_BYTES = 256 * MIB
+GPU_BUFFER_BYTES = 1024 * MIB
+# A frozen head has no gradient that each chunk reads and writes, so its chunks may be shorter.
+FROZEN_GPU_BUFFER_BYTES = 512 * MIB
 
 
 def choose_backend(

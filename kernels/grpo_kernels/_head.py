@@ -28,7 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_kernels._common import (
-    DEFAULT_BUFFER_BYTES,
+    CPU_BUFFER_BYTES,
+    FROZEN_GPU_BUFFER_BYTES,
+    GPU_BUFFER_BYTES,
     IGNORE_INDEX,
     MIB,
     accumulation_dtype,
@@ -439,7 +441,9 @@ def make_head(
     operand_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(device) and operand_dtype != torch.float64:
         operand_dtype = torch.get_autocast_dtype(device)
-    budget = max_buffer_bytes or DEFAULT_BUFFER_BYTES.get(device, DEFAULT_BUFFER_BYTES["cuda"])
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    on_gpu = GPU_BUFFER_BYTES if trained else FROZEN_GPU_BUFFER_BYTES
+    default = CPU_BUFFER_BYTES if device == "cpu" else on_gpu
     shards = [weight.shape[0]]
     rank = 0
     if process_group is not None:
@@ -453,7 +457,7 @@ def make_head(
         logit_scale=float(logit_scale),
         softcap=softcap,
         process_group=process_group,
-        max_buffer_bytes=budget,
+        max_buffer_bytes=max_buffer_bytes or default,
         operand_dtype=operand_dtype,
         dtype=dtype,
         vocab_start=sum(shards[:rank]),

@@ -22,6 +22,8 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Rows and warps of the kernels that are bound by memory.
 COMBINE_ROWS, COMBINE_WARPS = 128, 4
+# Parts of tiles that one program of `head_gradient` turns, one after another.
+GRADIENT_PARTS = 16
 # Elements of a row of the buffer, which is padded to a multiple of it.
 ALIGNMENT = 8
 GRADIENT_ROWS, GRADIENT_WARPS = 64 if interpreting() else 16, 4
@@ -156,13 +158,13 @@ class TritonHead(Head):
             None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
         )
         with on_device(e):
-            head_gradient[(-(-N // GRADIENT_ROWS) * -(-V // stats.tile_width),)](
+            head_gradient[(-(-N // GRADIENT_ROWS) * -(-V // (GRADIENT_PARTS * stats.tile_width)),)](
                 e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, local_targets,
                 temperature, grad_logprobs, grad_entropy, N, V, e.stride(0), self.logit_scale, self.softcap or 1.0,
                 HAS_TEMPERATURE=temperature is not None,
                 HAS_SOFTCAP=self.softcap is not None,
                 HAS_GRAD=grad_logprobs is not None,
                 HAS_GRAD_ENTROPY=grad_entropy is not None,
-                PART_V=stats.tile_width, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
+                PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
             )  # fmt: skip
         return e, None

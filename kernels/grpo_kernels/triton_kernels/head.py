@@ -249,50 +249,57 @@ def head_gradient(
     HAS_GRAD: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
     PART_V: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     tiles = tl.cdiv(V, PART_V)
-    tile = tl.program_id(0) % tiles
-    rows = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    spans = tl.cdiv(tiles, PARTS)
+    first_tile = (tl.program_id(0) % spans) * PARTS
+    rows = (tl.program_id(0) // spans) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     row_mask = rows < N
-    first_column = tile * PART_V
     column = tl.arange(0, PART_V)
-    mask = row_mask[:, None] & (column < V - first_column)[None, :]
-    pointers = (e + rows * stride + first_column)[:, None] + column[None, :]
-    values = tl.load(pointers, mask, other=0.0).to(tl.float32)
 
     row_maximum = tl.load(maximum + rows, row_mask, other=0.0)
     row_total = tl.load(total + rows, row_mask, other=1.0)
-    tile_max = tl.load(tile_maximum + tile.to(tl.int64) * N + rows, row_mask, other=0.0)
-    shift = tl.where(tile_max == float("-inf"), 0.0, tile_max - row_maximum)
     z_target = tl.load(at_target + rows, row_mask, other=0.0)
+    target = tl.load(targets + rows, row_mask, other=-1)
     target_logprob = (z_target - row_maximum) - tl.log(row_total)
-    target_column = (tl.load(targets + rows, row_mask, other=-1) - first_column).to(tl.int32)
-    is_target = column[None, :] == target_column[:, None]
-
+    # p - 1 at the target is formed from the float32 statistics, and rounded once, on its way out.
+    at_target_gradient = -expm1(target_logprob)
     g = tl.full([ROWS], 1.0, tl.float32)
     if HAS_GRAD:
         g = tl.load(grad_logprobs + rows, row_mask, other=0.0)
-    # p - 1 at the target is formed from the float32 statistics, and rounded once, on its way out.
-    p = values * (tl.exp(shift) / row_total)[:, None]
-    gradient = g[:, None] * tl.where(is_target, -expm1(target_logprob)[:, None], -p)
-    if HAS_GRAD_ENTROPY:
-        g_entropy = tl.load(grad_entropy + rows, row_mask, other=0.0)
-        mean_log_e = tl.load(weighted + rows, row_mask, other=0.0) / row_total
-        # log p + entropy = log e - weighted / total, since both shift by log(total).
-        log_e = tl.log(tl.where(values > 0.0, values, 1.0)) + shift[:, None]
-        log_e = tl.where(is_target, (z_target - row_maximum)[:, None], log_e)
-        p_exact = tl.where(is_target, tl.exp(target_logprob)[:, None], p)
-        slope = p_exact * (log_e - mean_log_e[:, None])
-        gradient -= g_entropy[:, None] * tl.where(p_exact > 0.0, slope, 0.0)
     scale = tl.full([ROWS], logit_scale, tl.float32)
     row_temperature = tl.full([ROWS], 1.0, tl.float32)
     if HAS_TEMPERATURE:
         row_temperature = tl.load(temperature + rows, row_mask, other=1.0)
         scale = logit_scale / row_temperature
-    if HAS_SOFTCAP:
-        z = tl.log(tl.where(values > 0.0, values, 1.0)) + (shift + row_maximum)[:, None]
-        z = tl.where(is_target, z_target[:, None], z) * row_temperature[:, None] / softcap
-        # An excluded column has gradient 0 already; its z is not of this world.
-        gradient *= tl.maximum(1.0 - z * z, 0.0)
-    tl.store(pointers, (gradient * scale[:, None]).to(e.dtype.element_ty), mask)
+    g_entropy = tl.zeros([ROWS], tl.float32)
+    mean_log_e = tl.zeros([ROWS], tl.float32)
+    if HAS_GRAD_ENTROPY:
+        g_entropy = tl.load(grad_entropy + rows, row_mask, other=0.0)
+        mean_log_e = tl.load(weighted + rows, row_mask, other=0.0) / row_total
+
+    for tile in range(first_tile, min(first_tile + PARTS, tiles)):
+        first_column = tile * PART_V
+        mask = row_mask[:, None] & (column < V - first_column)[None, :]
+        pointers = (e + rows * stride + first_column)[:, None] + column[None, :]
+        values = tl.load(pointers, mask, other=0.0).to(tl.float32)
+        tile_max = tl.load(tile_maximum + tl.cast(tile, tl.int64) * N + rows, row_mask, other=0.0)
+        shift = tl.where(tile_max == float("-inf"), 0.0, tile_max - row_maximum)
+        is_target = column[None, :] == (target - first_column).to(tl.int32)[:, None]
+        p = values * (tl.exp(shift) / row_total)[:, None]
+        gradient = g[:, None] * tl.where(is_target, at_target_gradient[:, None], -p)
+        if HAS_GRAD_ENTROPY:
+            # log p + entropy = log e - weighted / total, since both shift by log(total).
+            log_e = tl.log(tl.where(values > 0.0, values, 1.0)) + shift[:, None]
+            log_e = tl.where(is_target, (z_target - row_maximum)[:, None], log_e)
+            p_exact = tl.where(is_target, tl.exp(target_logprob)[:, None], p)
+            slope = p_exact * (log_e - mean_log_e[:, None])
+            gradient -= g_entropy[:, None] * tl.where(p_exact > 0.0, slope, 0.0)
+        if HAS_SOFTCAP:
+            z = tl.log(tl.where(values > 0.0, values, 1.0)) + (shift + row_maximum)[:, None]
+            z = tl.where(is_target, z_target[:, None], z) * row_temperature[:, None] / softcap
+            # An excluded column has gradient 0 already; its z is not of this world.
+            gradient *= tl.maximum(1.0 - z * z, 0.0)
+        tl.store(pointers, (gradient * scale[:, None]).to(e.dtype.element_ty), mask)

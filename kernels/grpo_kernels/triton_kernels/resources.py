@@ -108,7 +108,7 @@ def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
     types |= dict.fromkeys((*names, "grad_entropy"), "*fp32")
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
-        "PART_V": part, "ROWS": engine.GRADIENT_ROWS,
+        "PART_V": part, "PARTS": engine.GRADIENT_PARTS, "ROWS": engine.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
     aligned = frozenset({"e", "V", "stride"})

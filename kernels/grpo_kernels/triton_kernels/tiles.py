@@ -90,6 +90,7 @@ def nearest_architecture(name: str) -> str | None:
     return f"sm_{max(older)}" if older else None
 
 
+@lru_cache(maxsize=4096)
 def splits_of(row_blocks: int, tiles: int, programs: int) -> tuple[int, int]:
     """How many splits of the vocabulary, and tiles in each, keep `programs` busy: (splits, tiles a split).
 
