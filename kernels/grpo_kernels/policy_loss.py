@@ -85,7 +85,7 @@ def policy_loss_ref(logprobs, tokens: Tokens, objective: PolicyObjective, entrop
     counted = tokens.weights != 0
     tokens = Tokens(*(None if field is None else torch.where(counted, field, 0.0) for field in tokens))
     o, (A, w, old, ref, rho) = objective, tokens
-    logp = torch.where(counted, logprobs, 0.0)
+    logp = torch.where(counted, logprobs, 0.0).to(w.dtype)
     log_ratio = logp - (logp.detach() if old is None else old)
     counts = counted.to(logp.dtype)
     if o.level == "sequence":
