@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
-from grpo_kernels._head import make_head
+from grpo_kernels._head_arguments import make_head
 from grpo_kernels.triton_kernels import engine, launch, tiles
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, nearest_architecture, splits_of
 from oracle import SLACK, relative_error
@@ -161,7 +161,7 @@ def test_a_nan_is_seen():
 @interpreted
 def test_unchecked_values_lead_nowhere(monkeypatch):
     """On a GPU ids and offsets are not read beforehand: a wrong one shows as NaN or is cut off, and harms nothing."""
-    for module in ("grpo_kernels._common", "grpo_kernels._head"):
+    for module in ("grpo_kernels._common", "grpo_kernels._head_arguments"):
         monkeypatch.setattr(f"{module}.values_can_be_checked", lambda device: False)
     arguments = make(5, 8, 130, trainable="")
     expected = linear_logprob(**arguments)

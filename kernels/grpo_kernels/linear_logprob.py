@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._common import IGNORE_INDEX, accumulation_dtype, choose_backend, require
-from grpo_kernels._head import Head, local_targets, make_head, partition, row_chunks
+from grpo_kernels._head import Head, local_targets, partition, row_chunks
+from grpo_kernels._head_arguments import make_head
 
 
 def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None):

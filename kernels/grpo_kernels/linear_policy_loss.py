@@ -38,7 +38,8 @@ from grpo_kernels._common import (
     require_tensors,
     sequence_ids,
 )
-from grpo_kernels._head import local_targets, make_head, partition, row_chunks
+from grpo_kernels._head import local_targets, partition, row_chunks
+from grpo_kernels._head_arguments import make_head
 from grpo_kernels.linear_logprob import (
     Gradients,
     forward_rows,
