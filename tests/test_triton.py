@@ -216,11 +216,20 @@ def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path):
     again = linear_logprob(**{k: v if k == "weight" else v[:5] for k, v in arguments.items()}, backend="triton")
     assert launches == [slower]
     torch.testing.assert_close(again, first[:5])
-    # A damaged file is measured anew, not an error.
-    (tmp_path / "cache" / "tiles.json").write_text("{")
-    tiles.known_tiles.cache_clear()
+    # A damaged file is measured anew, not an error; so is one of other contents.
+    for damaged in ("{", "[1]", json.dumps({next(iter(known)): {"width": 3}})):
+        (tmp_path / "cache" / "tiles.json").write_text(damaged)
+        tiles.known_tiles.cache_clear()
+        torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
+        assert json.loads((tmp_path / "cache" / "tiles.json").read_text()).popitem()[1]["rows"] > 0
+    # Where nothing can be kept, the process remembers what it has measured.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="tuned tiles cannot be kept in .*; set GRPO_KERNELS_CACHE to a folder"):
+        torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
+    launches.clear()
     torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
-    assert len(json.loads((tmp_path / "cache" / "tiles.json").read_text())) == 1
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -131,29 +131,41 @@ def choose_tile(
     if not autotuning() or measure is None or len(candidates) == 1:
         return candidates[0]
     path, name = cache_file(), f"{architecture} {key}"
-    if name not in known_tiles(path) or known_tiles(path)[name] not in candidates:
-        best = min(candidates, key=measure)
-        _write(path, {**_read(path), name: asdict(best)})
-        known_tiles.cache_clear()
-    return known_tiles(path)[name]
+    known = known_tiles(path)
+    if known.get(name) not in candidates:
+        known[name] = min(candidates, key=measure)
+        _write(path, {**_read(path), name: asdict(known[name])})
+    return known[name]
 
 
 @lru_cache(maxsize=1)
 def known_tiles(path: Path) -> dict[str, Tile]:
-    """The winners on disk, read once by a process."""
-    return {name: Tile(**fields) for name, fields in _read(path).items()}
+    """The winners on disk, read once by a process, and those that it has found since."""
+    try:
+        return {name: Tile(**fields) for name, fields in _read(path).items()}
+    except TypeError:
+        return {}
 
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _write(path: Path, known: dict) -> None:
-    # Replaced in one step, so that processes that tune at the same time never read half a file.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(known, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
+    """Replaced in one step, so that processes that tune at the same time never read half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(known, indent=1, sort_keys=True))
+        os.replace(part, path)
+    except OSError as error:
+        # A run goes on with what it has measured, and only the next one measures again.
+        warnings.warn(
+            f"grpo_kernels: tuned tiles cannot be kept in {path} ({error.strerror}); set GRPO_KERNELS_CACHE to a "
+            "folder that can be written",
+            stacklevel=2,
+        )
