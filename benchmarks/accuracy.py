@@ -28,7 +28,9 @@ def cases_for(run: Run) -> list[Case]:
     return [Case(HEADS["qwen3-8b"], 4096, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 
 
-def run_accuracy(run: Run, contenders: Sequence[Contender] = CONTENDERS, seconds: float | None = None) -> None:
+def run_accuracy(
+    run: Run, contenders: Sequence[Contender] = CONTENDERS, seconds: float | None = None, least: int = 3
+) -> None:
     table = run.table("accuracy", KEY)
     for case in cases_for(run):
         if run.deadline.left <= 0:
@@ -37,7 +39,7 @@ def run_accuracy(run: Run, contenders: Sequence[Contender] = CONTENDERS, seconds
         torch.compiler.reset()
         print(f"accuracy: {case.shape.model} N={case.tokens} {case.dtype}", flush=True)
         problem, truth = make_problem(case.shape, case.tokens, case.dtype, run.device, "trainable")
-        for row in measure_problem(run, problem, truth, contenders, repeats=3, seconds=seconds):
+        for row in measure_problem(run, problem, truth, contenders, repeats=3, seconds=seconds, least=least):
             if row["contender"] == FLOOR:
                 continue
             table.add(row)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.accuracy import run_accuracy
-from benchmarks.contenders import BY_NAME, OURS
+from benchmarks.contenders import BY_NAME, CONTENDERS, OURS
 from benchmarks.growth import run_growth
 from benchmarks.head import KEY, cases_for, run_head
 from benchmarks.loss import run_loss
@@ -29,14 +29,28 @@ MINUTES = 14.0
 Part = tuple[str, float, Callable[[Run], None]]
 
 
+# What decides at the large head: a round of all contenders would take minutes.
+LARGE_HEAD = {
+    (torch.float32, "trainable"): (OURS, "full logits"),
+    (torch.float32, "frozen"): (OURS, "full logits"),
+    (torch.bfloat16, "trainable"): (OURS, "full logits", "Liger"),
+}
+SLOWEST = "torch linear_cross_entropy"
+
+
 def head_first(run: Run) -> None:
-    """The small head in all modes; the large one with a trainable head, against the fastest peers."""
+    """The small head in all modes, the slowest peer in one of them; the large one against the peers that decide."""
     cases, table = cases_for(run), run.table("head", KEY)
     small = [case for case in cases if case.shape == cases[0].shape]
     large = [case for case in cases if case.shape != cases[0].shape]
-    run_head(run, small, MODES, table=table, seconds=45)
-    few = [BY_NAME[name] for name in (OURS, "full logits", "Liger")]
-    run_head(run, large, ("trainable",), few, table, seconds=20, least=2)
+    others = [contender for contender in CONTENDERS if contender.name != SLOWEST]
+    for case in small:
+        run_head(run, [case], MODES[:1], CONTENDERS, table, seconds=20, least=2)
+        run_head(run, [case], MODES[1:], others, table, seconds=12)
+    for case in large:
+        for (dtype, mode), names in LARGE_HEAD.items():
+            if dtype == case.dtype:
+                run_head(run, [case], (mode,), [BY_NAME[name] for name in names], table, seconds=10, least=2)
 
 
 def chosen_parts(parts: list[Part], names: str | None) -> list[Part]:
@@ -80,11 +94,11 @@ def body() -> None:
     chosen = arguments.parse_args()
     run = start(chosen)
     parts: list[Part] = [
-        ("head", 8.0, head_first),
-        ("step", 2.5, lambda part: run_step(part, [0.0, 0.5])),
-        ("accuracy", 0.7, run_accuracy),
+        ("head", 9.0, head_first),
+        ("step", 2.0, lambda part: run_step(part, [0.0, 0.5])),
+        ("accuracy", 1.0, lambda part: run_accuracy(part, seconds=10, least=2)),
         ("loss", 0.5, run_loss),
-        ("growth", 2.0, lambda part: run_growth(part, seconds=5)),
+        ("growth", 1.5, lambda part: run_growth(part, seconds=3)),
     ]
     run_parts(run, chosen_parts(parts, chosen.parts))
 

@@ -100,6 +100,10 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     return seconds
 
 
+# So many times the fastest call's time, and a call is timed no more often than it must be.
+SLOW = 4.0
+
+
 def interleave(
     calls: dict[str, Callable[[], Any]],
     device: torch.device,
@@ -110,7 +114,8 @@ def interleave(
 ) -> dict[str, Measured]:
     """Time all calls side by side, `repeats` rounds of one each, every round beginning with another of them.
 
-    After the deadline no round begins, once there were `least` of them. The first round also reads the peak memory.
+    After the deadline no round begins, once there were `least` of them; a call that takes `SLOW` times as long as the
+    fastest has no more than those. The first round also reads the peak memory.
     A call that raises is not called again, and its failure is kept. `before` runs off the clock ahead of each call.
     """
     measured = {name: Measured() for name in calls}
@@ -120,7 +125,8 @@ def interleave(
         if number >= least and deadline.left < slowest:
             break
         begin = time.perf_counter()
-        names = list(calls)
+        fastest = min((entry.times.median for entry in measured.values() if entry.times.seconds), default=math.inf)
+        names = [name for name in calls if number < least or measured[name].times.median < SLOW * fastest]
         shift = number % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             entry = measured[name]

@@ -199,8 +199,11 @@ class Head:
             yield slice(None), self.weight
             return
         row_bytes = max(self.weight.shape[1], 1) * self.product_dtype.itemsize
-        for block in chunks(self.vocab_size, int(WEIGHT_COPY_SHARE * self.max_buffer_bytes) // row_bytes):
-            yield block, self.weight[block].to(self.operand_dtype).to(self.product_dtype)
+        rows = max(min(int(WEIGHT_COPY_SHARE * self.max_buffer_bytes) // row_bytes, self.vocab_size), 1)
+        # One copy for all blocks: fresh memory for each costs a CPU more than the cast itself.
+        copy = self.weight.new_empty(rows, self.weight.shape[1], dtype=self.product_dtype)
+        for block in chunks(self.vocab_size, rows):
+            yield block, copy[: block.stop - block.start].copy_(self.weight[block].to(self.operand_dtype))
 
     def operand(self, rows: Tensor) -> Tensor:
         """Hidden states, or gradients, in the dtype that the products take."""
