@@ -25,7 +25,20 @@ class GRPOConfig:
         attn_implementation: attention of the model; None leaves the choice to transformers.
         trust_remote_code: run code that comes with the model.
         model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
+        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without.
+        lora_r: rank of the adapters.
+        lora_alpha: their scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
+        lora_dropout: dropout before the adapters.
+        lora_target_modules: names of the modules that get an adapter (default: all linear ones but the head).
+        use_rslora: rank-stabilised scale.
+        load_in_4bit: quantise the frozen weights to 4 bits (QLoRA, extra `lowbit`).
+        bnb_4bit_quant_type: the 4-bit format.
+        use_bnb_nested_quant: also quantise the scales of the 4-bit blocks.
         gradient_checkpointing: recompute activations in the backward instead of storing them.
+        activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory, copied
+            beside the computation.
+        use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
+        tiled_mlp: compute the MLPs in tiles of the sequence (extra `liger`), which bounds their intermediates.
         dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``.
         dataset_config: configuration of a hub dataset.
         dataset_kwargs: arguments of a built-in dataset.
@@ -65,6 +78,9 @@ class GRPOConfig:
         num_iterations: optimizer steps on each generation batch.
         scale_rewards: divide advantages by the standard deviation of the group, of the batch, or of nothing.
         mask_truncated_completions: leave completions that did not end out of the loss.
+        optim: adamw_torch_fused; adamw_torch_8bit (torchao: 8-bit moments, stochastic rounding of bfloat16 weights);
+            adamw_8bit or paged_adamw_8bit (bitsandbytes, GPU); the latter three need the extra `lowbit`.
+        optim_offload: keep the optimizer's state and step on the CPU (torchao, GPU).
         learning_rate: peak learning rate of AdamW.
         weight_decay: AdamW's weight decay, on matrices only.
         adam_beta1: AdamW's first decay rate.
@@ -75,7 +91,8 @@ class GRPOConfig:
         lr_scheduler_type: learning-rate schedule, one of transformers'.
         warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
         max_tokens_per_microbatch: tokens of one forward and backward; it bounds the memory for activations.
-        share_prompts: compute a prompt once for all completions of its group (auto: where rows are short).
+        padding_free: pack sequences of any length side by side (auto: wherever the model's attention allows it).
+        share_prompts: compute a prompt once for all completions of its group (auto: wherever sequences are packed).
         max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU).
         bf16: mixed precision with bfloat16 through accelerate.
         use_cpu: stay on the CPU even where there is a GPU.
@@ -84,6 +101,10 @@ class GRPOConfig:
         run_name: name of the run (default: the configuration file's).
         logging_steps: write metrics every so many steps.
         log_completions_steps: write sampled completions every so many steps; 0 for never.
+        report_to: trackers beside the run folder, of tensorboard, wandb and trackio.
+        save_steps: write a checkpoint every so many steps; 0 for the last step only.
+        save_total_limit: keep only so many checkpoints, the newest.
+        resume_from_checkpoint: go on from output_dir's newest checkpoint, if there is one (also: ``--resume``).
     """
 
     model_name_or_path: str
@@ -91,7 +112,19 @@ class GRPOConfig:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     model_init_kwargs: dict[str, Any] | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+    use_rslora: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = False
     gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+    use_liger_kernel: bool = False
+    tiled_mlp: bool = False
 
     dataset_name: str = ""
     dataset_config: str | None = None
@@ -136,6 +169,8 @@ class GRPOConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     mask_truncated_completions: bool = False
 
+    optim: Literal["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    optim_offload: bool = False
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -154,6 +189,7 @@ class GRPOConfig:
     ] = "linear"
     warmup_steps: float = 0
     max_tokens_per_microbatch: int = 8192
+    padding_free: Literal["auto", "always", "never"] = "auto"
     share_prompts: Literal["auto", "always", "never"] = "auto"
     max_buffer_mib: int | None = None
     bf16: bool = False
@@ -164,12 +200,18 @@ class GRPOConfig:
     run_name: str | None = None
     logging_steps: int = 1
     log_completions_steps: int = 10
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    save_steps: int = 50
+    save_total_limit: int = 2
+    resume_from_checkpoint: bool = False
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value, allowed = getattr(self, name), _literals(hint)
-            if allowed and value not in allowed:
-                _refuse(name, value, f"one of {', '.join(map(str, allowed))}")
+            if allowed and not set(value if get_origin(hint) is list else [value]) <= set(allowed):
+                _refuse(
+                    name, value, f"{'made of' if get_origin(hint) is list else 'one of'} {', '.join(map(str, allowed))}"
+                )
             if value is None and type(None) not in get_args(hint):
                 _refuse(name, value, "set; leave the field out for its default")
         for names, holds, allowed in _RANGES:
@@ -181,6 +223,12 @@ class GRPOConfig:
             raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
         if not self.reward_funcs:
             raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
+        if self.load_in_4bit and not self.use_peft:
+            raise UserError("load_in_4bit goes with use_peft: 4-bit weights are not trained, adapters beside them are")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise UserError("activation_offloading goes with gradient_checkpointing: it keeps the layers' inputs")
+        if self.share_prompts == "always" and self.padding_free == "never":
+            raise UserError("share_prompts='always' goes with padding_free: prompts are shared in packed sequences")
         if self.generation_batch_size % self.num_generations:
             _refuse(
                 "generation_batch_size", self.generation_batch_size,
@@ -248,20 +296,20 @@ _RANGES = [
         (
             "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
             "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
-            "max_train_samples", "max_eval_samples",
+            "max_train_samples", "max_eval_samples", "lora_r", "lora_alpha", "save_total_limit",
         ),
         lambda v: v >= 1,
         "at least 1",
     ),
     (("temperature", "learning_rate", "adam_epsilon"), lambda v: v > 0, "above 0"),
     (
-        ("top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps"),
+        ("top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps"),
         lambda v: v >= 0,
         "at least 0",
     ),
     (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
     (("top_p",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    (("min_p", "adam_beta1", "adam_beta2"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    (("min_p", "adam_beta1", "adam_beta2", "lora_dropout"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
 ]  # fmt: skip
 
 
