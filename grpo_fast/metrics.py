@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from grpo_fast.errors import writing
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_kernels import PolicyObjective
+
+# Figures that depend on the machine: the same run gives others elsewhere, or a second time.
+MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})
 
 
 def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
@@ -67,6 +72,17 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
     elif objective.kind == "cispo":
         metrics["cispo_clip_ratio"] = high
     return metrics
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in GiB: on a GPU what tensors took since the last call, else the process' largest resident size."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"memory/peak_allocated_gib": peak / 2**30}
+    # In KiB, but on a Mac in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 def json_ready(content: Any) -> Any:

@@ -25,7 +25,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
 from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.evaluate import evaluate, sample_and_score
-from grpo_fast.metrics import LinesFile, completion_metrics, loss_metrics, reward_metrics
+from grpo_fast.metrics import LinesFile, completion_metrics, loss_metrics, peak_memory, reward_metrics
 from grpo_fast.models import check_vocabulary, load_model
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
@@ -158,6 +158,7 @@ class GRPOTrainer:
                 self.step += 1
                 seconds = time.perf_counter() - start
                 speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
+                speed |= peak_memory(self.accelerator.device)
                 yield {"step": self.step, **figures, **metrics, "num_tokens": self.num_tokens, **speed}
                 start = time.perf_counter()
 
