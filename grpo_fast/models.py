@@ -33,6 +33,8 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
         UserError: the model cannot be found or loaded, or an argument of it is unknown.
     """
     loader = BUILT_IN.get(config.model_name_or_path, _from_pretrained)
+    if config.load_in_4bit and loader is not _from_pretrained:
+        raise UserError(f"load_in_4bit goes with a folder or hub name, not with {config.model_name_or_path!r}")
     try:
         model, tokenizer = loader(config)
     except UserError:
@@ -45,6 +47,38 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
         # Padding is masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
+
+
+def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
+    """LoRA adapters (float32) inside `model`, whose own weights are frozen; the PeftModel around it.
+
+    Raises:
+        UserError: a module that cannot have an adapter, or must not: the loss multiplies the output head as it is.
+    """
+    peft = import_extra("peft", "train")
+    lora = peft.LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
+        target_modules=config.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    refused = {names[id(head)], *([names[id(embedding)]] if tied else [])} & set(config.lora_target_modules or ())
+    if refused:
+        raise UserError(
+            f"lora_target_modules: {', '.join(sorted(refused))} is {'tied to ' if tied else ''}the output head, which "
+            "the fused loss multiplies without an adapter; leave it out"
+        )
+    try:
+        adapted = peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules={config.lora_target_modules}: {one_line(error)}") from None
+    if isinstance(model.get_output_embeddings(), peft.tuners.tuners_utils.BaseTunerLayer):
+        raise UserError(
+            f"lora_target_modules={config.lora_target_modules} reaches the output head, which the fused loss "
+            "multiplies without an adapter; name modules that leave it out"
+        )
+    return adapted
 
 
 def check_vocabulary(model: nn.Module, encoded: list[list[int]], tokenizer: Any) -> None:
@@ -66,6 +100,22 @@ def _dtype(config: GRPOConfig) -> torch.dtype | str:
     return "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
+def _quantization(config: GRPOConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for 4-bit weights; the head stays in the model's dtype."""
+    if not config.load_in_4bit:
+        return {}
+    import_extra("bitsandbytes", "lowbit")
+    transformers = import_extra("transformers", "train")
+    compute = torch.float32 if config.dtype == "float32" and not config.bf16 else torch.bfloat16
+    return {
+        "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=config.bnb_4bit_quant_type, bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        ),
+        "device_map": {"": "cpu" if config.use_cpu or not torch.cuda.is_available() else torch.cuda.current_device()},
+    }  # fmt: skip
+
+
 def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
     transformers = import_extra("transformers", "train")
     name = config.model_name_or_path
@@ -78,7 +128,7 @@ def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         name, dtype=_dtype(config), attn_implementation=config.attn_implementation, output_loading_info=True,
-        **options, **(config.model_init_kwargs or {}),
+        **options, **_quantization(config), **(config.model_init_kwargs or {}),
     )  # fmt: skip
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

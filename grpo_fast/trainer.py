@@ -26,7 +26,7 @@ from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_orde
 from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.evaluate import evaluate, sample_and_score
 from grpo_fast.metrics import LinesFile, completion_metrics, loss_metrics, peak_memory, reward_metrics
-from grpo_fast.models import check_vocabulary, load_model
+from grpo_fast.models import add_adapter, check_vocabulary, load_model
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
@@ -84,6 +84,7 @@ class GRPOTrainer:
         check_lengths(self.train_prompts, self.train_rows, positions, config)
         check_lengths(self.eval_prompts, self.eval_rows, positions, config)
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
+        self.adapter = add_adapter(model, config) if config.use_peft else None
         check_space(model, self.run_folder)
         if config.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
@@ -94,10 +95,11 @@ class GRPOTrainer:
         self.longest_shared_row = policy.longest_shared_row(config.share_prompts)
         self.optimizer = build_optimizer(policy, config)
         policy.to(self.accelerator.device).check_head(self.train_prompts[0])
-        self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
+        # Before `prepare`, whose wrapped forward would stay that of the trained policy in a copy.
         self.reference = None
-        if self.objective.uses_reference:
-            self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        if self.objective.uses_reference and self.adapter is None:
+            self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to("cpu")
+        self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
         self.model = model
         self.scheduler = build_scheduler(self.optimizer, config)
         self.rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
@@ -187,7 +189,7 @@ class GRPOTrainer:
         )
         batch = build_step_batch(samples, advantages.values, counted, self.objective, config)
         batch = batch.to(self.accelerator.device)
-        batch.ref_logprobs = self.score(self.reference, batch) if self.reference is not None else None
+        batch.ref_logprobs = self.score_reference(batch) if self.objective.uses_reference else None
         if self.logs_completions():
             self.log_completions(self.step + 1, rows, texts, rewards.each, advantages.values)
         metrics = reward_metrics(self.rewards.names, rewards, advantages.equal)
@@ -242,6 +244,17 @@ class GRPOTrainer:
         rows = plan_rows(batch.samples, batch.active, config.max_tokens_per_microbatch, self.longest_shared_row)
         for chosen in fill_microbatches(rows, config.max_tokens_per_microbatch):
             yield build_microbatch(batch.samples, chosen, batch.offsets, self.tokenizer.pad_token_id).to(device)
+
+    def score_reference(self, batch: StepBatch) -> Tensor:
+        """Log-probabilities ``[N]`` under the initial policy: without the adapter, or its copy, parked on the CPU."""
+        if self.adapter is not None:
+            self.policy.eval()
+            with self.adapter.disable_adapter():
+                return self.score(self.policy, batch)
+        with self.accelerator.autocast():
+            scores = self.score(self.reference.to(self.accelerator.device), batch)
+        self.reference.to("cpu")
+        return scores
 
     @torch.no_grad()
     def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:
