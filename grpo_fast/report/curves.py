@@ -1,57 +1,26 @@
-"""What a run leaves behind for a person: the summary and the curves."""
+"""``reward.png``: a run's curves at one glance."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import Any
 
-from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import writing
-from grpo_fast.metrics import json_ready
+from grpo_fast.report.summary import Summary, is_share, show
 
 
-@dataclass(frozen=True)
-class Summary:
-    """``summary.json``: the mean of `metric` on held-out prompts before and after `steps` steps."""
-
-    metric: str
-    before: float
-    after: float
-    train_seconds: float
-    steps: int
+def column(history: list[dict], name: str) -> list[float]:
+    """A figure of every step; NaN where a step has none."""
+    values = (entry.get(name) for entry in history)
+    return [float(v) if isinstance(v, (int, float)) and math.isfinite(v) else math.nan for v in values]
 
 
-def write_json(path: Path, content: Any) -> None:
-    with writing(path):
-        path.write_text(json.dumps(json_ready(content), indent=2) + "\n", encoding="utf-8")
-
-
-def write_config(path: Path, config: GRPOConfig) -> None:
-    """The configuration as resolved, to be given to ``grpo-fast train`` again."""
-    import yaml
-
-    with writing(path):
-        path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-
-
-def is_share(*values: float) -> bool:
-    """Whether figures can be shown as percentages."""
-    return all(0 <= value <= 1 for value in values)
-
-
-def show(value: float, share: bool) -> str:
-    return f"{value:.1%}" if share else f"{value:.3f}"
-
-
-def _smooth(values: list[float], window: int) -> list[float]:
-    """Means over the last `window` values; NaN counts in none."""
-    means = []
+def smooth(values: list[float]) -> list[float]:
+    """Means over the last values, a 25th of them; NaN counts in none."""
+    window, means = max(len(values) // 25, 1), []
     for end in range(1, len(values) + 1):
         known = [value for value in values[max(end - window, 0) : end] if value == value]
-        means.append(sum(known) / len(known) if known else float("nan"))
+        means.append(sum(known) / len(known) if known else math.nan)
     return means
 
 
@@ -71,11 +40,11 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
         ("completions/mean_length", "completion length (tokens)", "#8250df"),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-    share = is_share(summary.before, summary.after, *(entry[metric] for entry in history))
+    share = is_share(summary.before, summary.after, *(v for v in column(history, metric) if v == v))
     for axis, (name, title, color) in zip(axes.flat, panels, strict=True):
-        values = [metrics[name] for metrics in history]
+        values = column(history, name)
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-        axis.plot(steps, _smooth(values, max(len(values) // 25, 1)), color=color, linewidth=2)
+        axis.plot(steps, smooth(values), color=color, linewidth=2)
         axis.set_title(title, loc="left", fontsize=11)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,78 @@
+"""Trackers beside the run folder: tensorboard, wandb and trackio, through accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import ProjectConfiguration
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError, import_extra, one_line
+
+PROJECT = "grpo-fast"
+
+
+def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
+    """Accelerator's arguments for the trackers of `report_to`; event files go into the run folder.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+    for name in config.report_to:
+        import_extra(name, "trackers")
+    folders = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard"))
+    return {"log_with": config.report_to or None, "project_config": folders}
+
+
+def hyperparameters(config: GRPOConfig) -> dict[str, bool | int | float | str]:
+    """The configuration, flat and of simple types: lists and mappings become JSON."""
+    values = dataclasses.asdict(config)
+    return {name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            for name, value in values.items()}  # fmt: skip
+
+
+class Trackers:
+    """The trackers of a run; use as a context manager around it.
+
+    A tracker that fails while the run goes on, for want of a network say, is left out from then on: `warn` gets one
+    line, and the run goes on. WANDB_PROJECT names another project than ``grpo-fast``.
+
+    Raises:
+        UserError: a tracker could not be started.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: GRPOConfig, folder: Path, warn: Callable[[str], None]):
+        self.accelerator, self.warn = accelerator, warn
+        name = config.run_name or folder.name
+        arguments = {"wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
+        try:
+            accelerator.init_trackers(os.environ.get("WANDB_PROJECT", PROJECT), hyperparameters(config), arguments)
+        except Exception as error:
+            raise UserError(f"report_to={config.report_to} could not be started: {one_line(error)}") from None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._each("log", metrics, step=step)
+
+    def _each(self, method: str, *args: Any, **kwargs: Any) -> None:
+        working: list[GeneralTracker] = []
+        for tracker in self.accelerator.trackers:
+            try:
+                getattr(tracker, method)(*args, **kwargs)
+                working.append(tracker)
+            except Exception as error:
+                self.warn(f"{tracker.name} failed and gets no more figures: {one_line(error)}")
+        self.accelerator.trackers = working
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._each("finish")
+        self.accelerator.trackers = []
