@@ -20,6 +20,8 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
 
   grpo-fast train --help                      all fields, with their meaning
   grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
+  grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
+  grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast --version"""
 
 FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
@@ -62,7 +64,7 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     )
     parser.add_argument("--config", action="config", help="YAML file; may also be given as the first argument.")
     parser.add_class_arguments(GRPOConfig, instantiate=False)
-    argv = list(argv)
+    argv = ["--resume_from_checkpoint=true" if argument == "--resume" else argument for argument in argv]
     path = None
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
@@ -139,7 +141,23 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train}
+def report(argv: Sequence[str]) -> int:
+    """Write the page of a run folder and print its path."""
+    jsonargparse = import_extra("jsonargparse", "train")
+    parser = jsonargparse.ArgumentParser(prog="grpo-fast report", exit_on_error=False)
+    parser.add_argument("run", type=str, help="a run folder, of a run that ended or still goes on")
+    parser.add_argument("--output", type=str, help="where to write the page (default: report.html in the run folder)")
+    try:
+        arguments = parser.parse_args(list(argv))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"grpo-fast report RUN [--output FILE.html]: {one_line(error)}") from None
+    from grpo_fast.report import write_report
+
+    print(write_report(Path(arguments.run), Path(arguments.output) if arguments.output else None))
+    return 0
+
+
+COMMANDS = {"train": train, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

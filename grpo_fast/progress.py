@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.report import Summary, is_share, show
+from grpo_fast.report import Summary, clock, is_share, show
 
 # Lines printed in all where there is no terminal.
 PLAIN_LINES = 20
+# A longer name of the score is cut in the line of figures.
+LONGEST_NAME = 16
 PRETRAINED_RECIPE = Path("examples/smollm2_addition.yaml")
 
 
@@ -36,16 +38,15 @@ class Progress:
         )
         self.console.print(f"run folder: {run_folder}", soft_wrap=True)
         self.bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
+            # What does not fit on the line is cut, rather than every column squeezed.
+            TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=config.max_steps, figures="", visible=False)
-        self.start = 0.0
+        self.start, self.first_step = 0.0, 0
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -56,6 +57,9 @@ class Progress:
 
     def phase(self, text: str) -> None:
         self.console.print(f"{text} ...", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", soft_wrap=True, style="yellow")
 
     def stopped(self, step: int, checkpoint: Path) -> None:
         self.bar.stop()
@@ -68,12 +72,10 @@ class Progress:
 
     def update(self, metrics: dict[str, float]) -> None:
         step, total = metrics["step"], self.config.max_steps
-        left = (time.perf_counter() - self.start) / step * (total - step)
-        score = metrics[f"rewards/{self.metric}/mean"]
-        figures = (
-            f"reward {metrics['reward']:.3f}  {self.metric} {show(score, is_share(score))}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  left {_clock(left)}"
-        )
+        # A resumed run does not begin with step 1.
+        self.first_step = self.first_step or step
+        left = (time.perf_counter() - self.start) / (step - self.first_step + 1) * (total - step)
+        figures = f"left {clock(left)}  {step_figures(metrics, self.metric)}"
         self.bar.update(self.task, completed=step, figures=figures)
         if not self.console.is_terminal and (step == 1 or step % max(total // PLAIN_LINES, 1) == 0 or step >= total):
             self.console.print(f"step {step}/{total}  {figures}", soft_wrap=True)
@@ -84,11 +86,12 @@ class Progress:
             table.add_column(column, justify="right")
         share = is_share(summary.before, summary.after)
         table.add_row(
-            show(summary.before, share), show(summary.after, share), str(summary.steps), _clock(summary.train_seconds)
+            show(summary.before, share), show(summary.after, share), str(summary.steps), clock(summary.train_seconds)
         )
         self.console.print(table)
         for label, path in (
             ("run folder", self.run_folder),
+            ("report", self.run_folder / "report.html"),
             ("curves", self.run_folder / "reward.png"),
             ("completions", self.run_folder / "completions"),
             ("model", checkpoint),
@@ -108,16 +111,27 @@ class Progress:
         return [*hints, ("your own task", task)]
 
 
+def step_figures(metrics: dict[str, float], metric: str) -> str:
+    """A step in one line of at most 80 characters: reward, score, mean response length, speed and peak memory."""
+    score = metrics[f"rewards/{metric}/mean"]
+    name = metric if len(metric) <= LONGEST_NAME else metric[: LONGEST_NAME - 1] + "…"
+    memory = metrics.get("memory/peak_allocated_gib", metrics.get("memory/peak_rss_gib"))
+    figures = [
+        f"reward {metrics['reward']:.3f}",
+        f"{name} {show(score, is_share(score))}",
+        f"length {metrics['completions/mean_length']:.0f}",
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        *([] if memory is None else [f"{memory:.1f} GiB"]),
+    ]
+    return "  ".join(figures)
+
+
 def _command() -> str:
     """The program as it was called, for hints that can be pasted."""
     program = Path(sys.argv[0])
     if program.name != "grpo-fast" or shutil.which("grpo-fast"):
         return "grpo-fast"
     return min(sys.argv[0], os.path.relpath(program), key=len)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def _count(number: int) -> str:

@@ -30,9 +30,10 @@ from grpo_fast.models import add_adapter, check_vocabulary, load_model
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
-from grpo_fast.report import Summary, plot_run, write_config, write_json
+from grpo_fast.report import Summary, plot_run, write_config, write_json, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, TransformersRollout
+from grpo_fast.trackers import Trackers, tracker_arguments
 from grpo_kernels import token_weights
 
 
@@ -73,7 +74,8 @@ class GRPOTrainer:
         for rows in (self.train_rows, self.eval_rows):
             self.rewards.check_columns(name for name in rows[0] if name != "prompt")
 
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.use_cpu)
+        trackers = tracker_arguments(config, self.run_folder)
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.use_cpu, **trackers)
         if self.accelerator.num_processes > 1:
             raise UserError(f"training runs on one process so far, but {self.accelerator.num_processes} were launched")
         torch.manual_seed(config.seed)
@@ -122,15 +124,18 @@ class GRPOTrainer:
         metric = self.rewards.names[self.metric]
         history: list[dict[str, float]] = []
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
-        with progress, LinesFile(folder / "metrics.jsonl") as metrics_file:
+        trackers = Trackers(self.accelerator, config, folder, progress.warn)
+        with progress, trackers, LinesFile(folder / "metrics.jsonl") as metrics_file:
             progress.phase(f"measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
             before = self.evaluate()
             progress.started(before)
+            trackers.log({f"eval/rewards/{metric}/mean": before}, step=self.step)
             try:
                 for metrics in self.steps():
                     history.append(metrics)
                     if self.step % config.logging_steps == 0 or self.step >= config.max_steps:
                         metrics_file.write(metrics)
+                        trackers.log(metrics, step=self.step)
                     progress.update(metrics)
             except (KeyboardInterrupt, UserError):
                 if self.step:
@@ -141,7 +146,9 @@ class GRPOTrainer:
             train_seconds = sum(metrics["step_time"] for metrics in history)
             summary = Summary(metric, before, self.evaluate(), round(train_seconds, 2), self.step)
             write_json(folder / "summary.json", dataclasses.asdict(summary))
+            trackers.log({f"eval/rewards/{metric}/mean": summary.after}, step=self.step)
             plot_run(history, summary, folder / "reward.png")
+            write_report(folder)
         progress.finished(summary, checkpoint)
         return summary
 

@@ -1,0 +1,147 @@
+"""``report.html``: a run on one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import writing
+from grpo_fast.report import charts
+from grpo_fast.report.charts import draw_curves, figure
+from grpo_fast.report.curves import column
+from grpo_fast.report.run import Run, read_completions, read_run
+from grpo_fast.report.summary import clock, is_share, show
+
+HERE = Path(__file__).parent
+COLORS = ("blue", "green", "amber", "violet", "red", "teal", "grey")
+# Longer texts are folded.
+FOLD_AFTER = 600
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the page of the run in `folder` to `output` (default: ``report.html`` in it), and return its path.
+
+    Everything that comes from the model, the data or the configuration is escaped: the templates do it by default,
+    and the page's policy allows no script but its own.
+
+    Raises:
+        UserError: the folder holds no run, or the page cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    run = read_run(folder)
+    style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": lambda value: "n/a" if value is None else figure(value), "compact": compact}
+    changed, unchanged = split_config(run.config)
+    page = environment.get_template("page.html").render(
+        style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
+        curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
+        completions=read_completions(folder), changed=changed, unchanged=unchanged,
+    )  # fmt: skip
+    output = output or folder / "report.html"
+    with writing(output):
+        output.write_text(page, encoding="utf-8")
+    return output
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What was trained on what."""
+    config, last = run.config, run.history[-1]["step"] if run.history else 0
+    steps = config.get("max_steps")
+    state = (
+        f"finished after {run.summary.get('steps')} steps" if run.summary else f"not finished: step {last} of {steps}"
+    )
+    return [
+        ("model", str(config.get("model_name_or_path"))),
+        ("data", str(config.get("dataset_name"))),
+        ("rewards", ", ".join(map(str, config.get("reward_funcs") or []))),
+        ("loss", str(config.get("loss_type"))),
+        ("state", state),
+    ]
+
+
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The figures at the head of the page: (label, value, note)."""
+    made = []
+    if run.summary:
+        scores = [run.summary.get(name) for name in ("before", "after")]
+        share = is_share(*(score for score in scores if score is not None))
+        before, after = ("n/a" if score is None else show(score, share) for score in scores)
+        made.append((f"{run.summary.get('metric')} on held-out prompts", f"{before} → {after}", "before → after"))
+    if not run.history:
+        return made
+    last = run.history[-1]
+    made.append(("optimizer steps", f"{last['step']:,}", f"of {run.config.get('max_steps')}"))
+    times = _known(run, "step_time")
+    if "train_seconds" in run.summary:
+        made.append(("training time", clock(run.summary["train_seconds"]), "without evaluation and loading"))
+    elif times:
+        # Metrics may be written every few steps only.
+        made.append(("training time so far", clock(sum(times) / len(times) * last["step"]), "by the mean step"))
+    if speeds := _known(run, "tokens_per_second"):
+        made.append(("tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "median of the steps"))
+    for name, note in (("memory/peak_allocated_gib", "tensors on the GPU"), ("memory/peak_rss_gib", "the process")):
+        if peaks := _known(run, name):
+            made.append(("peak memory", f"{max(peaks):.3g} GiB", note))
+    return made
+
+
+def _known(run: Run, name: str) -> list[float]:
+    return [value for value in column(run.history, name) if value == value]
+
+
+def plan_bars(run: Run) -> dict[str, Any]:
+    """The planned parts of memory beside the measured peak, as shares of the widest bar; empty without a plan."""
+    phases = {
+        phase: {part: size for part, size in parts.items() if isinstance(size, (int, float)) and size > 0}
+        for phase, parts in run.plan.items()
+        if isinstance(parts, dict)
+    }
+    phases = {phase: parts for phase, parts in phases.items() if parts}
+    if not phases:
+        return {}
+    measured = [peak * 2**30 for peak in _known(run, "memory/peak_allocated_gib")]
+    widest = max([sum(parts.values()) for parts in phases.values()] + measured)
+    names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
+    colors = {part: COLORS[index % len(COLORS)] for index, part in enumerate(names)}
+    bars = [
+        (
+            f"planned, {phase}",
+            sum(parts.values()),
+            [(part, size, size / widest, colors[part]) for part, size in parts.items()],
+        )
+        for phase, parts in phases.items()
+    ]
+    if measured:
+        bars.append(("measured peak", max(measured), [("measured", max(measured), max(measured) / widest, "ink")]))
+    return {"bars": bars, "colors": colors}
+
+
+def split_config(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """The fields as (name, value): those that differ from the defaults, and the others."""
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(GRPOConfig)
+        if (field.default, field.default_factory) != required
+    }
+    sides: tuple[list, list] = ([], [])
+    for name, value in config.items():
+        same = name in defaults and defaults[name] == value
+        sides[same].append((str(name), value if isinstance(value, str) else json.dumps(value, default=str)))
+    return sides
+
+
+def compact(size: float) -> str:
+    """Bytes in GiB, or MiB where that is little."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
