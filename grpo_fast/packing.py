@@ -4,12 +4,14 @@ A step's completions are numbered, and so are their tokens, one after another: e
 (weight, advantage, old log-probability) lies in flat ``[N]`` tensors of the step, and a microbatch holds the indices of
 its tokens in them. Any split into microbatches therefore computes the same sum.
 
-A row of a microbatch is a prompt and one completion, or, with a shared prompt, all completions of its group:
+Sequences lie side by side in one packed row without padding (`attention.Segments` says which positions make up each),
+and completions of a group share their prompt:
 
-    prompt | completion 1 | completion 2 | ...
+    prompt | completion 1 | completion 2 | ... | prompt | completion | ...
 
-Each completion sees the prompt and itself, and its positions continue the prompt's, so the hidden states equal those of
+Each completion sees its prompt and itself, and its positions continue the prompt's, so the hidden states equal those of
 separate rows while the prompt is computed once. A completion's last token predicts nothing and is not computed at all.
+Where a model's attention knows no segments, rows hold a sequence each and are padded.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of shared prompts need a [T, T] mask, which is worth it only while T is short.
-LONGEST_SHARED_ROW = 4096
+from grpo_fast.attention import Segments, build_segments
 
 
 class Sample(NamedTuple):
@@ -33,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Indices of the samples that share one row."""
+    """Indices of samples that share one prompt, or of a single one, and the number of their positions."""
 
     samples: list[int]
     length: int
@@ -44,8 +45,9 @@ class Microbatch:
     """Inputs of one forward.
 
     Attributes:
-        input_ids, position_ids: ``[B, T]`` int64.
-        attention_mask: ``[B, T]`` int64 for plain rows, ``[B, 1, T, T]`` bool (True where attended) for shared ones.
+        input_ids, position_ids: ``[B, T]`` int64; B is 1 in a packed row.
+        segments: the sequences of a packed row.
+        attention_mask: ``[B, T]`` int64 of padded rows.
         sources: ``[n]`` int64, index into ``B * T`` of the position whose hidden state predicts each target.
         targets: ``[n]`` int64, the completion tokens.
         tokens: ``[n]`` int64, their indices among the step's tokens.
@@ -54,14 +56,15 @@ class Microbatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
     sources: Tensor
     targets: Tensor
     tokens: Tensor
     cu_seqlens: Tensor
+    segments: Segments | None = None
+    attention_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
-        return Microbatch(**{name: value.to(device) for name, value in vars(self).items()})
+        return Microbatch(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 def token_offsets(samples: list[Sample]) -> Tensor:
@@ -70,81 +73,90 @@ def token_offsets(samples: list[Sample]) -> Tensor:
     return lengths.cumsum(0)
 
 
-def plan_rows(samples: list[Sample], chosen: list[int], max_tokens: int, longest_shared_row: int) -> list[Row]:
+def plan_rows(samples: list[Sample], chosen: list[int], longest_shared_row: int) -> list[Row]:
     """Put the chosen samples into rows; a row of several shares its prompt and is at most `longest_shared_row` long."""
-    longest = min(max_tokens, longest_shared_row)
     rows: list[Row] = []
-    open_rows: dict[int, Row] = {}
+    open_rows: dict[int, int] = {}
     for index in chosen:
         prompt_ids, completion_ids, group = samples[index]
         extra = len(completion_ids) - 1
-        row = open_rows.get(group)
-        if row is not None and row.length + extra <= longest:
-            row = Row([*row.samples, index], row.length + extra)
-            rows[rows.index(open_rows[group])] = row
+        row = rows[open_rows[group]] if group in open_rows else None
+        if row is not None and row.length + extra <= longest_shared_row:
+            rows[open_rows[group]] = Row([*row.samples, index], row.length + extra)
         else:
-            row = Row([index], len(prompt_ids) + extra)
-            rows.append(row)
-        open_rows[group] = row
+            open_rows[group] = len(rows)
+            rows.append(Row([index], len(prompt_ids) + extra))
     return rows
 
 
-def fill_microbatches(rows: list[Row], max_tokens: int) -> list[list[Row]]:
-    """Rows of similar length side by side, so that rows times the longest stays within `max_tokens`."""
+def fill_microbatches(rows: list[Row], max_tokens: int, packed: bool) -> list[list[Row]]:
+    """Rows whose positions, padding included, stay within `max_tokens`; a longer row has a microbatch of its own.
+
+    Packed rows go, longest first, where they leave the least room; padded ones beside rows of similar length.
+    """
     microbatches: list[list[Row]] = []
-    width = 0
+    taken: list[int] = []
     for row in sorted(rows, key=lambda row: -row.length):
-        if microbatches and (len(microbatches[-1]) + 1) * width <= max_tokens:
-            microbatches[-1].append(row)
+        if packed:
+            fitting = [place for place, used in enumerate(taken) if used + row.length <= max_tokens]
+            place = max(fitting, key=taken.__getitem__, default=len(taken))
         else:
-            microbatches.append([row])
-            width = row.length
+            last = len(taken) - 1
+            fits = last >= 0 and (len(microbatches[last]) + 1) * microbatches[last][0].length <= max_tokens
+            place = last if fits else len(taken)
+        if place == len(taken):
+            microbatches.append([])
+            taken.append(0)
+        microbatches[place].append(row)
+        taken[place] += row.length
     return microbatches
 
 
-def build_microbatch(samples: list[Sample], rows: list[Row], offsets: Tensor, pad_token_id: int) -> Microbatch:
-    """Tensors of one microbatch; `offsets` are those of :func:`token_offsets`."""
-    width = max(row.length for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    position_ids = torch.zeros_like(input_ids)
-    # 0: prompt, 1, 2, ...: completions, -1: padding
-    segments = torch.full_like(input_ids, -1)
-    sources, targets, tokens, lengths = [], [], [], [0]
-    for line, row in enumerate(rows):
+def build_microbatch(
+    samples: list[Sample], rows: list[Row], offsets: Tensor, pad_token_id: int, packed: bool
+) -> Microbatch:
+    """Tensors of one microbatch; `offsets` are those of :func:`token_offsets`. A padded row holds one sample."""
+    if not packed and any(len(row.samples) > 1 for row in rows):
+        raise ValueError("build_microbatch: a padded row holds one sample, but one holds several")
+    ids, positions, sources, targets, tokens, lengths, sequences = [], [], [], [], [], [0], []
+    start = 0
+    for row in rows:
         prompt_ids = samples[row.samples[0]].prompt_ids
-        start = len(prompt_ids)
-        input_ids[line, :start] = torch.tensor(prompt_ids)
-        position_ids[line, :start] = torch.arange(start)
-        segments[line, :start] = 0
-        for number, index in enumerate(row.samples, 1):
+        count = len(prompt_ids)
+        prompt = torch.arange(start, start + count)
+        ids.append(torch.tensor(prompt_ids))
+        positions.append(torch.arange(count))
+        start += count
+        for index in row.samples:
             completion = torch.tensor(samples[index].completion_ids)
             extra = completion.numel() - 1
-            end = start + extra
-            input_ids[line, start:end] = completion[:-1]
-            position_ids[line, start:end] = len(prompt_ids) + torch.arange(extra)
-            segments[line, start:end] = number
-            sources += [line * width + len(prompt_ids) - 1, *range(line * width + start, line * width + end)]
+            own = torch.arange(start, start + extra)
+            ids.append(completion[:-1])
+            positions.append(count + torch.arange(extra))
+            sequences.append(torch.cat([prompt, own]))
+            sources.append(torch.cat([prompt[-1:], own]))
             targets.append(completion)
             tokens.append(torch.arange(int(offsets[index]), int(offsets[index + 1])))
             lengths.append(completion.numel())
-            start = end
-    shared = any(len(row.samples) > 1 for row in rows)
-    mask = _shared_mask(segments) if shared else (segments >= 0).long()
+            start += extra
+    ids, positions, sources = torch.cat(ids), torch.cat(positions), torch.cat(sources)
+    layout = {"input_ids": ids[None], "position_ids": positions[None], "sources": sources}
+    if packed:
+        layout["segments"] = build_segments(sequences, start)
+    else:
+        layout = _padded(ids, positions, sources, [row.length for row in rows], pad_token_id)
     return Microbatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=mask,
-        sources=torch.tensor(sources),
-        targets=torch.cat(targets),
-        tokens=torch.cat(tokens),
-        cu_seqlens=torch.tensor(lengths).cumsum(0),
+        **layout, targets=torch.cat(targets), tokens=torch.cat(tokens), cu_seqlens=torch.tensor(lengths).cumsum(0)
     )
 
 
-def _shared_mask(segments: Tensor) -> Tensor:
-    """``[B, 1, T, T]``: causal, and a completion sees the prompt and itself. Padding sees itself, lest it be NaN."""
-    width = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    seen = causal & ((key == 0) | (key == query)) & (key >= 0)
-    return (seen | torch.eye(width, dtype=torch.bool))[:, None]
+def _padded(ids: Tensor, positions: Tensor, sources: Tensor, lengths: list[int], pad_token_id: int) -> dict:
+    """Rows of one sequence each, ``[B, T]``, from the same rows one after another."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    places = mask.flatten().nonzero().squeeze(1)
+    return {
+        "input_ids": torch.full(mask.shape, pad_token_id).masked_scatter(mask, ids),
+        "position_ids": torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, positions),
+        "sources": places[sources],
+        "attention_mask": mask.long(),
+    }

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.attention import install
 from grpo_fast.errors import UserError
-from grpo_fast.packing import LONGEST_SHARED_ROW, Microbatch
+from grpo_fast.packing import Microbatch, Sample, build_microbatch, plan_rows, token_offsets
 from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss
 
 # What a model's config calls its logit transform, and how it becomes an argument of the head.
@@ -65,15 +66,14 @@ class FusedPolicy(nn.Module):
 
     def hidden_states(self, microbatch: Microbatch) -> Tensor:
         """``[n, H]`` hidden states that predict the targets."""
-        mask = microbatch.attention_mask
-        if mask.dim() == 4 and self.model.config._attn_implementation == "eager":
-            dtype = self.model.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        if microbatch.segments is None:
+            options = {"attention_mask": microbatch.attention_mask}
+        else:
+            # A mask of four dimensions is passed through: none is made, and packed attention needs none.
+            mask = microbatch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+            options = {"attention_mask": mask, "segments": microbatch.segments}
         output = self.model.base_model(
-            input_ids=microbatch.input_ids,
-            attention_mask=mask,
-            position_ids=microbatch.position_ids,
-            use_cache=False,
+            input_ids=microbatch.input_ids, position_ids=microbatch.position_ids, use_cache=False, **options
         )
         return output.last_hidden_state.flatten(0, 1).index_select(0, microbatch.sources)
 
@@ -121,21 +121,42 @@ class FusedPolicy(nn.Module):
                 f"log-probabilities differ by {difference:.3g}"
             )
 
-    def longest_shared_row(self, share_prompts: str) -> int:
-        """Longest row in which completions may share their prompt; 0 where the model's attention does not allow it.
+    def check_packing(self, prompt_ids: list[int], padding_free: str) -> bool:
+        """Whether sequences are packed: the model's attention allows it, and packed rows give what padded ones do.
+
+        Args:
+            prompt_ids: any prompt, for the comparison.
+            padding_free: "auto", "always" or "never".
 
         Raises:
-            UserError: sharing was demanded, but the model cannot.
+            UserError: packing was demanded, but the model cannot.
         """
-        config = self.model.config.get_text_config()
-        attention = self.model.config._attn_implementation
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
-        full = layers <= {"full_attention", "sliding_attention"} and attention in ("sdpa", "eager")
-        longest = min(window or LONGEST_SHARED_ROW, LONGEST_SHARED_ROW) if full else 0
-        if share_prompts == "always" and not longest:
-            raise UserError(
-                f"share_prompts='always' is not possible with attention {attention!r} and layers {sorted(layers)}; "
-                "use 'auto' or 'never'"
-            )
-        return 0 if share_prompts == "never" else longest
+        if padding_free == "never":
+            return False
+        reason = "its attention cannot be replaced"
+        if install(self.model):
+            try:
+                difference = self._packing_difference(prompt_ids[:64])
+            except UserError as error:
+                reason = str(error)
+            else:
+                if difference <= HEAD_TOLERANCE.get(self.model.dtype, HEAD_TOLERANCE_16_BIT):
+                    return True
+                reason = f"log-probabilities differ by {difference:.3g} from those of padded rows"
+        if padding_free == "always":
+            name, attention = type(self.model).__name__, self.model.config._attn_implementation
+            raise UserError(f"padding_free='always' is not possible with {name} and attention {attention!r}: {reason}")
+        return False
+
+    @torch.no_grad()
+    def _packing_difference(self, prompt_ids: list[int]) -> float:
+        """Largest difference between the log-probabilities of three completions in packed and in padded rows."""
+        completions = (prompt_ids[::-1], [*prompt_ids[::2], prompt_ids[0]], prompt_ids[-1:] * 3)
+        samples = [Sample(prompt_ids, ids, 0) for ids in completions]
+        offsets = token_offsets(samples)
+        found = []
+        for longest_shared_row in (1 << 30, 0):
+            packed = bool(longest_shared_row)
+            rows = plan_rows(samples, [0, 1, 2], longest_shared_row)
+            found.append(self(build_microbatch(samples, rows, offsets, 0, packed).to(self.model.device)))
+        return (found[0] - found[1]).abs().max().item()

@@ -20,12 +20,28 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from grpo_fast.advantages import group_advantages
-from grpo_fast.checkpoint import check_space, save_model
+from grpo_fast.checkpoint import (
+    TrainerState,
+    check_same,
+    check_space,
+    checkpoints,
+    find_checkpoint,
+    fingerprint,
+    fixed_fields,
+    keep_newest,
+    load_tensors,
+    load_weights,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
-from grpo_fast.errors import UserError, one_line, writing
+from grpo_fast.errors import CheckpointError, UserError, one_line, writing
 from grpo_fast.evaluate import evaluate, sample_and_score
-from grpo_fast.metrics import LinesFile, completion_metrics, loss_metrics, peak_memory, reward_metrics
+from grpo_fast.files import remove_leftovers
+from grpo_fast.interrupt import Interrupt
+from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, loss_metrics, peak_memory, reward_metrics
 from grpo_fast.models import add_adapter, check_vocabulary, load_model
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
@@ -67,6 +83,7 @@ class GRPOTrainer:
     def __init__(self, config: GRPOConfig):
         self.config = config
         self.run_folder = choose_run_folder(config)
+        found = find_checkpoint(self.run_folder, config) if config.resume_from_checkpoint else None
         self.objective = config.objective()
         self.rewards = RewardModel(config.reward_funcs, config.reward_weights)
         self.metric = self.rewards.index(config.eval_metric)
@@ -87,16 +104,18 @@ class GRPOTrainer:
         check_lengths(self.eval_prompts, self.eval_rows, positions, config)
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
         self.adapter = add_adapter(model, config) if config.use_peft else None
-        check_space(model, self.run_folder)
+        check_space(model, self.run_folder, config)
         if config.gradient_checkpointing:
             # The older name is deprecated where the newer one exists.
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
 
         policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
-        self.longest_shared_row = policy.longest_shared_row(config.share_prompts)
         self.optimizer = build_optimizer(policy, config)
-        policy.to(self.accelerator.device).check_head(self.train_prompts[0])
+        policy.to(self.accelerator.device).eval().check_head(self.train_prompts[0])
+        self.packed = policy.check_packing(self.train_prompts[0], config.padding_free)
+        if config.share_prompts == "always" and not self.packed:
+            raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
         # Before `prepare`, whose wrapped forward would stay that of the trained policy in a copy.
         self.reference = None
         if self.objective.uses_reference and self.adapter is None:
@@ -108,21 +127,33 @@ class GRPOTrainer:
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
         self.rollout.check(self.train_prompts[0], self.sampling)
-        self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed)
-        self.step = 0
-        self.num_tokens = 0
+        self.fixed = fixed_fields(config) | {
+            "number of parameters": sum(p.numel() for p in model.parameters()),
+            "training data": fingerprint(self.train_prompts),
+            "held-out data": fingerprint(self.eval_prompts),
+        }
+        # Where the run is between two updates; `updates_left` are those to come on the same generation batch.
+        self.step = self.saved_step = self.updates_left = self.num_tokens = self.num_prompts = 0
+        self.train_seconds, self.before = 0.0, math.nan
+        self.rng: dict[str, Tensor] = {}
+        if found is not None:
+            self.restore(*found)
+        self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed, self.num_prompts)
 
     def train(self) -> Summary:
         """Evaluate, train for `max_steps` optimizer steps, evaluate again, and write the run folder.
 
-        A run that is stopped, by the user or by wrong rewards, still leaves its metrics and a checkpoint.
+        A run that is stopped, by SIGINT or SIGTERM, by the user or by wrong rewards, still leaves its metrics and a
+        checkpoint. A resumed one goes on after its last checkpoint as if it had never stopped.
         """
         config, folder = self.config, self.run_folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_config(folder / "config.yaml", dataclasses.replace(config, output_dir=str(folder)))
+            remove_leftovers(folder)
+        written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
+        write_config(folder / "config.yaml", written)
         metric = self.rewards.names[self.metric]
-        history: list[dict[str, float]] = []
+        history = cut_metrics(folder / "metrics.jsonl", self.step)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
         with progress, trackers, LinesFile(folder / "metrics.jsonl") as metrics_file:
@@ -248,9 +279,11 @@ class GRPOTrainer:
 
     def microbatches(self, batch: StepBatch):
         config, device = self.config, self.accelerator.device
-        rows = plan_rows(batch.samples, batch.active, config.max_tokens_per_microbatch, self.longest_shared_row)
-        for chosen in fill_microbatches(rows, config.max_tokens_per_microbatch):
-            yield build_microbatch(batch.samples, chosen, batch.offsets, self.tokenizer.pad_token_id).to(device)
+        budget, pad = config.max_tokens_per_microbatch, self.tokenizer.pad_token_id
+        shares = self.packed and config.share_prompts != "never"
+        rows = plan_rows(batch.samples, batch.active, budget if shares else 0)
+        for chosen in fill_microbatches(rows, budget, self.packed):
+            yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
 
     def score_reference(self, batch: StepBatch) -> Tensor:
         """Log-probabilities ``[N]`` under the initial policy: without the adapter, or its copy, parked on the CPU."""

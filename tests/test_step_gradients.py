@@ -6,13 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from grpo_fast.attention import install
 from grpo_fast.config import GRPOConfig
 from grpo_fast.packing import build_microbatch, plan_rows
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.trainer import build_step_batch
 from grpo_kernels import PRESETS
 from grpo_kernels.policy_loss import Tokens, policy_loss_ref
-from test_packing import plain_logprobs
+from test_packing import LAYOUTS, plain_logprobs
 from tiny import random_samples, tiny_model
 
 SAMPLES = random_samples(groups=4, per_group=4)
@@ -43,14 +44,16 @@ def split(items, count):
     return [items[a:b] for a, b in pairwise(bounds) if items[a:b]]
 
 
-def gradient(objective, batch, microbatches, longest_shared_row):
+def gradient(objective, batch, microbatches, layout):
     model = tiny_model()
     policy = FusedPolicy(model)
-    rows = plan_rows(batch.samples, batch.active, 10_000, longest_shared_row)
+    packed = layout != "padded"
+    assert not packed or install(model)
+    rows = plan_rows(batch.samples, batch.active, 10_000 if layout == "shared" else 0)
     parts = split(rows, min(microbatches, len(rows)))
     total = 0.0
     for part in parts:
-        microbatch = build_microbatch(batch.samples, part, batch.offsets, 0)
+        microbatch = build_microbatch(batch.samples, part, batch.offsets, 0, packed)
         fields = (batch.advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
         inputs = LossInputs(objective, *(None if f is None else f[microbatch.tokens] for f in fields))
         loss = policy(microbatch, inputs).loss
@@ -79,9 +82,9 @@ def test_same_gradient_for_any_number_of_microbatches(preset, beta, old_shift):
     # Without KL the group without variance is not even computed.
     assert len(batch.active) == int(counted.sum()) - (4 if beta == 0.0 else 0)
     for microbatches in (1, 2, 5, 16):
-        for longest_shared_row in (0, 10_000):
-            loss, got, parts = gradient(objective, batch, microbatches, longest_shared_row)
-            assert longest_shared_row or parts == min(microbatches, len(batch.active))
+        for layout in LAYOUTS:
+            loss, got, parts = gradient(objective, batch, microbatches, layout)
+            assert layout == "shared" or parts == min(microbatches, len(batch.active))
             assert loss == pytest.approx(expected_loss, rel=1e-9, abs=1e-12)
             assert (got - expected).norm() <= 1e-9 * expected.norm()
 
@@ -92,5 +95,5 @@ def test_a_wrong_normaliser_would_show():
     batch, _ = step(objective)
     _, expected = reference_gradient(objective, batch)
     batch.weights = batch.weights * 1.01
-    _, got, _ = gradient(objective, batch, 2, 0)
+    _, got, _ = gradient(objective, batch, 2, "packed")
     assert (got - expected).norm() > 1e-3 * expected.norm()

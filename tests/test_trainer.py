@@ -124,8 +124,9 @@ def test_budget_does_not_change_the_gradient(tmp_path, loss_type):
     made = trainer(tmp_path, loss_type=loss_type, beta=0.05, model_init_kwargs=SMALL["model_init_kwargs"])
     batch, _ = made.collect()
     gradients = []
-    for budget, shared in ((10_000, 4096), (10_000, 0), (24, 4096), (6, 0)):
-        made.config.max_tokens_per_microbatch, made.longest_shared_row = budget, shared
+    layouts = ((10_000, True, "auto"), (10_000, True, "never"), (10_000, False, "never"), (24, True, "auto"))
+    for budget, packed, shares in (*layouts, (6, False, "never")):
+        made.config.max_tokens_per_microbatch, made.packed, made.config.share_prompts = budget, packed, shares
         made.accumulate_gradients(batch)
         gradients.append(torch.cat([p.grad.flatten() for p in made.model.parameters()]))
         made.optimizer.zero_grad()
@@ -149,6 +150,10 @@ def test_budget_does_not_change_the_gradient(tmp_path, loss_type):
         {"temperature": 0.7, "top_p": 0.9, "top_k": 8},
         {"scale_rewards": "none", "weight_decay": 0.1, "max_grad_norm": 0.0},
         {"attn_implementation": "eager", "share_prompts": "never"},
+        {"padding_free": "never"},
+        {"use_peft": True, "lora_r": 4, "beta": 0.1, "learning_rate": 1e-2},
+        {"use_peft": True, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "up_proj"], "dtype": "bfloat16"},
+        {"bf16": True, "beta": 0.1},
     ],
     ids=lambda fields: ",".join(fields),
 )
