@@ -38,7 +38,8 @@ class GRPOConfig:
         activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory, copied
             beside the computation.
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
-        tiled_mlp: compute the MLPs in tiles of the sequence (extra `liger`), which bounds their intermediates.
+        tiled_mlp: compute the MLPs in tiles of 2048 tokens, and again in the backward, which bounds their
+            intermediates.
         dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``.
         dataset_config: configuration of a hub dataset.
         dataset_kwargs: arguments of a built-in dataset.

@@ -44,8 +44,10 @@ def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
         import_extra("torchao", "lowbit")
 
 
-def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
+def build_optimizer(policy: nn.Module, config: GRPOConfig, device: torch.device) -> Optimizer:
     """AdamW as `optim` and `optim_offload` say; weight decay on matrices, not on norms and biases.
+
+    `device` is where the policy will be trained; it may lie elsewhere still.
 
     Raises:
         UserError: the weights are trained in 16 bits, and this optimizer would lose their small updates.
@@ -75,7 +77,6 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
         return getattr(import_extra("bitsandbytes.optim", "lowbit"), _BITSANDBYTES[config.optim])(groups, **options)
     if config.optim == "adamw_torch_fused" and not low:
         return torch.optim.AdamW(groups, **options, fused=True)
-    device = trained[0].device
     if config.optim == "adamw_torch_fused":
         # Asked here and not before loading: with dtype='auto' only the model tells.
         try:
