@@ -260,11 +260,12 @@ def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int 
         raise UserError(f"{room} do not fit max_tokens_per_microbatch={config.max_tokens_per_microbatch}; {where}")
 
 
-def prompt_order(num_rows: int, shuffle: bool, seed: int) -> Iterator[int]:
-    """Row indices without end, epoch by epoch, each in its own order."""
+def prompt_order(num_rows: int, shuffle: bool, seed: int, start: int = 0) -> Iterator[int]:
+    """Row indices without end, epoch by epoch, each in its own order, from the `start`-th index on."""
     order = list(range(num_rows))
     generator = random.Random(seed)
-    while True:
+    for epoch in itertools.count():
         if shuffle:
             generator.shuffle(order)
-        yield from order
+        if epoch >= start // num_rows:
+            yield from order[max(start - epoch * num_rows, 0) :]

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Wrong input. The command line prints its one line and exits with status 2; no traceback."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint could not be written."""
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
     """An exception's message without its line breaks, or its type where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

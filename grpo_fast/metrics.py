@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_fast.advantages import nanstd
 from grpo_fast.errors import writing
+from grpo_fast.files import replace_text
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_kernels import PolicyObjective
@@ -95,16 +96,19 @@ def json_ready(content: Any) -> Any:
 
 
 class LinesFile:
-    """A JSON-lines file, an object a line, flushed at once, so that an interrupted run keeps what it wrote."""
+    """A JSON-lines file, an object a line, flushed at once, so that an interrupted run keeps what it wrote.
 
-    def __init__(self, path: Path):
-        self.path, self.file = path, None
+    With `append`, the lines that are there stay.
+    """
+
+    def __init__(self, path: Path, append: bool = False):
+        self.path, self.mode, self.file = path, "a" if append else "w", None
 
     def write(self, entry: dict[str, Any]) -> None:
         with writing(self.path):
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = self.path.open("w", encoding="utf-8")
+                self.file = self.path.open(self.mode, encoding="utf-8")
             self.file.write(json.dumps(json_ready(entry), ensure_ascii=False) + "\n")
             self.file.flush()
 
@@ -120,3 +124,25 @@ class LinesFile:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def cut_metrics(path: Path, step: int) -> list[dict[str, float]]:
+    """Keep only the lines up to `step`, and return them; a line that was cut off by a kill is not among them.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if not path.exists():
+        return []
+    kept, entries = [], []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if entry["step"] > step:
+            break
+        kept.append(line + "\n")
+        entries.append({name: math.nan if value is None else value for name, value in entry.items()})
+    replace_text(path, "".join(kept))
+    return entries

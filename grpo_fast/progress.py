@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -37,10 +38,11 @@ class Progress:
             soft_wrap=True,
         )
         self.console.print(f"run folder: {run_folder}", soft_wrap=True)
+        count = 2 * len(str(config.max_steps)) + 1
         self.bar = Bar(
             BarColumn(bar_width=10),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            # What does not fit on the line is cut, rather than every column squeezed.
+            # Where a line is too short, its end is cut, not its beginning squeezed.
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True, min_width=count)),
             TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -63,7 +65,10 @@ class Progress:
 
     def stopped(self, step: int, checkpoint: Path) -> None:
         self.bar.stop()
-        self.console.print(f"stopped after step {step}; the model so far: {checkpoint}", soft_wrap=True)
+        resume = f"{_command()} train {shlex.quote(str(self.run_folder / 'config.yaml'))} --resume"
+        self.console.print(
+            f"stopped after step {step}; the model so far: {checkpoint}; to go on: {resume}", soft_wrap=True
+        )
 
     def started(self, before: float) -> None:
         self.console.print(f"before: {self.metric} {show(before, is_share(before))}")

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from grpo_fast.activations import check_activations, prepare_activations
 from grpo_fast.advantages import group_advantages
 from grpo_fast.checkpoint import (
     TrainerState,
@@ -43,6 +44,7 @@ from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, loss_metrics, peak_memory, reward_metrics
 from grpo_fast.models import add_adapter, check_vocabulary, load_model
+from grpo_fast.optimizers import build_optimizer, check_optimizer, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
@@ -95,6 +97,8 @@ class GRPOTrainer:
         self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.use_cpu, **trackers)
         if self.accelerator.num_processes > 1:
             raise UserError(f"training runs on one process so far, but {self.accelerator.num_processes} were launched")
+        check_optimizer(config, self.accelerator.device)
+        check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_model(config)
         self.train_prompts = encode_prompts(self.train_rows, self.tokenizer, config)
@@ -105,18 +109,15 @@ class GRPOTrainer:
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
         self.adapter = add_adapter(model, config) if config.use_peft else None
         check_space(model, self.run_folder, config)
-        if config.gradient_checkpointing:
-            # The older name is deprecated where the newer one exists.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+        prepare_activations(model, config)
 
         policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
-        self.optimizer = build_optimizer(policy, config)
+        self.optimizer = build_optimizer(policy, config, self.accelerator.device)
         policy.to(self.accelerator.device).eval().check_head(self.train_prompts[0])
         self.packed = policy.check_packing(self.train_prompts[0], config.padding_free)
         if config.share_prompts == "always" and not self.packed:
             raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
-        # Before `prepare`, whose wrapped forward would stay that of the trained policy in a copy.
+        # Parked on the CPU: scoring takes it to the device and back.
         self.reference = None
         if self.objective.uses_reference and self.adapter is None:
             self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to("cpu")
@@ -156,26 +157,27 @@ class GRPOTrainer:
         history = cut_metrics(folder / "metrics.jsonl", self.step)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
-        with progress, trackers, LinesFile(folder / "metrics.jsonl") as metrics_file:
-            progress.phase(f"measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
-            before = self.evaluate()
-            progress.started(before)
-            trackers.log({f"eval/rewards/{metric}/mean": before}, step=self.step)
-            try:
-                for metrics in self.steps():
-                    history.append(metrics)
-                    if self.step % config.logging_steps == 0 or self.step >= config.max_steps:
-                        metrics_file.write(metrics)
-                        trackers.log(metrics, step=self.step)
-                    progress.update(metrics)
-            except (KeyboardInterrupt, UserError):
-                if self.step:
-                    progress.stopped(self.step, self.save())
-                raise
-            checkpoint = self.save()
+        with progress, trackers, LinesFile(folder / "metrics.jsonl", append=True) as metrics_file:
+            if self.step:
+                progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}")
+                progress.started(self.before)
+            else:
+                start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
+                progress.phase(f"{start}measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
+                self.before = self.evaluate()
+                progress.started(self.before)
+                trackers.log({f"eval/rewards/{metric}/mean": self.before}, step=self.step)
+
+            def log(metrics: dict[str, float]) -> None:
+                history.append(metrics)
+                if self.step % config.logging_steps == 0 or self.step >= config.max_steps:
+                    metrics_file.write(metrics)
+                    trackers.log(metrics, step=self.step)
+                progress.update(metrics)
+
+            checkpoint = self.run_steps(log, progress)
             progress.phase(f"measuring {metric} after training")
-            train_seconds = sum(metrics["step_time"] for metrics in history)
-            summary = Summary(metric, before, self.evaluate(), round(train_seconds, 2), self.step)
+            summary = Summary(metric, self.before, self.evaluate(), round(self.train_seconds, 2), self.step)
             write_json(folder / "summary.json", dataclasses.asdict(summary))
             trackers.log({f"eval/rewards/{metric}/mean": summary.after}, step=self.step)
             plot_run(history, summary, folder / "reward.png")
@@ -183,8 +185,65 @@ class GRPOTrainer:
         progress.finished(summary, checkpoint)
         return summary
 
+    def run_steps(self, log: Callable[[dict[str, float]], None], progress: Progress) -> Path:
+        """The remaining steps, with a checkpoint every `save_steps` of them and after the last one, which is returned.
+
+        Checkpoints fall between generation batches: with `num_iterations` above 1, one that is due, and a signal that
+        stops the run, wait for the other updates on the same batch.
+        """
+        if self.rng:
+            set_rng_state(self.rng)
+        with Interrupt() as interrupt:
+            try:
+                for metrics in self.steps():
+                    log(metrics)
+                    if interrupt.signal and not self.updates_left:
+                        break
+                    if self.save_is_due():
+                        self.save()
+                checkpoint = self.save()
+            except CheckpointError:
+                raise
+            except (KeyboardInterrupt, UserError) as error:
+                # A second Ctrl-C ends at once.
+                if self.step and not (interrupt.signal and isinstance(error, KeyboardInterrupt)):
+                    progress.stopped(self.step, self.save())
+                raise
+        if interrupt.signal:
+            progress.stopped(self.step, checkpoint)
+            interrupt.exit()
+        return checkpoint
+
+    def save_is_due(self) -> bool:
+        every = self.config.save_steps
+        return bool(every) and not self.updates_left and self.step // every != self.saved_step // every
+
     def save(self) -> Path:
-        return save_model(self.model, self.tokenizer, self.run_folder / f"checkpoint-{self.step}")
+        """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`."""
+        folder = self.run_folder / f"checkpoint-{self.step}"
+        if self.saved_step != self.step:
+            state = TrainerState(
+                self.step, self.num_tokens, self.num_prompts, self.train_seconds, self.before, self.fixed
+            )
+            tensors = {"optimizer": optimizer_tensors(self.optimizer), "rng": self.rng}
+            save_checkpoint(folder, self.adapter or self.model, self.tokenizer, state, tensors)
+            self.saved_step = self.step
+            keep_newest(self.run_folder, self.config.save_total_limit)
+        return folder
+
+    def restore(self, folder: Path, state: TrainerState) -> None:
+        """Go on where the checkpoint was written; a reference policy keeps the weights that it began with."""
+        check_same(folder, state.fixed, self.fixed)
+        load_weights(folder, self.adapter or self.model)
+        load_optimizer_tensors(self.optimizer, load_tensors(folder, "optimizer"))
+        self.rng = load_tensors(folder, "rng")
+        self.step = self.saved_step = state.step
+        self.num_tokens, self.num_prompts, self.train_seconds = state.num_tokens, state.num_prompts, state.train_seconds
+        self.before = math.nan if state.before is None else state.before
+        # The schedule is a function of the step.
+        schedule = self.scheduler.state_dict()
+        self.scheduler.load_state_dict({**schedule, "last_epoch": self.step - 1, "_step_count": self.step + 1})
+        self.scheduler.step()
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Train, and yield the figures of every optimizer step. A generation batch serves `num_iterations` of them."""
@@ -192,11 +251,18 @@ class GRPOTrainer:
             start = time.perf_counter()
             batch, figures = self.collect()
             tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in batch.samples)
-            self.num_tokens += tokens
-            for iteration in range(min(self.config.num_iterations, self.config.max_steps - self.step)):
+            updates = min(self.config.num_iterations, self.config.max_steps - self.step)
+            for iteration in range(updates):
                 metrics = self.update(batch, keep_logprobs=self.config.num_iterations > 1 and iteration == 0)
                 self.step += 1
+                if iteration == 0:
+                    self.num_tokens += tokens
+                    self.num_prompts += self.config.prompts_per_step
+                self.updates_left = updates - iteration - 1
+                # Kept for a checkpoint: should the next step fail, the generators will have moved on.
+                self.rng = rng_state()
                 seconds = time.perf_counter() - start
+                self.train_seconds += seconds
                 speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
                 speed |= peak_memory(self.accelerator.device)
                 yield {"step": self.step, **figures, **metrics, "num_tokens": self.num_tokens, **speed}
@@ -236,7 +302,8 @@ class GRPOTrainer:
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch."""
         metrics = self.accumulate_gradients(batch, keep_logprobs)
-        learning_rate = self.scheduler.get_last_lr()[0]
+        # torchao's optimizers keep it in a tensor.
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         max_norm = self.config.max_grad_norm or float("inf")
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm).item()
         if not grad_norm < float("inf"):
@@ -338,28 +405,15 @@ def build_step_batch(
     )
 
 
-def build_optimizer(policy: nn.Module, config: GRPOConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices, not on norms and biases."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
 def choose_run_folder(config: GRPOConfig) -> Path:
-    """The run folder, which must not hold another run. It is created when the run begins."""
+    """The run folder, which must not hold another run but one to resume. It is created when the run begins."""
     name = config.run_name or config.dataset_name.replace("/", "-")
     folder = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one")
+    if config.resume_from_checkpoint:
+        if config.output_dir is None:
+            raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
+    elif (folder / "metrics.jsonl").exists() or checkpoints(folder):
+        raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
     return folder
 
 

@@ -332,7 +332,7 @@ def test_broken_models_are_refused(tmp_path):
 
 def test_too_small_a_disk_is_told_before_anything_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**12))
-    with pytest.raises(UserError, match=r"the disk has 0.0 MiB left, and the checkpoint takes"):
+    with pytest.raises(UserError, match=r"the disk has 0.0 MiB left, and 1 checkpoint takes"):
         trainer(tmp_path / "run")
 
 

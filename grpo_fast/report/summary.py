@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import writing
+from grpo_fast.files import replace_text
 from grpo_fast.metrics import json_ready
 
 
@@ -25,16 +25,14 @@ class Summary:
 
 
 def write_json(path: Path, content: Any) -> None:
-    with writing(path):
-        path.write_text(json.dumps(json_ready(content), indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(json_ready(content), indent=2) + "\n")
 
 
 def write_config(path: Path, config: GRPOConfig) -> None:
     """The configuration as resolved, to be given to ``grpo-fast train`` again."""
     import yaml
 
-    with writing(path):
-        path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def is_share(*values: float) -> bool:

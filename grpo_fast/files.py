@@ -1,0 +1,45 @@
+"""Files and folders that are whole or not there, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from grpo_fast.errors import writing
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `path` beside itself, synced to the disk, and put it in place in one move.
+
+    Raises:
+        UserError: the disk is full or cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; what a kill in the middle leaves is hidden and no longer bears the folder's name."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted writes and removals left in `folder`."""
+    for pattern in (".*.partial", ".*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
