@@ -20,7 +20,7 @@ CHARTS = [
     ("reward spread (std)", "reward_std", "amber", None),
     ("groups with equal rewards", "frac_reward_zero_std", "amber", None),
     (
-        "response length: mean, min and max (tokens)", "completions/mean_length", "violet",
+        "response length (tokens)", "completions/mean_length", "violet",
         ("completions/min_length", "completions/max_length"),
     ),
     ("responses cut off", "completions/clipped_ratio", "violet", None),

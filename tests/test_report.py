@@ -1,0 +1,314 @@
+"""The page of a run: what it holds, what it stands, and that nothing of the model's gets out of its text."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from grpo_fast.cli import main
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError
+from grpo_fast.report import Summary, plot_run, write_config, write_report
+from grpo_fast.report.charts import MOST_POINTS, draw_curves, figure, path, thin, ticks
+from grpo_fast.report.page import split_config
+from grpo_fast.report.run import SHOWN_PROMPTS, SHOWN_STEPS, read_completions
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\" onload='x' {{ 7 * 7 }}"
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page; a tag left open, or closed before its children, is an error."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.elements, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+    def named(self, tag, css_class=""):
+        return [a for name, a in self.elements if name == tag and css_class in (a.get("class") or "")]
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def step_metrics(step, **figures):
+    return {
+        "step": step, "reward": 0.1 * step, "reward_std": 0.5, "rewards/right/mean": 0.05 * step,
+        "rewards/right/std": 0.1, "completions/mean_length": 20.0 + step, "completions/min_length": 3.0,
+        "completions/max_length": 90.0, "loss": 0.01, "entropy": 1.5, "grad_norm": 0.3, "learning_rate": 1e-5,
+        "step_time": 2.0, "tokens_per_second": 1000.0, "memory/peak_allocated_gib": 3.5, "num_tokens": 64 * step,
+        **figures,
+    }  # fmt: skip
+
+
+def completion(step, prompt, text, advantage, **rewards):
+    return {"step": step, "prompt": prompt, "completion": text, "rewards": rewards, "advantage": advantage}
+
+
+def write_lines(file, entries):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that goes on: a configuration, metrics and completions, but no summary."""
+    run = tmp_path / "run"
+    run.mkdir()
+    write_config(run / "config.yaml", GRPOConfig("m", dataset_name="d", reward_funcs=["right"], max_steps=20, seed=7))
+    write_lines(run / "metrics.jsonl", [step_metrics(step) for step in range(1, 13)])
+    lines = [completion(10, "flat", "same", 0.0, right=1.0) for _ in range(2)]
+    lines += [completion(10, "What is 2+2?", f"answer {i}", i - 1.0, right=float(i)) for i in range(3)]
+    write_lines(run / "completions" / "completions_00010.jsonl", lines)
+    return run
+
+
+def page(folder, **fields):
+    return Page(write_report(folder, **fields).read_text())
+
+
+def finish(folder):
+    (folder / "summary.json").write_text(
+        json.dumps({"metric": "right", "before": 0.125, "after": 0.875, "train_seconds": 3725.0, "steps": 12})
+    )
+
+
+def test_a_finished_run(folder):
+    finish(folder)
+    made = page(folder)
+    assert "12.5% → 87.5%" in made.words
+    assert "1:02:05" in made.words
+    assert "finished after 12 steps" in made.words
+    assert "3.5 GiB" in made.words
+    labels = [attributes["aria-label"] for attributes in made.named("svg")]
+    titles = [label.split(" by optimizer step")[0] for label in labels]
+    assert titles[:3] == ["reward", "right", "reward spread (std)"]
+    assert {"loss", "entropy (nats per token)", "gradient norm", "tokens per second", "peak memory (GiB)"} <= set(
+        titles
+    )
+    # No objective with a reference, no chart of its divergence.
+    assert "KL to the initial policy" not in titles
+    assert len(made.named("path", "band")) == 1
+    # The score before and after, on the curve of its reward.
+    assert len(made.named("circle", "dot")) == 2
+
+
+def test_a_running_run(folder):
+    made = page(folder)
+    assert "not finished: step 12 of 20" in made.words
+    assert "training time so far 0:24" in made.words
+    assert made.named("circle") == []
+
+
+def test_curves_follow_the_figures():
+    drawn = {chart.title: chart for chart in draw_curves([step_metrics(s) for s in (1, 2, 3)], {}).charts}
+    assert drawn["reward"].values == [0.1, 0.2, 0.3]
+    heights = [float(y) for y in re.findall(r"[ML]\S+ (\S+?)(?=L|$)", drawn["reward"].raw)]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+    assert drawn["reward"].last == "0.3"
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{"reward": None}, {"reward": float("nan")}, {"loss": float("inf")}, {"reward": "high"}],
+    ids=lambda figures: str(*figures.values()),
+)
+def test_figures_without_a_number_leave_a_gap(folder, figures):
+    write_lines(folder / "metrics.jsonl", [step_metrics(1), step_metrics(2, **figures), step_metrics(3)])
+    (name,) = figures
+    history = [step_metrics(1), step_metrics(2, **figures), step_metrics(3)]
+    chart = next(chart for chart in draw_curves(history, {}).charts if chart.title == name)
+    assert chart.values[1] is None
+    assert chart.raw.count("M") == 2
+    assert "nan" not in write_report(folder).read_text().lower()
+
+
+def test_missing_files_and_figures(folder):
+    for file in (folder / "completions").iterdir():
+        file.unlink()
+    write_lines(folder / "metrics.jsonl", [{"step": 1, "reward": 1.0}, {"step": 2}])
+    made = page(folder)
+    assert "No completions were written." in made.words
+    assert len(made.named("svg")) == 1
+    (folder / "metrics.jsonl").unlink()
+    assert "No step has been logged yet." in page(folder).words
+
+
+def test_a_line_cut_off_by_an_interruption_is_left_out(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "rew')
+    assert "step 12 of 20" in page(folder).words
+
+
+def test_an_unknown_figure_is_drawn_too(folder):
+    write_lines(folder / "metrics.jsonl", [step_metrics(1, new_thing=4.0)])
+    assert any(a["aria-label"].startswith("new_thing ") for a in page(folder).named("svg"))
+
+
+def test_completions_best_and_worst(folder):
+    ((step, groups),) = read_completions(folder)
+    assert step == 10
+    # The widest advantages first; equal ones show one completion.
+    assert [(group.prompt, group.count) for group in groups] == [("What is 2+2?", 3), ("flat", 2)]
+    assert [(s.label, s.text, s.advantage) for s in groups[0].samples] == [
+        ("best", "answer 2", 1.0), ("worst", "answer 0", -1.0),
+    ]  # fmt: skip
+    assert [s.label for s in groups[1].samples] == ["one of equals"]
+    assert "answer 2" in page(folder).words
+    assert "answer 1" not in page(folder).words
+
+
+def test_completions_of_long_runs_are_few(folder):
+    for step in range(100):
+        lines = [completion(step, f"p{i}", "x", float(j), right=0.0) for i in range(9) for j in range(2)]
+        write_lines(folder / "completions" / f"completions_{step:05d}.jsonl", lines)
+    shown = read_completions(folder)
+    assert [step for step, _ in shown][:: SHOWN_STEPS - 1] == [0, 99]
+    assert len(shown) == SHOWN_STEPS
+    assert all(len(groups) == SHOWN_PROMPTS for _, groups in shown)
+
+
+def test_what_the_model_writes_stays_text(folder):
+    chat = [{"role": "user", "content": EVIL}]
+    lines = [completion(11, chat, EVIL * 40, i - 1.0, **{EVIL: None}) for i in range(3)]
+    write_lines(folder / "completions" / "completions_00011.jsonl", lines)
+    name = f"rewards/{EVIL}/mean"
+    write_lines(folder / "metrics.jsonl", [step_metrics(1, **{name: 0.5, EVIL: 1.0})])
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"dataset_name": EVIL, "prompt_template": EVIL, "run_name": EVIL}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "summary.json").write_text(json.dumps({"metric": EVIL, "before": 0.0, "after": 1.0, "steps": 1}))
+    (folder / "memory_plan.json").write_text(json.dumps({EVIL: {EVIL: 2**30}}))
+    made = page(folder)
+    # One script, the page's own, which the policy names by its hash; nothing else that could run or load.
+    assert len(made.named("script")) == 1
+    assert made.named("img") == []
+    assert not [
+        name for _, attributes in made.elements for name in attributes if name.startswith("on") or name == "src"
+    ]
+    assert made.words.count("{{ 7 * 7 }}") >= 40
+    assert "<script>alert(1)</script>" in made.words
+    policy = next(a["content"] for a in made.named("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; ")
+    assert "script-src 'sha256-" in policy
+
+
+def test_the_policy_names_the_script_that_is_there(folder):
+    import base64
+    import hashlib
+
+    text = write_report(folder).read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert not re.search(r"(?:https?:)?//[\w.]+\.\w", text.replace(script, ""))
+
+
+def test_memory_beside_the_plan(folder):
+    assert "Memory" not in page(folder).words
+    plan = {"training": {"weights": 2 * 2**30, "gradients": 2**30}, "rollout": {"weights": 2 * 2**30, "cache": 2**29}}
+    (folder / "memory_plan.json").write_text(json.dumps(plan))
+    made = page(folder)
+    assert "planned, training 3.00 GiB planned, rollout 2.50 GiB measured peak 3.50 GiB" in made.words
+    widths = [a["style"] for a in made.named("span") if "style" in a]
+    assert widths == ["width:57.143%", "width:28.571%", "width:57.143%", "width:14.286%", "width:100.000%"]
+
+
+def test_configuration_changed_fields_first(folder):
+    changed, unchanged = split_config(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert dict(changed) == {
+        "model_name_or_path": "m", "dataset_name": "d", "reward_funcs": '["right"]', "max_steps": "20", "seed": "7",
+    }  # fmt: skip
+    assert dict(unchanged)["beta"] == "0.0"
+
+
+def test_long_texts_are_folded_and_cut(folder):
+    lines = [completion(10, "short", "word " * 4000, float(i), right=0.0) for i in range(2)]
+    write_lines(folder / "completions" / "completions_00010.jsonl", lines)
+    made = page(folder)
+    assert len(made.named("details", "long")) == 2
+    assert "12,000 characters left out" in made.words
+
+
+def test_report_command(folder, tmp_path, capsys):
+    output = tmp_path / "page.html"
+    assert main(["report", str(folder), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert output.read_text().startswith("<!doctype html>")
+    assert not (folder / "report.html").exists()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}"], "is not a run folder: it has no config.yaml"),
+        (["{}/missing"], "is not a run folder"),
+        ([], "grpo-fast report RUN"),
+        (["{}", "--outptu", "x"], "grpo-fast report RUN"),
+        (["{}/run", "--output", "/dev/null/x.html"], "/dev/null/x.html could not be written"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(folder, tmp_path, arguments, message, capsys):
+    assert main(["report", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("grpo-fast: error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_broken_files_are_named(folder, name):
+    (folder / name).write_text("{")
+    with pytest.raises(UserError, match=f"{name} is not valid"):
+        write_report(folder)
+
+
+def test_long_runs_are_thinned():
+    values = [float(i) for i in range(10 * MOST_POINTS)]
+    assert thin(values)[:2] == [4.5, 14.5]
+    curves = draw_curves([step_metrics(step) for step in range(1, 10 * MOST_POINTS)], {})
+    assert len(curves.steps) <= MOST_POINTS
+    assert {len(chart.values) for chart in curves.charts} == {len(curves.steps)}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (1e-5, 1e-5), (-2.0, -2.0), (0.3, 0.31), (-1e9, 1e9)])
+def test_ticks_hold_the_range(low, high):
+    marks = ticks(low, high)
+    assert marks[0] <= low <= high <= marks[-1]
+    assert marks[0] < marks[-1]
+    assert len({figure(mark) for mark in marks}) == len(marks) <= 7
+
+
+def test_a_point_alone_is_visible():
+    assert path([None, (1.0, 2.0), None, (3.0, 4.0), (5.0, 6.0)]) == "M1 2h.01M3 4L5 6"
+
+
+def test_reward_png_of_figures_that_were_read_back(tmp_path):
+    """A resumed run has the figures of its first part from a file, where NaN is null."""
+    history = [step_metrics(1, reward=None), step_metrics(2, reward_std=None), step_metrics(3)]
+    plot_run(history, Summary("right", 0.1, 0.9, 5.0, 3), tmp_path / "reward.png")
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
