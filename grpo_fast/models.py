@@ -130,6 +130,11 @@ def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
         name, dtype=_dtype(config), attn_implementation=config.attn_implementation, output_loading_info=True,
         **options, **_quantization(config), **(config.model_init_kwargs or {}),
     )  # fmt: skip
+    if config.load_in_4bit:
+        for module in model.modules():
+            # On a CPU with AVX512-BF16 sampling would repack the weights for a product that passes no gradient on.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(

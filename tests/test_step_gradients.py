@@ -8,6 +8,7 @@ import torch
 
 from grpo_fast.attention import install
 from grpo_fast.config import GRPOConfig
+from grpo_fast.models import add_adapter
 from grpo_fast.packing import build_microbatch, plan_rows
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.trainer import build_step_batch
@@ -44,8 +45,21 @@ def split(items, count):
     return [items[a:b] for a, b in pairwise(bounds) if items[a:b]]
 
 
-def gradient(objective, batch, microbatches, layout):
+def trained_model(adapters):
+    """A model, or one with LoRA adapters that have an effect; what is trained of it."""
     model = tiny_model()
+    if adapters:
+        config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], use_peft=True, lora_r=4)
+        add_adapter(model, config)
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn_like(parameter, dtype=torch.float64) / 4
+    return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradient(objective, batch, microbatches, layout, adapters=False):
+    model, trained = trained_model(adapters)
     policy = FusedPolicy(model)
     packed = layout != "padded"
     assert not packed or install(model)
@@ -59,16 +73,16 @@ def gradient(objective, batch, microbatches, layout):
         loss = policy(microbatch, inputs).loss
         loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in model.parameters()]), len(parts)
+    return total, torch.cat([p.grad.flatten() for p in trained]), len(parts)
 
 
-def reference_gradient(objective, batch):
+def reference_gradient(objective, batch, adapters=False):
     """Full logits of all completions at once, and the loss by its definition."""
-    model = tiny_model()
+    model, trained = trained_model(adapters)
     tokens = Tokens(batch.advantages.double(), batch.weights.double(), batch.old_logprobs, batch.ref_logprobs)
     loss, _ = policy_loss_ref(plain_logprobs(model, batch.samples), tokens, objective, None, batch.offsets)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    return loss.item(), torch.cat([p.grad.flatten() for p in trained])
 
 
 @pytest.mark.parametrize("old_shift", [0.0, 0.3])
@@ -85,6 +99,24 @@ def test_same_gradient_for_any_number_of_microbatches(preset, beta, old_shift):
         for layout in LAYOUTS:
             loss, got, parts = gradient(objective, batch, microbatches, layout)
             assert layout == "shared" or parts == min(microbatches, len(batch.active))
+            assert loss == pytest.approx(expected_loss, rel=1e-9, abs=1e-12)
+            assert (got - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dropping", [True, False], ids=["dropped", "all"])
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo"])
+def test_same_gradient_with_adapters_and_without_dropping(preset, dropping, adapters):
+    """Groups without variance, of which the gradient is zero, may be computed or not."""
+    objective = PRESETS[preset]
+    batch, counted = step(objective, old_shift=0.3)
+    expected_loss, expected = reference_gradient(objective, batch, adapters)
+    assert len(batch.active) == int(counted.sum()) - 4
+    if not dropping:
+        batch.active = counted.nonzero().squeeze(1).tolist()
+    for microbatches in (1, 16):
+        for layout in LAYOUTS:
+            loss, got, _ = gradient(objective, batch, microbatches, layout, adapters)
             assert loss == pytest.approx(expected_loss, rel=1e-9, abs=1e-12)
             assert (got - expected).norm() <= 1e-9 * expected.norm()
 
