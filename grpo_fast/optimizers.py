@@ -21,6 +21,10 @@ from torch.optim.adamw import adamw
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra
 
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+# Weights that are rounded at once: a bound on the temporary memory, 20 bytes each.
+_CHUNK = 1 << 24
+
 
 def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
     """Refuse, before anything is loaded, an optimizer that this device or installation does not have.
@@ -44,10 +48,8 @@ def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
         import_extra("torchao", "lowbit")
 
 
-def build_optimizer(policy: nn.Module, config: GRPOConfig, device: torch.device) -> Optimizer:
+def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     """AdamW as `optim` and `optim_offload` say; weight decay on matrices, not on norms and biases.
-
-    `device` is where the policy will be trained; it may lie elsewhere still.
 
     Raises:
         UserError: the weights are trained in 16 bits, and this optimizer would lose their small updates.
@@ -75,23 +77,11 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig, device: torch.device)
                 "which rounds stochastically, or dtype='float32' with bf16=True, or use_peft=True"
             )
         return getattr(import_extra("bitsandbytes.optim", "lowbit"), _BITSANDBYTES[config.optim])(groups, **options)
-    if config.optim == "adamw_torch_fused" and not low:
-        return torch.optim.AdamW(groups, **options, fused=True)
-    if config.optim == "adamw_torch_fused":
-        # Asked here and not before loading: with dtype='auto' only the model tells.
-        try:
-            import_extra("torchao", "lowbit")
-            _check_compiler(device)
-        except UserError as error:
-            raise UserError(
-                f"small updates of bfloat16 weights need stochastic rounding ({error}), "
-                "or float32 masters: dtype='float32' with bf16=True"
-            ) from None
-    return _torchao_class(config.optim)(groups, **options, bf16_stochastic_round=True)
-
-
-_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-_TORCHAO = {"adamw_torch_fused": "_AdamW", "adamw_torch_8bit": "AdamW8bit"}
+    if config.optim == "adamw_torch_8bit":
+        return _adamw_8bit()(groups, **options, bf16_stochastic_round=True)
+    if low:
+        return StochasticAdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -101,35 +91,111 @@ def _check_compiler(device: torch.device) -> None:
         raise UserError(f"torchao's optimizers need a C++ compiler on the CPU, and {' or '.join(names)} was not found")
 
 
+class _ExactState:
+    """Loads state as it was saved; torch's own loading casts it to the dtype, and moves it to the device, of the
+    weights."""
+
+    def place(self, parameter: Tensor, key: str) -> torch.device:
+        return parameter.device
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        parameters = _parameters(self)
+        for index, values in state_dict["state"].items():
+            parameter = parameters[index]
+            self.state[parameter] = {key: value.to(self.place(parameter, key)) for key, value in values.items()}
+
+
 @cache
-def _torchao_class(optim: str) -> type[Optimizer]:
-    base = getattr(import_extra("torchao.optim", "lowbit"), _TORCHAO[optim])
+def _adamw_8bit() -> type[Optimizer]:
+    base = import_extra("torchao.optim", "lowbit").AdamW8bit
 
-    class Float32Moments(base):
-        """torchao's AdamW, with float32 for every moment that is not quantised.
+    class AdamW8bit(_ExactState, base):
+        """torchao's AdamW with 8-bit moments, and float32 ones where a tensor is too small to be quantised.
 
-        Its own ones have the weights' dtype. In bfloat16 the second moment stops at a quarter of its value, since
-        its updates of one in a thousand are rounded away, and every step would be twice too long.
+        Its own small ones have the weights' dtype. In bfloat16 the second moment stops at a quarter of its value,
+        since its updates of one in a thousand are rounded away, and every step would be twice too long.
         """
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
             buffer = super()._new_buffer(p, signed)
             return buffer.float() if type(buffer) is Tensor else buffer
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            super().load_state_dict(state_dict)
-            # torch casts what it loads to the weights' dtype.
-            for parameter, values in _by_parameter(self, state_dict):
-                state = self.state[parameter]
-                for key, value in values.items():
-                    if isinstance(value, Tensor) and value.dtype != state[key].dtype:
-                        state[key] = value.to(state[key].device)
+        def place(self, parameter: Tensor, key: str) -> torch.device:
+            return torch.device("cpu") if key == "step" else parameter.device
 
-    Float32Moments.__name__ = base.__name__
-    return Float32Moments
+    return AdamW8bit
 
 
-class OffloadedAdamW(Optimizer):
+class StochasticAdamW(_ExactState, Optimizer):
+    """AdamW for bfloat16 weights: float32 moments, and new weights rounded up or down at random.
+
+    The probabilities are such that the mean is the unrounded weight, so updates far below a weight's precision count
+    (as in torchao's ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded.
+
+    Args:
+        params: parameters or groups.
+        lr, betas, eps, weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step(p, group)
+
+    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+        tensors = (p.detach().view(-1), p.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+        for weight, grad, mean, square in zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True):
+            master = weight.float()
+            # A copy of the count, since every call adds one to it.
+            _fused_step(master, grad.float(), mean, square, state["step"].clone(), group)
+            if p.dtype == torch.bfloat16:
+                weight.copy_(round_stochastically(master))
+            elif master is not weight:
+                weight.copy_(master)
+        state["step"] += 1
+
+
+def round_stochastically(values: Tensor) -> Tensor:
+    """bfloat16 of float32 `values`, up or down with a mean of `values`. Overwrites `values`.
+
+    bfloat16 is the upper half of float32: adding a random number below 2**16 to the lower half carries into the upper
+    one with exactly the right probability, away from zero for either sign.
+    """
+    bits = values.view(torch.int32)
+    bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+    bits &= -(1 << 16)
+    return values.to(torch.bfloat16)
+
+
+def _fused_step(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: Tensor, group: dict[str, Any]
+) -> None:
+    adamw(
+        [weight], [grad], [mean], [square], [], [step],
+        fused=True, amsgrad=False, maximize=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+        eps=group["eps"], weight_decay=group["weight_decay"],
+    )  # fmt: skip
+
+
+class OffloadedAdamW(_ExactState, Optimizer):
     """AdamW whose float32 weights and moments stay in host memory and whose step runs there, fused.
 
     Takes 12 bytes of host memory a weight, and on the device nothing but the weights (of any dtype) and gradients.
@@ -168,21 +234,14 @@ class OffloadedAdamW(Optimizer):
             if event is not None:
                 event.synchronize()
             state = self.state[p]
-            adamw(
-                [state["master"]], [staged.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-                fused=True, amsgrad=False, maximize=False, lr=group["lr"], beta1=group["betas"][0],
-                beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
-            )  # fmt: skip
+            _fused_step(state["master"], staged.float(), state["exp_avg"], state["exp_avg_sq"], state["step"], group)
             with self._beside():
                 p.copy_(staged.copy_(state["master"]), non_blocking=True)
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        # torch moves what it loads to the weights' device and dtype.
-        for parameter, values in _by_parameter(self, state_dict):
-            self.state[parameter] = {key: value.cpu() for key, value in values.items()}
+    def place(self, parameter: Tensor, key: str) -> torch.device:
+        return torch.device("cpu")
 
     def _prepare(self, parameters: list[Tensor]) -> None:
         on_gpu = parameters[0].is_cuda
@@ -240,7 +299,7 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
     Raises:
         UserError: the state belongs to other parameters.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     state: dict[int, dict[str, Any]] = {}
     quantised: dict[int, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -278,9 +337,9 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _by_parameter(optimizer: Optimizer, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [(parameters[index], values) for index, values in state_dict["state"].items()]
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    """In the order of their numbers in `state_dict`."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
