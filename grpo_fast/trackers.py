@@ -58,7 +58,7 @@ class Trackers:
             raise UserError(f"report_to={config.report_to} could not be started: {one_line(error)}") from None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self._each("log", metrics, step=step)
+        self._each("log", {name: value for name, value in metrics.items() if name != "step"}, step=step)
 
     def _each(self, method: str, *args: Any, **kwargs: Any) -> None:
         working: list[GeneralTracker] = []

@@ -293,6 +293,7 @@ def test_long_runs_are_thinned():
     curves = draw_curves([step_metrics(step) for step in range(1, 10 * MOST_POINTS)], {})
     assert len(curves.steps) <= MOST_POINTS
     assert {len(chart.values) for chart in curves.charts} == {len(curves.steps)}
+    assert curves.width == 10
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (1e-5, 1e-5), (-2.0, -2.0), (0.3, 0.31), (-1e9, 1e9)])

@@ -48,6 +48,7 @@ def test_tensorboard_holds_the_run(tmp_path):
     assert [m["step"] for m in metrics] == [2, 3]
     for name in ("reward", "rewards/exact_answer/mean", "loss", "memory/peak_rss_gib"):
         assert series[name] == [(m["step"], pytest.approx(m[name])) for m in metrics]
+    assert "step" not in series
     assert [step for step, _ in series["eval/rewards/exact_answer/mean"]] == [0, 3]
     (written,) = (tmp_path / "tensorboard").rglob("hparams.yml")
     assert "learning_rate: 0.001" in written.read_text()
@@ -106,11 +107,12 @@ def test_hyperparameters_are_flat(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_hosted_trackers_offline(tmp_path, package, monkeypatch):
-    pytest.importorskip(package)
+def test_hosted_trackers_offline(tmp_path, package, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip(package)
     GRPOTrainer(config(tmp_path / "run", report_to=[package])).train()
+    assert "gets no more figures" not in capsys.readouterr().out
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb") if package == "wandb" else
                 (tmp_path / "trackio").glob("grpo-fast*"))  # fmt: skip
 

@@ -10,9 +10,9 @@ from grpo_fast.report.curves import column, smooth
 
 # The drawing and the space for its axes, in units of the SVG.
 WIDTH, HEIGHT = 340, 172
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 22
-# Steps drawn at most; more are averaged, which shows at no size.
-MOST_POINTS = 400
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 10, 22
+# Points of a line at most; of longer runs several steps are averaged.
+MOST_POINTS = 1000
 
 # title, metric, colour; a band of (lowest, highest) around it. In the order of the page.
 CHARTS = [
@@ -59,8 +59,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curves:
+    """The charts of a run, with one point for `width` logged steps each."""
+
     steps: list[float] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
+    width: int = 1
 
 
 def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curves:
@@ -94,7 +97,7 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
                 held_out = [("before", steps[0], summary.get("before")), ("after", steps[-1], summary.get("after"))]
             lines = [values, smooth(values), *(column(history, name) for name in band or ())]
             charts.append(_chart(title, color, steps, [thin(line) for line in lines], held_out))
-    return Curves(steps, charts)
+    return Curves(steps, charts, width_of(len(history)))
 
 
 def _chart(title: str, color: str, steps: list[float], lines: list[list[float]], held_out: list[tuple]) -> Chart:
@@ -125,10 +128,15 @@ def _chart(title: str, color: str, steps: list[float], lines: list[list[float]],
     )  # fmt: skip
 
 
+def width_of(steps: int) -> int:
+    """How many steps a point stands for."""
+    return max(math.ceil(steps / MOST_POINTS), 1)
+
+
 def thin(values: list[float]) -> list[float]:
     """At most MOST_POINTS values: means of as many neighbours as that takes."""
-    width = math.ceil(len(values) / MOST_POINTS)
-    if width <= 1:
+    width = width_of(len(values))
+    if width == 1:
         return values
     chunks = [[v for v in values[start : start + width] if v == v] for start in range(0, len(values), width)]
     return [sum(chunk) / len(chunk) if chunk else math.nan for chunk in chunks]

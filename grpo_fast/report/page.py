@@ -18,7 +18,7 @@ from grpo_fast.report.run import Run, read_completions, read_run
 from grpo_fast.report.summary import clock, is_share, show
 
 HERE = Path(__file__).parent
-COLORS = ("blue", "green", "amber", "violet", "red", "teal", "grey")
+COLORS = ("blue", "amber", "green", "violet", "red", "teal", "pink", "olive", "grey")
 # Longer texts are folded.
 FOLD_AFTER = 600
 
