@@ -48,7 +48,7 @@ from grpo_fast.optimizers import build_optimizer, check_optimizer, load_optimize
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
-from grpo_fast.report import Summary, plot_run, write_config, write_json, write_report
+from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, TransformersRollout
 from grpo_fast.trackers import Trackers, tracker_arguments
@@ -153,6 +153,9 @@ class GRPOTrainer:
             remove_leftovers(folder)
         written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
         write_config(folder / "config.yaml", written)
+        if self.accelerator.device.type == "cuda":
+            longest = max(map(len, self.train_prompts))
+            write_plan(folder / "memory_plan.json", config, self.model.config, longest)
         metric = self.rewards.names[self.metric]
         history = cut_metrics(folder / "metrics.jsonl", self.step)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))

@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from grpo_fast.cli import main
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.report import Summary, plot_run, write_config, write_report
+from grpo_fast.report import Summary, plot_run, write_config, write_plan, write_report
 from grpo_fast.report.charts import MOST_POINTS, draw_curves, figure, path, thin, ticks
 from grpo_fast.report.page import split_config
 from grpo_fast.report.run import SHOWN_PROMPTS, SHOWN_STEPS, read_completions
@@ -234,6 +235,15 @@ def test_memory_beside_the_plan(folder):
     assert "planned, training 3.00 GiB planned, rollout 2.50 GiB measured peak 3.50 GiB" in made.words
     widths = [a["style"] for a in made.named("span") if "style" in a]
     assert widths == ["width:57.143%", "width:28.571%", "width:57.143%", "width:14.286%", "width:100.000%"]
+
+
+def test_the_plan_of_a_model(tmp_path):
+    model = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = GRPOConfig("m", dataset_name="d", reward_funcs=["right"])
+    write_plan(tmp_path / "memory_plan.json", config, model, 16)
+    plan = json.loads((tmp_path / "memory_plan.json").read_text())
+    assert set(plan) == {"training", "rollout"}
+    assert sum(plan["training"].values()) > sum(plan["rollout"].values()) > 4 * 2 * 64 * 32
 
 
 def test_configuration_changed_fields_first(folder):

@@ -113,7 +113,7 @@ def plan_bars(run: Run) -> dict[str, Any]:
     measured = [peak * 2**30 for peak in _known(run, "memory/peak_allocated_gib")]
     widest = max([sum(parts.values()) for parts in phases.values()] + measured)
     names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
-    colors = {part: COLORS[index % len(COLORS)] for index, part in enumerate(names)}
+    colors = {part: COLORS[i % len(COLORS)] + " faded" * (i // len(COLORS)) for i, part in enumerate(names)}
     bars = [
         (
             f"planned, {phase}",
