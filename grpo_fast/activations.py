@@ -137,8 +137,8 @@ class ActivationOffloader:
     """Moves what layers save to host memory in the forward, and back one layer ahead in the backward.
 
     On a GPU the copies run on a stream of their own, beside the computation. A tensor's memory on the device is free
-    once the next layer begins, which waits for the copy; so no more than one layer's input is on its way out, however
-    far the CPU has run ahead. Host buffers are pinned, have a power of two bytes (pinned memory comes in no other
+    once the next layer begins, which waits for the copy; so no more than one layer's tensors are on their way out,
+    however far the CPU has run ahead. Host buffers are pinned, have a power of two bytes (pinned memory comes in no other
     sizes) and are reused in every step. On a CPU the copies are plain ones.
 
     Attributes:
@@ -151,7 +151,7 @@ class ActivationOffloader:
         self.offloaded_tensors = self.offloaded_bytes = self.buffer_bytes = 0
         self.free: list[Tensor] = []
         self.stream: torch.Stream | None = None
-        self.leaving: Saved | None = None
+        self.leaving: list[Saved] = []
         self.latest: Callable[[], Saved | None] = lambda: None
         # By address: the storage, which may be gone and its address taken by another one, and what was saved of it.
         self.seen: dict[tuple, tuple[StorageWeakRef, Callable[[], Saved | None]]] = {}
@@ -195,14 +195,14 @@ class ActivationOffloader:
         with self._beside(tensor.device):
             _view(saved).copy_(tensor, non_blocking=True)
             saved.arrived = None if self.stream is None else self.stream.record_event()
-        self.leaving = saved
+        self.leaving.append(saved)
 
     def _let_go(self) -> None:
         """Free the memory of what is on its way out. The stream of the computation, not the CPU, waits for the copy."""
-        saved, self.leaving = self.leaving, None
-        if saved is not None:
+        for saved in self.leaving:
             self._wait(saved)
             saved.tensor = None
+        self.leaving.clear()
 
     def _unpack(self, saved: Saved | Tensor) -> Tensor:
         if isinstance(saved, Tensor):
