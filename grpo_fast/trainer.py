@@ -112,7 +112,7 @@ class GRPOTrainer:
         prepare_activations(model, config)
 
         policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
-        self.optimizer = build_optimizer(policy, config, self.accelerator.device)
+        self.optimizer = build_optimizer(policy, config)
         policy.to(self.accelerator.device).eval().check_head(self.train_prompts[0])
         self.packed = policy.check_packing(self.train_prompts[0], config.padding_free)
         if config.share_prompts == "always" and not self.packed:
