@@ -8,14 +8,15 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help demo demo-seeds smollm2 test test-peers test-gpu fuzz doctor sanitize bench bench-race bench-gpu bench-ops \
-	plots lint clean
+.PHONY: help demo demo-seeds smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench bench-race \
+	bench-gpu bench-ops plots lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
 	@echo "make demo-seeds  the demo with three seeds"
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
+	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
 	@echo "make test-peers  the losses against TRL's and Liger's own code"
 	@echo "make test-gpu    the operations' tests on this machine's GPU"
 	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"
@@ -59,6 +60,12 @@ smollm2: $(VENV)/.smollm2
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark" $(ARGS)
+
+# How often.
+KILLS ?= 20
+
+test-kill: $(VENV)/.dev
+	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/test_resume.py -k random_moments $(ARGS)
 
 GPU_TESTS := $(addprefix tests/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py generated.py \
 	triton.py gpu.py)
