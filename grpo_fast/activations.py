@@ -138,8 +138,8 @@ class ActivationOffloader:
 
     On a GPU the copies run on a stream of their own, beside the computation. A tensor's memory on the device is free
     once the next layer begins, which waits for the copy; so no more than one layer's tensors are on their way out,
-    however far the CPU has run ahead. Host buffers are pinned, have a power of two bytes (torch pins no other sizes) and
-    are reused in every step. On a CPU the copies are plain ones.
+    however far the CPU has run ahead. Host buffers are pinned, of a power of two bytes (torch pins no other sizes), and
+    reused in every step. On a CPU the copies are plain ones.
 
     Attributes:
         offloaded_tensors, offloaded_bytes: moved to host memory since the start.
