@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``."""
+"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``, ``plan`` with the same, and ``report``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
 Train a model with GRPO. Every field of the configuration can be set on the command line.
 
+  grpo-fast plan CONFIG.yaml --vram 24GiB     what a run takes in memory, and whether it fits
   grpo-fast train --help                      all fields, with their meaning
   grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
   grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
@@ -28,7 +29,7 @@ FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
+    """Entry point; returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -157,7 +158,58 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "report": report}
+PLAN_USAGE = """usage: grpo-fast plan [CONFIG.yaml] --vram SIZE [--prompt_tokens 512] [--field value ...]
+
+Add up what a run takes in memory, from the model's configuration alone: no weights, no GPU, no data.
+The exit status is 1 where it does not fit.
+
+  --vram SIZE          memory of the GPU: 24GiB, 80GB (default: that of the GPU at hand)
+  --prompt_tokens N    length of the longest prompt (default: 512)
+  --model NAME         short for --model_name_or_path; also a config.json or the folder of one
+  --field value        any field of the configuration, as for train"""
+
+
+def plan(argv: Sequence[str]) -> int:
+    argv = ["--model_name_or_path" + a.removeprefix("--model") if re.match(r"--model(=|$)", a) else a for a in argv]
+    if "--help" in argv or "-h" in argv:
+        print(PLAN_USAGE)
+        return 0
+    vram, argv = _take(argv, "--vram")
+    prompt_tokens, argv = _take(argv, "--prompt_tokens", "512")
+    if not prompt_tokens.isdecimal() or not int(prompt_tokens):
+        raise UserError(f"--prompt_tokens={prompt_tokens!r} is not allowed: it must be a number of tokens, at least 1")
+    # A plan needs no data and no rewards; their fields have to hold something.
+    config = parse_config([*argv, "--dataset_name=any", "--reward_funcs=[any]", "--reward_weights=null"])
+    transformers = import_extra("transformers", "train")
+    transformers.utils.logging.set_verbosity_error()
+    import torch
+
+    from grpo_fast.plan_report import parse_size, print_plan
+
+    if vram is not None:
+        size = parse_size(vram)
+    elif torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    else:
+        raise UserError("there is no GPU here whose memory could be read; say it with --vram 24GiB")
+    return 0 if print_plan(config, size, int(prompt_tokens)) else 1
+
+
+def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str | None, list[str]]:
+    """The value of an option of the command's own, and the arguments without it."""
+    value, rest = default, []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.split("=")[0] != option:
+            rest.append(argument)
+            continue
+        value = argument.split("=", 1)[1] if "=" in argument else next(arguments, None)
+        if not value:
+            raise UserError(f"{option} needs a value")
+    return value, rest
+
+
+COMMANDS = {"train": train, "plan": plan, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,400 @@
+"""What a run needs in memory, before it is started: the parts of training and of sampling, in bytes.
+
+    plan = plan_memory(config, model_config)
+    plan.training, plan.rollout     the parts at the fullest moment of each
+    plan.fits(24 << 30)
+
+Parameters are counted on the model itself, built without storage; activations are those that autograd keeps
+(`memory_trace`); the head, the optimizer and the KV cache follow from their shapes. Sampling uses the policy's own
+weights, so the optimizer's state stays beside it, while gradients and activations are gone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError
+from grpo_fast.memory_trace import Setup, Traced, Tracer, weights_dtype
+from grpo_kernels._common import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+from grpo_kernels._head import CPU_BLOCK_BYTES, NARROW_COPIES, equal_parts
+
+GIB = 1 << 30
+# Left free: the CUDA context with its libraries, and what the allocator cannot use between blocks. Not measured here.
+CONTEXT_BYTES = GIB
+FRAGMENTATION = 0.05
+# Elements that share a scale: of 4-bit weights, of those scales where they are quantised too, of 8-bit moments.
+BLOCK_4BIT, BLOCK_SCALES, BLOCK_8BIT = 64, 256, 256
+# Below this size a moment is not quantised.
+LEAST_8BIT = 4096
+# Layers whose inputs are on the device while the others' are in host memory: in use, and on their way.
+LAYERS_IN_FLIGHT = 2
+# float32 copies of the sampled tokens' logits: upcast, divided by the temperature, probabilities.
+LOGIT_COPIES = 3
+# Filters sort: values, int64 indices, cumulated probabilities.
+SORTED_BYTES = 16
+# Lengths at which activations are traced to find the longest answer; in between they are interpolated.
+LENGTHS = [1024 << (2 * step) for step in range(6)]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run by part.
+
+    Attributes:
+        moments: the parts at every moment that may be the fullest: ``head``, ``layers`` (their backward),
+            ``reference`` (where there is one) and ``rollout``.
+        host: what is kept in host memory instead.
+        parameters: number of weights.
+        trained: number of those, or of the adapters', that are trained.
+        tokens: positions of one microbatch.
+        sequences: completions sampled at once.
+    """
+
+    moments: dict[str, dict[str, int]]
+    host: dict[str, int]
+    parameters: int
+    trained: int
+    tokens: int
+    sequences: int
+
+    @property
+    def training(self) -> dict[str, int]:
+        return max((parts for name, parts in self.moments.items() if name != "rollout"), key=total)
+
+    @property
+    def rollout(self) -> dict[str, int]:
+        return self.moments["rollout"]
+
+    @property
+    def peak(self) -> int:
+        return max(map(total, self.moments.values()))
+
+    def fits(self, vram: int) -> bool:
+        return self.peak <= usable(vram)
+
+
+def total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def usable(vram: int) -> int:
+    """Bytes of a device that a plan may fill."""
+    return int((1 - FRAGMENTATION) * vram) - CONTEXT_BYTES
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Counts of a model, and bytes of what belongs to its parameters."""
+
+    parameters: int
+    trained: int
+    bytes: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    head_bytes: int
+    head_trained: bool
+    largest_4bit: int
+
+
+def count_weights(model: nn.Module, config: GRPOConfig) -> Weights:
+    """Count the parameters of a model, which may be on the meta device; tied ones count once."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear output head, but {type(head).__name__}")
+    named = dict(model.named_parameters())
+    adapters = {id(p) for name, p in named.items() if "lora_" in name}
+    quantised = {}
+    if config.load_in_4bit:
+        linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        quantised = {
+            id(m.weight): m.weight for m in linear if m.weight is not head.weight and id(m.weight) not in adapters
+        }
+    own = [p for p in named.values() if id(p) not in adapters]
+    trained = [p for p in named.values() if p.requires_grad]
+    return Weights(
+        parameters=sum(p.numel() for p in own),
+        trained=sum(p.numel() for p in trained),
+        bytes=sum(_bytes_4bit(p.numel(), config) if id(p) in quantised else _bytes(p) for p in own),
+        adapters=sum(_bytes(p) for p in named.values() if id(p) in adapters),
+        gradients=sum(map(_bytes, trained)),
+        optimizer=sum(_optimizer_bytes(p.numel(), config) for p in trained),
+        head_bytes=_bytes(head.weight),
+        head_trained=head.weight.requires_grad,
+        largest_4bit=max(map(_bytes, quantised.values()), default=0),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes_4bit(count: int, config: GRPOConfig) -> int:
+    blocks = math.ceil(count / BLOCK_4BIT)
+    scales = blocks + 4 * math.ceil(blocks / BLOCK_SCALES) if config.use_bnb_nested_quant else 4 * blocks
+    return math.ceil(count / 2) + scales
+
+
+def _optimizer_bytes(count: int, config: GRPOConfig) -> int:
+    """Two moments: float32, or 8 bits with a float32 scale a block. In host memory the float32 weights join them."""
+    if config.optim_offload:
+        return 12 * count
+    if config.optim == "adamw_torch_fused" or count < LEAST_8BIT:
+        return 8 * count
+    if config.optim == "adamw_torch_8bit" and count % BLOCK_8BIT:
+        return 8 * count
+    return 2 * (count + 4 * math.ceil(count / BLOCK_8BIT))
+
+
+def plan_memory(
+    config: GRPOConfig, model_config: Any, prompt_tokens: int = 512, tracer: Tracer | None = None
+) -> MemoryPlan:
+    """The memory of a run, with every completion as long as `max_completion_length`.
+
+    Args:
+        config: the run.
+        model_config: the model's transformers configuration.
+        prompt_tokens: length of the longest prompt.
+        tracer: keeps traces of the same model from earlier plans.
+
+    Raises:
+        UserError: the model cannot be built or followed.
+    """
+    tracer = tracer or Tracer(model_config)
+    return _Planner(config, tracer, prompt_tokens).plan(config.max_completion_length)
+
+
+class _Planner:
+    """The plans of one configuration for answers of any length."""
+
+    def __init__(self, config: GRPOConfig, tracer: Tracer, prompt_tokens: int):
+        self.config, self.tracer, self.prompt_tokens = config, tracer, prompt_tokens
+        self.model_config = tracer.model_config
+        self.text = tracer.model_config.get_text_config()
+        self.weights = count_weights(tracer.model(config), config)
+        self.itemsize = weights_dtype(self.model_config, config).itemsize
+
+    def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
+        config, weights = self.config, self.weights
+        tokens = max(config.max_tokens_per_microbatch, self.prompt_tokens + answer)
+        setup = self.setup(tokens, answer)
+        traced = self.between(setup) if interpolated else self.tracer.trace(setup)
+        fixed = {"weights": weights.bytes, "adapters": weights.adapters}
+        host = {}
+        offloads = config.optim_offload or config.optim == "paged_adamw_8bit"
+        (host if offloads else fixed)["optimizer state"] = weights.optimizer
+        training = {**fixed, "gradients": weights.gradients, "unpacked 4-bit layer": weights.largest_4bit}
+        workspace = self.head_workspace(setup.predicted)
+        moments = {
+            "head": {**training, **self.named(traced.head, tokens, host), "head workspace": workspace},
+            "layers": {**training, **self.named(traced.peak, tokens, host)},
+        }
+        if config.objective().uses_reference and not config.use_peft:
+            host["reference"] = weights.bytes
+            scored = {"reference": weights.bytes, "head workspace": workspace}
+            forward = self.tracer.trace(replace(setup, training=False)) if not interpolated else Traced({}, {})
+            moments["reference"] = {**fixed, **scored, **self.named(forward.peak, tokens, {})}
+        sequences = self.sequences(answer)
+        moments["rollout"] = {**fixed, **self.sampling(sequences, self.prompt_tokens + answer)}
+        moments = {name: {part: int(n) for part, n in parts.items() if n >= 1} for name, parts in moments.items()}
+        return MemoryPlan(
+            moments, {part: int(n) for part, n in host.items()}, weights.parameters, weights.trained, tokens, sequences
+        )
+
+    def setup(self, tokens: int, answer: int) -> Setup:
+        """A microbatch of whole answers, which share prompts where rows are packed."""
+        config, prompt = self.config, self.prompt_tokens
+        shares = config.share_prompts != "never" and config.padding_free != "never"
+        together = min(max((tokens - prompt) // answer, 1), config.num_generations) if shares else 1
+        rows = max(tokens // (prompt + together * answer), 1)
+        gathered = (prompt + answer) * together / (prompt + together * answer)
+        predicted = min(rows * together * answer, tokens)
+        return Setup(config, self.text.num_hidden_layers, tokens, predicted, round(gathered, 3))
+
+    def between(self, setup: Setup) -> Traced:
+        """The trace of a length between two of `LENGTHS`. Peaks bend upwards, so a line lies above them."""
+        high = next((length for length in LENGTHS[1:] if length >= setup.tokens), LENGTHS[-1])
+        low = LENGTHS[LENGTHS.index(high) - 1]
+        ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0)) for t in (low, high)]
+        return ends[0].mixed(ends[1], (setup.tokens - low) / (high - low))
+
+    def named(self, traced: dict[str, float], tokens: int, host: dict[str, int]) -> dict[str, float]:
+        """The parts of a trace by the names of a plan, the layers' inputs apart where they are all that is kept."""
+        parts = dict(traced)
+        boundaries = 0
+        if self.config.gradient_checkpointing and "residual" in parts:
+            itemsize = 4 if self.config.bf16 else self.itemsize
+            layer = tokens * self.text.hidden_size * itemsize
+            # The first layer's input is the embedding's output.
+            boundaries = min(max(self.text.num_hidden_layers - 1, 0) * layer, int(parts["residual"]))
+            parts["residual"] -= boundaries
+            if self.config.activation_offloading:
+                stay = min(LAYERS_IN_FLIGHT * layer, boundaries)
+                host["layers' inputs"], boundaries = boundaries - stay, stay
+        return {
+            "embedding output": parts.get("embedding", 0),
+            "layers' inputs": boundaries,
+            "attention": parts.get("attention", 0),
+            "MLP": parts.get("mlp", 0),
+            "norms and residual": parts.get("residual", 0),
+            "head gradients": parts.get("head", 0),
+            "gradients in flight": parts.get("gradients", 0),
+        }
+
+    def head_workspace(self, predicted: int) -> int:
+        """The logits of a chunk and the narrow copies beside them, within the budget and not more than the rows need.
+
+        16-bit heads keep 16-bit logits on a GPU. On a CPU the entropies take two copies of a block of rows.
+        """
+        config, weights = self.config, self.weights
+        on_gpu = GPU_BUFFER_BYTES if weights.head_trained else FROZEN_GPU_BUFFER_BYTES
+        budget = config.max_buffer_bytes or (CPU_BUFFER_BYTES if config.use_cpu else on_gpu)
+        half = not config.use_cpu and (config.bf16 or self.itemsize == 2)
+        vocab = self.text.vocab_size
+        row = vocab * (2 if half else 4) + NARROW_COPIES * self.text.hidden_size * 4
+        if not config.use_cpu:
+            return row * equal_parts(predicted, budget // row)
+        rows = equal_parts(predicted, (budget - (CPU_BLOCK_BYTES if budget > 4 * CPU_BLOCK_BYTES else 0)) // row)
+        return row * rows + 2 * 4 * vocab * equal_parts(rows, CPU_BLOCK_BYTES // (4 * vocab))
+
+    def sequences(self, answer: int) -> int:
+        """Completions sampled at once: whole groups under the token budget, at least one."""
+        config = self.config
+        tokens = self.prompt_tokens + answer
+        groups = config.max_tokens_per_generation_batch // (config.num_generations * tokens)
+        training = min(max(groups, 1), config.prompts_per_step) * config.num_generations
+        groups = config.max_tokens_per_generation_batch // (config.num_generations_eval * tokens)
+        evaluation = min(max(groups, 1), config.max_eval_samples or math.inf) * config.num_generations_eval
+        return int(max(training, evaluation))
+
+    def sampling(self, sequences: int, length: int) -> dict[str, float]:
+        """The KV cache when all answers are at their longest, and the logits of one token each.
+
+        While a layer works, its cache exists twice, since it grows by copying, and once more with a key and value head
+        for each query head, which masked attention needs.
+        """
+        text, config = self.text, self.config
+        heads = text.num_attention_heads
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        window = getattr(text, "sliding_window", None) or length
+        lengths = [min(window, length) if kind == "sliding_attention" else length for kind in types]
+        token = 2 * sequences * dim * self.itemsize
+        filters = config.top_p < 1 or config.top_k > 0 or config.min_p
+        return {
+            "KV cache": token * key_heads * sum(lengths),
+            "KV cache of a layer, copied": token * max(lengths) * (key_heads / 2 + (heads if heads > key_heads else 0)),
+            "logits of a token": sequences
+            * text.vocab_size
+            * (self.itemsize + 4 * LOGIT_COPIES + (SORTED_BYTES if filters else 0)),
+        }
+
+    def longest(self, vram: int, shortest: int = 0) -> int:
+        """The longest answer, in tokens, with which the plan fits: 0 where none does, at most the model's positions."""
+        positions = getattr(self.text, "max_position_embeddings", None) or LENGTHS[-1]
+        low, high = shortest, max(positions - self.prompt_tokens, 0)
+        if high <= low or self.plan(high, True).fits(vram):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.plan(middle, True).fits(vram) else (low, middle)
+        return low
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What a change of the configuration buys: bytes in training and in sampling, and the longest answer with it."""
+
+    name: str
+    training: int
+    rollout: int
+    longest: int
+
+
+def possible_changes(config: GRPOConfig, prompt_tokens: int) -> dict[str, dict[str, Any]]:
+    """Changes that may save memory, by name; those that cost the least come first."""
+    sequence = prompt_tokens + config.max_completion_length
+    group = sequence * config.num_generations
+    checkpointing = {"gradient_checkpointing": True}
+    listed = {
+        f"max_tokens_per_microbatch={sequence}": {"max_tokens_per_microbatch": sequence},
+        f"max_tokens_per_generation_batch={group}": {"max_tokens_per_generation_batch": group},
+        "gradient_checkpointing": checkpointing,
+        "tiled_mlp": {"tiled_mlp": True},
+        "activation_offloading": {**checkpointing, "activation_offloading": True},
+        "max_buffer_mib=128": {"max_buffer_mib": 128},
+        "dtype=bfloat16": {"dtype": "bfloat16", "bf16": False},
+        "optim=adamw_torch_8bit": {"optim": "adamw_torch_8bit", "optim_offload": False},
+        "optim_offload": {"optim": "adamw_torch_fused", "optim_offload": True},
+        "use_peft": {"use_peft": True},
+        "load_in_4bit (with use_peft)": {"use_peft": True, "load_in_4bit": True},
+        "num_generations=4": {"num_generations": 4, "max_tokens_per_generation_batch": 4 * sequence},
+    }
+    impossible = []
+    if config.use_cpu:
+        impossible += ["optim_offload", "activation_offloading"]
+    if config.dtype == "auto" or config.optim in ("adamw_8bit", "paged_adamw_8bit"):
+        impossible += ["dtype=bfloat16"]
+    if config.num_generations <= 4 or config.generation_batch_size % 4:
+        impossible += ["num_generations=4"]
+    return {
+        name: changes
+        for name, changes in listed.items()
+        if name not in impossible and any(_lowers(config, field, value) for field, value in changes.items())
+    }
+
+
+def _lowers(config: GRPOConfig, field: str, value: Any) -> bool:
+    now = getattr(config, field)
+    return value < (now or math.inf) if field.startswith("max_") else now != value
+
+
+def switches(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> list[Switch]:
+    """Each change alone, in the order of what it saves; those that buy nothing are left out."""
+
+    def measure(config: GRPOConfig) -> tuple[MemoryPlan, int]:
+        return plan_memory(config, tracer.model_config, prompt_tokens, tracer), longest_answer(
+            config, tracer, vram, prompt_tokens
+        )
+
+    now, longest = measure(config)
+    found = []
+    for name, changes in possible_changes(config, prompt_tokens).items():
+        plan, answer = measure(replace(config, **changes))
+        training = total(now.training) - total(plan.training)
+        found.append((now.peak - plan.peak, Switch(name, training, total(now.rollout) - total(plan.rollout), answer)))
+    useful = [entry for entry in found if max(*entry[:1], entry[1].training) > 0 or entry[1].longest > longest]
+    useful.sort(key=lambda entry: (-entry[0], -entry[1].longest, -entry[1].training))
+    return [switch for _, switch in useful]
+
+
+def smallest_remedy(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> list[str] | None:
+    """Names of the fewest changes with which the plan fits; None where not even all of them suffice."""
+    changes = possible_changes(config, prompt_tokens)
+
+    def fits(names: tuple[str, ...]) -> bool:
+        merged: dict[str, Any] = {}
+        for name in names:
+            for field, value in changes[name].items():
+                merged[field] = min(value, merged.get(field, value)) if field.startswith("max_") else value
+        return plan_memory(replace(config, **merged), tracer.model_config, prompt_tokens, tracer).fits(vram)
+
+    if not fits(tuple(changes)):
+        return None
+    sizes = range(1, len(changes) + 1)
+    return next((list(names) for size in sizes for names in combinations(changes, size) if fits(names)), None)
+
+
+def longest_answer(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> int:
+    """The longest answer that fits, in tokens; 0 where none does."""
+    planner = _Planner(config, tracer, prompt_tokens)
+    fits = planner.plan(config.max_completion_length).fits(vram)
+    return planner.longest(vram, config.max_completion_length if fits else 0)
