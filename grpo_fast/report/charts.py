@@ -10,7 +10,7 @@ from grpo_fast.report.curves import column, smooth
 
 # The drawing and the space for its axes, in units of the SVG.
 WIDTH, HEIGHT = 340, 172
-LEFT, RIGHT, TOP, BOTTOM = 54, 8, 10, 22
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 22
 # Points of a line at most; of longer runs several steps are averaged.
 MOST_POINTS = 1000
 
