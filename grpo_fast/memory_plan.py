@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -48,8 +47,8 @@ class MemoryPlan:
     """Bytes of a run by part.
 
     Attributes:
-        moments: the parts at every moment that may be the fullest: ``head``, ``layers`` (their backward),
-            ``reference`` (where there is one) and ``rollout``.
+        moments: the parts at every moment that may be the fullest: ``head``, ``backward``, ``reference`` (its
+            scoring, where it is a copy) and ``rollout``.
         host: what is kept in host memory instead.
         parameters: number of weights.
         trained: number of those, or of the adapters', that are trained.
@@ -184,23 +183,27 @@ class _Planner:
     def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
         config, weights = self.config, self.weights
         tokens = max(config.max_tokens_per_microbatch, self.prompt_tokens + answer)
-        setup = self.setup(tokens, answer)
-        traced = self.between(setup) if interpolated else self.tracer.trace(setup)
-        fixed = {"weights": weights.bytes, "adapters": weights.adapters}
+        setup, trace = self.setup(tokens, answer), self.between if interpolated else self.tracer.trace
+        traced = trace(setup)
+        fixed = {
+            "weights": weights.bytes,
+            "unpacked 4-bit layer": weights.largest_4bit,
+            "adapters": weights.adapters,
+        }
         host = {}
         offloads = config.optim_offload or config.optim == "paged_adamw_8bit"
         (host if offloads else fixed)["optimizer state"] = weights.optimizer
-        training = {**fixed, "gradients": weights.gradients, "unpacked 4-bit layer": weights.largest_4bit}
+        training = {**fixed, "gradients": weights.gradients}
         workspace = self.head_workspace(setup.predicted)
         moments = {
             "head": {**training, **self.named(traced.head, tokens, host), "head workspace": workspace},
-            "layers": {**training, **self.named(traced.peak, tokens, host)},
+            "backward": {**training, **self.named(traced.peak, tokens, host)},
         }
         if config.objective().uses_reference and not config.use_peft:
             host["reference"] = weights.bytes
             scored = {"reference": weights.bytes, "head workspace": workspace}
-            forward = self.tracer.trace(replace(setup, training=False)) if not interpolated else Traced({}, {})
-            moments["reference"] = {**fixed, **scored, **self.named(forward.peak, tokens, {})}
+            forward = trace(replace(setup, training=False)).peak
+            moments["reference"] = {**fixed, **scored, **self.named(forward, tokens)}
         sequences = self.sequences(answer)
         moments["rollout"] = {**fixed, **self.sampling(sequences, self.prompt_tokens + answer)}
         moments = {name: {part: int(n) for part, n in parts.items() if n >= 1} for name, parts in moments.items()}
@@ -225,19 +228,22 @@ class _Planner:
         ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0)) for t in (low, high)]
         return ends[0].mixed(ends[1], (setup.tokens - low) / (high - low))
 
-    def named(self, traced: dict[str, float], tokens: int, host: dict[str, int]) -> dict[str, float]:
-        """The parts of a trace by the names of a plan, the layers' inputs apart where they are all that is kept."""
+    def named(self, traced: dict[str, float], tokens: int, host: dict[str, int] | None = None) -> dict[str, float]:
+        """The parts of a trace by the names of a plan, the layers' inputs apart where they are kept."""
         parts = dict(traced)
         boundaries = 0
-        if self.config.gradient_checkpointing and "residual" in parts:
+        if self.config.gradient_checkpointing and host is not None:
             itemsize = 4 if self.config.bf16 else self.itemsize
             layer = tokens * self.text.hidden_size * itemsize
             # The first layer's input is the embedding's output.
-            boundaries = min(max(self.text.num_hidden_layers - 1, 0) * layer, int(parts["residual"]))
-            parts["residual"] -= boundaries
+            boundaries = min(max(self.text.num_hidden_layers - 1, 0) * layer, int(parts.get("residual", 0)))
+            parts["residual"] = parts.get("residual", 0) - boundaries
             if self.config.activation_offloading:
+                boundaries += int(parts.pop("embedding", 0))
                 stay = min(LAYERS_IN_FLIGHT * layer, boundaries)
-                host["layers' inputs"], boundaries = boundaries - stay, stay
+                # Pinned buffers have sizes of powers of two.
+                host["layers' inputs"] = (boundaries - stay) // layer * (1 << (layer - 1).bit_length())
+                boundaries = stay
         return {
             "embedding output": parts.get("embedding", 0),
             "layers' inputs": boundaries,
@@ -307,90 +313,6 @@ class _Planner:
             middle = (low + high) // 2
             low, high = (middle, high) if self.plan(middle, True).fits(vram) else (low, middle)
         return low
-
-
-@dataclass(frozen=True)
-class Switch:
-    """What a change of the configuration buys: bytes in training and in sampling, and the longest answer with it."""
-
-    name: str
-    training: int
-    rollout: int
-    longest: int
-
-
-def possible_changes(config: GRPOConfig, prompt_tokens: int) -> dict[str, dict[str, Any]]:
-    """Changes that may save memory, by name; those that cost the least come first."""
-    sequence = prompt_tokens + config.max_completion_length
-    group = sequence * config.num_generations
-    checkpointing = {"gradient_checkpointing": True}
-    listed = {
-        f"max_tokens_per_microbatch={sequence}": {"max_tokens_per_microbatch": sequence},
-        f"max_tokens_per_generation_batch={group}": {"max_tokens_per_generation_batch": group},
-        "gradient_checkpointing": checkpointing,
-        "tiled_mlp": {"tiled_mlp": True},
-        "activation_offloading": {**checkpointing, "activation_offloading": True},
-        "max_buffer_mib=128": {"max_buffer_mib": 128},
-        "dtype=bfloat16": {"dtype": "bfloat16", "bf16": False},
-        "optim=adamw_torch_8bit": {"optim": "adamw_torch_8bit", "optim_offload": False},
-        "optim_offload": {"optim": "adamw_torch_fused", "optim_offload": True},
-        "use_peft": {"use_peft": True},
-        "load_in_4bit (with use_peft)": {"use_peft": True, "load_in_4bit": True},
-        "num_generations=4": {"num_generations": 4, "max_tokens_per_generation_batch": 4 * sequence},
-    }
-    impossible = []
-    if config.use_cpu:
-        impossible += ["optim_offload", "activation_offloading"]
-    if config.dtype == "auto" or config.optim in ("adamw_8bit", "paged_adamw_8bit"):
-        impossible += ["dtype=bfloat16"]
-    if config.num_generations <= 4 or config.generation_batch_size % 4:
-        impossible += ["num_generations=4"]
-    return {
-        name: changes
-        for name, changes in listed.items()
-        if name not in impossible and any(_lowers(config, field, value) for field, value in changes.items())
-    }
-
-
-def _lowers(config: GRPOConfig, field: str, value: Any) -> bool:
-    now = getattr(config, field)
-    return value < (now or math.inf) if field.startswith("max_") else now != value
-
-
-def switches(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> list[Switch]:
-    """Each change alone, in the order of what it saves; those that buy nothing are left out."""
-
-    def measure(config: GRPOConfig) -> tuple[MemoryPlan, int]:
-        return plan_memory(config, tracer.model_config, prompt_tokens, tracer), longest_answer(
-            config, tracer, vram, prompt_tokens
-        )
-
-    now, longest = measure(config)
-    found = []
-    for name, changes in possible_changes(config, prompt_tokens).items():
-        plan, answer = measure(replace(config, **changes))
-        training = total(now.training) - total(plan.training)
-        found.append((now.peak - plan.peak, Switch(name, training, total(now.rollout) - total(plan.rollout), answer)))
-    useful = [entry for entry in found if max(*entry[:1], entry[1].training) > 0 or entry[1].longest > longest]
-    useful.sort(key=lambda entry: (-entry[0], -entry[1].longest, -entry[1].training))
-    return [switch for _, switch in useful]
-
-
-def smallest_remedy(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> list[str] | None:
-    """Names of the fewest changes with which the plan fits; None where not even all of them suffice."""
-    changes = possible_changes(config, prompt_tokens)
-
-    def fits(names: tuple[str, ...]) -> bool:
-        merged: dict[str, Any] = {}
-        for name in names:
-            for field, value in changes[name].items():
-                merged[field] = min(value, merged.get(field, value)) if field.startswith("max_") else value
-        return plan_memory(replace(config, **merged), tracer.model_config, prompt_tokens, tracer).fits(vram)
-
-    if not fits(tuple(changes)):
-        return None
-    sizes = range(1, len(changes) + 1)
-    return next((list(names) for size in sizes for names in combinations(changes, size) if fits(names)), None)
 
 
 def longest_answer(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> int:

@@ -2,13 +2,14 @@
 
 The model runs as it is trained, with adapters and checkpointing, on tensors that have a shape and no content, and
 autograd decides what lives how long. Stood in for is what looks at content or needs a GPU: attention (flash-attention
-keeps queries, keys, values, outputs and log-sum-exps), the output head (it keeps its gradients), tiles of the MLP, and
-4-bit layers (16-bit ones whose weights are not counted).
+keeps queries, keys, values, outputs and log-sum-exps), the output head (it keeps its gradients), liger-kernel's fused
+layers (by the model's own) and 4-bit layers (by 16-bit ones whose weights are not counted).
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, weakref
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from grpo_fast.activations import prepare_activations
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.models import add_adapter
@@ -159,26 +161,6 @@ class _Head(torch.autograd.Function):
         return *made, None
 
 
-class _Tiled(torch.autograd.Function):
-    """liger-kernel's tiled MLP: the input alone is kept, and tiles of it are computed anew in the backward."""
-
-    @staticmethod
-    def forward(ctx, x, forward, size):
-        ctx.save_for_backward(x)
-        ctx.forward, ctx.size = forward, size
-        return torch.cat([forward(tile) for tile in x.split(size, -2)], -2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        made = torch.zeros_like(x)
-        for tile, upstream in zip(x.split(ctx.size, -2), grad.split(ctx.size, -2), strict=True):
-            with torch.enable_grad():
-                out = ctx.forward(tile.detach().requires_grad_())
-            torch.autograd.backward(out, upstream)
-        return made, None, None
-
-
 @dataclass(frozen=True)
 class Setup:
     """All that decides what autograd keeps; `tokens` positions, of which `predicted` reach the head.
@@ -207,7 +189,7 @@ class Traced:
 
     Attributes:
         head: while the head is computed.
-        peak: at the peak of the layers' backward (without training: of the forward).
+        peak: at the peak of the backward (without training: of the forward).
     """
 
     head: dict[str, float]
@@ -301,6 +283,8 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
         with torch.device("meta"):
             model = empty_model(model_config, config, setup.layers)
         if device == "cpu":
+            # What it cannot do is raised as well; its log would only bury the one line about it.
+            logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
             stack.enter_context(FakeTensorMode())
             _move(model, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -308,15 +292,10 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
             parameter.grad = torch.empty_like(parameter)
         ids = torch.zeros(1, setup.tokens, dtype=torch.int64, device=model.device)
         model.train(setup.training)
-        if config.gradient_checkpointing and setup.training:
-            # The older name is deprecated where the newer one exists.
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
-                {"use_reentrant": False}
-            )
+        as_trained = replace(config, activation_offloading=False, use_liger_kernel=False)
+        prepare_activations(model, as_trained if setup.training else replace(as_trained, gradient_checkpointing=False))
         live = LiveMemory([*model.parameters(), *model.buffers(), *(p.grad for p in trained), ids])
         live.watch(model)
-        if config.tiled_mlp:
-            _tile(model, model_config.get_text_config().hidden_size)
         stack.enter_context(live)
         stack.enter_context(torch.set_grad_enabled(setup.training))
 
@@ -346,9 +325,3 @@ def _move(model: nn.Module, device: str) -> None:
                         nn.Parameter(made, tensor.requires_grad) if tensors is module._parameters else made
                     )
                 tensors[name] = None if tensor is None else moved[id(tensor)]
-
-
-def _tile(model: nn.Module, size: int) -> None:
-    for name, module in model.named_modules():
-        if LABELS.get(name.rsplit(".", 1)[-1]) == "mlp":
-            module.forward = lambda x, forward=module.forward: _Tiled.apply(x, forward, size)

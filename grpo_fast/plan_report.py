@@ -19,11 +19,10 @@ from grpo_fast.memory_plan import (
     MemoryPlan,
     longest_answer,
     plan_memory,
-    smallest_remedy,
-    switches,
     total,
     usable,
 )
+from grpo_fast.memory_switches import smallest_remedy, switches
 from grpo_fast.memory_trace import Tracer
 from grpo_fast.models import BUILT_IN
 
@@ -31,8 +30,8 @@ WIDTH = 100
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
 MOMENTS = {
     "head": "training: head",
-    "layers": "training: layers",
-    "reference": "training: reference",
+    "backward": "training: backward",
+    "reference": "scoring reference",
     "rollout": "sampling",
 }
 

@@ -1,0 +1,283 @@
+"""The memory plan: parameters as real models have them, and the peak that a real step reaches on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+from grpo_fast.cli import main, parse_config
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data import check_lengths
+from grpo_fast.errors import UserError
+from grpo_fast.memory_plan import GIB, count_weights, longest_answer, plan_memory, total, usable
+from grpo_fast.memory_switches import smallest_remedy, switches
+from grpo_fast.memory_trace import Setup, Tracer, _trace
+from grpo_fast.models import add_adapter
+from grpo_fast.packing import Sample, build_microbatch, plan_rows, token_offsets
+from grpo_fast.plan_report import parse_size
+from grpo_fast.policy import FusedPolicy, LossInputs
+from tiny import SMALL
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"
+FIXED = ("weights", "adapters", "optimizer state", "gradients")
+RECIPES = [
+    ("qwen3_8b_gsm8k_24gb_lora", "qwen3_8b", 24 * GIB),
+    ("qwen3_8b_gsm8k_80gb_lora_64k", "qwen3_8b", 80 * 10**9),
+    ("qwen3_1.7b_full_24gb", "qwen3_1.7b", 24 * GIB),
+]
+PROMPT = 20
+
+
+def settings(**fields) -> GRPOConfig:
+    return GRPOConfig(**{"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"], **fields})
+
+
+def medium(**fields) -> Qwen3Config:
+    """A head large enough to matter, and layers that matter beside it."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 6, "vocab_size": 8192}
+    return Qwen3Config(**{**SMALL, **sizes, "max_position_embeddings": 4096, **fields})
+
+
+def read_config(name: str, **fields):
+    return AutoConfig.from_pretrained(DATA / f"{name}.json", **fields)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig, Gemma2Config, Qwen3MoeConfig])
+def test_parameters_are_those_of_the_real_model(kind, tied):
+    extra = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2} if kind is Qwen3MoeConfig else {}
+    model_config = kind(**{**SMALL, "head_dim": 8, "tie_word_embeddings": tied, **extra})
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+    real = {id(p): p for p in model.parameters()}.values()
+    plan = plan_memory(
+        settings(dtype="bfloat16", max_tokens_per_microbatch=64, max_completion_length=8), model_config, 8
+    )
+    assert plan.parameters == plan.trained == sum(p.numel() for p in real)
+    assert plan.rollout["weights"] == sum(p.numel() * p.element_size() for p in real)
+    config = settings(dtype="bfloat16", use_peft=True, lora_r=3, max_tokens_per_microbatch=64, max_completion_length=8)
+    add_adapter(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plan = plan_memory(config, model_config, 8)
+    assert plan.trained == sum(p.numel() for p in trained)
+    assert plan.training["gradients"] == sum(p.numel() * p.element_size() for p in trained)
+    assert plan.training["optimizer state"] == 8 * plan.trained
+
+
+def measured_peak(config: GRPOConfig, model_config, answer: int) -> int:
+    """Bytes that a second forward and backward take beyond what is there before it, as torch's allocator reports it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
+    if config.use_peft:
+        add_adapter(model, config)
+    if config.gradient_checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    policy = FusedPolicy(model, 1.0, config.max_buffer_bytes)
+    samples = [Sample(list(range(2, 2 + PROMPT)), torch.randint(2, 100, (answer,)).tolist(), 0)]
+    assert policy.check_packing(samples[0].prompt_ids, "always")
+    batch = build_microbatch(samples, plan_rows(samples, [0], 1 << 20), token_offsets(samples), 0, True)
+    inputs = LossInputs(config.objective(), torch.ones(answer), torch.full((answer,), 1 / answer))
+    policy.train()
+    policy(batch, inputs).loss.backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        policy(batch, inputs).loss.backward()
+    live = peak = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "stored"])
+@pytest.mark.parametrize(("answer", "max_buffer_mib"), [(300, 32), (1500, 32), (1500, 4)])
+def test_planned_peak_is_what_a_step_takes(use_peft, checkpointing, answer, max_buffer_mib):
+    model_config = medium(tie_word_embeddings=answer == 300)
+    config = settings(
+        use_peft=use_peft, gradient_checkpointing=checkpointing, max_completion_length=answer, use_cpu=True,
+        max_tokens_per_microbatch=PROMPT + answer, max_buffer_mib=max_buffer_mib,
+    )  # fmt: skip
+    plan = plan_memory(config, model_config, PROMPT)
+    planned = total(plan.training) - sum(plan.training.get(part, 0) for part in FIXED)
+    measured = measured_peak(config, model_config, answer)
+    print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB")
+    assert abs(planned - measured) < 0.1 * measured
+    if checkpointing:
+        tokens = PROMPT + answer
+        assert plan.training["layers' inputs"] == 5 * tokens * 128 * 4
+
+
+def test_head_and_backward_moments_each_decide_somewhere():
+    """The comparison above would not see a moment that is never the fullest."""
+    peaks = set()
+    for mib in (32, 4):
+        config = settings(
+            use_peft=True, gradient_checkpointing=True, max_completion_length=1500, max_buffer_mib=mib,
+            max_tokens_per_microbatch=1520, use_cpu=True,
+        )  # fmt: skip
+        moments = plan_memory(config, medium(), PROMPT).moments
+        peaks.add(max(("head", "backward"), key=lambda name: total(moments[name])))
+    assert peaks == {"head", "backward"}
+
+
+@pytest.mark.parametrize("kind", [Qwen3Config, Gemma2Config])
+def test_few_layers_tell_what_all_take(kind):
+    model_config = kind(**{**SMALL, "head_dim": 8, "num_hidden_layers": 12})
+    for fields in (
+        {"gradient_checkpointing": True},
+        {"use_peft": True},
+        {"bf16": True, "gradient_checkpointing": True},
+    ):
+        setup = Setup(settings(**fields), 12, 512, 500)
+        short = Tracer(model_config).trace(setup)
+        whole = _trace(model_config, setup, "cpu" if "bf16" in fields else "meta")
+        for some, every in ((short.head, whole.head), (short.peak, whole.peak)):
+            assert sum(some.values()) == pytest.approx(sum(every.values()), rel=0.01)
+
+
+def test_experts_and_adapters_on_them_can_be_planned():
+    model_config = Qwen3MoeConfig(
+        **SMALL, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
+    )
+    for use_peft in (False, True):
+        config = settings(use_peft=use_peft, dtype="bfloat16", gradient_checkpointing=True, max_completion_length=64)
+        plan = plan_memory(config, model_config)
+        assert plan.training["MLP"] > 0
+        # A mixture of experts cannot be tiled, so it is not offered.
+        assert "tiled_mlp" not in [switch.name for switch in switches(config, Tracer(model_config), GIB, 512)]
+
+
+def test_quantised_weights_have_the_size_that_bitsandbytes_gives_them():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model_config = medium()
+    for nested in (False, True):
+        config = settings(load_in_4bit=True, use_peft=True, dtype="bfloat16", use_bnb_nested_quant=nested)
+        counted = count_weights(Tracer(model_config).model(config), config)
+        real = 0
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                packed, state = functional.quantize_4bit(parameter.data, quant_type="nf4", compress_statistics=nested)
+                scales = [state.absmax, *([state.state2.absmax] if nested else [])]
+                real += sum(t.numel() * t.element_size() for t in (packed, *scales))
+            else:
+                real += parameter.numel() * parameter.element_size()
+        assert counted.bytes == real
+
+
+def test_cache_stops_growing_at_the_window():
+    full = Gemma2Config(**{**SMALL, "head_dim": 8, "sliding_window": 1 << 20, "num_hidden_layers": 4})
+    half = Gemma2Config(**{**SMALL, "head_dim": 8, "sliding_window": 100, "num_hidden_layers": 4})
+    config = settings(max_completion_length=900, max_tokens_per_generation_batch=1, generation_batch_size=8)
+    caches = [plan_memory(config, model_config, 100).rollout["KV cache"] for model_config in (full, half)]
+    # 8 sequences, 2 key heads of 8 numbers, keys and values in float32.
+    assert caches == [4 * 8 * 1000 * 2 * 8 * 2 * 4, 2 * 8 * (1000 + 100) * 2 * 8 * 2 * 4]
+
+
+@pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)
+def test_recipes_fit(recipe, model, vram):
+    config = parse_config([str(ROOT / "examples" / f"{recipe}.yaml")])
+    model_config = read_config(model, **(config.model_init_kwargs or {}))
+    plan = plan_memory(config, model_config)
+    assert plan.fits(vram)
+    assert not plan.fits(vram // 2)
+    assert longest_answer(config, Tracer(model_config), vram, 512) >= config.max_completion_length
+    # The trainer's own check of positions and microbatches.
+    check_lengths([[1] * 512], [{"prompt": "p"}], model_config.max_position_embeddings, config)
+    assert plan.parameters == {"qwen3_8b": 8_190_735_360, "qwen3_1.7b": 1_720_574_976}[model]
+
+
+def test_64k_recipe_stretches_the_positions(tmp_path):
+    """The recipe's arguments reach the rotary embedding of a model that is loaded with them."""
+    config = parse_config([str(ROOT / "examples" / "qwen3_8b_gsm8k_80gb_lora_64k.yaml")])
+    small = medium(rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, max_position_embeddings=40960)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
+    plain, stretched = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options) for options in ({}, config.model_init_kwargs)
+    )
+    assert stretched.config.max_position_embeddings == 65536
+    ratio = (plain.model.rotary_emb.inv_freq / stretched.model.rotary_emb.inv_freq).tolist()
+    # YaRN leaves the fastest frequencies alone and divides the slowest by its factor.
+    assert ratio[0] == pytest.approx(1)
+    assert ratio[-1] == pytest.approx(2)
+
+
+def test_longest_answer_is_where_the_plan_stops_fitting():
+    config = settings(
+        use_peft=True, load_in_4bit=True, dtype="bfloat16", gradient_checkpointing=True, max_completion_length=4096,
+        max_tokens_per_microbatch=4608, max_tokens_per_generation_batch=1,
+    )  # fmt: skip
+    model_config = read_config("qwen3_8b")
+    tracer, vram = Tracer(model_config), 20 * GIB
+    longest = longest_answer(config, tracer, vram, 512)
+    assert 4096 < longest < 40000
+    config.max_completion_length = longest
+    assert plan_memory(config, model_config, 512, tracer).fits(vram)
+    config.max_completion_length = int(1.05 * longest)
+    assert not plan_memory(config, model_config, 512, tracer).fits(vram)
+
+
+def test_switches_and_the_smallest_remedy():
+    config = settings(
+        use_peft=True, dtype="bfloat16", max_completion_length=8192, max_tokens_per_microbatch=8704,
+        max_tokens_per_generation_batch=8 * 8704,
+    )  # fmt: skip
+    tracer = Tracer(read_config("qwen3_8b"))
+    found = {switch.name: switch for switch in switches(config, tracer, 24 * GIB, 512)}
+    before = plan_memory(config, tracer.model_config, 512, tracer)
+    config.gradient_checkpointing = True
+    after = plan_memory(config, tracer.model_config, 512, tracer)
+    config.gradient_checkpointing = False
+    assert found["gradient_checkpointing"].training == total(before.training) - total(after.training) > 50 * GIB
+    assert smallest_remedy(config, tracer, 24 * GIB, 512) == ["gradient_checkpointing", "load_in_4bit (with use_peft)"]
+    assert smallest_remedy(config, tracer, 4 * GIB, 512) is None
+
+
+def test_reference_and_offloaded_state_are_in_host_memory():
+    model_config = medium()
+    config = settings(beta=0.1, optim_offload=True, max_completion_length=100, max_tokens_per_microbatch=200)
+    plan = plan_memory(config, model_config, 50)
+    assert plan.host == {"optimizer state": 12 * plan.parameters, "reference": 4 * plan.parameters}
+    assert "optimizer state" not in plan.training
+    assert plan.moments["reference"]["reference"] == 4 * plan.parameters
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--vram", "24GiB"], 0, "fits"),
+        (["--vram", "2GiB"], 1, "does not fit: "),
+        (["--vram", "lots"], 2, "--vram 'lots' is not a size of memory"),
+        (["--vram"], 2, "--vram needs a value"),
+        (["--vram", "24GiB", "--prompt_tokens", "0"], 2, "--prompt_tokens='0' is not allowed"),
+        (["--vram", "24GiB", "--lora_rr", "3"], 2, "did you mean 'lora_r'"),
+        (["--vram", "24GiB", "--model", "nowhere"], 2, "is neither a folder"),
+    ],
+)
+def test_command(arguments, status, message, capsys):
+    model = ["--model", str(DATA / "qwen3_1.7b.json"), "--use_peft=true", "--dtype=bfloat16"]
+    lengths = ["--max_completion_length=512", "--max_tokens_per_microbatch=1024", "--gradient_checkpointing=true"]
+    assert main(["plan", *model, *lengths, "--max_tokens_per_generation_batch=8192", *arguments]) == status
+    output = capsys.readouterr()
+    assert message in output.out + output.err
+    assert max(map(len, output.out.splitlines()), default=0) <= 100
+
+
+def test_folders_and_built_ins_are_read(capsys, tmp_path):
+    medium().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128
+    assert main(["plan", "--model", str(tmp_path), "--vram=24GiB", "--max_completion_length=64"]) == 0
+    assert main(["plan", str(ROOT / "examples" / "sort.yaml"), "--vram=24GiB"]) == 0
+    assert "random-llama" in capsys.readouterr().out
+
+
+def test_sizes():
+    assert parse_size("24GiB") == parse_size("24") == 24 * GIB
+    assert parse_size("80GB") == 80 * 10**9
+    assert usable(24 * GIB) < 24 * GIB
+    with pytest.raises(UserError, match="is not a size"):
+        parse_size("0")
