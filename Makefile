@@ -65,7 +65,7 @@ test: $(VENV)/.dev
 KILLS ?= 20
 
 test-kill: $(VENV)/.dev
-	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/test_resume.py -k random_moments $(ARGS)
+	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/test_kill.py -k random_moments $(ARGS)
 
 GPU_TESTS := $(addprefix tests/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py generated.py \
 	triton.py gpu.py)

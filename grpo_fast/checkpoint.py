@@ -101,7 +101,7 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if hasattr(model, "active_adapter"):
+        if hasattr(model, "get_base_model"):
             # Otherwise peft asks the hub whether the embeddings were resized.
             model.save_pretrained(partial, save_embedding_layers=False)
         else:
@@ -222,7 +222,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         UserError: they cannot be read, or are those of another model.
     """
-    load = _load_adapter if hasattr(model, "active_adapter") else _load_model
+    load = _load_adapter if hasattr(model, "get_base_model") else _load_model
     try:
         load(folder, model)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

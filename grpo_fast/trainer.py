@@ -183,7 +183,8 @@ class GRPOTrainer:
             summary = Summary(metric, self.before, self.evaluate(), round(self.train_seconds, 2), self.step)
             write_json(folder / "summary.json", dataclasses.asdict(summary))
             trackers.log({f"eval/rewards/{metric}/mean": summary.after}, step=self.step)
-            plot_run(history, summary, folder / "reward.png")
+            if history:
+                plot_run(history, summary, folder / "reward.png")
             write_report(folder)
         progress.finished(summary, checkpoint)
         return summary

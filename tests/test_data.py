@@ -148,3 +148,10 @@ def test_order_covers_every_epoch_and_follows_the_seed():
     assert first == list(itertools.islice(prompt_order(7, True, 1), 21))
     assert first != list(itertools.islice(prompt_order(7, True, 2), 21))
     assert list(itertools.islice(prompt_order(3, False, 1), 6)) == [0, 1, 2, 0, 1, 2]
+
+
+def test_prompts_go_on_from_any_place():
+    first = list(itertools.islice(prompt_order(7, True, 1), 30))
+    for start in range(22):
+        assert list(itertools.islice(prompt_order(7, True, 1, start), 8)) == first[start : start + 8]
+    assert list(itertools.islice(prompt_order(3, False, 1, 4), 4)) == [1, 2, 0, 1]
