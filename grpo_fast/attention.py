@@ -1,8 +1,10 @@
 """Attention over sequences that lie side by side in one row, without padding and without a [T, T] mask.
 
 A packed row holds every prompt once and its completions behind it. `Segments` says which positions make up each
-sequence (a prompt's may belong to several); attention gathers them, works on whole sequences with plain causal
-attention, and puts each position's own output back. Everything else in a layer works on the packed row as it is.
+sequence (a prompt's may belong to several). A kernel for sequences of any length gets them gathered, each whole, with
+plain causal attention; each position's own output is put back. Where there is no such kernel (on a CPU, in float32)
+sequences of similar length are attended together, and so are short groups, under a mask in which a completion sees its
+prompt and itself. Everything else in a layer works on the packed row as it is.
 
 `install` wraps the attention that a transformers model has: with `segments` among the model's keyword arguments packed
 rows are attended here, without them (in sampling, say) the model's own attention works as before.
@@ -13,10 +15,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,85 +31,171 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo_fast.errors import UserError
 
 PREFIX = "packed_"
-# Sequences at least this share as long as the longest of a bucket are padded to it where no kernel takes them as
-# they are; shorter than SHORT, all are.
+# Sequences at least this share as long as the longest of a bucket are padded to it, shorter than SHORT all are.
 LEAST_FILL = 0.75
 SHORT = 16
+# A group is attended under a mask where that has at most so many times the scores of its sequences one by one, and the
+# mask is small.
+MASK_WASTE = 2
+LONGEST_MASKED = 4096
 # What some models add to the scores, and packed attention does not know.
 UNKNOWN = ("s_aux", "position_bias")
 
-Varlen = Callable[..., Tensor]
+Kernel = Callable[..., Tensor]
 
 
 @dataclass
-class Segments:
-    """The sequences of a packed row of T positions; L is the sum of their lengths.
+class Bucket:
+    """B sequences, or groups of them, that are attended together, padded to W positions.
 
     Attributes:
-        positions: ``[L]`` int64, positions in the row of each sequence's tokens, one sequence after another.
-        cu_seqlens: ``[S + 1]`` int32, offsets of the sequences in `positions`.
-        longest: length of the longest sequence.
-        outputs: ``[T]`` int64, index in `positions` at which each position of the row has its output.
-        buckets: ``[B, W]`` int64 each, positions of B sequences, the shorter ones' last one repeated up to W.
-        bucket_outputs: ``[T]`` int64, like `outputs` in all buckets' entries, one after another.
+        positions: ``[B, W]`` int64, positions in the row; the last one is repeated up to W.
+        pieces: ``[B, W]`` int64, for groups: 0 for the prompt, then the number of the completion, -1 for padding.
+        places: ``[B, W]`` int64, for groups: position in the sequence.
     """
 
     positions: Tensor
+    pieces: Tensor | None = None
+    places: Tensor | None = None
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, needed: bool) -> Tensor | None:
+        """True where a query sees a key, ``[B or 1, 1, W, W]``; None where it is causal and not `needed`."""
+        width = self.positions.shape[1]
+        window = window if window is not None and window < width else None
+        if window not in self.masks:
+            causal = torch.ones(width, width, dtype=torch.bool, device=self.positions.device).tril()
+            if self.pieces is not None:
+                query, key = self.pieces[:, :, None], self.pieces[:, None, :]
+                causal = causal & ((key == 0) | (key == query)) & (key >= 0)
+                if window is not None:
+                    causal &= self.places[:, :, None] - self.places[:, None, :] < window
+                # Padding sees itself, lest it be NaN.
+                causal |= torch.eye(width, dtype=torch.bool, device=causal.device)
+                self.masks[window] = causal[:, None]
+            elif window is not None or needed:
+                self.masks[window] = (causal if window is None else causal.triu(1 - window))[None, None]
+            else:
+                self.masks[window] = None
+        return self.masks[window]
+
+
+class Group(NamedTuple):
+    """A prompt and its completions in a row, one behind another: where it starts, and their numbers of positions."""
+
+    start: int
+    prompt: int
+    completions: list[int]
+
+    @property
+    def length(self) -> int:
+        return self.prompt + sum(self.completions)
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is attended as a whole under a mask rather than a sequence at a time."""
+        apart = sum((self.prompt + completion) ** 2 for completion in self.completions)
+        short = self.length <= LONGEST_MASKED and self.length**2 <= MASK_WASTE * apart
+        return short and len(self.completions) > 1
+
+    def sequences(self) -> list[list[int]]:
+        """The positions of each completion, its prompt's before it."""
+        ends = accumulate(self.completions, initial=self.start + self.prompt)
+        prompt = list(range(self.start, self.start + self.prompt))
+        return [[*prompt, *range(a, b)] for a, b in pairwise(ends)]
+
+    def positions(self) -> list[int]:
+        return list(range(self.start, self.start + self.length))
+
+    def pieces(self) -> list[int]:
+        """For each position 0 in the prompt, or the number of its completion."""
+        counts = (self.prompt, *self.completions)
+        return [piece for piece, count in enumerate(counts) for _ in range(count)]
+
+    def places(self) -> list[int]:
+        """For each position its place in its sequence."""
+        own = (place for count in self.completions for place in range(self.prompt, self.prompt + count))
+        return [*range(self.prompt), *own]
+
+
+class Varlen(NamedTuple):
+    """The sequences one after another, as kernels for sequences of any length take them; L is the sum of their lengths.
+
+    Attributes:
+        positions: ``[L]`` int64, positions in the row; None where that is every position once, in order.
+        cu_seqlens: ``[S + 1]`` int32, offsets of the sequences.
+        longest: length of the longest one.
+        outputs: ``[T]`` int64, where in the L each position of the row has its output.
+    """
+
+    positions: Tensor | None
     cu_seqlens: Tensor
     longest: int
     outputs: Tensor
-    buckets: list[Tensor]
-    bucket_outputs: Tensor
 
-    @property
-    def shared(self) -> bool:
-        """Whether a position belongs to several sequences."""
-        return self.positions.numel() != self.outputs.numel()
+
+class Segments:
+    """The sequences of a packed row, which is made of `groups`, one behind another; indices are on `device`."""
+
+    def __init__(self, groups: list[Group], device: torch.device | str = "cpu"):
+        self.groups, self.device = groups, torch.device(device)
 
     def to(self, device: torch.device) -> Segments:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return Segments(**{**vars(self), **moved, "buckets": [bucket.to(device) for bucket in self.buckets]})
+        return Segments(self.groups, device)
+
+    @cached_property
+    def varlen(self) -> Varlen:
+        sequences = [sequence for group in self.groups for sequence in group.sequences()]
+        positions = [position for sequence in sequences for position in sequence]
+        ends = list(accumulate(map(len, sequences), initial=0))
+        outputs = self._first(positions)
+        shared = len(positions) != len(outputs)
+        return Varlen(
+            torch.tensor(positions, device=self.device) if shared else None,
+            torch.tensor(ends, dtype=torch.int32, device=self.device),
+            max(map(len, sequences)),
+            outputs,
+        )
+
+    @cached_property
+    def buckets(self) -> tuple[list[Bucket], Tensor]:
+        """The sequences for attention without such a kernel, and where in all buckets' entries, one after another,
+        each position has its output, ``[T]``."""
+        buckets, entries = [], []
+        whole = [group for group in self.groups if group.masked]
+        alone = [sequence for group in self.groups if not group.masked for sequence in group.sequences()]
+        for alike in _alike(alone, len):
+            entries += (rows := _padded(alike))
+            buckets.append(Bucket(torch.tensor(rows, device=self.device)))
+        for alike in _alike(whole, lambda group: group.length):
+            entries += (rows := _padded([group.positions() for group in alike]))
+            pieces, places = _padded([g.pieces() for g in alike], -1), _padded([g.places() for g in alike])
+            buckets.append(Bucket(*(torch.tensor(x, device=self.device) for x in (rows, pieces, places))))
+        # Padding repeats a position behind its real entry, so the first one is real.
+        return buckets, self._first([position for row in entries for position in row])
+
+    def _first(self, positions: list[int]) -> Tensor:
+        """``[T]``: for each position of the row where it stands first in `positions`."""
+        found = torch.full((sum(group.length for group in self.groups),), len(positions))
+        found.scatter_reduce_(0, torch.tensor(positions), torch.arange(len(positions)), "amin")
+        return found.to(self.device)
 
 
-def build_segments(sequences: list[Tensor], num_positions: int) -> Segments:
-    """Segments of ``sequences``, the positions ``[l]`` int64 of each, in a row of `num_positions`.
-
-    A position's output is that of the first sequence it belongs to.
-    """
-    lengths = torch.tensor([sequence.numel() for sequence in sequences])
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
-    positions = torch.cat(sequences)
-    order = sorted(range(len(sequences)), key=lambda index: -sequences[index].numel())
-    chosen: list[list[Tensor]] = []
-    for index in order:
-        length = sequences[index].numel()
-        widest = chosen[-1][0].numel() if chosen else 0
-        if not chosen or (length < LEAST_FILL * widest and widest > SHORT):
-            chosen.append([])
-        chosen[-1].append(sequences[index])
-    buckets, entries, real = [], [], []
-    for bucket in chosen:
-        width = bucket[0].numel()
-        padded = torch.stack([torch.cat([s, s[-1:].expand(width - s.numel())]) for s in bucket])
-        buckets.append(padded)
-        entries.append(padded.flatten())
-        widths = torch.tensor([s.numel() for s in bucket])
-        real.append((torch.arange(width) < widths[:, None]).flatten())
-    entry_positions, real = torch.cat(entries), torch.cat(real)
-    return Segments(
-        positions=positions,
-        cu_seqlens=cu_seqlens.int(),
-        longest=int(lengths.max()),
-        outputs=_first(positions, torch.arange(positions.numel()), num_positions),
-        buckets=buckets,
-        bucket_outputs=_first(entry_positions[real], real.nonzero().squeeze(1), num_positions),
-    )
+def _alike(items: list, length: Callable[[Any], int]) -> list[list]:
+    """Items of similar length together, longest first."""
+    found: list[list] = []
+    for item in sorted(items, key=length, reverse=True):
+        widest = length(found[-1][0]) if found else 0
+        if not found or (length(item) < LEAST_FILL * widest and widest > SHORT):
+            found.append([])
+        found[-1].append(item)
+    return found
 
 
-def _first(positions: Tensor, places: Tensor, num_positions: int) -> Tensor:
-    """For each position the smallest of the `places` at which it stands."""
-    found = torch.full((num_positions,), torch.iinfo(torch.int64).max)
-    return found.scatter_reduce(0, positions, places, "amin")
+def _padded(rows: list[list[int]], value: int | None = None) -> list[list[int]]:
+    """Rows as long as the first, which is the longest; padded with `value`, or by repeating their last entry."""
+    width = len(rows[0])
+    return [row + [row[-1] if value is None else value] * (width - len(row)) for row in rows]
 
 
 def packed_attention(
@@ -129,33 +218,31 @@ def packed_attention(
     """
     kernel = varlen_kernel(query, softcap, dropout)
     if kernel is None:
-        attend = partial(_attend, scale=scale, window=window, softcap=softcap, dropout=dropout)
-        parts = [attend(query, key, value, bucket) for bucket in segments.buckets]
-        return torch.cat(parts).index_select(0, segments.bucket_outputs)
-    if segments.shared:
-        query, key, value = (x.index_select(0, segments.positions) for x in (query, key, value))
-    out = kernel(query, key, value, segments.cu_seqlens, segments.longest, scale, window, softcap, dropout)
-    return out.index_select(0, segments.outputs) if segments.shared else out
+        buckets, outputs = segments.buckets
+        parts = [_attend(query, key, value, bucket, scale, window, softcap, dropout) for bucket in buckets]
+        return torch.cat(parts).index_select(0, outputs)
+    positions, cu_seqlens, longest, outputs = segments.varlen
+    if positions is not None:
+        query, key, value = (x.index_select(0, positions) for x in (query, key, value))
+    out = kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout)
+    return out if positions is None else out.index_select(0, outputs)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bucket: Tensor, scale: float | None, window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scale: float | None, window: int | None,
     softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """One bucket's outputs ``[B * W, heads, D]``. What is repeated at a sequence's end is seen by nothing before it."""
-    count, width = bucket.shape
+    """One bucket's outputs ``[B * W, heads, D]``."""
+    count, width = bucket.positions.shape
 
     def gather(rows: Tensor) -> Tensor:
-        return rows.index_select(0, bucket.flatten()).unflatten(0, (count, width)).transpose(1, 2)
+        return rows.index_select(0, bucket.positions.flatten()).unflatten(0, (count, width)).transpose(1, 2)
 
     q, k, v = gather(query), gather(key), gather(value)
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    mask = None
-    if softcap is not None or (window is not None and window < width):
-        mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
-        if window is not None:
-            mask = mask.triu(1 - window)
+    # What is repeated at a sequence's end is seen by nothing before it, so causal attention needs no mask.
+    mask = bucket.mask(window, needed=softcap is not None)
     if softcap is None:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
@@ -168,7 +255,7 @@ def _attend(
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Varlen | None:
+def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Kernel | None:
     """The fastest installed kernel that takes sequences of any length as they are; None where there is none.
 
     flash-attn 3 and 2, then torch's own; on CUDA in 16 bits. Called as
@@ -183,7 +270,7 @@ def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Varle
 
 
 @cache
-def _flash3() -> Varlen | None:
+def _flash3() -> Kernel | None:
     if find_spec("flash_attn_interface") is None or torch.cuda.get_device_capability()[0] != 9:
         return None
     from flash_attn_interface import flash_attn_varlen_func
@@ -199,7 +286,7 @@ def _flash3() -> Varlen | None:
 
 
 @cache
-def _flash2() -> Varlen | None:
+def _flash2() -> Kernel | None:
     if find_spec("flash_attn") is None:
         return None
     from flash_attn import flash_attn_varlen_func
@@ -214,7 +301,7 @@ def _flash2() -> Varlen | None:
 
 
 @cache
-def _torch_varlen() -> Varlen | None:
+def _torch_varlen() -> Kernel | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability()[0] < 8:
         return None
     try:

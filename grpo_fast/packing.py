@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.attention import Segments, build_segments
+from grpo_fast.attention import Group, Segments
 
 
 class Sample(NamedTuple):
@@ -118,45 +118,40 @@ def build_microbatch(
     """Tensors of one microbatch; `offsets` are those of :func:`token_offsets`. A padded row holds one sample."""
     if not packed and any(len(row.samples) > 1 for row in rows):
         raise ValueError("build_microbatch: a padded row holds one sample, but one holds several")
-    ids, positions, sources, targets, tokens, lengths, sequences = [], [], [], [], [], [0], []
-    start = 0
+    ids, positions, sources, targets, tokens, lengths, groups = [], [], [], [], [], [0], []
     for row in rows:
         prompt_ids = samples[row.samples[0]].prompt_ids
-        count = len(prompt_ids)
-        prompt = torch.arange(start, start + count)
-        ids.append(torch.tensor(prompt_ids))
-        positions.append(torch.arange(count))
-        start += count
-        for index in row.samples:
-            completion = torch.tensor(samples[index].completion_ids)
-            extra = completion.numel() - 1
-            own = torch.arange(start, start + extra)
-            ids.append(completion[:-1])
-            positions.append(count + torch.arange(extra))
-            sequences.append(torch.cat([prompt, own]))
-            sources.append(torch.cat([prompt[-1:], own]))
-            targets.append(completion)
-            tokens.append(torch.arange(int(offsets[index]), int(offsets[index + 1])))
-            lengths.append(completion.numel())
-            start += extra
-    ids, positions, sources = torch.cat(ids), torch.cat(positions), torch.cat(sources)
-    layout = {"input_ids": ids[None], "position_ids": positions[None], "sources": sources}
+        completions = [samples[index].completion_ids for index in row.samples]
+        group = Group(len(ids), len(prompt_ids), [len(completion) - 1 for completion in completions])
+        groups.append(group)
+        ids += prompt_ids
+        last = len(ids) - 1
+        positions += group.places()
+        for index, completion in zip(row.samples, completions, strict=True):
+            sources += [last, *range(len(ids), len(ids) + len(completion) - 1)]
+            ids += completion[:-1]
+            targets += completion
+            tokens += range(int(offsets[index]), int(offsets[index + 1]))
+            lengths.append(len(completion))
+    layout = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    layout["sources"] = torch.tensor(sources)
     if packed:
-        layout["segments"] = build_segments(sequences, start)
+        layout["segments"] = Segments(groups)
     else:
-        layout = _padded(ids, positions, sources, [row.length for row in rows], pad_token_id)
+        layout = _padded(layout, [row.length for row in rows], pad_token_id)
     return Microbatch(
-        **layout, targets=torch.cat(targets), tokens=torch.cat(tokens), cu_seqlens=torch.tensor(lengths).cumsum(0)
-    )
+        **layout, targets=torch.tensor(targets), tokens=torch.tensor(tokens),
+        cu_seqlens=torch.tensor(lengths).cumsum(0),
+    )  # fmt: skip
 
 
-def _padded(ids: Tensor, positions: Tensor, sources: Tensor, lengths: list[int], pad_token_id: int) -> dict:
+def _padded(layout: dict[str, Tensor], lengths: list[int], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of one sequence each, ``[B, T]``, from the same rows one after another."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     places = mask.flatten().nonzero().squeeze(1)
     return {
-        "input_ids": torch.full(mask.shape, pad_token_id).masked_scatter(mask, ids),
-        "position_ids": torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, positions),
-        "sources": places[sources],
+        "input_ids": torch.full(mask.shape, pad_token_id).masked_scatter(mask, layout["input_ids"]),
+        "position_ids": torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, layout["position_ids"]),
+        "sources": places[layout["sources"]],
         "attention_mask": mask.long(),
     }
