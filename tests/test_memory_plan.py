@@ -39,6 +39,7 @@ def settings(**fields) -> GRPOConfig:
 def medium(**fields) -> Qwen3Config:
     """A head large enough to matter, and layers that matter beside it."""
     sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 6, "vocab_size": 8192}
+    sizes["num_key_value_heads"] = 1
     return Qwen3Config(**{**SMALL, **sizes, "max_position_embeddings": 4096, **fields})
 
 
@@ -105,7 +106,7 @@ def test_planned_peak_is_what_a_step_takes(use_peft, checkpointing, answer, max_
     planned = total(plan.training) - sum(plan.training.get(part, 0) for part in FIXED)
     measured = measured_peak(config, model_config, answer)
     print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB")
-    assert abs(planned - measured) < 0.1 * measured
+    assert abs(planned - measured) < 0.04 * measured
     if checkpointing:
         tokens = PROMPT + answer
         assert plan.training["layers' inputs"] == 5 * tokens * 128 * 4
@@ -144,7 +145,7 @@ def test_experts_and_adapters_on_them_can_be_planned():
         **SMALL, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
     )
     for use_peft in (False, True):
-        config = settings(use_peft=use_peft, dtype="bfloat16", gradient_checkpointing=True, max_completion_length=64)
+        config = settings(use_peft=use_peft, dtype="bfloat16", max_completion_length=64)
         plan = plan_memory(config, model_config)
         assert plan.training["MLP"] > 0
         # A mixture of experts cannot be tiled, so it is not offered.
