@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -127,15 +129,22 @@ def _explain(message: str) -> str:
     return f"{found[1]}={found[2].strip()!r} is not allowed: it must be {kind}"
 
 
-def train(argv: Sequence[str]) -> int:
-    config = parse_config(argv)
-    # Bars of loading and conversion would break up the run's own live line.
+def quiet_libraries() -> None:
+    """No bars, which would break up the run's own live line, and no notes of kernels that a library did not find."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import_extra("accelerate", "train")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torchao)\.")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers = import_extra("transformers", "train")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def train(argv: Sequence[str]) -> int:
+    config = parse_config(argv)
+    quiet_libraries()
+    import_extra("accelerate", "train")
     from grpo_fast.trainer import GRPOTrainer
 
     GRPOTrainer(config).train()
@@ -180,8 +189,7 @@ def plan(argv: Sequence[str]) -> int:
         raise UserError(f"--prompt_tokens={prompt_tokens!r} is not allowed: it must be a number of tokens, at least 1")
     # A plan needs no data and no rewards; their fields have to hold something.
     config = parse_config([*argv, "--dataset_name=any", "--reward_funcs=[any]", "--reward_weights=null"])
-    transformers = import_extra("transformers", "train")
-    transformers.utils.logging.set_verbosity_error()
+    quiet_libraries()
     import torch
 
     from grpo_fast.plan_report import parse_size, print_plan
