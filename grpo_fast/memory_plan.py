@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_fast.attention import Group
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.memory_trace import Setup, Traced, Tracer, weights_dtype
@@ -217,15 +218,17 @@ class _Planner:
         shares = config.share_prompts != "never" and config.padding_free != "never"
         together = min(max((tokens - prompt) // answer, 1), config.num_generations) if shares else 1
         rows = max(tokens // (prompt + together * answer), 1)
-        gathered = (prompt + answer) * together / (prompt + together * answer)
+        group = Group(0, prompt, [answer] * together)
+        masked = group.length if config.use_cpu and group.masked else 0
+        gathered = 1.0 if masked else round((prompt + answer) * together / group.length, 3)
         predicted = min(rows * together * answer, tokens)
-        return Setup(config, self.text.num_hidden_layers, tokens, predicted, round(gathered, 3))
+        return Setup(config, self.text.num_hidden_layers, tokens, predicted, gathered, masked)
 
     def between(self, setup: Setup) -> Traced:
         """The trace of a length between two of `LENGTHS`. Peaks bend upwards, so a line lies above them."""
         high = next((length for length in LENGTHS[1:] if length >= setup.tokens), LENGTHS[-1])
         low = LENGTHS[LENGTHS.index(high) - 1]
-        ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0)) for t in (low, high)]
+        ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0, masked=0)) for t in (low, high)]
         return ends[0].mixed(ends[1], (setup.tokens - low) / (high - low))
 
     def named(self, traced: dict[str, float], tokens: int, host: dict[str, int] | None = None) -> dict[str, float]:

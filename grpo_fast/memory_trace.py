@@ -106,10 +106,11 @@ class _Attention(torch.autograd.Function):
     """Keeps what flash-attention keeps; its backward adds the queries' gradient up in float32."""
 
     @staticmethod
-    def forward(ctx, query, key, value):
+    def forward(ctx, query, key, value, mask):
         batch, heads, rows, _ = query.shape
         out = query.new_empty(batch, rows, heads, value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, rows, dtype=torch.float32))
+        sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, mask)
         return out
 
     @staticmethod
@@ -118,13 +119,14 @@ class _Attention(torch.autograd.Function):
         accumulated = query.new_empty(query.shape, dtype=torch.float32)
         grads = tuple(map(torch.empty_like, (query, key, value)))
         del accumulated
-        return grads
+        return *grads, None
 
 
-def _attend(module, query, key, value, attention_mask, *, gathered=1.0, padded=False, **_):
+def _attend(module, query, key, value, attention_mask, *, gathered=1.0, padded=False, masked=0, **_):
     """transformers' attention function; `gathered` rows are attended for each of the packed row.
 
-    `padded`: sequences go to a kernel that takes neither unequal lengths nor fewer key heads.
+    `padded`: sequences go to a kernel that takes neither unequal lengths nor fewer key heads; `masked` rows at a time
+    under a mask, which it keeps in the queries' dtype.
     """
     rows = query.shape[2]
     gathers = gathered != 1.0 or padded
@@ -133,7 +135,8 @@ def _attend(module, query, key, value, attention_mask, *, gathered=1.0, padded=F
         query, key, value = (x.index_select(2, longer) for x in (query, key, value))
     if padded and key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    out = _Attention.apply(query, key, value)
+    mask = query.new_empty(max(rows // masked, 1), 1, masked, masked) if masked else None
+    out = _Attention.apply(query, key, value, mask)
     return out.index_select(1, longer[:rows]) if gathers else out, None
 
 
@@ -165,7 +168,8 @@ class _Head(torch.autograd.Function):
 class Setup:
     """All that decides what autograd keeps; `tokens` positions, of which `predicted` reach the head.
 
-    `gathered`: positions of all sequences for each of the row, more than 1 where they share a prompt.
+    `gathered`: positions of all sequences for each of the row, more than 1 where they share a prompt; or `masked`:
+    positions of a prompt and its completions that are attended as a whole, under a mask.
     """
 
     config: GRPOConfig
@@ -173,13 +177,14 @@ class Setup:
     tokens: int
     predicted: int
     gathered: float = 1.0
+    masked: int = 0
     training: bool = True
 
     @property
     def key(self) -> tuple:
         names = ("use_peft", "lora_r", "gradient_checkpointing", "tiled_mlp", "dtype", "bf16", "use_cpu")
         targets = tuple(self.config.lora_target_modules or ())
-        rest = (self.layers, self.tokens, self.predicted, self.gathered, self.training)
+        rest = (self.layers, self.tokens, self.predicted, self.gathered, self.masked, self.training)
         return (*(getattr(self.config, name) for name in names), self.config.lora_dropout > 0, targets, *rest)
 
 
@@ -300,7 +305,7 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
         stack.enter_context(torch.set_grad_enabled(setup.training))
 
         def hidden_states() -> Tensor:
-            options = {"gathered": setup.gathered, "padded": config.use_cpu}
+            options = {"gathered": setup.gathered, "masked": setup.masked, "padded": config.use_cpu}
             output = model.base_model(input_ids=ids, position_ids=ids, use_cache=False, **options)
             return output.last_hidden_state.flatten(0, 1).index_select(0, ids[0, : setup.predicted])
 

@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_real_model(kind, tied):
     assert plan.training["optimizer state"] == 8 * plan.trained
 
 
-def measured_peak(config: GRPOConfig, model_config, answer: int) -> int:
+def measured_peak(config: GRPOConfig, model_config, answer: int, prompt: int = PROMPT, answers: int = 1) -> int:
     """Bytes that a second forward and backward take beyond what is there before it, as torch's allocator reports it."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, config.dtype))
@@ -77,10 +77,12 @@ def measured_peak(config: GRPOConfig, model_config, answer: int) -> int:
     if config.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     policy = FusedPolicy(model, 1.0, config.max_buffer_bytes)
-    samples = [Sample(list(range(2, 2 + PROMPT)), torch.randint(2, 100, (answer,)).tolist(), 0)]
+    samples = [Sample(list(range(2, 2 + prompt)), torch.randint(2, 100, (answer,)).tolist(), 0) for _ in range(answers)]
     assert policy.check_packing(samples[0].prompt_ids, "always")
-    batch = build_microbatch(samples, plan_rows(samples, [0], 1 << 20), token_offsets(samples), 0, True)
-    inputs = LossInputs(config.objective(), torch.ones(answer), torch.full((answer,), 1 / answer))
+    batch = build_microbatch(
+        samples, plan_rows(samples, list(range(answers)), 1 << 20), token_offsets(samples), 0, True
+    )
+    inputs = LossInputs(config.objective(), torch.ones(answers * answer), torch.full((answers * answer,), 1 / answer))
     policy.train()
     policy(batch, inputs).loss.backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -110,6 +112,20 @@ def test_planned_peak_is_what_a_step_takes(use_peft, checkpointing, answer, max_
     if checkpointing:
         tokens = PROMPT + answer
         assert plan.training["layers' inputs"] == 5 * tokens * 128 * 4
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(200, 300), (50, 1400)], ids=["masked", "gathered"])
+def test_planned_peak_with_a_shared_prompt(prompt, answer):
+    config = settings(
+        use_peft=True, max_completion_length=answer, use_cpu=True, max_tokens_per_microbatch=prompt + 4 * answer,
+        max_buffer_mib=4, num_generations=4,
+    )  # fmt: skip
+    plan = plan_memory(config, medium(), prompt)
+    assert plan.tokens == prompt + 4 * answer
+    planned = total(plan.training) - sum(plan.training.get(part, 0) for part in FIXED)
+    measured = measured_peak(config, medium(), answer, prompt, 4)
+    print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB")
+    assert abs(planned - measured) < 0.04 * measured
 
 
 def test_head_and_backward_moments_each_decide_somewhere():
