@@ -176,7 +176,9 @@ class Head:
         """Rows that fit the byte budget, the same on every rank of the group."""
         share = 1 - WEIGHT_COPY_SHARE if self.copies_weight else 1.0
         if self.weight.device.type == "cpu":
-            share -= CPU_BLOCK_BYTES / self.max_buffer_bytes if self.max_buffer_bytes > 4 * CPU_BLOCK_BYTES else 0
+            # A block being worked on, and its shifted logits where there are entropies.
+            blocks = 2 * CPU_BLOCK_BYTES
+            share -= blocks / self.max_buffer_bytes if self.max_buffer_bytes > 2 * blocks else 0
         return max(int(share * self.max_buffer_bytes) // max(self.row_bytes(), 1), 1)
 
     def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
