@@ -45,8 +45,8 @@ def head_first(run: Run) -> None:
     large = [case for case in cases if case.shape != cases[0].shape]
     others = [contender for contender in CONTENDERS if contender.name != SLOWEST]
     for case in small:
-        run_head(run, [case], MODES[:1], CONTENDERS, table, seconds=20, least=2)
-        run_head(run, [case], MODES[1:], others, table, seconds=12)
+        run_head(run, [case], MODES[:1], CONTENDERS, table, seconds=15, least=2)
+        run_head(run, [case], MODES[1:], others, table, seconds=10)
     for case in large:
         for (dtype, mode), names in LARGE_HEAD.items():
             if dtype == case.dtype:
@@ -94,11 +94,11 @@ def body() -> None:
     chosen = arguments.parse_args()
     run = start(chosen)
     parts: list[Part] = [
-        ("head", 9.0, head_first),
+        ("head", 8.0, head_first),
         ("step", 2.0, lambda part: run_step(part, [0.0, 0.5])),
         ("accuracy", 1.0, lambda part: run_accuracy(part, seconds=10, least=2)),
         ("loss", 0.5, run_loss),
-        ("growth", 1.5, lambda part: run_growth(part, seconds=3)),
+        ("growth", 2.0, lambda part: run_growth(part, seconds=2)),
     ]
     run_parts(run, chosen_parts(parts, chosen.parts))
 

@@ -32,7 +32,7 @@ def plan(run: Run, sweep: str) -> tuple[list[int], Callable[[int], tuple[Shape, 
     """The points of a sweep, and head and tokens at a point."""
     gpu = run.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    hidden, vocab, tokens = (4096, 151936, 16384) if gpu else (64, 1031, 256) if run.quick else (256, 16384, 2048)
+    hidden, vocab, tokens = (4096, 151936, 16384) if gpu else (64, 1031, 256) if run.quick else (128, 32768, 1024)
     if run.quick:
         hidden, vocab, tokens = 64, 1031, 256
     if sweep == "tokens":

@@ -256,7 +256,7 @@ def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: f
     rows = [{"prompt": prompt} for prompt in make_prompts(setting)]
     data = folder / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    repeats = run.repeats or (2 if run.quick else 3)
+    repeats = run.repeats or (2 if run.quick or run.minutes else 3)
     width = setting.prompt_tokens + setting.longest
     config = our_config(
         device, folder / "ours", model_name_or_path=name, dtype=setting.dtype, dataset_name=str(data),
