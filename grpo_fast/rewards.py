@@ -1,7 +1,8 @@
 """Reward functions, with TRL's signature ``f(prompts, completions, **columns) -> list[float | None]``.
 
 Prompts and completions are strings, or lists of chat messages where the prompt is a chat; `columns` are the dataset's
-other columns, one value a sample, and ``completion_ids``. None means that a function does not apply to a sample.
+other columns, one value a sample, and ``completion_ids``. None means that a function does not apply to a sample. A
+function that judges the steps of an answer returns lists of (end, reward) pairs instead: see `process_rewards.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_fast.errors import UserError, nearest, one_line
+from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -143,11 +145,13 @@ def _extend_path(folder: Path) -> None:
 class Rewards(NamedTuple):
     """Rewards of a batch: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None).
 
-    A completion for which every function returned None has the sum NaN.
+    A completion for which every function returned None has the sum NaN. Where a function rewarded steps, its value is
+    their mean, and `steps` holds them: for each completion, by the function's index.
     """
 
     total: torch.Tensor
     each: torch.Tensor
+    steps: list[dict[int, Steps]]
 
 
 class RewardModel:
@@ -202,8 +206,9 @@ class RewardModel:
         Raises:
             UserError: a function raises, or returns the wrong number of rewards, NaN, infinity or not a number.
         """
-        rows = []
-        for name, function in zip(self.names, self.functions, strict=True):
+        rows, steps = [], [{} for _ in prompts]
+        texts = [text_of(completion) for completion in completions]
+        for index, (name, function) in enumerate(zip(self.names, self.functions, strict=True)):
             arguments = {"prompts": prompts, "completions": completions, **columns}
             arguments = {key: [_copied(value) for value in values] for key, values in arguments.items()}
             try:
@@ -214,10 +219,14 @@ class RewardModel:
                     f"reward function {name!r} raised {type(error).__name__}: {one_line(error)} "
                     f"({Path(place.filename).name}, line {place.lineno}; columns: {', '.join(columns)})"
                 ) from error
-            rows.append(_checked(name, values, len(prompts)))
+            values = _checked(name, values, texts)
+            for found, value in zip(steps, values, strict=True):
+                if isinstance(value, list):
+                    found[index] = value
+            rows.append([mean_reward(value) if isinstance(value, list) else value for value in values])
         each = torch.tensor(rows, dtype=torch.float32).T.contiguous()
         total = (each.nan_to_num(nan=0.0) * self.weights).sum(1)
-        return Rewards(total.masked_fill(each.isnan().all(1), math.nan), each)
+        return Rewards(total.masked_fill(each.isnan().all(1), math.nan), each, steps)
 
 
 def _copied(value: Any) -> Any:
@@ -227,13 +236,15 @@ def _copied(value: Any) -> Any:
     return [dict(part) if isinstance(part, dict) else part for part in value]
 
 
-def _checked(name: str, values: object, expected: int) -> list[float]:
+def _checked(name: str, values: object, texts: list[str]) -> list[float | Steps]:
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise UserError(f"reward function {name!r} must return a list of numbers, got {type(values).__name__}")
-    if len(values) != expected:
-        raise UserError(f"reward function {name!r} returned {len(values)} rewards for {expected} completions")
-    return [_number(name, value, index) for index, value in enumerate(values)]
+    if len(values) != len(texts):
+        raise UserError(f"reward function {name!r} returned {len(values)} rewards for {len(texts)} completions")
+    if not any(isinstance(value, (list, tuple)) for value in values):
+        return [_number(name, value, index) for index, value in enumerate(values)]
+    return [read_steps(name, value, index, text) for index, (value, text) in enumerate(zip(values, texts, strict=True))]
 
 
 def _number(name: str, value: object, index: int) -> float:

@@ -1,0 +1,118 @@
+"""Process rewards: a reward for every step of an answer (DeepSeekMath, arXiv 2402.03300, section 4.1.3).
+
+A reward function may return for each completion, instead of a number, a list with a pair for every step:
+
+    [(end, reward), ...]
+
+`end` is the number of characters of the completion's text up to the end of the step: the ends rise, and the last one is
+at most ``len(text)``. An empty list, or None, is a completion without steps. All steps' rewards of a group are
+normalised together, and the advantage of a token is the sum of the normalised rewards of the steps that end at or
+after it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.advantages import group_advantages
+from grpo_fast.errors import UserError
+
+Steps = list[tuple[int, float]]
+
+
+def read_steps(name: str, value: object, index: int, text: str) -> Steps | float:
+    """What function `name` returned for the steps of completion `index`, whose text is `text`; NaN for None.
+
+    Raises:
+        UserError: it is no list of pairs, an end is not a rising whole number within the text, or a reward not finite.
+    """
+    if value is None:
+        return math.nan
+    place = f"reward function {name!r}, completion {index}"
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{place}: {value!r:.80} beside lists of steps; every completion needs a list, or None")
+    steps: Steps = []
+    for pair in value:
+        try:
+            end, reward = pair
+            end, reward = operator.index(end), float(reward)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{place}: {pair!r:.80} must be a pair of a step's end and its reward") from None
+        if not abs(reward) <= torch.finfo(torch.float32).max:
+            raise UserError(f"{place}: the reward in {pair!r:.80} must be a finite number")
+        lowest = steps[-1][0] + 1 if steps else 1
+        if not lowest <= end <= len(text):
+            raise UserError(
+                f"{place}: the end in {pair!r:.80} must be from {lowest} to {len(text)}, in characters of the completion"
+            )
+        steps.append((end, reward))
+    return steps
+
+
+def mean_reward(steps: Steps) -> float:
+    """A completion's process rewards in one number; NaN without steps."""
+    return sum(reward for _, reward in steps) / len(steps) if steps else math.nan
+
+
+def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int]) -> list[int]:
+    """How many tokens belong to a step or to one before it, for each of the steps' `ends` (characters, rising).
+
+    A token across the end of a step belongs to that step. So does one without characters of its own right after the
+    end: a special token, or one that completes a character.
+    """
+
+    def characters(index: int) -> int:
+        return len(tokenizer.decode(token_ids[: index + 1], skip_special_tokens=True))
+
+    counts, first = [], 0
+    for end in ends:
+        first = bisect_left(range(len(token_ids)), end, lo=first, key=characters)
+        after = bisect_right(range(len(token_ids)), end, lo=first, key=characters)
+        counts.append(min(max(first + 1, after), len(token_ids)))
+    return counts
+
+
+def process_advantages(
+    steps: list[Steps | None],
+    token_ids: list[list[int]],
+    tokenizer: Any,
+    num_generations: int,
+    scale_rewards: str = "group",
+    baseline: str = "mean",
+) -> tuple[list[Tensor], Tensor]:
+    """Per-token advantages of one function's process rewards.
+
+    Args:
+        steps: for each of B completions, those of a prompt side by side, its steps; None or empty without.
+        token_ids: their tokens.
+        tokenizer: the tokenizer that made their texts from them, leaving out special tokens.
+        num_generations: G, which divides B.
+        scale_rewards: see :func:`grpo_fast.advantages.group_advantages`, to which all steps' rewards of a prompt
+            are one group.
+        baseline: likewise.
+
+    Returns:
+        For each completion a float32 tensor of its tokens' advantages, and whether all steps of a completion's group
+        have the same reward ``[B]``.
+    """
+    longest = max(2, *(len(found or ()) for found in steps))
+    rewards = torch.full((len(steps), longest), math.nan)
+    for line, found in zip(rewards, steps, strict=True):
+        line[: len(found or ())] = torch.tensor([reward for _, reward in found or ()])
+    normalised = group_advantages(rewards.flatten(), num_generations * longest, scale_rewards, baseline)
+    values = normalised.values.view(-1, longest)
+    advantages = []
+    for line, found, ids in zip(values, steps, token_ids, strict=True):
+        tokens = torch.zeros(len(ids))
+        ends = [end for end, _ in found or ()]
+        for count, value in zip(step_tokens(tokenizer, ids, ends), line.tolist(), strict=False):
+            tokens[:count] += value
+        advantages.append(tokens)
+    return advantages, normalised.equal.view(-1, longest)[:, 0]
