@@ -40,13 +40,17 @@ class GRPOConfig:
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
         tiled_mlp: compute the MLPs in tiles of 2048 tokens, and again in the backward, which bounds their
             intermediates.
-        dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``.
+        dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``,
+            ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the hub or from files).
         dataset_config: configuration of a hub dataset.
-        dataset_kwargs: arguments of a built-in dataset.
+        dataset_kwargs: arguments of a built-in dataset, such as ``{digits: 3}`` for arithmetic or
+            ``{path: FOLDER}`` for gsm8k and math.
         dataset_train_split: split of a hub dataset to train on.
         dataset_test_split: split of a hub dataset to evaluate on.
         eval_dataset_name: file to evaluate on; without it, dataset_test_split, or a held-out share of a file's rows.
         prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
+        prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,
+            ``question_only`` or ``countdown``.
         system_prompt: system message put before a templated prompt, which then is a chat.
         apply_chat_template: turn a templated prompt into a chat even without a system message.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
@@ -134,6 +138,7 @@ class GRPOConfig:
     dataset_test_split: str = "test"
     eval_dataset_name: str | None = None
     prompt_template: str | None = None
+    prompt_file: str | None = None
     system_prompt: str | None = None
     apply_chat_template: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -239,9 +244,11 @@ class GRPOConfig:
             raise UserError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
             )
-        if self.prompt_template is None and (self.system_prompt or self.apply_chat_template):
+        if self.prompt_template is not None and self.prompt_file is not None:
+            raise UserError("prompt_template and prompt_file both make the prompt; set one of them")
+        if self.prompt_template is self.prompt_file is None and (self.system_prompt or self.apply_chat_template):
             name = "system_prompt" if self.system_prompt else "apply_chat_template"
-            raise UserError(f"{name} goes with prompt_template; a prompt column is taken as it is")
+            raise UserError(f"{name} goes with prompt_template or prompt_file; a prompt column is taken as it is")
         if self.run_name is not None and (not self.run_name or "/" in self.run_name):
             _refuse("run_name", self.run_name, "a name without '/'; output_dir takes a path")
         if not all(map(math.isfinite, self.reward_weights or [])):

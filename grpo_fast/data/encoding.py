@@ -1,0 +1,67 @@
+"""Prompts as tokens, and the order in which they are drawn."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data.templates import Prompt, Row
+from grpo_fast.errors import UserError, one_line
+
+
+def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[int]]:
+    """Token ids of every row's prompt, by the model's chat template where the prompt is a chat.
+
+    The template opens the assistant's turn; where the chat ends in one, it is left open instead.
+    """
+    encoded = []
+    for prompt in (row["prompt"] for row in rows):
+        if isinstance(prompt, str):
+            encoded.append(tokenizer(prompt)["input_ids"])
+            continue
+        if tokenizer.chat_template is None:
+            raise UserError(f"{config.model_name_or_path!r} has no chat template, but the prompts are chats")
+        opened = prompt[-1]["role"] == "assistant"
+        arguments = {"add_generation_prompt": not opened, "continue_final_message": opened}
+        arguments |= {**(config.chat_template_kwargs or {}), "tokenize": True, "return_dict": False}
+        try:
+            ids = tokenizer.apply_chat_template(prompt, **arguments)
+        except Exception as error:
+            raise UserError(f"the chat template refuses {prompt!r:.80}: {one_line(error)}") from None
+        encoded.append(list(ids))
+    return encoded
+
+
+def opened_turn(prompt: Prompt) -> str:
+    """The beginning of the assistant's turn, where a chat ends in one; else an empty string.
+
+    The model goes on with it, and the rewards see it as a part of the completion (as TRL has it).
+    """
+    return prompt[-1]["content"] if isinstance(prompt, list) and prompt[-1]["role"] == "assistant" else ""
+
+
+def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int | None, config: GRPOConfig) -> None:
+    """Every prompt and its longest completion must fit the model's positions and a microbatch."""
+    longest = max(range(len(encoded)), key=lambda index: len(encoded[index]))
+    length = len(encoded[longest])
+    if min(len(ids) for ids in encoded) == 0:
+        raise UserError("a prompt has no tokens; every prompt must have at least one")
+    room = f"a prompt of {length} tokens and max_completion_length={config.max_completion_length}"
+    where = f"the longest prompt begins {str(rows[longest]['prompt'])[:60]!r}"
+    if max_positions is not None and length + config.max_completion_length > max_positions:
+        raise UserError(f"{room} do not fit the model's {max_positions} positions; {where}")
+    if length + config.max_completion_length > config.max_tokens_per_microbatch:
+        raise UserError(f"{room} do not fit max_tokens_per_microbatch={config.max_tokens_per_microbatch}; {where}")
+
+
+def prompt_order(num_rows: int, shuffle: bool, seed: int, start: int = 0) -> Iterator[int]:
+    """Row indices without end, epoch by epoch, each in its own order, from the `start`-th index on."""
+    order = list(range(num_rows))
+    generator = random.Random(seed)
+    for epoch in itertools.count():
+        if shuffle:
+            generator.shuffle(order)
+        if epoch >= start // num_rows:
+            yield from order[max(start - epoch * num_rows, 0) :]

@@ -1,0 +1,109 @@
+"""The rows of a run: where they come from, their prompts, and the split that is held out.
+
+Every row has a ``prompt``, a string or a list of chat messages (TRL's two forms); all other columns reach the reward
+functions by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data.files import is_file, load_hub, read_file
+from grpo_fast.data.questions import gsm8k, math
+from grpo_fast.data.tasks import addition, arithmetic, countdown, sort_digits
+from grpo_fast.data.templates import Prompt, Row, load_template
+from grpo_fast.errors import UserError, nearest
+
+# Where a dataset has no split to evaluate on, this share of its rows is held out, at most MAX_HELD_OUT.
+HELD_OUT_SHARE = 0.1
+MAX_HELD_OUT = 200
+
+# Each gives the training rows and, but for a single file of GSM8K or MATH, the held-out rows.
+BUILT_IN: dict[str, Callable[..., tuple[list[Row], list[Row] | None]]] = {
+    function.__name__: function for function in (sort_digits, addition, arithmetic, countdown, gsm8k, math)
+}
+
+
+def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows, each with its ``prompt``.
+
+    Raises:
+        UserError: a missing file, a malformed line, an unknown built-in, a wrong prompt file, a column that the
+            template or the trainer needs and a row lacks, or an empty split.
+    """
+    build = load_template(config)
+    train, test = _load_splits(config)
+    train = _with_prompts(train, build, config.dataset_name)
+    if test is None:
+        shuffled = list(train)
+        random.Random(config.seed).shuffle(shuffled)
+        size = min(config.max_eval_samples or MAX_HELD_OUT, max(int(HELD_OUT_SHARE * len(train)), 1), len(train) - 1)
+        train, test = shuffled[max(size, 0) :], shuffled[: max(size, 0)]
+    else:
+        test = _with_prompts(test, build, config.eval_dataset_name or f"{config.dataset_name}, held out")
+    for name, rows, instead in (("training", train, ""), ("evaluation", test, "; set eval_dataset_name")):
+        if not rows:
+            raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}{instead}")
+    return train[: config.max_train_samples], test[: config.max_eval_samples]
+
+
+def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str) -> list[Row]:
+    """Every row with its prompt and with all columns of the data, None where it lacks one."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    made = []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append({**columns, **row, "prompt": build(row)})
+        except UserError as error:
+            raise UserError(f"{source}, row {number}: {error}") from None
+    return made
+
+
+def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
+    name = config.dataset_name
+    if name in BUILT_IN and config.eval_dataset_name:
+        raise UserError(f"eval_dataset_name goes with files and hub datasets; {name!r} brings its own held-out rows")
+    if name in BUILT_IN or is_file(name):
+        for field, default in (
+            ("dataset_config", None),
+            ("dataset_train_split", "train"),
+            ("dataset_test_split", "test"),
+        ):
+            if getattr(config, field) != default:
+                raise UserError(f"{field}={getattr(config, field)!r} goes with hub datasets, not with {name!r}")
+    if name in BUILT_IN:
+        return _built_in(name, config.dataset_kwargs or {})
+    if config.dataset_kwargs:
+        raise UserError(f"dataset_kwargs goes with the built-in datasets {', '.join(BUILT_IN)}, not with {name!r}")
+    if is_file(name):
+        train = read_file(name)
+        return train, read_file(config.eval_dataset_name) if config.eval_dataset_name else None
+    if "/" not in name:
+        raise UserError(
+            f"dataset_name={name!r} is neither a .jsonl, .json or .parquet file, nor a hub name (owner/name), "
+            f"nor one of {', '.join(BUILT_IN)}{nearest(name, BUILT_IN)}"
+        )
+    loaded = load_hub(name, config.dataset_config, "dataset_name")
+    if config.dataset_train_split not in loaded:
+        raise UserError(f"dataset_train_split={config.dataset_train_split!r} is not in {name!r}: it has {list(loaded)}")
+    if config.dataset_test_split not in loaded and config.dataset_test_split != "test":
+        raise UserError(f"dataset_test_split={config.dataset_test_split!r} is not in {name!r}: it has {list(loaded)}")
+    train = list(loaded[config.dataset_train_split])
+    if config.eval_dataset_name:
+        return train, read_file(config.eval_dataset_name)
+    return train, list(loaded[config.dataset_test_split]) if config.dataset_test_split in loaded else None
+
+
+def _built_in(name: str, kwargs: dict[str, Any]) -> tuple[list[Row], list[Row] | None]:
+    known = inspect.signature(BUILT_IN[name]).parameters
+    for key in kwargs:
+        if key not in known:
+            raise UserError(f"dataset_kwargs: {name} takes {', '.join(known)}, not {key!r}{nearest(key, known)}")
+        if not isinstance(kwargs[key], type(known[key].default)):
+            kind = type(known[key].default).__name__
+            raise UserError(f"dataset_kwargs: {key}={kwargs[key]!r} is not allowed: it must be of type {kind}")
+    return BUILT_IN[name](**kwargs)

@@ -1,0 +1,124 @@
+"""Questions with a reference answer: GSM8K and MATH, from the hub or from files, in the same three columns.
+
+``question``, ``answer`` (what a reward compares with) and ``solution`` (the worked text); MATH keeps its other columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from grpo_fast.data.files import is_file, load_hub, read_file
+from grpo_fast.data.templates import Row
+from grpo_fast.errors import UserError
+
+GSM8K = "openai/gsm8k"
+MATH = "DigitalLearningGmbH/MATH-lighteval"
+
+_FINAL = re.compile(r"####\s*(-?\$?[\d,]*\.?\d+)")
+
+
+def gsm8k(path: str = GSM8K) -> tuple[list[Row], list[Row] | None]:
+    """GSM8K (arXiv:2110.14168): the answer is the number after ``####``, without commas.
+
+    `path` is a hub name, a folder with ``train`` and ``test`` files (.jsonl, .json or .parquet), or one file, of which
+    a share is then held out.
+
+    Raises:
+        UserError: the data cannot be read, or a row has no question or no answer after ``####``.
+    """
+    return _questions("gsm8k", path, "main" if path == GSM8K else None, _gsm8k_row)
+
+
+def math(path: str = MATH) -> tuple[list[Row], list[Row] | None]:
+    r"""MATH (arXiv:2103.03874): the answer is what stands in the solution's last ``\boxed{}``.
+
+    `path` as for `gsm8k`; the files have the columns ``problem`` and ``solution``.
+
+    Raises:
+        UserError: the data cannot be read, or a row has no problem or no boxed answer.
+    """
+    return _questions("math", path, None, _math_row)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last ``\boxed{...}`` (or ``\fbox{...}``, or after ``\boxed 5``); None where there is none.
+
+    Braces are balanced; ``\{`` and ``\}`` do not count.
+    """
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].partition("box")[2].removeprefix("ed")
+    if rest[:1] != "{":
+        words = rest.split("$")[0].split()
+        return words[0] if words else None
+    depth = 0
+    for part in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(part[0], 0)
+        if depth == 0 and part[0] == "}":
+            return rest[1 : part.start()].strip()
+    return None
+
+
+def _gsm8k_row(row: Row) -> Row:
+    question, worked = _column(row, "question"), _column(row, "answer")
+    final = _FINAL.search(worked)
+    if final is None:
+        raise UserError(f"no number after #### in the answer {worked[-60:]!r}")
+    answer = final[1].replace(",", "").replace("$", "")
+    return {"question": question, "answer": answer, "solution": worked[: final.start()].rstrip()}
+
+
+def _math_row(row: Row) -> Row:
+    question, solution = _column(row, "problem"), _column(row, "solution")
+    answer = last_boxed(solution)
+    if answer is None:
+        raise UserError(f"no \\boxed{{}} in the solution that ends in {solution[-60:]!r}")
+    others = {name: value for name, value in row.items() if name != "problem"}
+    return {**others, "question": question, "answer": answer, "solution": solution}
+
+
+def _column(row: Row, name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise UserError(f"no text in column {name!r} (it has {', '.join(row)})")
+    return row[name]
+
+
+def _questions(
+    task: str, path: str, hub_config: str | None, convert: Callable[[Row], Row]
+) -> tuple[list[Row], list[Row] | None]:
+    splits = _read(task, path, hub_config)
+    made = []
+    for split, rows in splits.items():
+        made.append([])
+        for number, row in enumerate(rows, 1):
+            try:
+                made[-1].append(convert(row))
+            except UserError as error:
+                raise UserError(f"{task}, {split} row {number} of {path}: {error}") from None
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def _read(task: str, path: str, hub_config: str | None) -> dict[str, list[Row]]:
+    """The training rows and, where there are some, the test rows."""
+    folder = Path(path).expanduser()
+    if is_file(path):
+        return {"train": read_file(path)}
+    if not folder.is_dir():
+        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise UserError(f"{task}: path={path!r} is neither a folder, a file nor a hub name")
+        loaded = load_hub(path, hub_config, f"{task}: path")
+        splits = {name: list(loaded[name]) for name in ("train", "test") if name in loaded}
+        found = ", ".join(loaded)
+    else:
+        files = sorted(file for file in folder.iterdir() if is_file(file.name))
+        splits = {}
+        for name in ("train", "test"):
+            rows = [row for file in files if file.stem.split("-")[0] == name for row in read_file(str(file))]
+            splits |= {name: rows} if rows else {}
+        found = ", ".join(file.name for file in files) or "no .jsonl, .json or .parquet file"
+    if "train" not in splits:
+        raise UserError(f"{task}: {path} has no split 'train'; there is {found}")
+    return splits

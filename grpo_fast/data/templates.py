@@ -1,0 +1,138 @@
+"""Prompts from a row's columns: the column ``prompt``, a template, or a prompt file.
+
+A prompt file is a text with ``{column}`` placeholders, or a YAML list of chat messages whose contents have them. If the
+last message is the assistant's, the model goes on with it. ``{{`` and ``}}`` stand for braces.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError, import_extra, nearest, one_line
+
+Row = dict[str, Any]
+Prompt = str | list[dict[str, str]]
+
+# What a placeholder may be: no position, attribute or index.
+_COLUMN = re.compile(r"[^\W\d][\w -]*")
+
+# The prompt files that come with the package, by name.
+PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts").iterdir())}
+
+
+def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
+    """What makes a row's prompt, by `prompt_template`, `prompt_file` or the column ``prompt``.
+
+    The returned function raises UserError for a column that a row lacks, and for a prompt that is none.
+
+    Raises:
+        UserError: a prompt file that is missing or malformed, or placeholders that are not names of columns.
+    """
+    if config.prompt_file is not None:
+        name, template = f"prompt_file={config.prompt_file!r}", read_prompt_file(config.prompt_file)
+    else:
+        name, template = "prompt_template", config.prompt_template
+    if template is None:
+        return _prompt_column
+    if isinstance(template, list) and config.system_prompt:
+        raise UserError(f"{name} brings its own messages; leave system_prompt out, or put it into the file")
+    if isinstance(template, str) and (config.apply_chat_template or config.system_prompt):
+        template = [{"role": "user", "content": template}]
+    used = dict.fromkeys(column for text in _texts(template) for column in _placeholders(name, text))
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+
+    def build(row: Row) -> Prompt:
+        for column in used:
+            if column not in row:
+                raise UserError(f"{name} uses column {column!r}, but there is {', '.join(row)}")
+            if row[column] is None:
+                raise UserError(f"{name} uses column {column!r}, which is empty here")
+        try:
+            if isinstance(template, str):
+                return check_prompt(template.format_map(row))
+            return check_prompt([*system, *({**m, "content": m["content"].format_map(row)} for m in template)])
+        except (ValueError, TypeError, LookupError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{name} cannot be filled: {one_line(error)}") from None
+
+    return build
+
+
+def read_prompt_file(name: str) -> str | list[dict[str, str]]:
+    """The text, or the chat messages, of a prompt file or of a built-in one.
+
+    Raises:
+        UserError: there is no such file, or it is not UTF-8, YAML or a list of messages.
+    """
+    path = PROMPTS.get(name) or Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(PROMPTS)
+        raise UserError(f"prompt_file={name!r} is neither a file nor one of {known}{nearest(name, PROMPTS)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt_file={name!r} is not UTF-8 text: {one_line(error)}") from None
+    if path.suffix not in (".yaml", ".yml"):
+        return text.removesuffix("\n")
+    yaml = import_extra("yaml", "train")
+    try:
+        messages = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"prompt_file={name!r} is not valid YAML: {one_line(error)}") from None
+    try:
+        return check_prompt(messages if isinstance(messages, list) else None)
+    except UserError:
+        raise UserError(f"prompt_file={name!r} must hold a list of messages, each with a role and a content") from None
+
+
+def check_prompt(prompt: object) -> Prompt:
+    """`prompt` itself, if it is valid text or chat messages.
+
+    Raises:
+        UserError: it is not.
+    """
+    texts = _texts(prompt)
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"a prompt must be text, or chat messages with a role and a content, got {prompt!r:.80}")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not valid Unicode: {one_line(error)}") from None
+    return prompt
+
+
+def _prompt_column(row: Row) -> Prompt:
+    if "prompt" not in row:
+        raise UserError(
+            f"no column 'prompt' (it has {', '.join(row)}); set prompt_template, as in '{{question}}', or prompt_file"
+        )
+    return check_prompt(row["prompt"])
+
+
+def _texts(prompt: object) -> list[object]:
+    """The roles and contents of a chat, or the text alone; [None] for anything else."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
+        return [message.get(key) for message in prompt for key in ("role", "content")]
+    return [None]
+
+
+def _placeholders(name: str, text: str) -> list[str]:
+    """The columns that a template uses."""
+    try:
+        columns = [column for _, column, _, _ in string.Formatter().parse(text) if column is not None]
+    except ValueError as error:
+        raise UserError(f"{name} cannot be filled: {one_line(error)}; {{{{ and }}}} stand for braces") from None
+    for column in columns:
+        if not _COLUMN.fullmatch(column):
+            raise UserError(
+                f"{name} cannot be filled: {{{column}}} is not the name of a column; {{{{ and }}}} stand for braces"
+            )
+    return columns
