@@ -1,8 +1,9 @@
 """Checkpoints: everything that decides the rest of a run, in a folder that appears only when it is whole.
 
 ``checkpoint-N/`` holds what `from_pretrained` loads (the model and its tokenizer; of an adapted model the adapter
-alone) and beside it ``trainer_state.json``, ``optimizer.safetensors`` and ``rng.safetensors``. It is written under
-another name, synced to the disk and renamed. A learning rate follows from the step and needs no state.
+alone) and beside it ``trainer_state.json``, ``optimizer.safetensors`` and ``rng.safetensors``, and with
+`sync_ref_model` the reference policy's weights, ``reference.safetensors``. It is written under another name, synced to
+the disk and renamed. A learning rate follows from the step and needs no state.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ FREE_FIELDS = frozenset(
         "max_steps",
         "logging_steps",
         "log_completions_steps",
+        "eval_steps",
+        "keep_best",
         "report_to",
         "save_steps",
         "save_total_limit",
@@ -72,6 +75,8 @@ class TrainerState:
         train_seconds: time of the steps, seconds.
         before: score on the held-out prompts before training, None where it is not a number.
         fixed: what the resumed run must have in common with this one.
+        best_step: the step with the best score on the held-out prompts so far, 0 for none.
+        best_score: its score, None for none.
         files: bytes of every other file of the checkpoint.
     """
 
@@ -81,6 +86,8 @@ class TrainerState:
     train_seconds: float
     before: float | None
     fixed: dict[str, Any]
+    best_step: int = 0
+    best_score: float | None = None
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -123,10 +130,11 @@ def save_checkpoint(
     return folder
 
 
-def keep_newest(run_folder: Path, limit: int) -> None:
-    """Remove all checkpoints but the newest `limit`."""
+def keep_newest(run_folder: Path, limit: int, best_step: int = 0) -> None:
+    """Remove all checkpoints but the newest `limit` and that of `best_step`."""
     for folder in checkpoints(run_folder)[:-limit]:
-        discard(folder)
+        if folder.name != f"checkpoint-{best_step}":
+            discard(folder)
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -278,13 +286,17 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 
 def checkpoint_bytes(model: nn.Module, config: GRPOConfig) -> int:
-    """Bytes of one checkpoint: the weights, or the trained ones where they are an adapter, and AdamW's two moments."""
+    """Bytes of one checkpoint: the weights, or the trained ones where they are an adapter, and AdamW's two moments.
+
+    A reference policy that is refreshed is one more model.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if config.use_peft else list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in saved)
     # float32 moments and, offloaded, float32 weights; 8-bit ones come with a float32 scale for 256 of them.
     each = {"adamw_torch_fused": 12 if config.optim_offload else 8}.get(config.optim, 2 * (1 + 4 / 256))
-    return weights + math.ceil(each * sum(p.numel() for p in trained))
+    reference = weights if config.sync_ref_model else 0
+    return weights + reference + math.ceil(each * sum(p.numel() for p in trained))
 
 
 def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
@@ -299,7 +311,8 @@ def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
     if not os.access(there, os.W_OK):
         raise UserError(f"output_dir={str(folder)!r} cannot be created: {there} is not writable")
     saves = math.ceil(config.max_steps / config.save_steps) if config.save_steps else 1
-    count, size = min(config.save_total_limit + 1, saves), checkpoint_bytes(model, config)
+    saves += math.ceil(config.max_steps / config.eval_steps) if config.keep_best else 0
+    count, size = min(config.save_total_limit + 1 + config.keep_best, saves), checkpoint_bytes(model, config)
     written = sum(path.stat().st_size for old in checkpoints(folder) for path in old.rglob("*"))
     free = shutil.disk_usage(there).free
     if free + written < count * size:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from grpo_fast.advantages import UNCENTRED
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, PolicyObjective
 
@@ -60,6 +61,7 @@ class GRPOConfig:
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
         reward_weights: a weight for each of them (default: 1 each).
         eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
+        eval_steps: measure the held-out prompts every so many steps; 0 for before and after training only.
         num_generations: completions sampled for each prompt, G.
         generation_batch_size: completions of one optimizer step; num_generations must divide it.
         max_completion_length: longest completion, tokens.
@@ -70,18 +72,38 @@ class GRPOConfig:
         generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``.
         num_generations_eval: completions for each evaluation prompt.
         max_tokens_per_generation_batch: tokens (prompts and longest completions) that are sampled at once.
-        loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, gspo or reinforce.
+        loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
+            dual_clip, reinforce or unclipped (docs/objectives.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
-        importance_sampling_level: whether a ratio belongs to a token or a sequence (default: the preset's).
+        importance_sampling_level: whether a ratio belongs to a token, or to a sequence, as the geometric mean
+            (sequence) or the product of its tokens' (default: the preset's).
         beta: weight of the KL term to the initial policy.
         use_bias_correction_kl: multiply the KL estimate by the ratio.
+        kl_estimator: estimate of the KL term in the loss: k1, k2 or k3.
         entropy_coef: weight of the entropy bonus.
+        top_entropy_quantile: share of the step's tokens, those of the highest entropy, that carry the policy gradient;
+            below 1 it costs one more forward for each update.
         sapo_temperature_pos: sapo's temperature for positive advantages.
         sapo_temperature_neg: sapo's temperature for the other advantages.
+        vespo_k_pos: vespo's power of the ratio for positive advantages.
+        vespo_lambda_pos: vespo's decay with the ratio for positive advantages.
+        vespo_k_neg: vespo's power of the ratio for the other advantages.
+        vespo_lambda_neg: vespo's decay with the ratio for the other advantages.
         num_iterations: optimizer steps on each generation batch.
+        kl_in_reward: take beta times a sequence's KL to the reference (k1, summed over its tokens) from its reward,
+            instead of a KL term in the loss.
+        sync_ref_model: move the reference policy towards the trained one as training goes on.
+        ref_model_sync_steps: every so many steps.
+        ref_model_mixup_alpha: by this share of the way; 1 makes them equal.
+        reward_baseline: what is taken from a reward: the mean of its group, the mean of the others (leave_one_out), the
+            group's highest reward (max), or nothing (none); best_only makes all rewards below the highest 0.
         scale_rewards: divide advantages by the standard deviation of the group, of the batch, or of nothing.
+        multi_objective_aggregation: several rewards are summed and then normalised, or each is normalised in its group,
+            and their sum over the batch (normalize_then_sum, GDPO).
+        dynamic_sampling: sample other prompts in place of those whose completions all have the same reward (DAPO).
+        max_num_gen_batches: at most so often for a step, the first time included.
         mask_truncated_completions: leave completions that did not end out of the loss.
         optim: adamw_torch_fused; adamw_torch_8bit (torchao: 8-bit moments, stochastic rounding of bfloat16 weights);
             adamw_8bit or paged_adamw_8bit (bitsandbytes, GPU); the latter three need the extra `lowbit`.
@@ -109,6 +131,7 @@ class GRPOConfig:
         report_to: trackers beside the run folder, of tensorboard, wandb and trackio.
         save_steps: write a checkpoint every so many steps; 0 for the last step only.
         save_total_limit: keep only so many checkpoints, the newest.
+        keep_best: also keep the checkpoint with the best score on the held-out prompts, measured every eval_steps.
         resume_from_checkpoint: go on from output_dir's newest checkpoint, if there is one (also: ``--resume``).
     """
 
@@ -149,6 +172,7 @@ class GRPOConfig:
     reward_funcs: list[str] = field(default_factory=list)
     reward_weights: list[float] | None = None
     eval_metric: str | None = None
+    eval_steps: int = 0
 
     num_generations: int = 8
     generation_batch_size: int = 64
@@ -165,14 +189,28 @@ class GRPOConfig:
     epsilon: float | None = None
     epsilon_high: float | None = None
     delta: float | None = None
-    importance_sampling_level: Literal["token", "sequence"] | None = None
+    importance_sampling_level: Literal["token", "sequence", "product"] | None = None
     beta: float = 0.0
     use_bias_correction_kl: bool = True
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     num_iterations: int = 1
+    kl_in_reward: bool = False
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    ref_model_mixup_alpha: float = 0.6
+    reward_baseline: Literal["mean", "leave_one_out", "max", "none", "best_only"] = "mean"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    dynamic_sampling: bool = False
+    max_num_gen_batches: int = 10
     mask_truncated_completions: bool = False
 
     optim: Literal["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
@@ -209,6 +247,7 @@ class GRPOConfig:
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     save_steps: int = 50
     save_total_limit: int = 2
+    keep_best: bool = False
     resume_from_checkpoint: bool = False
 
     def __post_init__(self):
@@ -229,12 +268,31 @@ class GRPOConfig:
             raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
         if not self.reward_funcs:
             raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
+        if self.keep_best and not self.eval_steps:
+            raise UserError("keep_best goes with eval_steps: the best score is among those measured while training")
         if self.load_in_4bit and not self.use_peft:
             raise UserError("load_in_4bit goes with use_peft: 4-bit weights are not trained, adapters beside them are")
         if self.activation_offloading and not self.gradient_checkpointing:
             raise UserError("activation_offloading goes with gradient_checkpointing: it keeps the layers' inputs")
         if self.share_prompts == "always" and self.padding_free == "never":
             raise UserError("share_prompts='always' goes with padding_free: prompts are shared in packed sequences")
+        for name in ("kl_in_reward", "sync_ref_model"):
+            if getattr(self, name) and not self.uses_reference:
+                raise UserError(f"{name} goes with beta above 0: without, there is no reference policy")
+        if self.sync_ref_model and self.use_peft:
+            raise UserError("sync_ref_model goes without use_peft: the reference is the model without its adapters")
+        if self.reward_baseline in UNCENTRED and self.scale_rewards != "none":
+            raise UserError(
+                f"reward_baseline={self.reward_baseline!r} goes with scale_rewards='none', not "
+                f"{self.scale_rewards!r}: rewards that are not centred are not scaled"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            for name, value in (("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False)):
+                if getattr(self, name) != value:
+                    raise UserError(
+                        f"multi_objective_aggregation='normalize_then_sum' goes with {name}={value!r}, "
+                        f"not {getattr(self, name)!r}"
+                    )
         if self.generation_batch_size % self.num_generations:
             _refuse(
                 "generation_batch_size", self.generation_batch_size,
@@ -261,6 +319,10 @@ class GRPOConfig:
             raise UserError(str(error).removeprefix("PolicyObjective: ")) from None
 
     @property
+    def uses_reference(self) -> bool:
+        return self.beta != 0.0
+
+    @property
     def prompts_per_step(self) -> int:
         return self.generation_batch_size // self.num_generations
 
@@ -279,13 +341,16 @@ class GRPOConfig:
         return dataclasses.replace(
             PRESETS[self.loss_type],
             **{name: value for name, value in overrides.items() if value is not None},
-            beta=self.beta,
+            beta=0.0 if self.kl_in_reward else self.beta,
             kl_bias_correction=self.use_bias_correction_kl,
-            entropy_coef=self.entropy_coef,
-            sapo_temperature_pos=self.sapo_temperature_pos,
-            sapo_temperature_neg=self.sapo_temperature_neg,
+            kl=self.kl_estimator,
+            **{name: getattr(self, name) for name in _OBJECTIVE_FIELDS},
         )
 
+
+# What has the same name in `PolicyObjective`.
+_OBJECTIVE_FIELDS = ("entropy_coef", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos")
+_OBJECTIVE_FIELDS += ("vespo_k_neg", "vespo_lambda_neg")
 
 # Fields of TRL that have another name, or another home, here.
 TRL_FIELDS_INSTEAD = {
@@ -305,18 +370,23 @@ _RANGES = [
             "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
             "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
             "max_train_samples", "max_eval_samples", "lora_r", "lora_alpha", "save_total_limit",
+            "max_num_gen_batches", "ref_model_sync_steps",
         ),
         lambda v: v >= 1,
         "at least 1",
     ),
     (("temperature", "learning_rate", "adam_epsilon"), lambda v: v > 0, "above 0"),
     (
-        ("top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps"),
+        (
+            "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
+            "eval_steps",
+        ),
         lambda v: v >= 0,
         "at least 0",
     ),
+    (("top_entropy_quantile",), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
-    (("top_p",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (("top_p", "ref_model_mixup_alpha"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
     (("min_p", "adam_beta1", "adam_beta2", "lora_dropout"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ bfloat16.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+from transformers import get_scheduler
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, import_extra
+from grpo_fast.errors import UserError, import_extra, one_line
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 # Weights that are rounded at once: a bound on the temporary memory, 20 bytes each.
@@ -352,3 +354,15 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
+
+
+def build_scheduler(optimizer: Optimizer, config: GRPOConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' schedule; like there, `warmup_steps` below 1 is a share of the steps, rounded up."""
+    warmup = config.warmup_steps
+    warmup = math.ceil(warmup * config.max_steps) if warmup < 1 else int(warmup)
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=config.max_steps
+        )
+    except ValueError as error:
+        raise UserError(f"lr_scheduler_type={config.lr_scheduler_type!r}: {one_line(error)}") from None

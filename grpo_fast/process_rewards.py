@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.advantages import group_advantages
+from grpo_fast.advantages import Advantages, group_advantages
 from grpo_fast.errors import UserError
 
 Steps = list[tuple[int, float]]
@@ -50,7 +50,7 @@ def read_steps(name: str, value: object, index: int, text: str) -> Steps | float
         lowest = steps[-1][0] + 1 if steps else 1
         if not lowest <= end <= len(text):
             raise UserError(
-                f"{place}: the end in {pair!r:.80} must be from {lowest} to {len(text)}, in characters of the completion"
+                f"{place}: the end in {pair!r:.80} must be from {lowest} to {len(text)}, in the completion's characters"
             )
         steps.append((end, reward))
     return steps
@@ -79,40 +79,30 @@ def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int]) -> li
     return counts
 
 
-def process_advantages(
-    steps: list[Steps | None],
-    token_ids: list[list[int]],
-    tokenizer: Any,
-    num_generations: int,
-    scale_rewards: str = "group",
-    baseline: str = "mean",
-) -> tuple[list[Tensor], Tensor]:
-    """Per-token advantages of one function's process rewards.
+def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str, baseline: str) -> Advantages:
+    """Normalised rewards of the steps of B completions, those of a prompt side by side; all of a prompt are one group.
 
     Args:
-        steps: for each of B completions, those of a prompt side by side, its steps; None or empty without.
-        token_ids: their tokens.
-        tokenizer: the tokenizer that made their texts from them, leaving out special tokens.
+        steps: each completion's steps, none where it has none.
         num_generations: G, which divides B.
-        scale_rewards: see :func:`grpo_fast.advantages.group_advantages`, to which all steps' rewards of a prompt
-            are one group.
-        baseline: likewise.
+        scale_rewards, baseline: see :func:`grpo_fast.advantages.group_advantages`.
 
     Returns:
-        For each completion a float32 tensor of its tokens' advantages, and whether all steps of a completion's group
-        have the same reward ``[B]``.
+        ``[B, M]`` values for at most M steps, 0 where there is none, and ``[B]`` whether all steps of a completion's
+        group have the same reward.
     """
-    longest = max(2, *(len(found or ()) for found in steps))
+    longest = max(1, *map(len, steps))
     rewards = torch.full((len(steps), longest), math.nan)
-    for line, found in zip(rewards, steps, strict=True):
-        line[: len(found or ())] = torch.tensor([reward for _, reward in found or ()])
-    normalised = group_advantages(rewards.flatten(), num_generations * longest, scale_rewards, baseline)
-    values = normalised.values.view(-1, longest)
-    advantages = []
-    for line, found, ids in zip(values, steps, token_ids, strict=True):
-        tokens = torch.zeros(len(ids))
-        ends = [end for end, _ in found or ()]
-        for count, value in zip(step_tokens(tokenizer, ids, ends), line.tolist(), strict=False):
-            tokens[:count] += value
-        advantages.append(tokens)
-    return advantages, normalised.equal.view(-1, longest)[:, 0]
+    for line, pairs in zip(rewards, steps, strict=True):
+        line[: len(pairs)] = torch.tensor([reward for _, reward in pairs])
+    found = group_advantages(rewards.flatten(), num_generations * longest, scale_rewards, baseline)
+    return Advantages(found.values.view(-1, longest), found.equal.view(-1, longest)[:, 0])
+
+
+def spread_steps(
+    advantages: Tensor, steps: Steps, values: Sequence[float], tokenizer: Any, token_ids: list[int]
+) -> None:
+    """Add to a completion's token `advantages` ``[T]`` each step's value, on all tokens up to the step's end."""
+    counts = step_tokens(tokenizer, token_ids, [end for end, _ in steps])
+    for count, value in zip(counts, values, strict=False):
+        advantages[:count] += value

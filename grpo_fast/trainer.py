@@ -10,17 +10,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from grpo_fast.activations import check_activations, prepare_activations
-from grpo_fast.advantages import group_advantages
 from grpo_fast.checkpoint import (
     TrainerState,
     check_same,
@@ -36,40 +32,31 @@ from grpo_fast.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
-from grpo_fast.errors import CheckpointError, UserError, one_line, writing
+from grpo_fast.errors import CheckpointError, UserError, writing
 from grpo_fast.evaluate import evaluate, sample_and_score
 from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, loss_metrics, peak_memory, reward_metrics
 from grpo_fast.models import add_adapter, check_vocabulary, load_model
-from grpo_fast.optimizers import build_optimizer, check_optimizer, load_optimizer_tensors, optimizer_tensors
-from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
+from grpo_fast.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    check_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from grpo_fast.packing import build_microbatch, fill_microbatches, plan_rows
 from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
+from grpo_fast.reference import load_reference, move_towards, reference_tensors
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, TransformersRollout
 from grpo_fast.trackers import Trackers, tracker_arguments
-from grpo_kernels import token_weights
-
-
-@dataclass
-class StepBatch:
-    """Everything of one generation that the updates need. Token tensors are flat ``[N]`` over all completions."""
-
-    samples: list[Sample]
-    offsets: Tensor
-    advantages: Tensor
-    weights: Tensor
-    active: list[int]
-    ref_logprobs: Tensor | None = None
-    old_logprobs: Tensor | None = None
-
-    def to(self, device: torch.device) -> StepBatch:
-        """The token tensors on the device of the microbatches; the plan of rows stays on the CPU."""
-        return dataclasses.replace(self, advantages=self.advantages.to(device), weights=self.weights.to(device))
+from grpo_kernels import high_entropy_mask
 
 
 class GRPOTrainer:
@@ -89,6 +76,7 @@ class GRPOTrainer:
         self.objective = config.objective()
         self.rewards = RewardModel(config.reward_funcs, config.reward_weights)
         self.metric = self.rewards.index(config.eval_metric)
+        self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
         self.train_rows, self.eval_rows = load_rows(config)
         for rows in (self.train_rows, self.eval_rows):
             self.rewards.check_columns(name for name in rows[0] if name != "prompt")
@@ -119,7 +107,7 @@ class GRPOTrainer:
             raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
         # Parked on the CPU: scoring takes it to the device and back.
         self.reference = None
-        if self.objective.uses_reference and self.adapter is None:
+        if config.uses_reference and self.adapter is None:
             self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to("cpu")
         self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
         self.model = model
@@ -136,6 +124,9 @@ class GRPOTrainer:
         # Where the run is between two updates; `updates_left` are those to come on the same generation batch.
         self.step = self.saved_step = self.updates_left = self.num_tokens = self.num_prompts = 0
         self.train_seconds, self.before = 0.0, math.nan
+        # The last step that was evaluated, with its figures where this process made them; the best one so far.
+        self.evaluated_step, self.held_out = 0, {}
+        self.best_step, self.best_score = 0, -math.inf
         self.rng: dict[str, Tensor] = {}
         if found is not None:
             self.restore(*found)
@@ -167,22 +158,27 @@ class GRPOTrainer:
             else:
                 start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
                 progress.phase(f"{start}measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
-                self.before = self.evaluate()
+                figures = self.evaluate()
+                self.before = figures[self.score_name]
                 progress.started(self.before)
-                trackers.log({f"eval/rewards/{metric}/mean": self.before}, step=self.step)
+                trackers.log(figures, step=self.step)
 
             def log(metrics: dict[str, float]) -> None:
                 history.append(metrics)
-                if self.step % config.logging_steps == 0 or self.step >= config.max_steps:
+                if self.step in (self.evaluated_step, config.max_steps) or self.step % config.logging_steps == 0:
                     metrics_file.write(metrics)
                     trackers.log(metrics, step=self.step)
                 progress.update(metrics)
 
             checkpoint = self.run_steps(log, progress)
-            progress.phase(f"measuring {metric} after training")
-            summary = Summary(metric, self.before, self.evaluate(), round(self.train_seconds, 2), self.step)
+            if not self.held_out or self.evaluated_step != self.step:
+                progress.phase(f"measuring {metric} after training")
+                self.held_out = self.evaluate()
+                trackers.log(self.held_out, step=self.step)
+            best = (self.best_score, f"checkpoint-{self.best_step}") if self.best_step else ()
+            after = self.held_out[self.score_name]
+            summary = Summary(metric, self.before, after, round(self.train_seconds, 2), self.step, *best)
             write_json(folder / "summary.json", dataclasses.asdict(summary))
-            trackers.log({f"eval/rewards/{metric}/mean": summary.after}, step=self.step)
             if history:
                 plot_run(history, summary, folder / "reward.png")
             write_report(folder)
@@ -200,10 +196,14 @@ class GRPOTrainer:
         with Interrupt() as interrupt:
             try:
                 for metrics in self.steps():
-                    log(metrics)
+                    try:
+                        if self.evaluation_is_due():
+                            metrics |= self.evaluate_step(progress)
+                    finally:
+                        log(metrics)
                     if interrupt.signal and not self.updates_left:
                         break
-                    if self.save_is_due():
+                    if self.save_is_due() or self.best_step == self.step:
                         self.save()
                 checkpoint = self.save()
             except CheckpointError:
@@ -222,28 +222,49 @@ class GRPOTrainer:
         every = self.config.save_steps
         return bool(every) and not self.updates_left and self.step // every != self.saved_step // every
 
+    def evaluation_is_due(self) -> bool:
+        """Every `eval_steps`, but between generation batches, and after the last step."""
+        every = self.config.eval_steps
+        due = bool(every) and (self.step // every != self.evaluated_step // every or self.step >= self.config.max_steps)
+        return due and not self.updates_left
+
+    def evaluate_step(self, progress: Progress) -> dict[str, float]:
+        """The figures on the held-out prompts after this step, which may be the best one so far."""
+        self.evaluated_step, self.held_out = self.step, self.evaluate()
+        score = self.held_out[self.score_name]
+        if self.config.keep_best and score > self.best_score:
+            self.best_step, self.best_score = self.step, score
+        progress.evaluated(self.step, score, best=self.best_step == self.step)
+        return self.held_out
+
     def save(self) -> Path:
         """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`."""
         folder = self.run_folder / f"checkpoint-{self.step}"
         if self.saved_step != self.step:
+            best = {"best_step": self.best_step, "best_score": self.best_score}
             state = TrainerState(
-                self.step, self.num_tokens, self.num_prompts, self.train_seconds, self.before, self.fixed
+                self.step, self.num_tokens, self.num_prompts, self.train_seconds, self.before, self.fixed, **best
             )
             tensors = {"optimizer": optimizer_tensors(self.optimizer), "rng": self.rng}
+            if self.config.sync_ref_model:
+                tensors["reference"] = reference_tensors(self.reference.model)
             save_checkpoint(folder, self.adapter or self.model, self.tokenizer, state, tensors)
             self.saved_step = self.step
-            keep_newest(self.run_folder, self.config.save_total_limit)
+            keep_newest(self.run_folder, self.config.save_total_limit, self.best_step)
         return folder
 
     def restore(self, folder: Path, state: TrainerState) -> None:
-        """Go on where the checkpoint was written; a reference policy keeps the weights that it began with."""
+        """Go on where the checkpoint was written; an unrefreshed reference policy is the one that it began with."""
         check_same(folder, state.fixed, self.fixed)
         load_weights(folder, self.adapter or self.model)
         load_optimizer_tensors(self.optimizer, load_tensors(folder, "optimizer"))
+        if self.config.sync_ref_model:
+            load_reference(self.reference.model, load_tensors(folder, "reference"))
         self.rng = load_tensors(folder, "rng")
-        self.step = self.saved_step = state.step
+        self.step = self.saved_step = self.evaluated_step = state.step
         self.num_tokens, self.num_prompts, self.train_seconds = state.num_tokens, state.num_prompts, state.train_seconds
         self.before = math.nan if state.before is None else state.before
+        self.best_step, self.best_score = state.best_step, -math.inf if state.best_score is None else state.best_score
         # The schedule is a function of the step.
         schedule = self.scheduler.state_dict()
         self.scheduler.load_state_dict({**schedule, "last_epoch": self.step - 1, "_step_count": self.step + 1})
@@ -261,7 +282,9 @@ class GRPOTrainer:
                 self.step += 1
                 if iteration == 0:
                     self.num_tokens += tokens
-                    self.num_prompts += self.config.prompts_per_step
+                    self.num_prompts += batch.drawn
+                if self.config.sync_ref_model and self.step % self.config.ref_model_sync_steps == 0:
+                    move_towards(self.reference.model, self.model, self.config.ref_model_mixup_alpha)
                 self.updates_left = updates - iteration - 1
                 # Kept for a checkpoint: should the next step fail, the generators will have moved on.
                 self.rng = rng_state()
@@ -272,39 +295,57 @@ class GRPOTrainer:
                 yield {"step": self.step, **figures, **metrics, "num_tokens": self.num_tokens, **speed}
                 start = time.perf_counter()
 
-    def evaluate(self) -> float:
-        """Mean of the evaluation metric on the held-out prompts."""
-        return evaluate(
-            self.rollout, self.rewards, self.metric, self.tokenizer, self.eval_rows, self.eval_prompts,
-            self.eval_sampling, self.config.seed,
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the policy on the held-out prompts; `self.score_name` names the run's score among them."""
+        figures = evaluate(
+            self.rollout, self.rewards, self.tokenizer, self.eval_rows, self.eval_prompts, self.eval_sampling,
+            self.config.seed,
         )  # fmt: skip
+        # The memory that it took is not the next step's.
+        peak_memory(self.accelerator.device)
+        return figures
+
+    def sample(self, count: int) -> Groups:
+        """The next `count` prompts, their completions and rewards."""
+        indices = [next(self.order) for _ in range(count)]
+        rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
+        scored = sample_and_score(self.rollout, self.rewards, self.tokenizer, rows, prompts, self.sampling)
+        return Groups(rows, prompts, *scored)
 
     def collect(self) -> tuple[StepBatch, dict[str, float]]:
         """Rollout, rewards, advantages, token weights of the whole step, and what may be dropped."""
-        config = self.config
-        indices = [next(self.order) for _ in range(config.prompts_per_step)]
-        rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
-        responses, texts, rewards = sample_and_score(
-            self.rollout, self.rewards, self.tokenizer, rows, prompts, self.sampling
-        )
-        advantages = group_advantages(rewards.total, config.num_generations, config.scale_rewards)
-        samples = [
-            Sample(prompts[i // config.num_generations], response.token_ids, i // config.num_generations)
-            for i, response in enumerate(responses)
-        ]
-        counted = torch.tensor(
-            [not (config.mask_truncated_completions and response.finish_reason == "length") for response in responses]
-        )
-        batch = build_step_batch(samples, advantages.values, counted, self.objective, config)
-        batch = batch.to(self.accelerator.device)
-        batch.ref_logprobs = self.score_reference(batch) if self.objective.uses_reference else None
+        config, weights = self.config, self.rewards.weights
+        groups, drawn, metrics = sample_groups(self.sample, weights, config)
+        advantages = reward_advantages(groups.rewards, weights, config)
+        metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
+        batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
+        batch = dataclasses.replace(batch.to(self.accelerator.device), drawn=drawn)
+        if config.uses_reference:
+            batch.ref_logprobs = self.score_reference(batch)
+        if config.kl_in_reward:
+            penalty, metrics["kl"] = self.kl_penalty(batch)
+            advantages = reward_advantages(groups.rewards, weights, config, penalty)
+        batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
         if self.logs_completions():
-            self.log_completions(self.step + 1, rows, texts, rewards.each, advantages.values)
-        metrics = reward_metrics(self.rewards.names, rewards, advantages.equal)
-        return batch, metrics | completion_metrics(responses)
+            with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:
+                for line in groups.lines(self.step + 1, self.rewards.names, batch):
+                    file.write(line)
+        return batch, metrics | completion_metrics(groups.responses)
+
+    def kl_penalty(self, batch: StepBatch) -> tuple[Tensor, float]:
+        """``beta * sum_t (logp_t - ref_t)`` of every completion ``[S]``, and the mean of ``logp_t - ref_t``.
+
+        The classic form of RLHF, as in TRL's RLOO and verl's `use_kl_in_reward`.
+        """
+        self.policy.eval()
+        k1 = self.score(self.policy, batch) - batch.ref_logprobs
+        batch.ref_logprobs = None
+        return self.config.beta * batch.sums(k1).cpu(), k1.mean().item()
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch."""
+        if self.config.top_entropy_quantile < 1:
+            batch.high_entropy = self.high_entropy(batch)
         metrics = self.accumulate_gradients(batch, keep_logprobs)
         # torchao's optimizers keep it in a tensor.
         learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -345,7 +386,8 @@ class GRPOTrainer:
         return loss_metrics(loss, stats, self.objective)
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
-        fields = (batch.advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
+        advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
+        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
         return LossInputs(self.objective, *(None if field is None else field[tokens] for field in fields))
 
     def microbatches(self, batch: StepBatch):
@@ -375,38 +417,22 @@ class GRPOTrainer:
             logprobs[microbatch.tokens] = policy(microbatch).float()
         return logprobs
 
+    @torch.no_grad()
+    def high_entropy(self, batch: StepBatch) -> Tensor:
+        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the present policy."""
+        counted = batch.weights != 0
+        samples = counted[batch.offsets[:-1].to(counted.device)].nonzero().squeeze(1).tolist()
+        entropy = torch.zeros_like(batch.weights)
+        self.policy.eval()
+        for microbatch in self.microbatches(dataclasses.replace(batch, active=samples)):
+            entropy[microbatch.tokens] = self.policy(microbatch, with_entropy=True)[1].float()
+        return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
+
     def logs_completions(self) -> bool:
         """Whether one of the steps on the coming generation is due for its completions to be written."""
         every = self.config.log_completions_steps
         last = min(self.step + self.config.num_iterations, self.config.max_steps)
         return bool(every) and (self.step == 0 or self.step // every != last // every)
-
-    def log_completions(self, step: int, rows: list, texts: list[str], each: Tensor, advantages: Tensor) -> None:
-        with LinesFile(self.run_folder / "completions" / f"completions_{step:05d}.jsonl") as file:
-            for index, text in enumerate(texts):
-                rewards = dict(zip(self.rewards.names, each[index].tolist(), strict=True))
-                entry = {"step": step, "prompt": rows[index // self.config.num_generations]["prompt"]}
-                file.write({**entry, "completion": text, "rewards": rewards, "advantage": advantages[index].item()})
-
-
-def build_step_batch(
-    samples: list[Sample], advantages: Tensor, counted: Tensor, objective: Any, config: GRPOConfig
-) -> StepBatch:
-    """Flat token tensors of a step, with one set of weights for all its microbatches.
-
-    `advantages` and `counted` (whether a completion is in the loss at all) are ``[S]``. ``active`` lists the samples
-    that can move the policy.
-    """
-    offsets = token_offsets(samples)
-    lengths = offsets.diff()
-    weights = token_weights(
-        counted.repeat_interleave(lengths), objective.aggregation, cu_seqlens=offsets,
-        constant_length=config.max_completion_length,
-    )  # fmt: skip
-    moves = counted & (advantages != 0) if objective.advantage_alone else counted
-    return StepBatch(
-        samples, offsets, advantages.repeat_interleave(lengths), weights, moves.nonzero().squeeze(1).tolist()
-    )
 
 
 def choose_run_folder(config: GRPOConfig) -> Path:
@@ -419,15 +445,3 @@ def choose_run_folder(config: GRPOConfig) -> Path:
     elif (folder / "metrics.jsonl").exists() or checkpoints(folder):
         raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
     return folder
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, config: GRPOConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule; like there, `warmup_steps` below 1 is a share of the steps, rounded up."""
-    warmup = config.warmup_steps
-    warmup = math.ceil(warmup * config.max_steps) if warmup < 1 else int(warmup)
-    try:
-        return get_scheduler(
-            config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=config.max_steps
-        )
-    except ValueError as error:
-        raise UserError(f"lr_scheduler_type={config.lr_scheduler_type!r}: {one_line(error)}") from None

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from grpo_fast.attention import install
+from grpo_fast.collect import build_step_batch
 from grpo_fast.config import GRPOConfig
 from grpo_fast.models import add_adapter
 from grpo_fast.packing import build_microbatch, plan_rows
 from grpo_fast.policy import FusedPolicy, LossInputs
-from grpo_fast.trainer import build_step_batch
 from grpo_kernels import PRESETS
 from grpo_kernels.policy_loss import Tokens, policy_loss_ref
 from test_packing import LAYOUTS, plain_logprobs
@@ -28,7 +28,8 @@ def step(objective, old_shift=0.0):
     advantages[4:8] = 0.0
     counted = torch.ones(16, dtype=torch.bool)
     counted[9] = False
-    batch = build_step_batch(SAMPLES, advantages, counted, objective, CONFIG)
+    batch = build_step_batch(SAMPLES, counted, objective, CONFIG)
+    batch.set_advantages(advantages.repeat_interleave(batch.offsets.diff()), objective)
     if old_shift:
         with torch.no_grad():
             logprobs = plain_logprobs(tiny_model(), SAMPLES)
