@@ -1,9 +1,10 @@
-"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``, ``plan`` with the same, and ``report``."""
+"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``, ``plan`` and ``eval`` alike, ``report``."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast train --help                      all fields, with their meaning
   grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
   grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
+  grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast --version"""
 
@@ -203,6 +205,56 @@ def plan(argv: Sequence[str]) -> int:
     return 0 if print_plan(config, size, int(prompt_tokens)) else 1
 
 
+EVAL_USAGE = """usage: grpo-fast eval [CONFIG.yaml] [--model_name_or_path RUN/checkpoint-N] [--field value ...]
+
+Measure a model on the held-out prompts of a configuration: the mean of every reward function and pass@k, with 95%
+intervals. A checkpoint may hold an adapter alone; without CONFIG.yaml its run's config.yaml is taken.
+
+  --greedy             one completion a prompt, of the likeliest tokens
+  --num_generations_eval N
+                       sampled completions of each prompt; --temperature, --top_p and so on as for train
+  --k 1,4,8            pass@k for these (default: 1 and the number of completions)
+  --threshold 1.0      a completion is right from this reward on
+  --batch_size 32      prompts that are sampled, and written, at once
+  --output FOLDER      where samples.jsonl and summary.json go (default: runs/eval-NAME-TIME)
+  --resume             go on with an interrupted evaluation in that folder"""
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Write an evaluation's folder and print its figures."""
+    if "--help" in argv or "-h" in argv:
+        print(EVAL_USAGE)
+        return 0
+    greedy, resume = ("--greedy" in argv, "--resume" in argv)
+    argv = [argument for argument in argv if argument not in ("--greedy", "--resume")]
+    k, argv = _take(argv, "--k")
+    threshold, argv = _take(argv, "--threshold", "1")
+    batch_size, argv = _take(argv, "--batch_size", "32")
+    output, argv = _take(argv, "--output")
+    numbers = (k or "").replace(" ", "").split(",") if k else []
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--k={k!r} is not allowed: it must be numbers from 1 on, as in 1,4,8")
+    if not batch_size.isdecimal() or not int(batch_size):
+        raise UserError(f"--batch_size={batch_size!r} is not allowed: it must be a number of prompts, at least 1")
+    try:
+        least = float(threshold)
+    except ValueError:
+        least = math.nan
+    if not math.isfinite(least):
+        raise UserError(f"--threshold={threshold!r} is not allowed: it must be a finite number")
+    model, _ = _take(argv, "--model_name_or_path")
+    if model and not (argv and not argv[0].startswith("-")) and (Path(model).parent / "config.yaml").is_file():
+        argv = [str(Path(model).parent / "config.yaml"), *argv]
+    config = parse_config(argv)
+    quiet_libraries()
+    import_extra("accelerate", "train")
+    from grpo_fast.eval_run import EvalOptions, EvalRun
+
+    folder = Path(output) if output else None
+    EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume)).run()
+    return 0
+
+
 def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str | None, list[str]]:
     """The value of an option of the command's own, and the arguments without it."""
     value, rest = default, []
@@ -217,7 +269,7 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
     return value, rest
 
 
-COMMANDS = {"train": train, "plan": plan, "report": report}
+COMMANDS = {"train": train, "plan": plan, "eval": evaluate, "report": report}
 
 if __name__ == "__main__":
     sys.exit(main())

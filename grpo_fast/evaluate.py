@@ -1,12 +1,18 @@
-"""The score of a policy: the mean of one reward function on the evaluation prompts, sampled."""
+"""Completions of prompts with their rewards, and the figures of a policy on held-out prompts."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 
-from grpo_fast.data import Row
+from grpo_fast.checkpoint import rng_state, set_rng_state
+from grpo_fast.data import Row, as_scored
+from grpo_fast.metrics import completion_metrics
 from grpo_fast.rewards import RewardModel, Rewards
 from grpo_fast.rollout import Response, Rollout, Sampling
 
@@ -24,27 +30,41 @@ def sample_and_score(
     ids = [list(response.token_ids) for response in responses]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     repeated = [row for row in rows for _ in range(sampling.num_generations)]
-    prompts = [row["prompt"] for row in repeated]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    turns = [as_scored(row["prompt"], text) for row, text in zip(repeated, texts, strict=True)]
+    prompts, completions = map(list, zip(*turns, strict=True))
     columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}
     return responses, texts, rewards(prompts, completions, {**columns, "completion_ids": ids})
+
+
+@contextmanager
+def own_generators(seed: int) -> Iterator[None]:
+    """Random numbers by `seed` within it; after it, all generators are where they were."""
+    kept = rng_state()
+    try:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        yield
+    finally:
+        set_rng_state(kept)
 
 
 def evaluate(
     rollout: Rollout,
     rewards: RewardModel,
-    metric: int,
     tokenizer: Any,
     rows: list[Row],
     prompt_ids: list[list[int]],
     sampling: Sampling,
     seed: int,
-) -> float:
-    """Mean of reward function `metric`; the sampling has its own seed and leaves the training's generator alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        _, _, scored = sample_and_score(rollout, rewards, tokenizer, rows, prompt_ids, sampling)
-    return scored.each[:, metric].nanmean().item()
+) -> dict[str, float]:
+    """Means over completions of `rows`, sampled by a seed of their own: of every reward function, and lengths.
+
+    The names are those of training's metrics after ``eval/``, as in ``eval/rewards/exact_answer/mean``.
+    """
+    with own_generators(seed):
+        responses, _, scored = sample_and_score(rollout, rewards, tokenizer, rows, prompt_ids, sampling)
+    figures = {f"rewards/{name}/mean": scored.each[:, i].nanmean().item() for i, name in enumerate(rewards.names)}
+    lengths = completion_metrics(responses)
+    figures |= {name: lengths[name] for name in ("completions/mean_length", "completions/clipped_ratio")}
+    return {f"eval/{name}": value for name, value in figures.items()}

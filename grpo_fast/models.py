@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,31 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
+def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
+    """As `load_model`, but the folder may hold an adapter alone: it is put into the model that its file names.
+
+    Raises:
+        UserError: the model or the adapter cannot be found or loaded.
+    """
+    folder = Path(config.model_name_or_path)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return load_model(config)
+    peft = import_extra("peft", "train")
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not valid: {one_line(error)}") from None
+    if not base:
+        raise UserError(f"{file} names no base_model_name_or_path")
+    model, tokenizer = load_model(dataclasses.replace(config, model_name_or_path=base))
+    try:
+        peft.PeftModel.from_pretrained(model, folder)
+    except Exception as error:
+        raise UserError(f"the adapter {folder} does not fit {base!r}: {one_line(error)}") from None
+    return model, tokenizer
+
+
 def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
     """LoRA adapters (float32) inside `model`, whose own weights are frozen; the PeftModel around it.
 
@@ -73,6 +100,8 @@ def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
         adapted = peft.get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"lora_target_modules={config.lora_target_modules}: {one_line(error)}") from None
+    # A built-in has no name that peft would know.
+    adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
     if isinstance(model.get_output_embeddings(), peft.tuners.tuners_utils.BaseTunerLayer):
         raise UserError(
             f"lora_target_modules={config.lora_target_modules} reaches the output head, which the fused loss "

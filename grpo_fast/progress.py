@@ -65,7 +65,7 @@ class Progress:
 
     def stopped(self, step: int, checkpoint: Path) -> None:
         self.bar.stop()
-        resume = f"{_command()} train {shlex.quote(str(self.run_folder / 'config.yaml'))} --resume"
+        resume = f"{command()} train {shlex.quote(str(self.run_folder / 'config.yaml'))} --resume"
         self.console.print(
             f"stopped after step {step}; the model so far: {checkpoint}; to go on: {resume}", soft_wrap=True
         )
@@ -74,6 +74,10 @@ class Progress:
         self.console.print(f"before: {self.metric} {show(before, is_share(before))}")
         self.start = time.perf_counter()
         self.bar.update(self.task, visible=True)
+
+    def evaluated(self, step: int, score: float, best: bool) -> None:
+        note = " (the best so far)" * best
+        self.console.print(f"step {step}: held-out {self.metric} {show(score, is_share(score))}{note}", soft_wrap=True)
 
     def update(self, metrics: dict[str, float]) -> None:
         step, total = metrics["step"], self.config.max_steps
@@ -100,11 +104,12 @@ class Progress:
             ("curves", self.run_folder / "reward.png"),
             ("completions", self.run_folder / "completions"),
             ("model", checkpoint),
+            *([("best model", self.run_folder / summary.best_checkpoint)] if summary.best_checkpoint else []),
         ):
             self.console.print(f"{label + ':':<13}{path}", soft_wrap=True)
         self.console.print("\nWhat to try next", style="bold")
         for hint, arguments in self._hints():
-            self.console.print(f"  {hint + ':':<20}{_command()} train {arguments}", soft_wrap=True)
+            self.console.print(f"  {hint + ':':<20}{command()} train {arguments}", soft_wrap=True)
 
     def _hints(self) -> list[tuple[str, str]]:
         hints = [
@@ -131,7 +136,7 @@ def step_figures(metrics: dict[str, float], metric: str) -> str:
     return "  ".join(figures)
 
 
-def _command() -> str:
+def command() -> str:
     """The program as it was called, for hints that can be pasted."""
     program = Path(sys.argv[0])
     if program.name != "grpo-fast" or shutil.which("grpo-fast"):

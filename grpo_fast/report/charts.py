@@ -54,6 +54,7 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     dots: list[tuple[float, float, str]]
+    held_out: str
     values: list[float | None]
 
 
@@ -69,7 +70,7 @@ class Curves:
 def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curves:
     """A chart of every figure of `history` that has a finite value, the known ones first.
 
-    The score on held-out prompts is marked at both ends of the curve of its reward function.
+    What was measured on held-out prompts, ``eval/NAME``, is marked on the chart of NAME; the score also at both ends.
     """
     if not history:
         return Curves()
@@ -80,7 +81,7 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
     other = [
         name for name in names
         if name not in known | UNDRAWN | set(rewards)
-        and not name.startswith("rewards/") and "terminated" not in name
+        and not name.startswith(("rewards/", "eval/")) and "terminated" not in name
     ]  # fmt: skip
     table = [
         CHARTS[0],
@@ -92,9 +93,15 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
     for title, metric, color, band in table:
         values = column(history, metric)
         if any(value == value for value in values):
-            held_out = []
+            held_out = [
+                (f"step {step:g}", step, score)
+                for step, score in zip(column(history, "step"), column(history, f"eval/{metric}"), strict=True)
+                if score == score
+            ]
             if metric == f"rewards/{summary.get('metric')}/mean":
-                held_out = [("before", steps[0], summary.get("before")), ("after", steps[-1], summary.get("after"))]
+                if not held_out or held_out[-1][1] != history[-1]["step"]:
+                    held_out.append(("after", steps[-1], summary.get("after")))
+                held_out.insert(0, ("before", steps[0], summary.get("before")))
             lines = [values, smooth(values), *(column(history, name) for name in band or ())]
             charts.append(_chart(title, color, steps, [thin(line) for line in lines], held_out))
     return Curves(steps, charts, width_of(len(history)))
@@ -124,6 +131,7 @@ def _chart(title: str, color: str, steps: list[float], lines: list[list[float]],
         [(x(step), figure(step)) for step in ticks(first, last, whole=True) if first <= step <= last],
         [(y(value), figure(value)) for value in y_ticks],
         [(x(step), y(score), f"held out, {label}: {figure(score)}") for label, step, score in held_out],
+        path([(x(step), y(score)) for _, step, score in held_out]) if len(held_out) > 2 else "",
         [float(f"{value:.5g}") if value == value else None for value in values],
     )  # fmt: skip
 

@@ -45,6 +45,10 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
         values = column(history, name)
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
         axis.plot(steps, smooth(values), color=color, linewidth=2)
+        measured = zip(steps, column(history, f"eval/{name}"), strict=True)
+        held_out = [(step, value) for step, value in measured if value == value]
+        if held_out:
+            axis.plot(*zip(*held_out, strict=True), "o--", color="black", linewidth=1, markersize=4)
         axis.set_title(title, loc="left", fontsize=11)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

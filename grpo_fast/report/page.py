@@ -78,6 +78,9 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         share = is_share(*(score for score in scores if score is not None))
         before, after = ("n/a" if score is None else show(score, share) for score in scores)
         made.append((f"{run.summary.get('metric')} on held-out prompts", f"{before} → {after}", "before → after"))
+        if run.summary.get("best_score") is not None:
+            score, checkpoint = run.summary["best_score"], run.summary.get("best_checkpoint")
+            made.append(("best on held-out prompts", show(score, is_share(score)), f"kept: {checkpoint}"))
     if not run.history:
         return made
     last = run.history[-1]

@@ -17,13 +17,18 @@ from grpo_fast.metrics import json_ready
 
 @dataclass(frozen=True)
 class Summary:
-    """``summary.json``: the mean of `metric` on held-out prompts before and after `steps` steps."""
+    """``summary.json``: the mean of `metric` on held-out prompts before and after `steps` steps.
+
+    With `keep_best` also the best score that was measured while training, and the checkpoint that has it.
+    """
 
     metric: str
     before: float
     after: float
     train_seconds: float
     steps: int
+    best_score: float | None = None
+    best_checkpoint: str | None = None
 
 
 def write_json(path: Path, content: Any) -> None:

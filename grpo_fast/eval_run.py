@@ -1,0 +1,251 @@
+"""``grpo-fast eval``: a model's completions of the held-out prompts, written as they come, and what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from grpo_fast.checkpoint import checkpoints, fingerprint
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data import check_lengths, encode_prompts, load_rows
+from grpo_fast.errors import UserError, writing
+from grpo_fast.estimates import Estimate, estimate, pass_at_k
+from grpo_fast.eval_progress import EvalProgress
+from grpo_fast.evaluate import own_generators, sample_and_score
+from grpo_fast.files import replace_text
+from grpo_fast.metrics import LinesFile
+from grpo_fast.models import check_vocabulary, load_trained
+from grpo_fast.progress import command
+from grpo_fast.report import write_config, write_json
+from grpo_fast.rewards import RewardModel
+from grpo_fast.rollout import Rollout, Sampling, TransformersRollout
+
+SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What an evaluation has beside the run's configuration.
+
+    Args:
+        greedy: one completion a prompt, of the likeliest tokens, instead of `num_generations_eval` sampled ones.
+        k: pass@k is estimated for each of these; at most the number of completions. Empty for 1 and that number.
+        threshold: a completion counts as right from this reward on.
+        batch_size: prompts that are sampled and written at once.
+        output: the folder to write (default: runs/eval-NAME-TIME).
+        resume: go on with an interrupted evaluation in that folder.
+    """
+
+    greedy: bool = False
+    k: tuple[int, ...] = ()
+    threshold: float = 1.0
+    batch_size: int = 32
+    output: Path | None = None
+    resume: bool = False
+
+
+class EvalRun:
+    """Evaluates the model of `config` on its held-out prompts.
+
+    Raises:
+        UserError: anything about the options, the configuration, the data or the model that would fail later.
+    """
+
+    def __init__(self, config: GRPOConfig, options: EvalOptions):
+        self.config, self.options = config, options
+        self.sampling = Sampling.from_config(config, config.num_generations_eval)
+        if options.greedy:
+            self.sampling = dataclasses.replace(self.sampling, num_generations=1, temperature=0.0)
+        count = self.sampling.num_generations
+        self.ks = sorted(set(options.k or (1, count)))
+        for k in self.ks:
+            if not 1 <= k <= count:
+                made = "--greedy" if options.greedy else f"num_generations_eval={count}"
+                raise UserError(f"--k: {k} is not allowed: it must be from 1 to {count}, the completions of {made}")
+        self.folder = choose_folder(config, options)
+        self.rewards = RewardModel(config.reward_funcs, config.reward_weights)
+        self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
+        _, self.rows = load_rows(config)
+        self.rewards.check_columns(name for name in self.rows[0] if name != "prompt")
+        device = Accelerator(cpu=config.use_cpu).device
+        torch.manual_seed(config.seed)
+        model, self.tokenizer = load_trained(config)
+        self.prompts = encode_prompts(self.rows, self.tokenizer, config)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # Nothing is trained, so no microbatch has to hold a prompt.
+        endless = dataclasses.replace(config, max_tokens_per_microbatch=2**62)
+        check_lengths(self.prompts, self.rows, positions, endless)
+        check_vocabulary(model, self.prompts, self.tokenizer)
+        if not config.load_in_4bit:
+            model.to(device)
+        self.rollout: Rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
+        self.rollout.check(self.prompts[0], self.sampling)
+        self.settings = {
+            "model": config.model_name_or_path,
+            "dataset": config.dataset_name,
+            "prompts": fingerprint(self.prompts),
+            "reward_funcs": config.reward_funcs,
+            "seed": config.seed,
+            "batch_size": options.batch_size,
+            **dataclasses.asdict(self.sampling),
+        }
+        if options.resume:
+            check_settings(self.folder, self.settings)
+
+    def run(self) -> dict[str, Any]:
+        """Sample, score and write what is not yet there, and return the summary."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_config(self.folder / "config.yaml", self.config)
+        write_json(self.folder / SETTINGS, self.settings)
+        start = time.perf_counter()
+        lines = self.keep_whole_batches()
+        count, temperature = self.sampling.num_generations, self.sampling.temperature
+        how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
+        title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
+        progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
+        with progress, LinesFile(self.folder / SAMPLES, append=True) as file:
+            try:
+                progress.update(lines)
+                while len(lines) < len(self.prompts) * count:
+                    for line in self.sample(len(lines) // count):
+                        lines.append(line)
+                        file.write(line)
+                    progress.update(lines)
+            except KeyboardInterrupt:
+                progress.stopped(self.resume_command())
+                raise
+        summary = {
+            **self.settings,
+            "threshold": self.options.threshold,
+            "num_prompts": len(self.prompts),
+            **self.summarize(lines),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        write_json(self.folder / SUMMARY, summary)
+        progress.finished(summary)
+        return summary
+
+    def sample(self, first: int) -> Iterator[dict[str, Any]]:
+        """One line of ``samples.jsonl`` for every completion of the batch that begins with prompt `first`.
+
+        Each batch has generators of its own, so that a resumed evaluation samples what a whole one does.
+        """
+        batch = slice(first, first + self.options.batch_size)
+        rows, prompts = self.rows[batch], self.prompts[batch]
+        with own_generators((self.config.seed + first) % 2**63):
+            responses, texts, scored = sample_and_score(
+                self.rollout, self.rewards, self.tokenizer, rows, prompts, self.sampling
+            )
+        for index, (response, text) in enumerate(zip(responses, texts, strict=True)):
+            place = index // self.sampling.num_generations
+            values = [None if value != value else value for value in scored.each[index].tolist()]
+            yield {
+                "index": first + place,
+                "prompt": rows[place]["prompt"],
+                "completion": text,
+                "rewards": dict(zip(self.rewards.names, values, strict=True)),
+                "finish_reason": response.finish_reason,
+                "length": len(response.token_ids),
+            }
+
+    def resume_command(self) -> str:
+        """What goes on with this evaluation."""
+        words = ["eval", str(self.folder / "config.yaml"), "--output", str(self.folder), "--resume"]
+        words += ["--greedy"] * self.options.greedy
+        for name in ("threshold", "batch_size"):
+            value = getattr(self.options, name)
+            if value != getattr(EvalOptions, name):
+                words += [f"--{name}", str(value)]
+        if self.options.k:
+            words += ["--k", ",".join(map(str, self.options.k))]
+        return f"{command()} {shlex.join(words)}"
+
+    def keep_whole_batches(self) -> list[dict[str, Any]]:
+        """The lines of an interrupted evaluation, but for a batch that was not written to its end."""
+        path = self.folder / SAMPLES
+        if not path.exists():
+            return []
+        texts, lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
+        for text in texts:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        count = self.sampling.num_generations
+        if len(lines) < len(self.prompts) * count:
+            whole = self.options.batch_size * count
+            lines = lines[: len(lines) // whole * whole]
+        replace_text(path, "".join(text + "\n" for text in texts[: len(lines)]))
+        return lines
+
+    def summarize(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """Estimates of every reward function, and the completions' lengths."""
+        shape = (len(self.prompts), self.sampling.num_generations)
+        metrics = {}
+        for name in self.rewards.names:
+            values = [line["rewards"][name] for line in lines]
+            values = torch.tensor([float("nan") if value is None else value for value in values]).reshape(shape)
+            metrics[name] = {
+                label: found._asdict()
+                for label, found in score_estimates(values, self.ks, self.options.threshold, self.config.seed).items()
+            }
+        return {
+            "metrics": metrics,
+            "mean_length": sum(line["length"] for line in lines) / len(lines),
+            "clipped_ratio": sum(line["finish_reason"] == "length" for line in lines) / len(lines),
+        }
+
+
+def score_estimates(values: Tensor, ks: list[int], threshold: float, seed: int) -> dict[str, Estimate]:
+    """``mean@n`` and ``pass@k`` of one reward function's values ``[P, n]``, NaN where it abstained.
+
+    A completion is right from `threshold` on. Prompts without values, or with fewer than k, are left out.
+    """
+    found = {f"mean@{values.shape[1]}": estimate(values.nanmean(1), seed)}
+    correct, samples = (values >= threshold).sum(1), (~values.isnan()).sum(1)
+    return found | {f"pass@{k}": estimate(pass_at_k(correct, samples, k), seed) for k in ks}
+
+
+def choose_folder(config: GRPOConfig, options: EvalOptions) -> Path:
+    """The folder to write; it must not hold an evaluation but one to resume."""
+    if options.output is None:
+        if options.resume:
+            raise UserError("--resume needs the evaluation's folder: --output FOLDER")
+        name = config.run_name or config.dataset_name.replace("/", "-")
+        return Path(f"runs/eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if options.output.exists() and not options.output.is_dir():
+        raise UserError(f"--output={str(options.output)!r} is not a folder")
+    if (options.output / "metrics.jsonl").exists() or checkpoints(options.output):
+        raise UserError(f"--output={str(options.output)!r} holds a training run; choose another folder")
+    if (options.output / SAMPLES).exists() and not options.resume:
+        raise UserError(f"--output={str(options.output)!r} already holds an evaluation; choose another, or --resume it")
+    return options.output
+
+
+def check_settings(folder: Path, now: dict[str, Any]) -> None:
+    """What an evaluation that goes on has in common with what was written.
+
+    Raises:
+        UserError: a value differs, or there is nothing to go on with.
+    """
+    path = folder / SETTINGS
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--resume: {folder} holds no evaluation") from None
+    except ValueError:
+        raise UserError(f"--resume: {path} is damaged; start the evaluation again in another folder") from None
+    for name, value in json.loads(json.dumps(now)).items():
+        if saved.get(name) != value:
+            raise UserError(f"--resume: {name}={value!r} is not that of {folder}, {saved.get(name)!r}")
