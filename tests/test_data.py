@@ -1,11 +1,28 @@
 import itertools
 import json
+import operator
+import os
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import addition, check_lengths, load_rows, prompt_order, sort_digits
+from grpo_fast.data import (
+    BUILT_IN,
+    addition,
+    arithmetic,
+    check_lengths,
+    countdown,
+    load_rows,
+    prompt_order,
+    sort_digits,
+)
+from grpo_fast.data.questions import gsm8k, last_boxed, math
 from grpo_fast.errors import UserError
+
+# GSM8K's train.jsonl and test.jsonl.
+GSM8K_DIR = Path(os.environ.get("GSM8K_DIR", Path(__file__).parent.parent / "data" / "gsm8k"))
 
 
 def config(name, **fields):
@@ -36,6 +53,195 @@ def test_addition_holds_out_both_orders():
     for row in train + test:
         a, b = row["prompt"][0]["content"].removeprefix("What is ").split("?")[0].split(" + ")
         assert int(a) + int(b) == int(row["answer"])
+
+
+def asked(row):
+    """The two operands, the operator and the answer of an arithmetic question."""
+    a, sign, b = row["prompt"][0]["content"].removeprefix("What is ").partition("?")[0].split(" ")
+    return int(a), sign, int(b), int(row["answer"])
+
+
+def test_arithmetic_answers_are_right_and_held_out():
+    compute = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+    train, test = arithmetic("+-*/", digits=2, num_pairs=600, seed=3)
+    assert all(compute[sign](a, b) == answer for a, sign, b, answer in map(asked, train + test))
+    assert {sign for _, sign, _, _ in map(asked, train)} == {sign for _, sign, _, _ in map(asked, test)} == set("+-*/")
+    assert {len(str(a)) for a, _, _, _ in map(asked, train)} >= {1, 2}
+
+    def pairs(rows):
+        return {tuple(sorted((a, b))) for a, sign, b, _ in map(asked, rows) if sign in "+-*"}
+
+    assert not pairs(train) & pairs(test)
+    assert len(pairs(train)) == 480
+    assert len(pairs(test)) == 120
+
+
+def test_arithmetic_takes_all_pairs_where_they_are_few():
+    train, test = arithmetic("-", digits=1)
+    assert len(train) + len(test) == 100
+    assert min(answer for _, _, _, answer in map(asked, train + test)) < 0
+
+
+def values(numbers):
+    """All values of the expressions that use every one of `numbers` once."""
+    if len(numbers) == 1:
+        yield numbers[0]
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        a, b, rest = numbers[i], numbers[j], [n for k, n in enumerate(numbers) if k not in (i, j)]
+        for result in {a + b, a - b, a * b, *([a / b] if b else [])}:
+            yield from values([result, *rest])
+
+
+def test_every_countdown_target_can_be_reached():
+    train, test = countdown(train_size=60, test_size=20, seed=1)
+    assert len(train) == 60
+    assert len(test) == 20
+    for row in train + test:
+        assert len(row["nums"]) in (3, 4)
+        assert all(1 <= number <= 99 for number in [*row["nums"], row["target"]])
+        assert row["target"] in set(values([Fraction(number) for number in row["nums"]]))
+
+
+def test_countdown_numbers_never_come_twice():
+    train, test = countdown(train_size=1000, test_size=200)
+    numbers = [tuple(sorted(row["nums"])) for row in train + test]
+    assert len(set(numbers)) == 1200
+    assert any(list(number) != row["nums"] for number, row in zip(numbers, train + test, strict=True))
+    assert all(sum(len(n) == count for n in numbers) > 200 for count in (3, 4))
+
+
+@pytest.mark.parametrize("task", ["sort_digits", "arithmetic", "countdown"])
+def test_tasks_follow_their_seed(task):
+    sizes = {"countdown": {"train_size": 50, "test_size": 10}, "arithmetic": {"digits": 3, "num_pairs": 50}}
+    small = sizes.get(task, {})
+    assert BUILT_IN[task](**small, seed=1) == BUILT_IN[task](**small, seed=1)
+    assert BUILT_IN[task](**small, seed=1) != BUILT_IN[task](**small, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        (arithmetic, {"operators": "+%"}, r"operators='\+%' is not allowed: it must be some of \+-\*/, each once"),
+        (arithmetic, {"operators": "++"}, "each once"),
+        (arithmetic, {"digits": 10}, "digits=10 is not allowed: it must be from 1 to 9"),
+        (addition, {"test_share": 1.0}, "test_share=1.0 is not allowed"),
+        (countdown, {"min_numbers": 4, "max_numbers": 3}, "max_numbers=3 is not allowed: it must be from 4 to 6"),
+        (countdown, {"max_number": 2}, r"found only \d+ problems of 3 to 4 numbers up to 2 with targets up to 99, but"),
+    ],
+)
+def test_tasks_name_what_is_allowed(task, arguments, message):
+    with pytest.raises(UserError, match=message):
+        task(**arguments)
+
+
+GSM8K_ROWS = [
+    {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1,200 in all.\n#### 1,200"},
+    {"question": "How much colder?", "answer": "5 less.\n#### -5"},
+    {"question": "How much?", "answer": "Half of it.\n####  $2.50"},
+]
+
+
+def test_gsm8k_answers_are_the_numbers_after_the_marks(tmp_path):
+    write(tmp_path / "train.jsonl", *GSM8K_ROWS)
+    write(tmp_path / "test.jsonl", GSM8K_ROWS[0])
+    train, test = gsm8k(str(tmp_path))
+    assert [row["answer"] for row in train] == ["1200", "-5", "2.50"]
+    assert test == [{"question": "How many?", "answer": "1200", "solution": "3 * 400 = <<3*400=1200>>1,200 in all."}]
+    rows, held_out = load_rows(config("gsm8k", dataset_kwargs={"path": str(tmp_path)}, prompt_file="question_only"))
+    assert [row["prompt"] for row in rows] == ["How many?", "How much colder?", "How much?"]
+    assert [row["answer"] for row in held_out] == ["1200"]
+
+
+def test_one_file_of_gsm8k_is_split(tmp_path):
+    path = write(tmp_path / "all.jsonl", *(GSM8K_ROWS * 10))
+    train, test = load_rows(config("gsm8k", dataset_kwargs={"path": str(path)}, prompt_template="{question}"))
+    assert (len(train), len(test)) == (27, 3)
+
+
+@pytest.mark.skipif(not GSM8K_DIR.is_dir(), reason="GSM8K_DIR has no GSM8K")
+def test_all_of_gsm8k_is_read():
+    train, test = gsm8k(str(GSM8K_DIR))
+    assert (len(train), len(test)) == (7473, 1319)
+    for split, rows in (("train", train), ("test", test)):
+        raw = [json.loads(line) for line in (GSM8K_DIR / f"{split}.jsonl").read_text().splitlines()]
+        assert [row["question"] for row in rows] == [row["question"] for row in raw]
+        assert [row["answer"] for row in rows] == [
+            row["answer"].rpartition("####")[2].strip().replace(",", "") for row in raw
+        ]
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so $x = \boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{1} and then \boxed{ 2 }", "2"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{\text{a}\\ \text{b}} }", r"\text{a}\\ \text{b}"),
+        (r"is \fbox{3}", "3"),
+        (r"is $\boxed 5$.", "5"),
+        (r"\boxed{1", None),
+        ("nothing", None),
+    ],
+)
+def test_boxed_answers_have_balanced_braces(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+def test_math_from_the_hub(monkeypatch):
+    import datasets
+
+    rows = [{"problem": f"{i}?", "level": "Level 1", "solution": rf"\boxed{{{i}}}"} for i in range(4)]
+    train, test = datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows[:1])
+    hub = datasets.DatasetDict({"train": train, "test": test})
+    asked_for = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked_for.append(names) or hub)
+    train, test = math()
+    assert asked_for == [("DigitalLearningGmbH/MATH-lighteval", None)]
+    assert train[3] == {"level": "Level 1", "question": "3?", "answer": "3", "solution": r"\boxed{3}"}
+    assert len(test) == 1
+
+    gsm = datasets.DatasetDict({"train": datasets.Dataset.from_list(GSM8K_ROWS)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked_for.append(names) or gsm)
+    assert gsm8k()[1] is None
+    assert asked_for[1] == ("openai/gsm8k", "main")
+
+
+@pytest.mark.parametrize(
+    ("load", "files", "message"),
+    [
+        (gsm8k, {"train": ['{"question": "a"}']}, r"gsm8k, train row 1 of .*: no text in column 'answer'"),
+        (gsm8k, {"train": ['{"question": "a", "answer": "5"}']}, "no number after #### in the answer '5'"),
+        (gsm8k, {"test": ['{"question": "a", "answer": "#### 5"}']}, "has no split 'train'; there is test.jsonl"),
+        (gsm8k, {}, "there is no .jsonl, .json or .parquet file"),
+        (math, {"train": [r'{"problem": "a", "solution": "5"}']}, r"no \\boxed{} in the solution that ends in '5'"),
+        (math, {"train": ['{"problem": 5, "solution": "5"}']}, "no text in column 'problem'"),
+    ],
+)
+def test_wrong_question_files_are_named(tmp_path, load, files, message):
+    for name, lines in files.items():
+        write(tmp_path / f"{name}.jsonl", *lines)
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path))
+
+
+def test_a_hub_that_is_out_of_reach_is_named(monkeypatch):
+    import datasets
+
+    def refuse(*names):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="gsm8k: path='openai/gsm8k' could not be loaded: no network"):
+        gsm8k()
+    with pytest.raises(UserError, match="path='no-such-folder' is neither a folder, a file nor a hub name"):
+        gsm8k("no-such-folder")
+
+
+def test_an_empty_file_is_named(tmp_path):
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match="dataset_name='gsm8k' has no rows for training"):
+        load_rows(config("gsm8k", dataset_kwargs={"path": str(tmp_path)}, prompt_file="r1_zero"))
 
 
 def test_jsonl_with_a_template(tmp_path):
@@ -85,7 +291,6 @@ def test_other_files(tmp_path, suffix):
             "row 1: prompt_template uses column 'q', but there is question",
         ),
         (['{"question": "a"}'] * 2, {"prompt_template": "{"}, "prompt_template='{' cannot be filled"),
-        (['{"question": "a"}'] * 2, {"prompt_template": "{question.x}"}, "cannot be filled"),
         (['{"prompt": 3}'] * 2, {}, "row 1: a prompt must be text, or chat messages with a role and a content, got 3"),
         (['{"prompt": "a"}', '{"prompt": [{"content": "a"}]}'], {}, "row 2: a prompt must be text, or chat"),
         (['{"prompt": "\\ud800"}'] * 2, {}, "row 1: the prompt is not valid Unicode"),

@@ -34,12 +34,17 @@ def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[
     return encoded
 
 
-def opened_turn(prompt: Prompt) -> str:
-    """The beginning of the assistant's turn, where a chat ends in one; else an empty string.
+def as_scored(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, str]]]:
+    """A prompt and its completion as the rewards get them: both text, or both chat messages.
 
-    The model goes on with it, and the rewards see it as a part of the completion (as TRL has it).
+    Where the chat ends in the assistant's turn, the completion begins with that turn and the prompt ends before it, as
+    in TRL.
     """
-    return prompt[-1]["content"] if isinstance(prompt, list) and prompt[-1]["role"] == "assistant" else ""
+    if isinstance(prompt, str):
+        return prompt, text
+    if prompt[-1]["role"] != "assistant":
+        return prompt, [{"role": "assistant", "content": text}]
+    return prompt[:-1], [{"role": "assistant", "content": prompt[-1]["content"] + text}]
 
 
 def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int | None, config: GRPOConfig) -> None:

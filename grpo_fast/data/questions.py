@@ -116,8 +116,8 @@ def _read(task: str, path: str, hub_config: str | None) -> dict[str, list[Row]]:
         files = sorted(file for file in folder.iterdir() if is_file(file.name))
         splits = {}
         for name in ("train", "test"):
-            rows = [row for file in files if file.stem.split("-")[0] == name for row in read_file(str(file))]
-            splits |= {name: rows} if rows else {}
+            if parts := [file for file in files if file.stem.split("-")[0] == name]:
+                splits[name] = [row for file in parts for row in read_file(str(file))]
         found = ", ".join(file.name for file in files) or "no .jsonl, .json or .parquet file"
     if "train" not in splits:
         raise UserError(f"{task}: {path} has no split 'train'; there is {found}")
