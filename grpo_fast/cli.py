@@ -27,6 +27,7 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
   grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
+  grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
   grpo-fast --version"""
 
 FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
@@ -169,6 +170,29 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Draw the curves of several runs, print their scores and the figure's path."""
+    jsonargparse = import_extra("jsonargparse", "train")
+    parser = jsonargparse.ArgumentParser(prog="grpo-fast compare", exit_on_error=False)
+    parser.add_argument("runs", type=str, nargs="+", help="run folders; those that differ in the seed alone are one curve")
+    parser.add_argument("--metric", type=str, help="a reward function, or a figure of metrics.jsonl (default: the score)")
+    parser.add_argument("--output", type=str, default="compare.png", help="where to write the figure")
+    try:
+        arguments = parser.parse_args(list(argv))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"grpo-fast compare RUN RUN ... [--metric NAME] [--output FILE]: {one_line(error)}") from None
+    from grpo_fast.report.compare import plot_curves, print_curves, read_curves
+
+    metric, curves = read_curves([Path(run) for run in arguments.runs], arguments.metric)
+    output = Path(arguments.output)
+    if output.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--output={arguments.output!r} is not allowed: it must end in .png, .svg or .pdf")
+    plot_curves({metric: curves}, metric, output)
+    print_curves(curves, metric)
+    print(output)
+    return 0
+
+
 PLAN_USAGE = """usage: grpo-fast plan [CONFIG.yaml] --vram SIZE [--prompt_tokens 512] [--field value ...]
 
 Add up what a run takes in memory, from the model's configuration alone: no weights, no GPU, no data.
@@ -217,7 +241,8 @@ intervals. A checkpoint may hold an adapter alone; without CONFIG.yaml its run's
   --threshold 1.0      a completion is right from this reward on
   --batch_size 32      prompts that are sampled, and written, at once
   --output FOLDER      where samples.jsonl and summary.json go (default: runs/eval-NAME-TIME)
-  --resume             go on with an interrupted evaluation in that folder"""
+  --resume             go on with an interrupted evaluation in that folder
+  --compare FOLDER     another evaluation of the same prompts: also estimate the difference to it"""
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -231,6 +256,7 @@ def evaluate(argv: Sequence[str]) -> int:
     threshold, argv = _take(argv, "--threshold", "1")
     batch_size, argv = _take(argv, "--batch_size", "32")
     output, argv = _take(argv, "--output")
+    compare, argv = _take(argv, "--compare")
     numbers = (k or "").replace(" ", "").split(",") if k else []
     if not all(number.isdecimal() for number in numbers):
         raise UserError(f"--k={k!r} is not allowed: it must be numbers from 1 on, as in 1,4,8")
@@ -250,8 +276,8 @@ def evaluate(argv: Sequence[str]) -> int:
     import_extra("accelerate", "train")
     from grpo_fast.eval_run import EvalOptions, EvalRun
 
-    folder = Path(output) if output else None
-    EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume)).run()
+    folder, other = (Path(path) if path else None for path in (output, compare))
+    EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)).run()
     return 0
 
 
@@ -269,7 +295,7 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
     return value, rest
 
 
-COMMANDS = {"train": train, "plan": plan, "eval": evaluate, "report": report}
+COMMANDS = {"train": train, "plan": plan, "eval": evaluate, "report": report, "compare": compare}
 
 if __name__ == "__main__":
     sys.exit(main())

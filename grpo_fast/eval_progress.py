@@ -68,10 +68,12 @@ class EvalProgress:
         for metric, estimates in summary["metrics"].items():
             for row, (label, found) in enumerate(estimates.items()):
                 numbers = {name: float("nan") if value is None else value for name, value in found.items()}
-                share = is_share(numbers["value"])
+                share = is_share(abs(numbers["value"]))
                 value, low, high, error = (show(numbers[n], share) for n in ("value", "low", "high", "standard_error"))
                 table.add_row(metric if row == 0 else "", label, value, f"{low} to {high}", error)
         self.console.print(table)
+        if summary["compared_with"]:
+            self.console.print(f"difference: to the means in {summary['compared_with']}, by prompts", soft_wrap=True)
         self.console.print(
             f"mean length {summary['mean_length']:.1f} tokens, {summary['clipped_ratio']:.1%} cut off", soft_wrap=True
         )

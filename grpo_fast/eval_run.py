@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 from grpo_fast.checkpoint import checkpoints, fingerprint
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows
-from grpo_fast.errors import UserError, writing
+from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
@@ -27,6 +28,7 @@ from grpo_fast.metrics import LinesFile
 from grpo_fast.models import check_vocabulary, load_trained
 from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
+from grpo_fast.report.run import read_lines
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Rollout, Sampling, TransformersRollout
 
@@ -44,6 +46,7 @@ class EvalOptions:
         batch_size: prompts that are sampled and written at once.
         output: the folder to write (default: runs/eval-NAME-TIME).
         resume: go on with an interrupted evaluation in that folder.
+        compare: the folder of another evaluation of the same prompts; the means' difference is estimated, too.
     """
 
     greedy: bool = False
@@ -52,6 +55,7 @@ class EvalOptions:
     batch_size: int = 32
     output: Path | None = None
     resume: bool = False
+    compare: Path | None = None
 
 
 class EvalRun:
@@ -101,6 +105,7 @@ class EvalRun:
         }
         if options.resume:
             check_settings(self.folder, self.settings)
+        self.others = read_scores(options.compare, self.settings["prompts"]) if options.compare else {}
 
     def run(self) -> dict[str, Any]:
         """Sample, score and write what is not yet there, and return the summary."""
@@ -128,6 +133,7 @@ class EvalRun:
         summary = {
             **self.settings,
             "threshold": self.options.threshold,
+            "compared_with": str(self.options.compare) if self.options.compare else None,
             "num_prompts": len(self.prompts),
             **self.summarize(lines),
             "seconds": round(time.perf_counter() - start, 2),
@@ -169,6 +175,8 @@ class EvalRun:
                 words += [f"--{name}", str(value)]
         if self.options.k:
             words += ["--k", ",".join(map(str, self.options.k))]
+        if self.options.compare:
+            words += ["--compare", str(self.options.compare)]
         return f"{command()} {shlex.join(words)}"
 
     def keep_whole_batches(self) -> list[dict[str, Any]]:
@@ -191,20 +199,47 @@ class EvalRun:
 
     def summarize(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
         """Estimates of every reward function, and the completions' lengths."""
-        shape = (len(self.prompts), self.sampling.num_generations)
-        metrics = {}
-        for name in self.rewards.names:
-            values = [line["rewards"][name] for line in lines]
-            values = torch.tensor([float("nan") if value is None else value for value in values]).reshape(shape)
-            metrics[name] = {
-                label: found._asdict()
-                for label, found in score_estimates(values, self.ks, self.options.threshold, self.config.seed).items()
-            }
+        metrics, seed = {}, self.config.seed
+        for name, values in scores(lines, len(self.prompts)).items():
+            found = score_estimates(values, self.ks, self.options.threshold, seed)
+            if name in self.others:
+                # Prompt by prompt: how hard each one is cancels out.
+                found["difference"] = estimate(values.nanmean(1) - self.others[name].nanmean(1), seed)
+            metrics[name] = {label: one._asdict() for label, one in found.items()}
         return {
             "metrics": metrics,
             "mean_length": sum(line["length"] for line in lines) / len(lines),
             "clipped_ratio": sum(line["finish_reason"] == "length" for line in lines) / len(lines),
         }
+
+
+def scores(lines: list[dict[str, Any]], num_prompts: int) -> dict[str, Tensor]:
+    """Every reward function's values ``[P, n]`` from the lines of ``samples.jsonl``; NaN where it abstained."""
+    return {
+        name: torch.tensor(
+            [math.nan if line["rewards"][name] is None else line["rewards"][name] for line in lines]
+        ).reshape(num_prompts, -1)
+        for name in lines[0]["rewards"]
+    }
+
+
+def read_scores(folder: Path, prompts: str) -> dict[str, Tensor]:
+    """The scores of a finished evaluation of `prompts`, which are given by their fingerprint.
+
+    Raises:
+        UserError: the folder holds none, or one of other prompts.
+    """
+    if not (folder / SUMMARY).is_file() or not (folder / SAMPLES).is_file():
+        raise UserError(f"--compare={str(folder)!r} holds no finished evaluation")
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        if summary["prompts"] != prompts:
+            raise UserError(f"--compare={str(folder)!r} is of {summary['prompts']}, not of {prompts}")
+        return scores(read_lines(folder / SAMPLES), summary["num_prompts"])
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--compare={str(folder)!r} is damaged: {one_line(error)}") from None
 
 
 def score_estimates(values: Tensor, ks: list[int], threshold: float, seed: int) -> dict[str, Estimate]:

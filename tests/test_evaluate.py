@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -43,6 +44,10 @@ def evaluate(folder, *arguments) -> dict:
 
 def samples(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def grouped(lines: list[dict], size: int) -> list[list[dict]]:
+    return [lines[start : start + size] for start in range(0, len(lines), size)]
 
 
 def options(folder, **fields) -> EvalOptions:
@@ -136,6 +141,25 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
 
 
+def test_two_evaluations_are_compared_by_prompts(trained, tmp_path, capsys):
+    first = evaluate(tmp_path / "a", trained / "config.yaml")
+    model = ["--model_name_or_path", trained / "checkpoint-2"]
+    made = evaluate(tmp_path / "b", *model, "--num_generations_eval", 3, "--compare", tmp_path / "a")
+    found, name = made["metrics"]["digits_included"], "digits_included"
+    difference = found["difference"]["value"]
+    assert difference == pytest.approx(found["mean@3"]["value"] - first["metrics"][name]["mean@4"]["value"], abs=1e-6)
+    means = [
+        [sum(line["rewards"][name] for line in group) / n for group in grouped(samples(tmp_path / run), n)]
+        for run, n in (("a", 4), ("b", 3))
+    ]
+    spread = torch.tensor(means[1]).sub(torch.tensor(means[0])).std().item()
+    assert found["difference"]["standard_error"] == pytest.approx(spread / 20**0.5, rel=1e-5)
+    assert f"difference: to the means in {tmp_path / 'a'}" in capsys.readouterr().out
+    other = ["--dataset_kwargs", "{length: 2, test_size: 30}", "--compare", tmp_path / "a", "--output", tmp_path / "c"]
+    assert main(["eval", str(trained / "config.yaml"), *map(str, other)]) == 2
+    assert re.search(r"--compare='\S+/a' is of 20 prompts \(\w+\), not of", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("folder_model", [False, True], ids=["built-in", "folder"])
 def test_adapters_are_put_into_their_base(tmp_path, folder_model):
     fields = {"use_peft": True, "lora_r": 4, "learning_rate": 0.05, "num_generations_eval": 4, "max_steps": 2}
@@ -174,6 +198,7 @@ def test_adapters_are_put_into_their_base(tmp_path, folder_model):
         (["--model_name_or_path", "empty"], "empty/adapter_config.json names no base_model_name_or_path"),
         (["--model_name_or_path", "broken"], "broken/adapter_config.json is not valid"),
         (["--model_name_or_path", "lost"], "the adapter lost does not fit 'random-llama'"),
+        (["--compare", "empty"], "--compare='empty' holds no finished evaluation"),
         (["--greeedy"], "unknown option --greeedy"),
     ],
 )

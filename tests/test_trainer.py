@@ -65,7 +65,7 @@ def test_run_folder(tmp_path, capsys):
     assert "before" in capsys.readouterr().out
 
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary) == {"metric", "before", "after", "train_seconds", "steps"}
+    assert set(summary) == {"metric", "before", "after", "train_seconds", "steps", "best_score", "best_checkpoint"}
     assert (summary["metric"], summary["steps"]) == ("exact_answer", 3)
 
     metrics = read_metrics(folder / "metrics.jsonl")
