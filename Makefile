@@ -8,12 +8,13 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help demo demo-seeds smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench bench-race \
-	bench-gpu bench-ops plots lint clean
+.PHONY: help demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench \
+	bench-race bench-gpu bench-ops plots lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
 	@echo "make demo-seeds  the demo with three seeds"
+	@echo "make sort-comparison  raw, centred and normalised rewards and more, in one figure (CPU; goes on if stopped)"
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
@@ -54,6 +55,9 @@ demo: $(VENV)/.train
 
 demo-seeds: $(VENV)/.train
 	for seed in 1 2 3; do $(BIN)/grpo-fast train examples/sort.yaml --seed $$seed $(ARGS) || exit 1; done
+
+sort-comparison: $(VENV)/.train
+	$(BIN)/python examples/sort_comparison.py $(ARGS)
 
 smollm2: $(VENV)/.smollm2
 	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)

@@ -174,8 +174,8 @@ def compare(argv: Sequence[str]) -> int:
     """Draw the curves of several runs, print their scores and the figure's path."""
     jsonargparse = import_extra("jsonargparse", "train")
     parser = jsonargparse.ArgumentParser(prog="grpo-fast compare", exit_on_error=False)
-    parser.add_argument("runs", type=str, nargs="+", help="run folders; those that differ in the seed alone are one curve")
-    parser.add_argument("--metric", type=str, help="a reward function, or a figure of metrics.jsonl (default: the score)")
+    parser.add_argument("runs", type=str, nargs="+", help="run folders; those of one setting are one curve")
+    parser.add_argument("--metric", type=str, help="a reward, or a figure of metrics.jsonl (default: the score)")
     parser.add_argument("--output", type=str, default="compare.png", help="where to write the figure")
     try:
         arguments = parser.parse_args(list(argv))
