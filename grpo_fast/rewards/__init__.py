@@ -1,0 +1,64 @@
+"""Reward functions, with TRL's signature ``f(prompts, completions, **columns) -> list[float | None]``.
+
+Prompts and completions are strings, or lists of chat messages where the prompt is a chat; `columns` are the dataset's
+other columns, one value a sample, and ``completion_ids``. None means that a function does not apply to a sample. A
+function may be ``async``; one that is marked `isolated` is run in processes that can be killed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grpo_fast.rewards.answers import (
+    boxed_answer,
+    exact_answer,
+    final_number,
+    gsm8k_answer,
+    math_answer,
+    parse_final_number,
+)
+from grpo_fast.rewards.base import RewardFunction, isolated, text_of
+from grpo_fast.rewards.code import unit_tests
+from grpo_fast.rewards.countdown import countdown_equation
+from grpo_fast.rewards.format import answer_format, soft_answer_format, think_format
+from grpo_fast.rewards.length import kimi_length, soft_overlong
+from grpo_fast.rewards.registry import REWARDS, load_reward
+from grpo_fast.rewards.sorting import digits_included, digits_ordered
+
+if TYPE_CHECKING:
+    from grpo_fast.rewards.engine import RESERVED_COLUMNS, RewardModel, Rewards
+
+__all__ = [
+    "RESERVED_COLUMNS",
+    "REWARDS",
+    "RewardFunction",
+    "RewardModel",
+    "Rewards",
+    "answer_format",
+    "boxed_answer",
+    "countdown_equation",
+    "digits_included",
+    "digits_ordered",
+    "exact_answer",
+    "final_number",
+    "gsm8k_answer",
+    "isolated",
+    "kimi_length",
+    "load_reward",
+    "math_answer",
+    "parse_final_number",
+    "soft_answer_format",
+    "soft_overlong",
+    "text_of",
+    "think_format",
+    "unit_tests",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The engine imports torch, which worker processes do without.
+    if name not in ("RESERVED_COLUMNS", "RewardModel", "Rewards"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from grpo_fast.rewards import engine
+
+    return getattr(engine, name)

@@ -1,0 +1,41 @@
+"""What every reward function shares: its signature, the text of a message, and the mark for a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+def text_of(message: str | list[dict[str, str]]) -> str:
+    """The text of a completion, whether it is a string or a list of chat messages."""
+    return message if isinstance(message, str) else "".join(part["content"] for part in message)
+
+
+def isolated(
+    over_limit: float | None = None, check: Callable[[], None] | None = None
+) -> Callable[[RewardFunction], RewardFunction]:
+    """Mark a reward function for worker processes, which score a sample at a time and are killed at the time limit.
+
+    The function must be found by its name in another process: at the top level of a module or file.
+
+    Args:
+        over_limit: reward of a sample that takes more than ``reward_timeout`` seconds or all memory; None where that
+            is an error.
+        check: called once before a run; raises UserError where the function cannot work here.
+    """
+
+    def mark(function: RewardFunction) -> RewardFunction:
+        function.isolated, function.over_limit, function.check = True, over_limit, check
+        return function
+
+    return mark
+
+
+def between(text: str, opening: str, closing: str) -> str | None:
+    """The text inside the last complete pair of tags; None where there is none."""
+    before, found, _ = text.rpartition(closing)
+    if not found:
+        return None
+    _, found, inside = before.rpartition(opening)
+    return inside if found else None

@@ -1,0 +1,227 @@
+"""Calls the configured reward functions, checks what they return, and adds it up."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.process_rewards import Steps, mean_reward, read_steps
+from grpo_fast.rewards.base import RewardFunction, text_of
+from grpo_fast.rewards.calls import Outcome, call, failed
+from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.rewards.registry import load_reward
+
+# What the trainer passes by name beside the data's own columns.
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
+
+
+class Rewards(NamedTuple):
+    """Rewards of a batch: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None).
+
+    A completion for which every function returned None has the sum NaN. Where a function rewarded steps, its value is
+    their mean, and `steps` holds them: for each completion, by the function's index. `errors` ``[B, F]`` is true where
+    a function failed, which counts as None.
+    """
+
+    total: torch.Tensor
+    each: torch.Tensor
+    steps: list[dict[int, Steps]]
+    errors: torch.Tensor
+
+
+class RewardModel:
+    """The configured reward functions and their weights.
+
+    All functions are called at once: those marked `isolated` sample by sample in worker processes, which are killed at
+    the time limit; the others on the whole batch, each in a thread of its own. A thread cannot be killed: a function
+    that hangs there loses its batch after `timeout` seconds for each sample, and is not called again before it is done.
+
+    Args:
+        names: see :func:`load_reward`.
+        weights: one for each function (default: 1 each).
+        timeout: seconds for a sample.
+        on_error: ``"none"``: a sample for which a function raises, takes too long or returns no number has no reward
+            from it, with a warning the first time; ``"raise"``: a UserError. One that fails for all samples of its
+            first batch is a mistake, and raises in any case.
+
+    Raises:
+        UserError: a function cannot be loaded or cannot work here, or two have the same name.
+    """
+
+    def __init__(self, names: list[str], weights: list[float] | None, timeout: float = 10.0, on_error: str = "none"):
+        self.sources = names
+        self.functions = [load_reward(name) for name in names]
+        self.names = [getattr(function, "__name__", name) for function, name in zip(self.functions, names, strict=True)]
+        self.weights = torch.tensor(weights or [1.0] * len(names))
+        self.timeout, self.on_error = timeout, on_error
+        self.pool = WorkerPool()
+        self.threads: dict[str, threading.Thread] = {}
+        self.worked: set[str] = set()
+        self.warned: set[str] = set()
+        self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
+        for name, count in Counter(self.names).items():
+            if count > 1:
+                raise UserError(f"reward_funcs: {count} functions are named {name!r}; metrics need a name for each")
+        for name, function in zip(self.names, self.functions, strict=True):
+            judge = getattr(function, "judge", None)
+            if judge is not None and (judge not in self.names or judge == name):
+                raise UserError(
+                    f"reward_funcs: {name}({judge}) needs {judge!r} among the functions (a weight of 0 keeps it out of "
+                    f"the sum); they are {', '.join(self.names)}"
+                )
+            check = getattr(function, "check", None)
+            if check is not None:
+                check()
+
+    def index(self, metric: str | None) -> int:
+        if metric is None:
+            return len(self.names) - 1
+        if metric not in self.names:
+            raise UserError(f"eval_metric={metric!r} is not one of reward_funcs: {', '.join(self.names)}")
+        return self.names.index(metric)
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Every function must accept the data's columns by name.
+
+        Raises:
+            UserError: a signature does not fit, or a column has a name that is taken.
+        """
+        columns = list(columns)
+        for name in RESERVED_COLUMNS:
+            if name in columns:
+                raise UserError(f"the dataset has a column {name!r}, which rewards get from the trainer; rename it")
+        for name, function in zip(self.names, self.functions, strict=True):
+            judged = ["correct"] if hasattr(function, "judge") else []
+            arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns, *judged])
+            try:
+                signature = inspect.signature(function)
+            except ValueError:
+                continue
+            try:
+                signature.bind(**arguments)
+            except TypeError as error:
+                raise UserError(
+                    f"reward function {name!r}{signature} does not fit: {error}; "
+                    f"it is called with {', '.join(arguments)}"
+                ) from None
+
+    def __call__(self, prompts: list, completions: list, columns: dict[str, list[Any]]) -> Rewards:
+        """Score a batch.
+
+        Raises:
+            UserError: a function failed, and `on_error` is ``"raise"`` or it failed for all of its first batch.
+        """
+        arguments = {"prompts": prompts, "completions": completions, **columns}
+        indices = range(len(self.names))
+        judged = [index for index in indices if hasattr(self.functions[index], "judge")]
+        outcomes = self._call_all([index for index in indices if index not in judged], arguments)
+        texts = [text_of(completion) for completion in completions]
+        read = {index: self._read(index, outcome, texts) for index, outcome in outcomes.items()}
+        for index in judged:
+            # One after the other: a judge has no judge, and these need no time.
+            values = read[self.names.index(self.functions[index].judge)].values
+            correct = [None if math.isnan(value := _mean(each)) else value >= 1 for each in values]
+            outcome = self._call_all([index], {**arguments, "correct": correct})[index]
+            read[index] = self._read(index, outcome, texts)
+        for index in indices:
+            self._report(index, read[index].errors, prompts)
+        each = torch.tensor([[_mean(value) for value in read[index].values] for index in indices]).T.contiguous()
+        steps = [
+            {index: read[index].values[sample] for index in indices if isinstance(read[index].values[sample], list)}
+            for sample in range(len(prompts))
+        ]
+        errors = torch.tensor([[sample in read[index].errors for index in indices] for sample in range(len(prompts))])
+        total = (each.nan_to_num(nan=0.0) * self.weights).sum(1)
+        return Rewards(total.masked_fill(each.isnan().all(1), math.nan), each, steps, errors)
+
+    def _call_all(self, indices: list[int], arguments: dict[str, list]) -> dict[int, Outcome]:
+        size, started, outcomes = len(arguments["prompts"]), [], {}
+        for index in indices:
+            name, function = self.names[index], self.functions[index]
+            if name in self.threads and self.threads[name].is_alive():
+                outcomes[index] = failed(size, "is still busy with an earlier batch")
+                continue
+            thread = threading.Thread(target=self._call, args=(index, function, arguments, size, outcomes), daemon=True)
+            thread.start()
+            self.threads[name] = thread
+            # The workers keep to the limit by themselves, once they have started.
+            limit = None if hasattr(function, "isolated") else time.monotonic() + self.timeout * size
+            started.append((index, thread, limit))
+        for index, thread, limit in started:
+            thread.join(None if limit is None else max(limit - time.monotonic(), 0.0))
+            if thread.is_alive():
+                outcomes[index] = failed(size, f"took longer than {self.timeout:g} s for each of {size} samples")
+        return outcomes
+
+    def _call(self, index: int, function: RewardFunction, arguments: dict, size: int, outcomes: dict) -> None:
+        """The body of a thread; what comes in too late is not looked at."""
+        if hasattr(function, "isolated"):
+            try:
+                found = self.pool.run(self.sources[index], arguments, size, self.timeout, function.over_limit)
+            except Exception as error:
+                found = failed(size, f"could not be run in worker processes: {one_line(error)}")
+        else:
+            found = call(function, arguments, size, self.timeout * size)
+        outcomes.setdefault(index, found)
+
+    def _read(self, index: int, outcome: Outcome, texts: list[str]) -> Outcome:
+        """The values as floats (NaN for None) or lists of steps; what is neither becomes an error."""
+        values, errors = [], dict(outcome.errors)
+        has_steps = any(isinstance(value, (list, tuple)) for value in outcome.values)
+        for sample, (value, text) in enumerate(zip(outcome.values, texts, strict=True)):
+            try:
+                if has_steps:
+                    values.append(read_steps(self.names[index], value, sample, text))
+                else:
+                    values.append(_number(value, sample))
+            except UserError as error:
+                values.append(math.nan)
+                errors[sample] = str(error).removeprefix(f"reward function {self.names[index]!r}").lstrip(", ")
+        return Outcome(values, errors)
+
+    def _report(self, index: int, errors: dict[int, str], prompts: list) -> None:
+        name = self.names[index]
+        hopeless = len(errors) == len(prompts) and name not in self.worked
+        if len(errors) < len(prompts):
+            self.worked.add(name)
+        if not errors:
+            return
+        sample = min(errors)
+        others = f" and for {len(errors) - 1} more of {len(prompts)} samples" * (len(errors) > 1)
+        text = f"reward function {name!r} {errors[sample]} for the prompt {_shortened(prompts[sample])}{others}"
+        if hopeless or self.on_error == "raise":
+            raise UserError(text)
+        if name not in self.warned:
+            self.warned.add(name)
+            self.warn(f"{text}; such samples get no reward from it, see rewards/{name}/errors")
+
+
+def _shortened(prompt: Any) -> str:
+    return repr(one_line(text_of(prompt) or "(empty)", 80))
+
+
+def _mean(value: float | Steps) -> float:
+    return mean_reward(value) if isinstance(value, list) else value
+
+
+def _number(value: object, index: int) -> float:
+    if value is None:
+        return math.nan
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise UserError(
+            f"returned {value!r:.80} for completion {index}; it must be a finite number, or None to abstain"
+        )
+    return number

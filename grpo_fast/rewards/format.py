@@ -1,0 +1,60 @@
+"""Format rewards: 1 where a completion has the form that the prompt asks for, else 0.
+
+A prompt that ends in ``<think>`` has opened that tag already; the completion is read as if it began with it.
+"""
+
+from __future__ import annotations
+
+from grpo_fast.rewards.base import text_of
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def _whole(prompt: str | list, completion: str | list) -> str:
+    opened = text_of(prompt).rstrip().endswith("<think>")
+    return "<think>" * opened + text_of(completion)
+
+
+def _between_tags(text: str) -> list[str] | None:
+    """The five stretches of text around R1-Zero's four tags; None unless each tag is there once, in order."""
+    if any(text.count(tag) != 1 for tag in TAGS):
+        return None
+    parts = []
+    for tag in TAGS:
+        part, found, text = text.partition(tag)
+        if not found:
+            return None
+        parts.append(part)
+    return [*parts, text]
+
+
+def answer_format(prompts, completions, **columns) -> list[float]:
+    """1 for ``<think>...</think> <answer>...</answer>`` and nothing else but white space (R1-Zero, arXiv 2501.12948).
+
+    Each tag occurs once, and both parts hold some text.
+    """
+    rewards = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        parts = _between_tags(_whole(prompt, completion))
+        filled = parts and [bool(part.strip()) for part in parts]
+        rewards.append(float(filled == [False, True, False, True, False]))
+    return rewards
+
+
+def soft_answer_format(prompts, completions, **columns) -> list[float]:
+    """1 where a ``</think>`` is followed, later on, by ``<answer>...</answer>``; text around them is no matter."""
+    rewards = []
+    for completion in map(text_of, completions):
+        _, found, rest = completion.partition("</think>")
+        _, opened, rest = rest.partition("<answer>")
+        rewards.append(float(bool(found and opened and "</answer>" in rest)))
+    return rewards
+
+
+def think_format(prompts, completions, **columns) -> list[float]:
+    """1 where the completion begins with ``<think>``, has it once, and closes it (TRL's ``think_format_reward``)."""
+    rewards = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = _whole(prompt, completion)
+        rewards.append(float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text))
+    return rewards

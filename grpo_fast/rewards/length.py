@@ -1,0 +1,55 @@
+"""Length rewards, in tokens, made with arguments: ``kimi_length(math_answer)``, ``soft_overlong(4096, 819)``."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from grpo_fast.errors import UserError
+from grpo_fast.rewards.base import RewardFunction
+
+
+def kimi_length(judge: str) -> RewardFunction:
+    """Shorter is better when right, and no better than the middle of the group's range when wrong.
+
+    With the lengths of a prompt's completions, ``x = 0.5 - (length - min) / (max - min)``: the reward is x where the
+    completion is right and ``min(0, x)`` where it is wrong; 0 where all lengths are equal (Kimi k1.5, arXiv 2501.12599,
+    section 2.3.3).
+
+    Args:
+        judge: the reward function of the run that says what is right, by a value of 1 or more. Where it has no value,
+            neither has this one.
+    """
+
+    def length_reward(prompts, completions, completion_ids, correct, **columns) -> list[float | None]:
+        rewards: list[float | None] = []
+        for _, group in groupby(range(len(prompts)), key=lambda index: prompts[index]):
+            indices = list(group)
+            lengths = [len(completion_ids[index]) for index in indices]
+            shortest, spread = min(lengths), max(lengths) - min(lengths)
+            for index, length in zip(indices, lengths, strict=True):
+                x = 0.5 - (length - shortest) / spread if spread else 0.0
+                right = correct[index]
+                rewards.append(None if right is None else x if right else min(0.0, x))
+        return rewards
+
+    length_reward.judge = judge
+    return length_reward
+
+
+def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+    """A penalty that grows from 0 to -1 over the last `soft_punish_cache` tokens before `max_completion_len`.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), with the arguments of TRL's
+    ``get_soft_overlong_punishment``.
+    """
+    if not 0 < soft_punish_cache <= max_completion_len:
+        raise UserError(
+            f"soft_overlong({max_completion_len}, {soft_punish_cache}) is not allowed: the second number, over which "
+            "the penalty grows, must be at least 1 and at most the first, the longest completion"
+        )
+
+    def overlong_reward(prompts, completions, completion_ids, **columns) -> list[float]:
+        left = [max_completion_len - soft_punish_cache - len(ids) for ids in completion_ids]
+        return [min(max(tokens / soft_punish_cache, -1.0), 0.0) for tokens in left]
+
+    return overlong_reward
