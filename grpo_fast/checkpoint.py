@@ -45,6 +45,8 @@ FREE_FIELDS = frozenset(
         "eval_steps",
         "keep_best",
         "report_to",
+        "reward_timeout",
+        "on_reward_error",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",

@@ -110,9 +110,10 @@ class Groups:
         """These groups, but at `places` those of `others`."""
         size = len(self.responses) // len(self.prompts)
         inside = [place * size + index for place in places for index in range(size)]
-        total, each = self.rewards.total.clone(), self.rewards.each.clone()
-        total[inside], each[inside] = others.rewards.total, others.rewards.each
-        rewards = {"total": total, "each": each, "steps": _put(self.rewards.steps, inside, others.rewards.steps)}
+        rewards = {"steps": _put(self.rewards.steps, inside, others.rewards.steps)}
+        for name in ("total", "each", "errors"):
+            rewards[name] = getattr(self.rewards, name).clone()
+            rewards[name][inside] = getattr(others.rewards, name)
         return Groups(
             _put(self.rows, places, others.rows),
             _put(self.prompts, places, others.prompts),

@@ -60,6 +60,8 @@ class GRPOConfig:
         shuffle_dataset: draw the training prompts in a random order (by the seed).
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
         reward_weights: a weight for each of them (default: 1 each).
+        reward_timeout: seconds that a reward function may take for a completion.
+        on_reward_error: a completion for which a function fails has no reward from it (none), or ends the run (raise).
         eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
         eval_steps: measure the held-out prompts every so many steps; 0 for before and after training only.
         num_generations: completions sampled for each prompt, G.
@@ -171,6 +173,8 @@ class GRPOConfig:
 
     reward_funcs: list[str] = field(default_factory=list)
     reward_weights: list[float] | None = None
+    reward_timeout: float = 10.0
+    on_reward_error: Literal["none", "raise"] = "none"
     eval_metric: str | None = None
     eval_steps: int = 0
 
@@ -375,7 +379,7 @@ _RANGES = [
         lambda v: v >= 1,
         "at least 1",
     ),
-    (("temperature", "learning_rate", "adam_epsilon"), lambda v: v > 0, "above 0"),
+    (("temperature", "learning_rate", "adam_epsilon", "reward_timeout"), lambda v: v > 0, "above 0"),
     (
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",

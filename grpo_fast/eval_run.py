@@ -77,7 +77,9 @@ class EvalRun:
                 made = "--greedy" if options.greedy else f"num_generations_eval={count}"
                 raise UserError(f"--k: {k} is not allowed: it must be from 1 to {count}, the completions of {made}")
         self.folder = choose_folder(config, options)
-        self.rewards = RewardModel(config.reward_funcs, config.reward_weights)
+        self.rewards = RewardModel(
+            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
+        )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
         _, self.rows = load_rows(config)
         self.rewards.check_columns(name for name in self.rows[0] if name != "prompt")

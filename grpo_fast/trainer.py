@@ -74,7 +74,9 @@ class GRPOTrainer:
         self.run_folder = choose_run_folder(config)
         found = find_checkpoint(self.run_folder, config) if config.resume_from_checkpoint else None
         self.objective = config.objective()
-        self.rewards = RewardModel(config.reward_funcs, config.reward_weights)
+        self.rewards = RewardModel(
+            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
+        )
         self.metric = self.rewards.index(config.eval_metric)
         self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
         self.train_rows, self.eval_rows = load_rows(config)
@@ -150,6 +152,7 @@ class GRPOTrainer:
         metric = self.rewards.names[self.metric]
         history = cut_metrics(folder / "metrics.jsonl", self.step)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
+        self.rewards.warn = progress.warn
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
         with progress, trackers, LinesFile(folder / "metrics.jsonl", append=True) as metrics_file:
             if self.step:

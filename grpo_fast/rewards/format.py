@@ -29,15 +29,17 @@ def _between_tags(text: str) -> list[str] | None:
 
 
 def answer_format(prompts, completions, **columns) -> list[float]:
-    """1 for ``<think>...</think> <answer>...</answer>`` and nothing else but white space (R1-Zero, arXiv 2501.12948).
+    """1 for ``<think>...</think> <answer>...</answer>`` with nothing but white space between and after them (R1-Zero,
+    arXiv 2501.12948).
 
-    Each tag occurs once, and both parts hold some text.
+    Each tag occurs once, and both parts hold some text. There may be text before ``<think>``, as in prompts that begin
+    the answer with "Let me solve this step by step."
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
         parts = _between_tags(_whole(prompt, completion))
-        filled = parts and [bool(part.strip()) for part in parts]
-        rewards.append(float(filled == [False, True, False, True, False]))
+        filled = parts and [bool(part.strip()) for part in parts[1:]]
+        rewards.append(float(filled == [True, False, True, False]))
     return rewards
 
 
