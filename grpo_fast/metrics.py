@@ -25,7 +25,7 @@ MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allo
 
 
 def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
-    """``reward`` and ``reward_std`` of the batch, ``frac_reward_zero_std``, and mean, std and share of errors of each function."""
+    """``reward``, ``reward_std`` and ``frac_reward_zero_std``, and mean, std and share of errors of each function."""
     metrics = {
         "reward": rewards.total.nanmean().item(),
         "reward_std": nanstd(rewards.total).item(),
