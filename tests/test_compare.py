@@ -1,0 +1,88 @@
+"""Several runs in one figure."""
+
+import json
+
+import pytest
+import yaml
+from matplotlib import pyplot as plt
+
+from grpo_fast.cli import main
+from grpo_fast.errors import UserError
+from grpo_fast.report.compare import Curve, held_out, plot_curves, read_curves
+
+
+def write_run(folder, scores, after=None, **config):
+    """A run folder with a step for each of the scores."""
+    folder.mkdir(parents=True)
+    config = {"run_name": folder.name, "reward_funcs": ["digits_included", "mine.py:mine"], "seed": 1, **config}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [{"step": step, "rewards/mine/mean": score, "reward": 2 * score} for step, score in enumerate(scores, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if after is not None:
+        summary = {"metric": "mine", "before": 0.1, "after": after, "steps": len(scores), "train_seconds": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path):
+    folders = [
+        write_run(tmp_path / f"a{seed}", [0.1 * seed, 0.5], 0.2 * seed, run_name="a", seed=seed) for seed in (1, 2)
+    ]
+    folders.insert(1, write_run(tmp_path / "b", [0.3], beta=0.1))
+    metric, (a, b) = read_curves(folders)
+    assert metric == "mine"
+    assert (a.label, b.label) == ("a", "b")
+    assert a.lines == [([1, 2], [0.1, 0.5]), ([1, 2], [0.2, 0.5])]
+    assert (a.before, a.after) == ([0.1, 0.1], [0.2, 0.4])
+    assert (b.lines, b.after) == ([([1], [0.3])], [])
+    assert held_out(a) == "30.0% (20.0% to 40.0%)"
+    assert held_out(b) == "no score yet"
+    _, (whole,) = read_curves(folders[:1], "reward")
+    assert (whole.lines, whole.after) == ([([1, 2], [0.2, 1.0])], [])
+
+
+def test_settings_of_one_name_are_told_apart_by_their_fields(tmp_path):
+    folders = [write_run(tmp_path / str(b), [0.5], run_name="sort", beta=b, output_dir=str(b)) for b in (0.0, 0.1)]
+    _, curves = read_curves(folders)
+    assert [curve.label for curve in curves] == ["beta=0.0", "beta=0.1"]
+
+
+def test_what_cannot_be_compared(tmp_path):
+    one = write_run(tmp_path / "one", [0.5], 0.5)
+    other = write_run(tmp_path / "other", [0.5], eval_metric="digits_included")
+    with pytest.raises(UserError, match="is scored by 'mine', .*other by 'digits_included'; choose one with --metric"):
+        read_curves([one, other])
+    with pytest.raises(UserError, match="one has no figures of 'no_such'"):
+        read_curves([one], "no_such")
+    with pytest.raises(UserError, match="is not a run folder"):
+        read_curves([tmp_path / "none"])
+
+
+def test_the_figure_holds_every_line_and_the_mean_over_seeds(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    curve = Curve("a", [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8])], [], [0.25])
+    plot_curves({"left": [curve], "right": [curve, curve]}, "mine", tmp_path / "new" / "figure.png")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    left, right = figures[0].axes
+    drawn = [(list(line.get_xdata()), [round(float(y), 6) for y in line.get_ydata()]) for line in left.lines]
+    assert drawn == [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8]), ([2, 3], [0.3, 0.6])]
+    assert len(right.lines) == 6
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a: 25.0%"]
+
+
+def test_the_command(tmp_path, capsys):
+    folders = [str(write_run(tmp_path / name, [0.1, 0.6], after)) for name, after in (("a", 0.5), ("b", 0.7))]
+    output = str(tmp_path / "figure.svg")
+    assert main(["compare", *folders, "--output", output]) == 0
+    printed = capsys.readouterr().out
+    assert "mine on held-out prompts" in printed
+    assert "70.0%" in printed
+    assert "</svg>" in (tmp_path / "figure.svg").read_text()
+    for arguments, message in (
+        ([*folders, "--output", "x.txt"], "--output='x.txt' is not allowed: it must end in .png, .svg or .pdf"),
+        ([str(tmp_path / "c")], "c is not a run folder"),
+        ([], "grpo-fast compare RUN RUN ..."),
+    ):
+        assert main(["compare", *arguments]) == 2
+        assert message in capsys.readouterr().err
