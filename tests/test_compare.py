@@ -50,7 +50,7 @@ def test_settings_of_one_name_are_told_apart_by_their_fields(tmp_path):
 def test_what_cannot_be_compared(tmp_path):
     one = write_run(tmp_path / "one", [0.5], 0.5)
     other = write_run(tmp_path / "other", [0.5], eval_metric="digits_included")
-    with pytest.raises(UserError, match="is scored by 'mine', .*other by 'digits_included'; choose one with --metric"):
+    with pytest.raises(UserError, match=r"is scored by 'mine', .*other by 'digits_included'; choose one with --metric"):
         read_curves([one, other])
     with pytest.raises(UserError, match="one has no figures of 'no_such'"):
         read_curves([one], "no_such")
