@@ -22,6 +22,11 @@ def config(**fields) -> GRPOConfig:
     return GRPOConfig(**{**SMALL, "generation_batch_size": 16, **fields})
 
 
+def rewards_of(values: torch.Tensor) -> Rewards:
+    """Those of a single function."""
+    return Rewards(values, values[:, None], [{} for _ in values], torch.zeros(len(values), 1, dtype=torch.bool))
+
+
 def sampler(rewards: dict[int, list[float]]):
     """Groups of a numbered row each, in order; those in `rewards` have these, the others 1 for all completions."""
     numbers = iter(range(1000))
@@ -32,7 +37,7 @@ def sampler(rewards: dict[int, list[float]]):
         rows = [{"prompt": str(next(numbers))} for _ in range(count)]
         values = torch.tensor([r for row in rows for r in rewards.get(int(row["prompt"]), [1.0] * 4)])
         texts = [f"{row['prompt']}.{index}" for row in rows for index in range(4)]
-        scored = Rewards(values, values[:, None], [{} for _ in texts])
+        scored = rewards_of(values)
         prompts = [[int(row["prompt"])] for row in rows]
         return Groups(rows, prompts, [Response([len(text)], "stop") for text in texts], texts, scored)
 
@@ -160,7 +165,7 @@ def test_the_kl_in_the_reward_with_adapters(tmp_path):
 
 
 def test_a_penalty_moves_groups_of_equal_rewards():
-    rewards = Rewards(torch.ones(4), torch.ones(4, 1), [{} for _ in range(4)])
+    rewards = rewards_of(torch.ones(4))
     got = reward_advantages(rewards, WEIGHT, config(scale_rewards="none"), torch.tensor([0.0, 1.0, 0.0, 3.0]))
     assert got.outcome.tolist() == [1.0, 0.0, 1.0, -2.0]
     without = reward_advantages(rewards, WEIGHT, config())
