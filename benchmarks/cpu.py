@@ -32,20 +32,21 @@ Part = tuple[str, float, Callable[[Run], None]]
 # What decides at the large head: a round of all contenders would take minutes.
 LARGE_HEAD = {
     (torch.float32, "trainable"): (OURS, "full logits"),
-    (torch.float32, "frozen"): (OURS, "full logits"),
+    (torch.float32, "frozen"): (OURS,),
     (torch.bfloat16, "trainable"): (OURS, "full logits", "Liger"),
 }
 SLOWEST = "torch linear_cross_entropy"
 
 
 def head_first(run: Run) -> None:
-    """The small head in all modes, the slowest peer in one of them; the large one against the peers that decide."""
+    """The small head in all modes, the slowest peer once; the large one against the peers that decide."""
     cases, table = cases_for(run), run.table("head", KEY)
     small = [case for case in cases if case.shape == cases[0].shape]
     large = [case for case in cases if case.shape != cases[0].shape]
     others = [contender for contender in CONTENDERS if contender.name != SLOWEST]
     for case in small:
-        run_head(run, [case], MODES[:1], CONTENDERS, table, seconds=15, least=2)
+        everyone = CONTENDERS if case.dtype == torch.float32 else others
+        run_head(run, [case], MODES[:1], everyone, table, seconds=15, least=2)
         run_head(run, [case], MODES[1:], others, table, seconds=10)
     for case in large:
         for (dtype, mode), names in LARGE_HEAD.items():
@@ -94,7 +95,7 @@ def body() -> None:
     chosen = arguments.parse_args()
     run = start(chosen)
     parts: list[Part] = [
-        ("head", 8.0, head_first),
+        ("head", 9.0, head_first),
         ("step", 2.0, lambda part: run_step(part, [0.0, 0.5])),
         ("accuracy", 1.0, lambda part: run_accuracy(part, seconds=10, least=2)),
         ("loss", 0.5, run_loss),

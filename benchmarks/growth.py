@@ -36,14 +36,14 @@ def plan(run: Run, sweep: str) -> tuple[list[int], Callable[[int], tuple[Shape, 
     if run.quick:
         hidden, vocab, tokens = 64, 1031, 256
     if sweep == "tokens":
-        points = [2**k * tokens // 4 for k in range(5)]
+        points = [2**k * tokens // 2 for k in range(4)]
         if gpu and not run.quick:
             points = [1024, 4096, 16384, 65536, 262144]
         return points, lambda x: (Shape(f"{hidden}x{vocab}", hidden, vocab), x), dtype
     if sweep == "vocabulary":
         points = [2**k * vocab // 4 for k in range(4)]
         return points, lambda x: (Shape(f"{hidden}x{x}", hidden, x), tokens // 2), dtype
-    return [1, 2, 4, 8], lambda x: (Shape(f"{hidden}x{vocab}", hidden, vocab), tokens), dtype
+    return [1, 2, 4, 8] if gpu else [1, 2, 4], lambda x: (Shape(f"{hidden}x{vocab}", hidden, vocab), tokens), dtype
 
 
 def accumulated(problem: Problem, loss: Loss, count: int) -> dict[str, Any]:

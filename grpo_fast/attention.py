@@ -258,12 +258,12 @@ def _attend(
 def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Kernel | None:
     """The fastest installed kernel that takes sequences of any length as they are; None where there is none.
 
-    flash-attn 3 and 2, then torch's own; on CUDA in 16 bits. Called as
+    flash-attn 3 and 2, then torch's own, flex attention for softcapped scores; on CUDA in 16 bits. Called as
     ``kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout)``.
     """
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
         return None
-    for make, can_cap, can_drop in ((_flash3, True, False), (_flash2, True, True), (_torch_varlen, False, False)):
+    for make, can_cap, can_drop in _KERNELS:
         if (softcap is None or can_cap) and (not dropout or can_drop) and make() is not None:
             return make()
     return None
@@ -324,6 +324,43 @@ def _torch_varlen() -> Kernel | None:
     return call
 
 
+@cache
+def _flex() -> Kernel:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=True)
+
+    def call(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout):
+        length, on_gpu = query.shape[0], query.is_cuda
+        sequence = torch.arange(len(cu_seqlens) - 1, device=query.device)
+        sequence = sequence.repeat_interleave(cu_seqlens.diff(), output_size=length)
+
+        def seen(batch, head, q, k):
+            inside = (sequence[q] == sequence[k]) & (q >= k)
+            return inside if window is None else inside & (q - k < window)
+
+        def capped(score, batch, head, q, k):
+            return softcap * torch.tanh(score / softcap)
+
+        mask = create_block_mask(seen, None, None, length, length, device=query.device, _compile=on_gpu)
+        out = (compiled if on_gpu else flex_attention)(
+            *(x.transpose(0, 1)[None] for x in (query, key, value)), score_mod=None if softcap is None else capped,
+            block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        return out[0].transpose(0, 1)
+
+    return call
+
+
+# Kernels in the order of preference, whether they know a softcap, and whether dropout.
+_KERNELS = (
+    (_flash3, True, False),
+    (_flash2, True, True),
+    (_torch_varlen, False, False),
+    (_flex, True, False),
+)
+
+
 def install(model: nn.Module) -> bool:
     """Let `model` take ``segments`` among its keyword arguments; False where its attention cannot be replaced.
 
@@ -356,7 +393,12 @@ def _forward(
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:
             attend = ALL_ATTENTION_FUNCTIONS[own]
-        return attend(module, query, key, value, attention_mask, **options)
+        # Some implementations look themselves up by the name in the configuration.
+        name, module.config._attn_implementation_internal = module.config._attn_implementation, own
+        try:
+            return attend(module, query, key, value, attention_mask, **options)
+        finally:
+            module.config._attn_implementation_internal = name
     for name in UNKNOWN:
         if options.get(name) is not None:
             raise UserError(f"{type(module).__name__} adds {name} to its scores, which packed attention does not know")

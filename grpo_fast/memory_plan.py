@@ -200,7 +200,7 @@ class _Planner:
             "head": {**training, **self.named(traced.head, tokens, host), "head workspace": workspace},
             "backward": {**training, **self.named(traced.peak, tokens, host)},
         }
-        if config.objective().uses_reference and not config.use_peft:
+        if config.uses_reference and not config.use_peft:
             host["reference"] = weights.bytes
             scored = {"reference": weights.bytes, "head workspace": workspace}
             forward = trace(replace(setup, training=False)).peak
@@ -270,7 +270,7 @@ class _Planner:
         row = vocab * (2 if half else 4) + NARROW_COPIES * self.text.hidden_size * 4
         if not config.use_cpu:
             return row * equal_parts(predicted, budget // row)
-        rows = equal_parts(predicted, (budget - (CPU_BLOCK_BYTES if budget > 4 * CPU_BLOCK_BYTES else 0)) // row)
+        rows = equal_parts(predicted, (budget - (2 * CPU_BLOCK_BYTES if budget > 4 * CPU_BLOCK_BYTES else 0)) // row)
         return row * rows + 2 * 4 * vocab * equal_parts(rows, CPU_BLOCK_BYTES // (4 * vocab))
 
     def sequences(self, answer: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -96,14 +97,25 @@ def smallest_remedy(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens
     """Names of the fewest changes with which the plan fits; None where not even all of them suffice."""
     changes = _allowed_changes(config, tracer, prompt_tokens)
 
-    def fits(names: tuple[str, ...]) -> bool:
-        merged: dict[str, Any] = {}
-        for name in names:
-            for field, value in changes[name].items():
-                merged[field] = min(value, merged.get(field, value)) if field.startswith("max_") else value
-        return plan_memory(replace(config, **merged), tracer.model_config, prompt_tokens, tracer).fits(vram)
+    def fits(names: Iterable[str]) -> bool:
+        changed = _with(config, [changes[name] for name in names])
+        return plan_memory(changed, tracer.model_config, prompt_tokens, tracer).fits(vram)
 
-    if not fits(tuple(changes)):
+    if not fits(changes):
         return None
     sizes = range(1, len(changes) + 1)
     return next((list(names) for size in sizes for names in combinations(changes, size) if fits(names)), None)
+
+
+def longest_with_all(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> tuple[int, list[str]]:
+    """The longest answer, in tokens, with all changes together, and their names."""
+    changes = _allowed_changes(config, tracer, prompt_tokens)
+    return longest_answer(_with(config, list(changes.values())), tracer, vram, prompt_tokens), list(changes)
+
+
+def _with(config: GRPOConfig, changes: list[dict[str, Any]]) -> GRPOConfig:
+    merged: dict[str, Any] = {}
+    for fields in changes:
+        for field, value in fields.items():
+            merged[field] = min(value, merged.get(field, value)) if field.startswith("max_") else value
+    return replace(config, **merged)

@@ -22,7 +22,7 @@ from grpo_fast.memory_plan import (
     total,
     usable,
 )
-from grpo_fast.memory_switches import smallest_remedy, switches
+from grpo_fast.memory_switches import longest_with_all, smallest_remedy, switches
 from grpo_fast.memory_trace import Tracer
 from grpo_fast.models import BUILT_IN
 
@@ -117,9 +117,10 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Conso
         moment = MOMENTS[max(plan.moments, key=lambda name: total(plan.moments[name]))]
         ways = [" and ".join(remedy)] if remedy else []
         ways += [f"max_completion_length={longest}"] if longest else []
-        verdict = (
-            f"it would fit with {', or with '.join(ways)}" if ways else "no combination of the switches makes it fit"
-        )
+        if not ways:
+            answer, names = longest_with_all(config, tracer, vram, prompt_tokens)
+            ways = [f"max_completion_length={answer} and {', '.join(names)}"] if answer else []
+        verdict = f"it would fit with {', or with '.join(ways)}" if ways else "no combination of the switches fits"
         console.print(f"does not fit: {moment} takes {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB; {verdict}")
     else:
         console.print("fits")

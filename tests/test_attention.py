@@ -5,6 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_fast import attention
 from grpo_fast.attention import PREFIX, Group, Segments, install, packed_attention
@@ -44,13 +46,16 @@ def as_kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dr
     return reference(query, key, value, groups, scale, window, softcap)
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["buckets", "varlen"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kernel", ["buckets", "varlen", "flex"])
 @pytest.mark.parametrize(("window", "softcap", "scale"), [(None, None, None), (5, None, 0.3), (5, 2.0, None)])
 @pytest.mark.parametrize("name", GROUPS)
 def test_packed_attention(monkeypatch, name, window, softcap, scale, kernel):
     groups = GROUPS[name]
-    if kernel:
-        monkeypatch.setattr(attention, "varlen_kernel", lambda *_: as_kernel)
+    if kernel != "buckets":
+        # The others need CUDA.
+        call = as_kernel if kernel == "varlen" else attention._flex()
+        monkeypatch.setattr(attention, "varlen_kernel", lambda *_: call)
     torch.manual_seed(0)
     length = sum(group.length for group in groups)
     query, key, value = (torch.randn(length, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
@@ -115,6 +120,23 @@ def test_sampling_goes_on_as_before(own):
         found.append((out, model(ids, attention_mask=mask).logits[:, -1]))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_models_own_attention_finds_its_own_name():
+    """flash-attention's functions are looked up by the name in the configuration."""
+    seen = []
+
+    def own(module, *args, **kwargs):
+        seen.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register("of_its_own", own)
+    model = tiny_model()
+    model.set_attn_implementation("of_its_own")
+    assert install(model)
+    model(input_ids=torch.tensor([[3, 4]]))
+    assert seen == ["of_its_own"] * 2
+    assert model.config._attn_implementation == PREFIX + "of_its_own"
 
 
 def test_recomputed_layers_see_the_same_segments():
