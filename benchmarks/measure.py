@@ -286,7 +286,7 @@ class Run:
             "device": device_name(self.device),
             "torch": torch.__version__,
             "triton": version("triton"),
-            "commit": self.commit or git_commit(),
+            "commit": self.commit,
             "date": datetime.date.today().isoformat(),
         }
 
@@ -378,7 +378,8 @@ def start(arguments: argparse.Namespace) -> Run:
         torch.set_num_threads(arguments.threads or min(os.cpu_count() or 1, 2))
     torch.manual_seed(0)
     return Run(
-        device, arguments.quick, arguments.repeats, arguments.minutes, arguments.output, arguments.commit,
+        device, arguments.quick, arguments.repeats, arguments.minutes, arguments.output,
+        arguments.commit or git_commit(),
         Deadline(None if arguments.minutes is None else 60 * arguments.minutes),
     )  # fmt: skip
 
