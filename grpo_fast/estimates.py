@@ -46,8 +46,8 @@ def pass_at_k(correct: Tensor, samples: Tensor, k: int) -> Tensor:
     return torch.where(samples >= k, 1 - all_wrong, math.nan)
 
 
-def estimate(values: Tensor, seed: int = 0) -> Estimate:
-    """Mean of one value a prompt, ``[P]``; prompts with NaN are left out.
+def estimate(values: Tensor, seed: int = 0, shares: bool = True) -> Estimate:
+    """Mean of one value a prompt, ``[P]``; prompts with NaN are left out. `shares` as in `bootstrap_interval`.
 
     With as many completions for every prompt, the standard error is the clustered one (arXiv 2411.00640, section 2.2).
     """
@@ -55,21 +55,22 @@ def estimate(values: Tensor, seed: int = 0) -> Estimate:
     if not len(known):
         return Estimate(math.nan, math.nan, math.nan, math.nan)
     error = known.std().item() / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    return Estimate(known.mean().item(), *bootstrap_interval(known, seed), error)
+    return Estimate(known.mean().item(), *bootstrap_interval(known, seed, shares), error)
 
 
-def bootstrap_interval(values: Tensor, seed: int = 0, level: float = LEVEL) -> tuple[float, float]:
+def bootstrap_interval(values: Tensor, seed: int = 0, shares: bool = True, level: float = LEVEL) -> tuple[float, float]:
     """Percentile bootstrap of the mean of `values` ``[P]`` (P >= 1, no NaN), by `seed`.
 
-    Where all are 0 or all are 1, resampling shows no spread; the interval is then the exact binomial one.
+    Resampling shows no spread where all values are equal. Of `shares` that are all 0 or all 1 the interval is then the
+    exact binomial one (Clopper and Pearson); of others it is NaN.
     """
     count, first = len(values), values[0].item()
     tail = (1 - level) / 2
     if bool((values == first).all()):
-        if first in (0.0, 1.0):
-            reach = 1 - tail ** (1 / count)
-            return (0.0, reach) if first == 0 else (1 - reach, 1.0)
-        return (first, first) if count > 1 else (math.nan, math.nan)
+        if not shares or first not in (0.0, 1.0):
+            return math.nan, math.nan
+        reach = 1 - tail ** (1 / count)
+        return (0.0, reach) if first == 0 else (1 - reach, 1.0)
     generator = torch.Generator().manual_seed(seed)
     rows = max(_CHUNK // count, 1)
     means = []

@@ -67,10 +67,13 @@ class EvalProgress:
             table.add_column(column, justify="right")
         for metric, estimates in summary["metrics"].items():
             for row, (label, found) in enumerate(estimates.items()):
-                numbers = {name: float("nan") if value is None else value for name, value in found.items()}
-                share = is_share(abs(numbers["value"]))
-                value, low, high, error = (show(numbers[n], share) for n in ("value", "low", "high", "standard_error"))
-                table.add_row(metric if row == 0 else "", label, value, f"{low} to {high}", error)
+                share = found["value"] is not None and is_share(abs(found["value"]))
+                value, low, high, error = (
+                    "n/a" if found[name] is None else show(found[name], share)
+                    for name in ("value", "low", "high", "standard_error")
+                )
+                interval = low if low == high else f"{low} to {high}"
+                table.add_row(metric if row == 0 else "", label, value, interval, error)
         self.console.print(table)
         if summary["compared_with"]:
             self.console.print(f"difference: to the means in {summary['compared_with']}, by prompts", soft_wrap=True)

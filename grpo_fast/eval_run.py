@@ -24,7 +24,7 @@ from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
 from grpo_fast.files import replace_text
-from grpo_fast.metrics import LinesFile
+from grpo_fast.metrics import LinesFile, json_ready
 from grpo_fast.models import check_vocabulary, load_trained
 from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
@@ -140,6 +140,7 @@ class EvalRun:
             **self.summarize(lines),
             "seconds": round(time.perf_counter() - start, 2),
         }
+        summary = json_ready(summary)
         write_json(self.folder / SUMMARY, summary)
         progress.finished(summary)
         return summary
@@ -206,7 +207,7 @@ class EvalRun:
             found = score_estimates(values, self.ks, self.options.threshold, seed)
             if name in self.others:
                 # Prompt by prompt: how hard each one is cancels out.
-                found["difference"] = estimate(values.nanmean(1) - self.others[name].nanmean(1), seed)
+                found["difference"] = estimate(values.nanmean(1) - self.others[name].nanmean(1), seed, shares=False)
             metrics[name] = {label: one._asdict() for label, one in found.items()}
         return {
             "metrics": metrics,
