@@ -1,14 +1,20 @@
 """Several runs in one figure."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from matplotlib import pyplot as plt
 
-from grpo_fast.cli import main
+from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
 from grpo_fast.report.compare import Curve, held_out, plot_curves, read_curves
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+RAW = {"reward_baseline": "none", "scale_rewards": "none"}
+CENTRED = {"scale_rewards": "none"}
 
 
 def write_run(folder, scores, after=None, **config):
@@ -86,3 +92,31 @@ def test_the_command(tmp_path, capsys):
     ):
         assert main(["compare", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_sorting_experiments_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import sort_comparison
+
+    panels = {"a": {"raw, small": RAW, "centred": CENTRED}, "b": {"centred": CENTRED}}
+    monkeypatch.setattr(sort_comparison, "PANELS", panels)
+    small = ["--max_steps", "2", "--generation_batch_size", "16", "--max_eval_samples", "5"]
+    made = []
+    trainer = sort_comparison.GRPOTrainer
+    monkeypatch.setattr(sort_comparison, "GRPOTrainer", lambda config: made.append(config) or trainer(config))
+    monkeypatch.setattr(sys, "argv", ["main", "--seeds", "1", "--output_dir", str(tmp_path), *small])
+    for _ in range(2):
+        sort_comparison.main()
+        assert [(config.reward_baseline, config.seed) for config in made] == [("none", 1), ("mean", 1)]
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "raw, small" in capsys.readouterr().out
+
+
+def test_every_sorting_experiment_is_a_valid_configuration(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import sort_comparison
+
+    for changes in (changes for panel in sort_comparison.PANELS.values() for changes in panel.values()):
+        options = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in changes.items()]
+        config = parse_config([str(sort_comparison.RECIPE), *options])
+        assert {name: getattr(config, name) for name in changes} == changes
