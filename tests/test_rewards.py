@@ -1,10 +1,23 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import RewardModel, digits_included, digits_ordered, final_number, load_reward
+from grpo_fast.rewards import (
+    RewardModel,
+    answer_format,
+    boxed_answer,
+    countdown_equation,
+    digits_included,
+    digits_ordered,
+    final_number,
+    gsm8k_answer,
+    load_reward,
+    soft_answer_format,
+    think_format,
+)
 
 GSM8K = Path(__file__).parent.parent.parent / "shared" / "data" / "gsm8k"
 
@@ -89,8 +102,8 @@ def test_weighted_sum_and_none():
 )
 def test_wrong_rewards_are_named(tmp_path, body, message):
     (tmp_path / "mine.py").write_text(f"def mine(prompts, completions, **columns):\n    {body}\n")
-    model = RewardModel([f"{tmp_path / 'mine.py'}:mine"], None)
-    with pytest.raises(UserError, match=f"reward function 'mine' {message}"):
+    model = RewardModel([f"{tmp_path / 'mine.py'}:mine"], None, on_error="raise")
+    with pytest.raises(UserError, match=f"reward function 'mine' {message}.* for the prompt '[ab]'"):
         model(["a", "b"], ["c", "d"], {})
 
 
@@ -101,6 +114,10 @@ def test_wrong_rewards_are_named(tmp_path, body, message):
         ("no_such_module.reward", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module'"),
         ("json.no_such_reward", "no callable 'no_such_reward'"),
         ("missing.py:reward", "no such file: missing.py"),
+        ("kimi_length", r"kimi_length\(\) is not allowed: write kimi_length\(judge\)"),
+        ("soft_overlong(10)", r"write soft_overlong\(max_completion_len, soft_punish_cache\)"),
+        ("soft_overlong(10, ten)", r"write soft_overlong\(max_completion_len, soft_punish_cache\)"),
+        ("soft_overlong(10, 20)", "must be at least 1 and at most the first"),
     ],
 )
 def test_unknown_rewards_are_named(name, message):
@@ -114,7 +131,6 @@ def test_unknown_rewards_are_named(name, message):
         ("def mine(:", "cannot be loaded: SyntaxError"),
         ("import no_such_module_here", "No module named 'no_such_module_here'"),
         ("mine = 3", "no callable 'mine'"),
-        ("async def mine(prompts, completions, **columns): return []", "is async, which is not supported yet"),
     ],
 )
 def test_broken_reward_files_are_named(tmp_path, text, message):
@@ -169,3 +185,129 @@ def test_dotted_path():
 def test_unknown_metric_is_named():
     with pytest.raises(UserError, match="eval_metric='accuracy' is not one of reward_funcs: exact_answer"):
         RewardModel(["exact_answer"], None).index("accuracy")
+
+
+def scored(function, completion, prompt="q", **columns):
+    return function([prompt], [completion], **{name: [value] for name, value in columns.items()})[0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "strict", "soft", "think"),
+    [
+        ("<think>a</think><answer>b</answer>", 1, 1, 1),
+        ("<think>a\nb</think>\n \n<answer>b</answer>\n", 1, 1, 1),
+        ("First: <think>a</think> <answer>b</answer>", 1, 1, 0),
+        ("<think>a</think> so <answer>b</answer>", 0, 1, 1),
+        ("<think>a</think> <answer>b</answer> and more", 0, 1, 1),
+        ("<think></think> <answer>b</answer>", 0, 1, 1),
+        ("<think>a</think> <answer> </answer>", 0, 1, 1),
+        ("a</think> <answer>b</answer>", 0, 1, 0),
+        ("<think>a<think>b</think> <answer>b</answer>", 0, 1, 0),
+        ("<think>a</think> <answer>b</answer> <answer>c</answer>", 0, 1, 1),
+        ("<answer>b</answer> <think>a</think>", 0, 0, 0),
+        ("<think>a</think> <answer>b", 0, 0, 1),
+        ("<think>a", 0, 0, 0),
+        ("b", 0, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_formats(completion, strict, soft, think):
+    assert scored(answer_format, completion) == strict
+    assert scored(soft_answer_format, completion) == soft
+    assert scored(think_format, completion) == think
+
+
+def test_a_prompt_may_open_the_thoughts():
+    prompt = "What is 3 + 4?\nAssistant: <think>"
+    assert scored(answer_format, "a</think> <answer>7</answer>", prompt) == 1
+    assert scored(think_format, "a</think> 7", prompt) == 1
+    assert scored(answer_format, "<think>a</think> <answer>7</answer>", prompt) == 0
+
+
+@pytest.mark.parametrize(
+    ("equation", "right"),
+    [
+        ("(3 + 5) * 4 - 8", True),
+        ("4*(5+3)-8", True),
+        ("3 * 4 * (8 - 5) - 12", False),  # a number that was not given
+        ("3 * 8", False),  # not all of them
+        ("(3 + 5) * 4 - 8 + 3 - 3", False),  # one of them three times
+        ("3 + 5 + 4 + 8", False),  # 20
+        ("24", False),
+        ("(3 + 5) * 4 - 8 = 24", False),
+        ("3 ** 5 - 4 * 8", False),
+        ("3 // 5 + 4 * 8", False),
+        ("-3 + 5 * 4 + 8", False),
+        ("__import__('os').getpid()", False),
+        ("(3 + 5) * 4 - 8 # 24", False),
+        ("3 / (5 - 5)", False),
+        ("(3 + 5", False),
+        ("(" * 140 + "3" + ")" * 140, False),
+        ("9**9**9**9", False),
+        ("", False),
+    ],
+)
+def test_countdown(equation, right):
+    text = f"<think>3 + 5</think> <answer> {equation} </answer>"
+    assert scored(countdown_equation, text, nums=[3, 5, 4, 8], target=24) == right
+
+
+def test_countdown_is_exact_and_needs_the_tags():
+    assert scored(countdown_equation, "<answer>8 / (3 - 8 / 3)</answer>", nums=[3, 3, 8, 8], target=24) == 1
+    assert scored(countdown_equation, "<answer>1 / 3 * 3</answer>", nums=[1, 3, 3], target=1) == 1
+    assert scored(countdown_equation, "8 / (3 - 8 / 3)", nums=[3, 3, 8, 8], target=24) == 0
+    assert scored(countdown_equation, "<answer>1+2</answer> <answer>2+2</answer>", nums=[1, 2], target=3) == 0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        (r"so \boxed{\dfrac{1} {2}}.", r"the half, \boxed{\frac{1}{2}}", True),
+        (r"\boxed{1} then \boxed{2}", "2", True),
+        (r"\boxed{1} then \boxed{2}", "1", False),
+        (r"\boxed{1} then \boxed{2", "1", True),
+        (r"\boxed{\left(1,\,2\right)}", "(1, 2)", True),
+        ("2", "2", False),
+        ("", "2", False),
+    ],
+)
+def test_boxed_answer(completion, answer, right):
+    assert scored(boxed_answer, completion, answer=answer) == right
+
+
+def test_gsm8k_answer_needs_the_mark():
+    assert scored(gsm8k_answer, "it is #### 1,072", answer="so #### 1072") == 1
+    assert scored(gsm8k_answer, "it is 1072", answer="so #### 1072") == 0
+    assert scored(gsm8k_answer, "it is #### 72", answer="so #### 1072") == 0
+
+
+def test_kimi_length():
+    """By hand: lengths 2, 4, 10 make 0.5, 0.25, -0.5; the second prompt's lengths are equal."""
+    model = RewardModel(["exact_answer", "kimi_length(exact_answer)"], [1.0, 0.5])
+    model.check_columns(["answer"])
+    ids = [[0] * length for length in (2, 4, 10, 2, 4, 10, 5, 5)]
+    completions = ["1", "1", "1", "2", "2", "2", "1", "2"]
+    prompts = ["q"] * 3 + ["r"] * 3 + ["s"] * 2
+    got = model(prompts, completions, {"answer": ["1"] * 8, "completion_ids": ids})
+    assert got.each[:, 1].tolist() == [0.5, 0.25, -0.5, 0, 0, -0.5, 0, 0]
+    assert got.total.tolist() == [1.25, 1.125, 0.75, 0, 0, -0.25, 1, 0]
+
+
+def test_kimi_length_needs_its_judge():
+    with pytest.raises(UserError, match="needs 'final_number' among the functions"):
+        RewardModel(["exact_answer", "kimi_length(final_number)"], None)
+
+
+def test_kimi_length_has_no_value_where_its_judge_has_none():
+    model = RewardModel(["exact_answer", "kimi_length(exact_answer)"], None)
+    model.functions[0] = lambda prompts, completions, **columns: [None, 1.0]
+    got = model(["q", "q"], ["a", "b"], {"completion_ids": [[1], [1, 2, 3]]})
+    assert got.each[:, 1].tolist() == pytest.approx([math.nan, -0.5], nan_ok=True)
+
+
+def test_soft_overlong():
+    """TRL's get_soft_overlong_punishment(10, 4) on the same lengths."""
+    reward = load_reward("soft_overlong(10, 4)")
+    ids = [[0] * length for length in (0, 6, 7, 8, 9, 10, 11)]
+    assert reward(ids, ids, completion_ids=ids) == [0, 0, -0.25, -0.5, -0.75, -1, -1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from functools import lru_cache
+from itertools import pairwise
 
 from grpo_fast.errors import import_extra
 from grpo_fast.rewards.base import between, isolated, text_of
@@ -12,6 +15,10 @@ LONGEST_ANSWER = 2000
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*{")
+_FONTS = "text|textbf|textit|mathrm|mathbf|mbox"
+_TEXT = re.compile(rf"[\s()$.]*\\(?:{_FONTS})\s*{{[^{{}}\\\d]*}}[\s()$.]*")
+_PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,} [a-zA-Z]{2,}")
+_JOINT = re.compile(r"[\s$,;]*(?:and|or)?[\s$,;]*")
 
 
 def exact_answer(prompts, completions, answer, **columns) -> list[float]:
@@ -40,15 +47,24 @@ def gsm8k_answer(prompts, completions, answer, **columns) -> list[float]:
     return [value * ("####" in text_of(c)) for value, c in zip(right, completions, strict=True)]
 
 
-def last_box(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` whose braces close; None where there is none."""
-    for start in reversed([match.end() for match in _BOX.finditer(text)]):
-        depth = 1
-        for end in range(start, min(start + LONGEST_ANSWER, len(text))):
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""Every ``\boxed{...}`` whose braces close: where it starts and ends, and its content. Inner boxes are content."""
+    found, position = [], 0
+    while match := _BOX.search(text, position):
+        depth, position = 1, match.end()
+        for end in range(match.end(), len(text)):
             depth += (text[end] == "{") - (text[end] == "}")
             if not depth:
-                return text[start:end]
-    return None
+                found.append((match.start(), end + 1, text[match.end() : end]))
+                position = end + 1
+                break
+    return found
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}`` in the last 2,000 characters; None where there is none."""
+    found = boxes(text[-LONGEST_ANSWER:])
+    return found[-1][2] if found else None
 
 
 def boxed_answer(prompts, completions, answer, **columns) -> list[float]:
@@ -69,12 +85,22 @@ def _plain_latex(text: str) -> str:
     return re.sub(r"\\left|\\right|\\[,!;: ]|[\s$]", "", text)
 
 
-def final_part(text: str) -> str:
-    """What a text gives as its answer: the last ``<answer>...</answer>``, or what follows the last ``####``, or all."""
-    inside = between(text, "<answer>", "</answer>")
-    if inside is None:
-        inside = text.rpartition("####")[2]
-    return inside.strip()[-LONGEST_ANSWER:]
+def final_part(text: str) -> tuple[str, bool]:
+    r"""What a text gives as its answer, and whether nothing else is around it.
+
+    The last ``<answer>...</answer>``, or else what follows the last ``####``, or else all of the text; and in that the
+    last ``\boxed{...}``, together with those before it where only commas, "and" or "or" stand between them.
+    """
+    answer = between(text, "<answer>", "</answer>")
+    bare = answer is not None or "####" in text
+    part = (text.rpartition("####")[2] if answer is None else answer).strip()[-LONGEST_ANSWER:]
+    found = boxes(part)
+    contents = [content for _, _, content in found[-1:]]
+    for (_, end, content), (start, _, _) in reversed(list(pairwise(found))):
+        if not _JOINT.fullmatch(part, end, start):
+            break
+        contents.insert(0, content)
+    return (", ".join(contents), True) if contents else (part, bare)
 
 
 def _check_math() -> None:
@@ -83,9 +109,40 @@ def _check_math() -> None:
 
 @isolated(over_limit=0.0, check=_check_math)
 def math_answer(prompts, completions, answer, **columns) -> list[float]:
+    r"""1 where the completion's answer is mathematically that of the ``answer`` column, by math-verify, else 0.
+
+    The answer is the last ``<answer>...</answer>``, what follows the last ``####``, the last ``\boxed{...}``, or what
+    math-verify finds in its last 2,000 characters. Units are no matter; 50% is 0.5, but its sign may also be missing.
+    Words are compared as they are, but for case.
+    """
     return [float(same_answer(text_of(c), str(a))) for c, a in zip(completions, answer, strict=True)]
 
 
 def same_answer(completion: str, reference: str) -> bool:
-    given, expected = final_part(completion), final_part(reference)
-    return bool(given) and given == expected
+    """Whether two texts give the same answer. Has no time limit of its own: see :func:`isolated`."""
+    expected, given = final_part(reference)[0], final_part(completion)
+    words = _plain_words(expected)
+    if _TEXT.fullmatch(expected) or re.fullmatch(r"no|[a-z][a-z' -]{2,}", words):
+        # As mathematics, a word is the product of its letters, in any order.
+        return _plain_words(given[0]) == words
+    # No timeouts: its own work by signals, which only a main thread gets.
+    math_verify = import_extra("math_verify", "train")
+    return math_verify.verify(_parsed(expected, True), _parsed(*given), timeout_seconds=None)
+
+
+def _plain_words(text: str) -> str:
+    """Text without LaTeX's fonts and braces, parentheses, a full stop at its end, and capitals."""
+    text = re.sub(rf"\\(?:{_FONTS})\b|[{{}}()$*]", " ", text)
+    return " ".join(text.split()).rstrip(".").lower()
+
+
+@lru_cache(maxsize=1024)
+def _parsed(part: str, bare: bool) -> list:
+    math_verify = import_extra("math_verify", "train")
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    part = part.rstrip(". ").replace(r"\varnothing", r"\emptyset")
+    part = re.sub(r"(?<=\d)\\[,!](?=\d{3})", "", part)
+    # Bare LaTeX is none to math-verify.
+    if bare and not re.search(r"(?<!\\)\$|\\\(|\\\[", part) and not _PROSE.search(part):
+        part = rf"\boxed{{{part}}}"
+    return math_verify.parse(part, parsing_timeout=None)

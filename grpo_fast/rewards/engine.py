@@ -158,7 +158,7 @@ class RewardModel:
             started.append((index, thread, limit))
         for index, thread, limit in started:
             thread.join(None if limit is None else max(limit - time.monotonic(), 0.0))
-            if thread.is_alive():
+            if index not in outcomes:
                 outcomes[index] = failed(size, f"took longer than {self.timeout:g} s for each of {size} samples")
         return outcomes
 

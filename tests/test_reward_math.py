@@ -1,0 +1,95 @@
+"""Mathematical equivalence: a table of answer pairs, each judged by hand, and completions that mean harm."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from grpo_fast.rewards import RewardModel, final_number, isolated, math_answer
+from grpo_fast.rewards.answers import final_part, same_answer
+
+PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "answer_pairs.jsonl").open(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("kind", sorted({pair["kind"] for pair in PAIRS}))
+def test_answer_pairs(kind):
+    pairs = [pair for pair in PAIRS if pair["kind"] == kind]
+    assert {pair["right"] for pair in pairs} == {True, False}
+    for pair in pairs:
+        assert same_answer(pair["completion"], pair["reference"]) is pair["right"], pair
+
+
+def test_the_table_is_large_and_has_no_doubles():
+    assert len(PAIRS) >= 400
+    assert len({(pair["reference"], pair["completion"]) for pair in PAIRS}) == len(PAIRS)
+    assert min(Counter(pair["right"] for pair in PAIRS).values()) > 150
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("<think>1</think> <answer> 2 </answer>", ("2", True)),
+        ("1 #### 2", ("2", True)),
+        ("<answer>#### 2</answer>", ("#### 2", True)),
+        (r"1, no, \boxed{2}.", ("2", True)),
+        (r"\boxed{1} and $\boxed{2}$", ("1, 2", True)),
+        (r"\boxed{1}, no: \boxed{2}", ("2", True)),
+        (r"\boxed{\boxed{1}}", (r"\boxed{1}", True)),
+        (r"\boxed{1} \boxed{2", ("1", True)),
+        ("it is 2", ("it is 2", False)),
+        ("", ("", False)),
+    ],
+)
+def test_final_part(text, part):
+    assert final_part(text) == part
+
+
+HARM = {
+    "a megabyte of text": "so we get " * 100_000,
+    "a megabyte of digits": "9" * 1_000_000,
+    "a megabyte of boxes": r"\boxed{" * 140_000,
+    "a megabyte of tags": "<answer>" * 125_000,
+    "a megabyte of dollars": "$" * 1_000_000,
+    "spaces": "answer" + " " * 1_000_000 + "=",
+    "bait for the patterns": ("answer is " + "=" * 30 + " 1 ") * 200,
+    "more bait": "final answer is " + r"\( " * 600,
+    "nested fractions": r"$" + r"\frac{1" * 300 + "}" * 300 + "$",
+    "nested parentheses": "$" + "(" * 900 + "1" + ")" * 900 + "$",
+    "nested roots": r"\boxed{" + r"\sqrt{" * 300 + "2" + "}" * 300 + "}",
+    "a tower": r"\boxed{9^{9^{9^{9}}}}",
+    "a tower in plain text": "The answer is 9^9^9^9",
+    "a factorial": r"\boxed{((99999999!)!)!}",
+    "a long product": r"\boxed{" + "(x+1)" * 300 + "}",
+    "a power to expand": r"\boxed{(a+b+c+d+e+f+g)^{200}}",
+    "an integral": r"\boxed{\int_0^{100} \sin(x^x) e^{x^{x}} dx}",
+    "a long sum": r"\boxed{" + "+".join(map(str, range(500))) + "}",
+    "nulls and surrogates": "\0\ud800" * 500 + r"\boxed{\0}",
+}
+
+
+def test_harm_is_scored_zero_in_bounded_time():
+    """On one or more workers; a completion takes at most the limit, and the harmless ones beside them are right."""
+    model = RewardModel(["math_answer", "final_number"], None, timeout=1.0)
+    completions = [*HARM.values(), r"\boxed{\frac{14}{2}}"]
+    start = time.monotonic()
+    got = model(["q"] * len(completions), completions, {"answer": ["7"] * len(completions)})
+    seconds = time.monotonic() - start
+    model.pool.close()
+    wrong = [name for name, value in zip(HARM, got.each[:-1, 0].tolist(), strict=True) if value]
+    assert not wrong
+    assert got.each[-1, 0] == 1
+    assert not got.errors.any()
+    assert seconds < 1.0 * len(completions) + 30
+
+
+def test_it_is_marked_and_runs_in_a_thread_too():
+    """A user may call it anywhere: math-verify's own time limits would fail outside of the main thread."""
+    assert math_answer.isolated
+    assert math_answer.over_limit == 0
+    assert not hasattr(final_number, "isolated")
+    model = RewardModel(["exact_answer"], None)
+    model.functions = [lambda **columns: math_answer(**columns)]
+    assert model(["q"], [r"\boxed{\frac{14}{2}}"], {"answer": ["7"]}).total.item() == 1
+    assert isolated()(lambda: None).over_limit is None
