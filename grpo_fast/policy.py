@@ -77,13 +77,15 @@ class FusedPolicy(nn.Module):
         )
         return output.last_hidden_state.flatten(0, 1).index_select(0, microbatch.sources)
 
-    def forward(self, microbatch: Microbatch, inputs: LossInputs | None = None) -> PolicyLoss | Tensor:
-        """The loss of a microbatch, or without `inputs` its log-probabilities ``[n]``."""
+    def forward(
+        self, microbatch: Microbatch, inputs: LossInputs | None = None, with_entropy: bool = False
+    ) -> PolicyLoss | Tensor | tuple[Tensor, Tensor]:
+        """The loss of a microbatch, or without `inputs` its log-probabilities ``[n]`` (and entropies, if asked for)."""
         hidden = self.hidden_states(microbatch)
         head = self.model.get_output_embeddings()
         options = {"bias": head.bias, **self.head_options}
         if inputs is None:
-            return linear_logprob(hidden, head.weight, microbatch.targets, **options)
+            return linear_logprob(hidden, head.weight, microbatch.targets, return_entropy=with_entropy, **options)
         return linear_policy_loss(
             hidden, head.weight, microbatch.targets, inputs.advantages, inputs.weights, inputs.objective,
             old_logprobs=inputs.old_logprobs, ref_logprobs=inputs.ref_logprobs, cu_seqlens=microbatch.cu_seqlens,

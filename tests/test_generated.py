@@ -122,14 +122,14 @@ def test_linear_logprob(case, used):
 
 @st.composite
 def objectives(draw):
-    kind = draw(st.sampled_from(["clip", "clip", "cispo", "sapo", "reinforce"]))
+    kind = draw(st.sampled_from(["clip", "clip", "cispo", "sapo", "vespo", "reinforce"]))
     high = {"clip": [None, 0.3], "cispo": [1.1, 5.0]}.get(kind, [None])
     return PolicyObjective(
         kind=kind,
         epsilon=draw(st.sampled_from([0.1, 0.2])),
         epsilon_high=draw(st.sampled_from(high)),
         delta=draw(st.sampled_from([None, 1.5])) if kind == "clip" else None,
-        level=draw(st.sampled_from(["token", "sequence"])),
+        level=draw(st.sampled_from(["token", "sequence", "product"])),
         beta=draw(st.sampled_from([0.0, 0.1])),
         kl=draw(st.sampled_from(["k1", "k2", "k3"])),
         kl_bias_correction=draw(st.booleans()),

@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from grpo_kernels import PRESETS, PolicyObjective, policy_loss, token_weights
+from grpo_kernels import PRESETS, PolicyObjective, high_entropy_mask, policy_loss, token_weights
 from oracle import relative_error
 
 pytest.importorskip("trl", minversion="1.16")
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+# Presets that have another name in TRL: loss_type with epsilon, importance_sampling_level or delta.
+TRL_NAMES = {"gspo": "grpo", "dual_clip": "bnpo", "unclipped": "bnpo"}
 LENGTHS = [7, 1, 12, 4, 9, 10]
 B, T, MAX_LENGTH = len(LENGTHS), max(LENGTHS), 16
 # Everything is float64 but `token_weights`, which are float32, and the loss is a small difference of large terms.
@@ -32,7 +35,8 @@ def make(lengths=LENGTHS, spread=0.3):
     shift = spread * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:rows, None]
     return {
         "logprobs": old + shift + spread * torch.randn(rows, T, dtype=torch.float64),
-        "entropy": 3 * torch.rand(rows, T, dtype=torch.float64),
+        # TRL takes the quantile of entropies in float32.
+        "entropy": 3 * torch.rand(rows, T).double(),
         "mask": mask,
         "advantages": advantages,
         "old_logprobs": old,
@@ -41,11 +45,20 @@ def make(lengths=LENGTHS, spread=0.3):
     }
 
 
+ACCELERATOR = SimpleNamespace(
+    num_processes=1,
+    sync_gradients=True,
+    gather=lambda x: x,
+    reduce=lambda x, reduction: x,
+    pad_across_processes=lambda x, **_: x,
+)
+
+
 def leaves(batch):
     return {k: batch[k].detach().clone().requires_grad_() for k in ("logprobs", "entropy")}
 
 
-def trl_loss(batch, loss_type, objective, *, steps=1, num_tokens=None, correction=False, bonus=None):
+def trl_loss(batch, loss_type, objective, *, steps=1, num_tokens=None, correction=False, quantile=1.0):
     """(loss, gradients, logged metrics) of TRL for one of `steps` microbatches."""
     leaf = leaves(batch)
     clips = objective.kind == "clip"
@@ -54,18 +67,20 @@ def trl_loss(batch, loss_type, objective, *, steps=1, num_tokens=None, correctio
         use_bias_correction_kl=objective.kl_bias_correction,
         sapo_temperature_pos=objective.sapo_temperature_pos,
         sapo_temperature_neg=objective.sapo_temperature_neg,
+        vespo_k_pos=objective.vespo_k_pos,
+        vespo_lambda_pos=objective.vespo_lambda_pos,
+        vespo_k_neg=objective.vespo_k_neg,
+        vespo_lambda_neg=objective.vespo_lambda_neg,
         steps_per_generation=steps,
-    )
-    accelerator = SimpleNamespace(
-        num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
     )
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (leaf["logprobs"], leaf["entropy"], None),
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
         args=args,
-        accelerator=accelerator,
+        accelerator=ACCELERATOR,
         model=SimpleNamespace(training=True),
         loss_type=loss_type,
-        importance_sampling_level=objective.level,
+        importance_sampling_level="token" if loss_type == "vespo" else objective.level,
         beta=objective.beta,
         epsilon_low=objective.epsilon,
         epsilon_high=objective.upper_epsilon if clips else objective.epsilon_high,
@@ -74,13 +89,14 @@ def trl_loss(batch, loss_type, objective, *, steps=1, num_tokens=None, correctio
         use_vllm=correction,
         vllm_importance_sampling_correction=correction,
         aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=quantile,
         off_policy_mask_threshold=None,
         _entropy_bonus_enabled=objective.entropy_coef != 0,
         use_adaptive_entropy=False,
         entropy_coef=objective.entropy_coef,
         _metrics={"train": defaultdict(list)},
     )
+    trainer.get_high_entropy_mask = partial(GRPOTrainer.get_high_entropy_mask, trainer)
     mask = batch["mask"].double()
     inputs = {
         "prompt_ids": torch.zeros(len(mask), 2, dtype=torch.long),
@@ -90,7 +106,7 @@ def trl_loss(batch, loss_type, objective, *, steps=1, num_tokens=None, correctio
         "advantages": batch["advantages"],
         "old_per_token_logps": batch["old_logprobs"],
         "ref_per_token_logps": batch["ref_logprobs"],
-        "importance_sampling_ratio": batch["correction"],
+        **({"importance_sampling_ratio": batch["correction"]} if correction else {}),
         "num_items_in_batch": mask.sum() if num_tokens is None else num_tokens,
     }
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -99,13 +115,16 @@ def trl_loss(batch, loss_type, objective, *, steps=1, num_tokens=None, correctio
     return loss.detach(), {k: v.grad for k, v in leaf.items()}, metrics
 
 
-def our_loss(batch, objective, *, weights=None, correction=False):
+def our_loss(batch, objective, *, weights=None, correction=False, quantile=1.0):
     leaf = leaves(batch)
+    advantages = batch["advantages"]
+    if quantile < 1:
+        advantages = advantages[:, None] * high_entropy_mask(batch["entropy"], batch["mask"], quantile)
     if weights is None:
         weights = token_weights(batch["mask"], objective.aggregation, constant_length=MAX_LENGTH)
     result = policy_loss(
         leaf["logprobs"],
-        batch["advantages"],
+        advantages,
         weights,
         objective,
         old_logprobs=batch["old_logprobs"],
@@ -169,6 +188,70 @@ def test_delta(loss_type, level):
     compare(batch, loss_type, dataclasses.replace(objective, beta=0.1, kl_bias_correction=True))
     unbounded = dataclasses.replace(objective, delta=None)
     assert not torch.allclose(our_loss(batch, objective)[0], our_loss(batch, unbounded)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("preset", TRL_NAMES)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_presets_by_other_names(preset, beta):
+    """With their own bounds; gspo's are so narrow that only log-ratios near 0 fall between them."""
+    spread = 3e-4 if preset == "gspo" else 0.6
+    _, stats = compare(make(spread=spread), TRL_NAMES[preset], dataclasses.replace(PRESETS[preset], beta=beta))
+    assert (stats["clip_low"] + stats["clip_high"] > 0) == (preset != "unclipped")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_vespo(beta):
+    """TRL takes a token's ratio for the corrected KL term, where ours is the sequence's, so it goes without."""
+    objective = dataclasses.replace(PRESETS["vespo"], beta=beta)
+    compare(make(), "vespo", objective)
+    compare(make(), "vespo", dataclasses.replace(objective, vespo_k_pos=1.5, vespo_lambda_neg=0.7))
+    # Ratios out of the bounds of the weight's logarithm.
+    compare(make(spread=4.0), "vespo", objective)
+
+
+def test_rloo():
+    """TRL's RLOOTrainer: the ratio is the product of the sequence's, and its clipped loss a mean over sequences."""
+    batch = make(spread=0.1)
+    leaf = leaves(batch)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf["logprobs"], leaf["entropy"], None),
+        accelerator=ACCELERATOR,
+        model=SimpleNamespace(training=True),
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        aux_loss_enabled=False,
+        _metrics={"train": defaultdict(list)},
+    )
+    mask = batch["mask"].double()
+    inputs = {
+        "prompt_ids": torch.zeros(B, 2, dtype=torch.long),
+        "prompt_mask": torch.ones(B, 2, dtype=torch.long),
+        "completion_ids": torch.zeros(mask.shape, dtype=torch.long),
+        "completion_mask": mask,
+        "advantages": batch["advantages"],
+        "old_logps": (batch["old_logprobs"] * mask).sum(1),
+    }
+    loss = RLOOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    our, our_grads, stats = our_loss(batch, PRESETS["rloo"])
+    assert leaf["logprobs"].grad.any()
+    assert relative_error(our, loss) < TOLERANCE
+    assert relative_error(our_grads["logprobs"], leaf["logprobs"].grad) < TOLERANCE
+    metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert metrics["clip_ratio/high_mean"] == pytest.approx((stats["clip_high"] / stats["ratios"]).item())
+    assert metrics["clip_ratio/low_mean"] == pytest.approx((stats["clip_low"] / stats["ratios"]).item())
+    assert stats["clip_high"] + stats["clip_low"] > 0
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("kl", [{}, {"beta": 0.1, "kl_bias_correction": True}], ids=str)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_high_entropy_tokens(loss_type, level, kl, quantile):
+    batch, objective = make(), variant(loss_type, level, **kl)
+    compare(batch, loss_type, objective, quantile=quantile)
+    everything, some = (our_loss(batch, objective, quantile=q)[1]["logprobs"] for q in (1.0, quantile))
+    assert relative_error(some, everything) > 0.01
 
 
 def test_sapo_temperatures():

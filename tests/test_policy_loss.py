@@ -10,7 +10,8 @@ from grpo_kernels import PRESETS, PolicyObjective, policy_loss, token_weights
 from oracle import compare
 
 OBJECTIVES = {
-    **PRESETS,
+    # bnpo is dapo.
+    **{name: objective for name, objective in PRESETS.items() if name != "bnpo"},
     "delta": PolicyObjective(delta=1.5),
     "asymmetric": PolicyObjective(epsilon=0.1, epsilon_high=0.3),
     "k1": PolicyObjective(beta=0.2, kl="k1"),
@@ -18,6 +19,7 @@ OBJECTIVES = {
     "k3": PolicyObjective(beta=0.2),
     "corrected kl": PolicyObjective(beta=0.2, kl_bias_correction=True),
     "corrected kl, sequence": PolicyObjective(beta=0.2, kl_bias_correction=True, level="sequence", epsilon=0.02),
+    "corrected kl, product": PolicyObjective(beta=0.2, kl_bias_correction=True, level="product"),
     "bonus": PolicyObjective(entropy_coef=0.3),
     "cispo, sequence": dataclasses.replace(PRESETS["cispo"], level="sequence", epsilon_high=1.05),
     "sapo, sequence": dataclasses.replace(PRESETS["sapo"], level="sequence"),
@@ -82,8 +84,8 @@ def test_first_update_on_fresh_samples(name):
     torch.testing.assert_close(again["d logprobs"], results["d logprobs"])
 
 
-# cispo stops the gradient of the ratio, which finite differences cannot.
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].kind != "cispo"])
+# cispo and vespo stop the gradient of the ratio, which finite differences cannot.
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].kind not in ("cispo", "vespo")])
 def test_gradcheck(name):
     arguments = make(dtype=torch.float64)
     leaves = arguments.pop("logprobs"), arguments.pop("entropy")
@@ -233,6 +235,29 @@ def test_sequence_ratio_is_the_geometric_mean():
     assert result.loss.item() == pytest.approx(-0.2 * (3 * ratios[0] + 2 * ratios[1]))
 
 
+def test_product_ratio_is_the_product():
+    logprobs, cu_seqlens = torch.tensor([0.1, 0.2, 0.3, -0.5, 0.9]), torch.tensor([0, 3, 5])
+    result = policy_loss(
+        logprobs, torch.ones(5), torch.full((5,), 0.2), PolicyObjective(level="product", epsilon=2.0),
+        old_logprobs=torch.zeros(5), cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    assert result.stats["ratio"].item() == pytest.approx(math.exp(0.6) + math.exp(0.4))
+    assert result.loss.item() == pytest.approx(-0.2 * (3 * math.exp(0.6) + 2 * math.exp(0.4)))
+
+
+@pytest.mark.parametrize("log_ratio", [-200.0, 200.0])
+def test_vespo_gives_no_weight_to_ratios_far_off(log_ratio):
+    """Also where the ratio itself is 0 or infinite in the arithmetic's dtype."""
+    logprobs = torch.tensor([log_ratio - 1.0], requires_grad=True)
+    result = policy_loss(
+        logprobs, torch.ones(1), torch.ones(1), PRESETS["vespo"], old_logprobs=torch.full((1,), -1.0),
+        cu_seqlens=torch.tensor([0, 1]),
+    )  # fmt: skip
+    result.loss.backward()
+    # 1e-8 squared times e^3 at most.
+    assert abs(logprobs.grad.item()) < 1e-14
+
+
 def test_all_masked():
     arguments = make()
     arguments["weights"] = torch.zeros(20)
@@ -263,6 +288,7 @@ def test_no_tokens(level):
         ({"cu_seqlens": torch.tensor([1, 20])}, ValueError, "must start at 0, got 1"),
         ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, ValueError, "cu_seqlens must not fall"),
         ({"cu_seqlens": None, "objective": PRESETS["gspo"]}, ValueError, "level='sequence' needs cu_seqlens"),
+        ({"cu_seqlens": None, "objective": PRESETS["rloo"]}, ValueError, "level='product' needs cu_seqlens"),
         ({"ref_logprobs": None, "objective": PolicyObjective(beta=0.1)}, ValueError, "beta=0.1 needs ref_logprobs"),
         ({"entropy": None, "objective": PolicyObjective(entropy_coef=1.0)}, ValueError, "needs the entropy argument"),
         ({"objective": "dapo"}, TypeError, "objective must be a PolicyObjective (see PRESETS), got str"),
@@ -283,7 +309,9 @@ def test_bad_input(change, error, words):
         ({"level": "word"}, "level='word' is unknown"),
         ({"kl": "k4"}, "kl='k4' is unknown"),
         ({"aggregation": "mean"}, "aggregation='mean' is unknown"),
-        ({"epsilon": 0.0}, "epsilon must be in (0, 1), got 0.0"),
+        ({"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
+        ({"epsilon": float("nan")}, "epsilon must be above 0, got nan"),
+        ({"vespo_k_neg": 0.0}, "vespo_k_neg must be a finite number above 0"),
         ({"epsilon_high": -1.0}, "epsilon_high must be a finite number above 0"),
         ({"delta": 1.1}, "delta must be at least 1 + epsilon_high = 1.2, got 1.1"),
         ({"beta": -0.1}, "beta must be >= 0, got -0.1"),

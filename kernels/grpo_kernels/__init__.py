@@ -8,13 +8,14 @@ from grpo_kernels.kl import kl_estimate
 from grpo_kernels.linear_logprob import linear_logprob
 from grpo_kernels.linear_policy_loss import linear_policy_loss
 from grpo_kernels.masked_mean import masked_mean
-from grpo_kernels.objective import PRESETS, PolicyObjective, token_weights
+from grpo_kernels.objective import PRESETS, PolicyObjective, high_entropy_mask, token_weights
 from grpo_kernels.policy_loss import PolicyLoss, policy_loss
 
 __all__ = [
     "PRESETS",
     "PolicyLoss",
     "PolicyObjective",
+    "high_entropy_mask",
     "kl_estimate",
     "linear_logprob",
     "linear_policy_loss",

@@ -76,7 +76,7 @@ def _split_rows(tokens: Tokens, objective: PolicyObjective, offsets: Tensor | No
     moves = counted & (tokens.advantages != 0)
     if tokens.correction is not None:
         moves = moves & (tokens.correction != 0)
-    if objective.level == "sequence":
+    if objective.level != "token":
         # One moving token moves the ratio of its whole sequence.
         ids = sequence_ids(offsets, counted.numel())
         moving = torch.zeros(offsets.numel() - 1, device=ids.device).index_add_(0, ids, moves.float())
@@ -176,7 +176,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 score(*common, moving, logprobs, entropy)
                 terms = terms_of(logprobs, tokens, objective, entropy, offsets)
                 loss, stats = terms.loss, terms.stats
-            elif objective.level == "sequence":
+            elif objective.level != "token":
                 loss, stats = _sequence_level(
                     *common, tokens, objective, offsets, moving, logprobs, entropy, gradients, terms_of
                 )

@@ -4,14 +4,16 @@
 
 `PolicyObjective` describes ``l``, the ratio's level and the KL term; `token_weights` gives ``w_t``, which carry the
 mask and the normaliser of a whole optimizer step, so that any split into microbatches adds up to the same gradient.
-With the ratio ``r = exp(logp - old)`` of a token, or ``exp(mean_t(logp - old))`` of a sequence, and sg() a stopped
-gradient:
+With the ratio ``r = exp(logp - old)`` of a token, ``exp(mean_t(logp - old))`` of a sequence, or the product of the
+sequence's ratios, and sg() a stopped gradient:
 
     kind         l(logp, old, A)                                       source
     "clip"       -min(min(r, delta) A, clip(r, 1-eps, 1+eps_high) A)   PPO; DeepSeekMath, arXiv 2402.03300, eq. 3;
                                                                        delta: dual clip, arXiv 1912.09729, eq. 8
     "cispo"      -sg(min(r, eps_high)) A logp                          MiniMax-M1, arXiv 2506.13585, eq. 4
     "sapo"       -(4/tau) sigmoid(tau (r - 1)) A, tau by the sign of A SAPO, arXiv 2511.20347
+    "vespo"      -sg(r^k exp(lambda (1 - r))) A logp, k and lambda by  VESPO, arXiv 2602.10693
+                 the sign of A
     "reinforce"  -A logp                                               REINFORCE
 
 As in TRL, cispo's ``epsilon_high`` bounds the ratio itself, whereas clip's is a distance from 1.
@@ -29,14 +31,15 @@ from grpo_kernels._common import (
     require,
     require_floating,
     require_number,
+    require_shape,
     require_tensors,
     sequence_ids,
     sequence_offsets,
 )
 from grpo_kernels.kl import KL_ESTIMATORS
 
-KINDS = ("clip", "cispo", "sapo", "reinforce")
-LEVELS = ("token", "sequence")
+KINDS = ("clip", "cispo", "sapo", "vespo", "reinforce")
+LEVELS = ("token", "sequence", "product")
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant_length", "sequence_sum")
 
 
@@ -45,16 +48,20 @@ class PolicyObjective:
     """What is minimised for each token; see the table at the top of this module.
 
     Attributes:
-        kind: ``"clip"``, ``"cispo"``, ``"sapo"`` or ``"reinforce"``.
-        epsilon: lower clip distance of ``"clip"``, in (0, 1).
+        kind: ``"clip"``, ``"cispo"``, ``"sapo"``, ``"vespo"`` or ``"reinforce"``.
+        epsilon: lower clip distance of ``"clip"``, above 0; from 1 on nothing is clipped below, and infinity never
+            clips.
         epsilon_high: upper clip distance of ``"clip"`` (None: `epsilon`), or the bound of ``"cispo"``'s ratio.
         delta: upper bound of the unclipped ratio in ``"clip"`` (None: no bound). It matters where A < 0.
-        level: whether the ratio belongs to a ``"token"`` or to a ``"sequence"`` (GSPO, arXiv 2507.18071, eq. 7).
+        level: whether the ratio belongs to a ``"token"``, to a ``"sequence"`` as the geometric mean of its tokens'
+            (GSPO, arXiv 2507.18071, eq. 7), or to a sequence as their ``"product"`` (RLOO, VESPO).
         beta: weight of the KL term, >= 0.
         kl: KL estimator, ``"k1"``, ``"k2"`` or ``"k3"``.
         kl_bias_correction: multiply the KL estimate by the ratio (DeepSeek-V3.2; TRL's `use_bias_correction_kl`).
         entropy_coef: weight of the entropy bonus.
         sapo_temperature_pos, sapo_temperature_neg: ``"sapo"``'s temperature for A > 0 and for A <= 0.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``"vespo"``'s power and decay of the ratio for
+            A > 0 and for A < 0.
         aggregation: the normaliser that `token_weights` puts into the weights:
             ``"sequence_mean"``: 1 / (S * length of the sequence),
             ``"token_mean"``: 1 / (tokens of the step),
@@ -76,6 +83,10 @@ class PolicyObjective:
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     aggregation: str = "sequence_mean"
 
     def __post_init__(self):
@@ -83,12 +94,12 @@ class PolicyObjective:
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(value in allowed, f"PolicyObjective: {name}={value!r} is unknown; choose one of {allowed}")
-        for name in ("epsilon", "epsilon_high", "delta", "beta", "entropy_coef"):
+        shapes = ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg")
+        shapes = (*shapes, "vespo_lambda_neg")
+        for name in ("epsilon", "epsilon_high", "delta", "beta", "entropy_coef", *shapes):
             require_number("PolicyObjective", name, getattr(self, name))
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
-            require_number("PolicyObjective", name, getattr(self, name))
-        require(0 < self.epsilon < 1, f"PolicyObjective: epsilon must be in (0, 1), got {self.epsilon}")
-        for name in ("epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg"):
+        require(self.epsilon > 0, f"PolicyObjective: epsilon must be above 0, got {self.epsilon}")
+        for name in ("epsilon_high", "delta", *shapes):
             value = getattr(self, name)
             require(
                 value is None or (math.isfinite(value) and value > 0),
@@ -130,9 +141,14 @@ PRESETS: dict[str, PolicyObjective] = {
     "cispo": PolicyObjective(kind="cispo", epsilon_high=5.0, aggregation="token_mean"),
     "sapo": PolicyObjective(kind="sapo", aggregation="sequence_mean"),
     "luspo": PolicyObjective(level="sequence", aggregation="sequence_sum"),
-    # Named by their papers; in TRL, importance_sampling_level="sequence" and a plain policy gradient.
+    "vespo": PolicyObjective(kind="vespo", level="product", aggregation="token_mean"),
+    # Named by their papers. In TRL: importance_sampling_level="sequence", RLOOTrainer, delta.
     "gspo": PolicyObjective(level="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence_mean"),
+    "rloo": PolicyObjective(level="product", aggregation="sequence_mean"),
+    "dual_clip": PolicyObjective(delta=3.0, aggregation="token_mean"),
+    # The policy gradient with raw rewards (naive) or with a baseline, and its importance-weighted form.
     "reinforce": PolicyObjective(kind="reinforce", aggregation="token_mean"),
+    "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
 }
 
 
@@ -190,6 +206,38 @@ def token_weights(
     ids = sequence_ids(offsets, flat.numel())
     lengths = flat.new_zeros(offsets.numel() - 1).index_add_(0, ids, flat).clamp_(min=1.0)
     return (flat / (sequences * lengths[ids])).view_as(counted)
+
+
+def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """The tokens of the highest entropy, which alone carry the policy gradient in "Beyond the 80/20 Rule"
+    (arXiv 2506.01939; TRL's `top_entropy_quantile`): give the others the advantage 0.
+
+    The weights stay as they are, and so do the normaliser, the KL term and the ratio of a sequence.
+
+    Args:
+        entropy: per-token entropies of all tokens of the step, nats, any shape.
+        mask: same shape; non-zero where a token counts.
+        quantile: the share of the counted tokens to keep, in [0, 1]; ties with the last one are kept as well. 0 keeps
+            the highest.
+
+    Returns:
+        bool tensor of `entropy`'s shape, False where `mask` is 0.
+
+    Raises:
+        ValueError: `quantile` is out of range, or the shapes differ.
+    """
+    op = "high_entropy_mask"
+    require_tensors(op, entropy=entropy, mask=mask)
+    require_shape(op, entropy.shape, mask=mask)
+    require_number(op, "quantile", quantile)
+    require(0 <= quantile <= 1, f"{op}: quantile must be from 0 to 1, got {quantile}")
+    counted = mask != 0
+    values = entropy[counted].sort().values
+    if values.numel() == 0:
+        return counted
+    # The first one at or above the interpolated quantile; rounded, since 1 - 0.7 is a little above 0.3.
+    threshold = values[math.ceil(round((1 - quantile) * (values.numel() - 1), 6))]
+    return counted & (entropy >= threshold)
 
 
 def require_objective(op: str, objective: PolicyObjective) -> None:

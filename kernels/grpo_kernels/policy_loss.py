@@ -15,6 +15,7 @@ fields, and ``g_t`` is exactly 0 where the objective is flat, so callers can dro
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from grpo_kernels._common import (
 from grpo_kernels.kl import kl_and_derivative, kl_estimate_ref
 from grpo_kernels.objective import PolicyObjective, require_objective, require_reference
 
+VESPO_BOUNDS = 1e-8, math.exp(20.0)
 STATISTICS = ("tokens", "entropy", "kl", "ratios", "ratio", "clip_low", "clip_high")
 
 
@@ -44,7 +46,7 @@ class PolicyLoss(NamedTuple):
         loss: scalar, differentiable.
         stats: sums over the tokens of non-zero weight, 0-dim and detached, so that they add up over microbatches:
             ``tokens`` (their count), ``entropy`` and ``kl`` (sums over tokens), ``ratios`` (how many ratios there
-            are: tokens, or sequences at level ``"sequence"``), ``ratio`` (their sum), ``clip_low`` and
+            are: tokens, or sequences where a ratio is theirs), ``ratio`` (their sum), ``clip_low`` and
             ``clip_high`` (how many of them are clipped below with A < 0 and above with A > 0).
         logprobs: per-token log-probabilities, detached (`linear_policy_loss` only).
         entropy: per-token entropies, detached (`linear_policy_loss` only, where they were asked for or needed).
@@ -76,8 +78,16 @@ class Terms(NamedTuple):
     stats: Tensor  # [len(STATISTICS)]
 
 
-def _sapo_temperature(A: Tensor, o: PolicyObjective) -> Tensor:
-    return torch.where(A > 0, A.new_full((), o.sapo_temperature_pos), A.new_full((), o.sapo_temperature_neg))
+def _by_sign(A: Tensor, positive: float, other: float) -> Tensor:
+    return torch.where(A > 0, A.new_full((), positive), A.new_full((), other))
+
+
+def _vespo_weight(ratio: Tensor, A: Tensor, o: PolicyObjective) -> Tensor:
+    """``r^k exp(lambda (1 - r))``, with the ratio's bounds of the paper's own code."""
+    k = _by_sign(A, o.vespo_k_pos, o.vespo_k_neg)
+    decay = _by_sign(A, o.vespo_lambda_pos, o.vespo_lambda_neg)
+    ratio = ratio.clamp(VESPO_BOUNDS[0], VESPO_BOUNDS[1])
+    return torch.exp(k * ratio.log() + decay * (1 - ratio))
 
 
 def policy_loss_ref(logprobs, tokens: Tokens, objective: PolicyObjective, entropy=None, offsets=None):
@@ -88,12 +98,13 @@ def policy_loss_ref(logprobs, tokens: Tokens, objective: PolicyObjective, entrop
     logp = torch.where(counted, logprobs, 0.0).to(w.dtype)
     log_ratio = logp - (logp.detach() if old is None else old)
     counts = counted.to(logp.dtype)
-    if o.level == "sequence":
+    if o.level != "token":
         ids = sequence_ids(offsets, logp.numel())
         size = offsets.numel() - 1
-        lengths = logp.new_zeros(size).index_add(0, ids, counts)
-        log_ratio = (logp.new_zeros(size).index_add(0, ids, log_ratio * counts) / lengths.clamp(min=1))[ids]
-        counts = counts / lengths.clamp(min=1)[ids]
+        lengths = logp.new_zeros(size).index_add(0, ids, counts).clamp(min=1)
+        total = logp.new_zeros(size).index_add(0, ids, log_ratio * counts)
+        log_ratio = (total / lengths if o.level == "sequence" else total)[ids]
+        counts = counts / lengths[ids]
     ratio = torch.exp(log_ratio)
     low, high = 1 - o.epsilon, 1 + o.upper_epsilon
     if o.kind == "clip":
@@ -103,8 +114,10 @@ def policy_loss_ref(logprobs, tokens: Tokens, objective: PolicyObjective, entrop
         high = o.epsilon_high
         per_token = -ratio.clamp(max=high).detach() * A * logp
     elif o.kind == "sapo":
-        tau = _sapo_temperature(A, o)
+        tau = _by_sign(A, o.sapo_temperature_pos, o.sapo_temperature_neg)
         per_token = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+    elif o.kind == "vespo":
+        per_token = -_vespo_weight(ratio, A, o).detach() * A * logp
     else:
         per_token = -A * logp
     if rho is not None:
@@ -138,18 +151,23 @@ def _cispo(ratio, logp, A, o):
 
 
 def _sapo(ratio, logp, A, o):
-    tau = _sapo_temperature(A, o)
+    tau = _by_sign(A, o.sapo_temperature_pos, o.sapo_temperature_neg)
     gate = torch.sigmoid(tau * (ratio - 1))
     slope = 4 * gate * torch.sigmoid(-tau * (ratio - 1)) * ratio
     return -4 / tau * gate * A, torch.where(gate < 1, -A * slope, 0.0), None
+
+
+def _vespo(ratio, logp, A, o):
+    direct = -A * _vespo_weight(ratio, A, o)
+    return direct * logp, None, direct
 
 
 def _reinforce(ratio, logp, A, o):
     return -A * logp, None, -A
 
 
-# kind -> (l, dl/dlog_ratio or None, dl/dlogp at a fixed ratio or None)
-_KIND = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "reinforce": _reinforce}
+# kind -> (l, dl/dlog_ratio or None, dl/dlogp at a fixed ratio or None), elementwise from (ratio, logp, A, objective)
+TOKEN_LOSSES = {"clip": _clip, "cispo": _cispo, "sapo": _sapo, "vespo": _vespo, "reinforce": _reinforce}
 
 
 def policy_terms(
@@ -161,7 +179,7 @@ def policy_terms(
 ) -> Terms:
     """Loss, derivatives and statistics of flat ``[N]`` tokens, without autograd.
 
-    At level ``"sequence"`` every sequence of `offsets` must be whole.
+    Where a ratio is a sequence's, every sequence of `offsets` must be whole.
     """
     o, (A, w, old, ref, rho) = objective, tokens
     counted = w != 0
@@ -171,15 +189,16 @@ def policy_terms(
     log_ratio = torch.zeros_like(logp) if old is None else logp - torch.where(counted, old, 0.0)
     counts = counted.to(logp.dtype)
     ids = None
-    if o.level == "sequence":
+    if o.level != "token":
         ids = sequence_ids(offsets, logp.numel())
         sums = torch.stack([log_ratio * counts, counts], 1)
         totals = sums.new_zeros(offsets.numel() - 1, 2).index_add_(0, ids, sums)[ids]
         lengths = totals[:, 1].clamp(min=1.0)
-        log_ratio, counts = totals[:, 0] / lengths, counts / lengths
+        divisor = lengths if o.level == "sequence" else 1.0
+        log_ratio, counts = totals[:, 0] / divisor, counts / lengths
     ratio = torch.exp(log_ratio)
 
-    value, through_ratio, direct = _KIND[o.kind](ratio, logp, A, o)
+    value, through_ratio, direct = TOKEN_LOSSES[o.kind](ratio, logp, A, o)
     # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
     moves = A != 0
     scale = w if rho is None else w * torch.where(counted, rho, 0.0)
@@ -200,9 +219,9 @@ def policy_terms(
     if ids is None:
         grad = grad + through_ratio
     else:
-        # Every token of a sequence moves the one ratio by 1 / length.
+        # Every token of a sequence moves the one ratio, a mean by 1 / length.
         per_sequence = zero.new_zeros(offsets.numel() - 1).index_add_(0, ids, through_ratio)
-        grad = torch.where(counted, grad + per_sequence[ids] / lengths, 0.0)
+        grad = torch.where(counted, grad + per_sequence[ids] / divisor, 0.0)
 
     grad_entropy = None
     if entropy is not None:
@@ -284,7 +303,7 @@ def flatten_tokens(
     offsets = sequence_offsets(op, shape, cu_seqlens, device)
     require(
         objective.level == "token" or offsets is not None,
-        f"{op}: level='sequence' needs cu_seqlens for packed tensors",
+        f"{op}: level={objective.level!r} needs cu_seqlens for packed tensors",
     )
     if offsets is not None and advantages.shape == (offsets.numel() - 1,) and advantages.shape != shape:
         advantages = advantages[sequence_ids(offsets, shape.numel())].view(shape)
@@ -318,7 +337,8 @@ def policy_loss(
         ref_logprobs: log-probabilities under the reference policy; needed when ``objective.beta`` is not 0.
         entropy: per-token entropies, for the bonus and for the statistics.
         correction: the constant ``rho_t`` for the difference between sampler and trainer.
-        cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed at level ``"sequence"``.
+        cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed where a ratio is a
+            sequence's.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

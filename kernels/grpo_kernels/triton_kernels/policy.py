@@ -1,8 +1,8 @@
 """The policy loss in Triton: loss, derivative and every logged sum in one pass over the tokens.
 
     policy_tokens     ratio of a token: a block of tokens a program
-    policy_sequences  ratio of a sequence: a sequence a program, which reads its tokens once for the ratio, once for
-                      the terms and once to hand the ratio's derivative back to the tokens
+    policy_sequences  ratio of a sequence (mean or product of its tokens'): a sequence a program, which reads its
+                      tokens once for the ratio, once for the terms and once to hand the ratio's derivative back
 
 Both write float32 sums [8, programs] (the loss, then the statistics of `policy_loss.STATISTICS`), which are added up
 afterwards, always in the same order. Clip bounds and coefficients are run-time numbers.
@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.objective import PolicyObjective
-from grpo_kernels.policy_loss import STATISTICS, Terms, Tokens
+from grpo_kernels.policy_loss import STATISTICS, VESPO_BOUNDS, Terms, Tokens
 from grpo_kernels.triton_kernels.launch import on_device
 from grpo_kernels.triton_kernels.math import expm1, sigmoid
 
 BLOCK, WARPS = 1024, 4
-CLIP, CISPO, SAPO, REINFORCE = (tl.constexpr(index) for index in range(4))
-KINDS = {"clip": 0, "cispo": 1, "sapo": 2, "reinforce": 3}
+CLIP, CISPO, SAPO, VESPO, REINFORCE = (tl.constexpr(index) for index in range(5))
+KINDS = {"clip": 0, "cispo": 1, "sapo": 2, "vespo": 3, "reinforce": 4}
+VESPO_LOW, VESPO_HIGH = (tl.constexpr(bound) for bound in VESPO_BOUNDS)
 _POINTERS = ["logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy", "offsets"]
 _POINTERS += ["grad_logprobs", "sums"]
 
@@ -40,8 +41,13 @@ def kl_terms(d, KL: tl.constexpr):
 
 
 @triton.jit
-def _objective(ratio, logp, A, low, high, delta, tau_pos, tau_neg, KIND: tl.constexpr, HAS_DELTA: tl.constexpr):
-    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: the rows of `policy_loss._KIND`. NaN passes every bound."""
+def _objective(
+    ratio, logp, A, low, high, delta, pos, neg, decay_pos, decay_neg, KIND: tl.constexpr, HAS_DELTA: tl.constexpr
+):
+    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: the rows of `policy_loss.TOKEN_LOSSES`. NaN passes every bound.
+
+    `pos` and `neg` are sapo's temperatures or vespo's k, `decay_pos` and `decay_neg` vespo's lambda.
+    """
     through = tl.zeros(ratio.shape, tl.float32)
     direct = tl.zeros(ratio.shape, tl.float32)
     if KIND == CLIP:
@@ -57,11 +63,17 @@ def _objective(ratio, logp, A, low, high, delta, tau_pos, tau_neg, KIND: tl.cons
         direct = -A * tl.where(ratio > high, high, ratio)
         value = direct * logp
     elif KIND == SAPO:
-        tau = tl.where(A > 0, tau_pos, tau_neg)
+        tau = tl.where(A > 0, pos, neg)
         gate = sigmoid(tau * (ratio - 1.0))
         slope = 4.0 * gate * sigmoid(-tau * (ratio - 1.0)) * ratio
         value = -4.0 / tau * gate * A
         through = tl.where(gate < 1.0, -A * slope, 0.0)
+    elif KIND == VESPO:
+        k = tl.where(A > 0, pos, neg)
+        decay = tl.where(A > 0, decay_pos, decay_neg)
+        bounded = tl.where(ratio > VESPO_HIGH, VESPO_HIGH, tl.where(ratio < VESPO_LOW, VESPO_LOW, ratio))
+        direct = -A * tl.exp(k * tl.log(bounded) + decay * (1.0 - bounded))
+        value = direct * logp
     else:
         direct = -A
         value = direct * logp
@@ -71,12 +83,14 @@ def _objective(ratio, logp, A, low, high, delta, tau_pos, tau_neg, KIND: tl.cons
 @triton.jit
 def _terms(
     at, mask, counted, w, logp, A, ratio, share, ref_logprobs, correction, entropy,
-    low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr,
 ):  # fmt: skip
     """For a block of tokens: dL/dlog_ratio, dL/dlogp at a fixed ratio, and the eight sums; `share` counts a ratio."""
-    value, through, direct = _objective(ratio, logp, A, low, high, delta, tau_pos, tau_neg, KIND, HAS_DELTA)
+    value, through, direct = _objective(
+        ratio, logp, A, low, high, delta, pos, neg, decay_pos, decay_neg, KIND, HAS_DELTA
+    )  # fmt: skip
     scale = w
     if HAS_CORRECTION:
         scale *= tl.where(counted, tl.load(correction + at, mask, other=0.0), 0.0)
@@ -130,16 +144,17 @@ def _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD:
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
 def policy_tokens(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
-    N, low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < N
     counted, w, logp, A, log_ratio = _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD)
     through, direct, block_sums = _terms(
         at, mask, counted, w, logp, A, tl.exp(log_ratio), counted.to(tl.float32), ref_logprobs, correction, entropy,
-        low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+        low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
         KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
     )  # fmt: skip
     tl.store(grad_logprobs + at, through + direct, mask)
@@ -150,9 +165,10 @@ def policy_tokens(
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
 def policy_sequences(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
-    N, low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+    N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, PRODUCT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     # Unchecked offsets must not lead outside of the tensors.
@@ -168,7 +184,10 @@ def policy_sequences(
         log_ratios += log_ratio
         counts += counted.to(tl.float32)
     length = tl.maximum(tl.sum(counts, 0), 1.0)
-    sequence_ratio = tl.exp(tl.sum(log_ratios, 0) / length)
+    divisor = length
+    if PRODUCT:
+        divisor = 1.0
+    sequence_ratio = tl.exp(tl.sum(log_ratios, 0) / divisor)
 
     throughs = tl.zeros([BLOCK], tl.float32)
     totals = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -179,7 +198,7 @@ def policy_sequences(
         through, direct, block_sums = _terms(
             at, mask, counted, w, logp, A, tl.zeros([BLOCK], tl.float32) + sequence_ratio,
             counted.to(tl.float32) / length, ref_logprobs, correction, entropy,
-            low, high, delta, tau_pos, tau_neg, beta, entropy_coef,
+            low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
             KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
         )  # fmt: skip
         throughs += through
@@ -188,8 +207,8 @@ def policy_sequences(
     for index in tl.static_range(8):
         tl.store(sums + index * tl.num_programs(0) + sequence, totals[index])
 
-    # Every token of a sequence moves the one ratio by 1 / length.
-    each = tl.sum(throughs, 0) / length
+    # Every token of a sequence moves the one ratio, a mean by 1 / length.
+    each = tl.sum(throughs, 0) / divisor
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         mask = at < end
@@ -216,22 +235,23 @@ def policy_terms_triton(
     o, N = objective, logprobs.numel()
     fields = (None if field is None else field.contiguous() for field in (logprobs, *tokens, entropy))
     logprobs, advantages, weights, old, ref, correction, entropy = fields
-    by_sequence = o.level == "sequence"
+    by_sequence = o.level != "token"
     programs = offsets.numel() - 1 if by_sequence else -(-N // BLOCK)
     # Tokens of no sequence, where offsets go unchecked, have no gradient.
     grad = torch.zeros_like(logprobs) if by_sequence else torch.empty_like(logprobs)
     sums = torch.empty(1 + len(STATISTICS), programs, dtype=torch.float32, device=logprobs.device)
     kernel = policy_sequences if by_sequence else policy_tokens
     high = o.epsilon_high if o.kind == "cispo" else 1 + o.upper_epsilon
+    shape = (o.vespo_k_pos, o.vespo_k_neg) if o.kind == "vespo" else (o.sapo_temperature_pos, o.sapo_temperature_neg)
     if programs > 0:
         with on_device(logprobs):
             kernel[(programs,)](
                 logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
-                N, 1 - o.epsilon, high, o.delta or 0.0, o.sapo_temperature_pos, o.sapo_temperature_neg,
+                N, 1 - o.epsilon, high, o.delta or 0.0, *shape, o.vespo_lambda_pos, o.vespo_lambda_neg,
                 float(o.beta), float(o.entropy_coef),
                 KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
                 HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
-                KL_TIMES_RATIO=o.kl_bias_correction, BLOCK=BLOCK, num_warps=WARPS,
+                KL_TIMES_RATIO=o.kl_bias_correction, PRODUCT=o.level == "product", BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
     loss, *stats = sums.sum(1)
     return Terms(loss, grad, None if entropy is None else -o.entropy_coef * weights, torch.stack(stats))

@@ -122,8 +122,9 @@ def small_variants() -> Iterator[Variant]:
     yield Variant(head.combine_splits, "", types, constants, engine.COMBINE_WARPS)
     names = ("logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy")
     types = {**dict.fromkeys((*names, "grad_logprobs", "sums"), "*fp32"), "offsets": "*i64", "N": "i32"}
-    types |= dict.fromkeys(("low", "high", "delta", "tau_pos", "tau_neg", "beta", "entropy_coef"), "fp32")
-    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_TIMES_RATIO")
+    numbers = ("low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta", "entropy_coef")
+    types |= dict.fromkeys(numbers, "fp32")
+    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_TIMES_RATIO", "PRODUCT")
     for kernel in (policy.policy_tokens, policy.policy_sequences):
         for kind, index in policy.KINDS.items():
             constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy.BLOCK}
