@@ -290,7 +290,7 @@ def test_other_files(tmp_path, suffix):
             {"prompt_template": "{q}"},
             "row 1: prompt_template uses column 'q', but there is question",
         ),
-        (['{"question": "a"}'] * 2, {"prompt_template": "{"}, "prompt_template='{' cannot be filled"),
+        (['{"question": "a"}'] * 2, {"prompt_template": "{"}, "prompt_template cannot be filled: Single '{' enc"),
         (['{"prompt": 3}'] * 2, {}, "row 1: a prompt must be text, or chat messages with a role and a content, got 3"),
         (['{"prompt": "a"}', '{"prompt": [{"content": "a"}]}'], {}, "row 2: a prompt must be text, or chat"),
         (['{"prompt": "\\ud800"}'] * 2, {}, "row 1: the prompt is not valid Unicode"),

@@ -77,7 +77,7 @@ def test_a_template_may_repeat_a_column_and_format_it():
         ({"prompt_file": "countdown"}, "prompt_file='countdown' uses column 'target', but there is question, answer"),
         ({"prompt_file": "countdown", "system_prompt": "a"}, "brings its own messages; leave system_prompt out"),
         ({"prompt_template": r"\boxed{}"}, r"cannot be filled: {} is not the name of a column; {{ and }} stand for"),
-        ({"prompt_template": "{0}"}, "{0} is not the name of a column"),
+        ({"prompt_template": "{0}"}, r"\{0\} is not the name of a column"),
         ({"prompt_template": "{question.x}"}, "cannot be filled: {question.x} is not the name"),
         ({"prompt_template": "{question[0]}"}, "is not the name of a column"),
         ({"prompt_template": "{question!x}"}, "cannot be filled"),

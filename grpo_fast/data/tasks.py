@@ -135,11 +135,10 @@ def countdown(
 def _random_value(values: list[int], generator: random.Random) -> int | None:
     """The value of a random expression of all `values`, or None where a step gives no positive integer."""
     while len(values) > 1:
-        generator.shuffle(values)
-        a, b = values.pop(), values.pop()
-        results = [a + b, a - b, a * b, a // b if a % b == 0 else 0]
-        value = generator.choice(results)
-        if value < 1:
+        a, b = (values.pop(int(generator.random() * len(values))) for _ in range(2))
+        sign = generator.choice("+-*/")
+        value = a + b if sign == "+" else a - b if sign == "-" else a * b if sign == "*" else a // b
+        if value < 1 or (sign == "/" and a % b):
             return None
         values.append(value)
     return values[0]
