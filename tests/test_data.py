@@ -93,9 +93,9 @@ def values(numbers):
 
 
 def test_every_countdown_target_can_be_reached():
-    train, test = countdown(train_size=60, test_size=20, seed=1)
-    assert len(train) == 60
-    assert len(test) == 20
+    train, test = countdown(train_size=30, test_size=10, seed=1)
+    assert len(train) == 30
+    assert len(test) == 10
     for row in train + test:
         assert len(row["nums"]) in (3, 4)
         assert all(1 <= number <= 99 for number in [*row["nums"], row["target"]])

@@ -102,9 +102,8 @@ def countdown(
     """Countdown problems: make ``target`` from ``nums``, using every number once, with + - * / and parentheses.
 
     Every target can be reached: it is the value of an expression that was drawn at random, whose intermediate results
-    are positive integers. `nums` are from 1 to `max_number`, targets from 1 to `max_target`; with the defaults about
-    three of four problems have three numbers, since fewer draws of three fail. The same numbers, in whatever order,
-    never come twice, so that a held-out problem is not trained on with another target.
+    are positive integers. `nums` are from 1 to `max_number`, targets from 1 to `max_target`. The same numbers, in
+    whatever order, never come twice, so that a held-out problem is not trained on with another target.
     """
     _check("countdown", "train_size", train_size, 1, 1_000_000)
     _check("countdown", "test_size", test_size, 1, 1_000_000)
@@ -114,16 +113,17 @@ def countdown(
     _check("countdown", "max_target", max_target, 1, 1_000_000)
     generator, wanted = random.Random(seed), train_size + test_size
     problems: dict[tuple[int, ...], int] = {}
-    # A draw fails where its numbers are taken or its value is not a target; many in a row mean that few are left.
+    # A draw fails where its numbers are taken or none of its values is a target; many in a row mean that few are left.
     failures = 0
     while len(problems) < wanted:
         count = generator.randint(min_numbers, max_numbers)
-        nums = tuple(sorted(generator.randint(1, max_number) for _ in range(count)))
-        target = None if nums in problems else _random_value(list(nums), generator)
+        nums = tuple(sorted(generator.choices(range(1, max_number + 1), k=count)))
+        values = (_random_value(list(nums), generator) for _ in range(0 if nums in problems else 20))
+        target = next((value for value in values if value is not None and value <= max_target), None)
         failures += 1
-        if target is not None and target <= max_target:
+        if target is not None:
             problems[nums], failures = target, 0
-        if failures > 20_000:
+        if failures > 5_000:
             raise UserError(
                 f"countdown: found only {len(problems)} problems of {min_numbers} to {max_numbers} numbers up to "
                 f"{max_number} with targets up to {max_target}, but train_size + test_size = {wanted}"
