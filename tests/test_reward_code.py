@@ -137,16 +137,21 @@ def leftovers():
     return set(Path(tempfile.gettempdir()).glob("grpo-fast-*"))
 
 
-def fails_in_time(program):
+def fails_in_time(program, limit=20.0):
     before, start = leftovers(), time.monotonic()
-    passed = run_tests(program, "", LIMIT)
-    assert time.monotonic() - start < LIMIT + 3
+    passed = run_tests(program, "", limit)
+    assert time.monotonic() - start < limit + 5
     assert leftovers() <= before
     return not passed
 
 
-@pytest.mark.parametrize("program", [*FOREVER.values(), *EXHAUSTION.values()], ids=[*FOREVER, *EXHAUSTION])
-def test_exhaustion_is_scored_zero_in_bounded_time(program):
+@pytest.mark.parametrize("program", FOREVER.values(), ids=FOREVER)
+def test_what_never_ends_is_scored_zero_in_bounded_time(program):
+    assert fails_in_time(program, LIMIT)
+
+
+@pytest.mark.parametrize("program", EXHAUSTION.values(), ids=EXHAUSTION)
+def test_exhaustion_is_scored_zero(program):
     assert fails_in_time(program)
 
 
@@ -200,14 +205,14 @@ def test_a_deep_chain_of_folders_is_removed(tmp_path, monkeypatch):
     # The audit hook would look up every folder of every path.
     without(tmp_path, monkeypatch, ("    sys.addaudithook(", "    print("))
     before = leftovers()
-    program = "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\nos.chmod('.', 0)"
+    program = "import os\nfor _ in range(1010):\n    os.mkdir('d')\n    os.chdir('d')\nos.chmod('.', 0)"
     assert run_tests(program, "", 20.0)
     assert leftovers() <= before
 
 
 def test_the_run_goes_on_beside_harm():
     """Through the trainer's own door: harmless and harmful completions in one batch."""
-    model = RewardModel(["unit_tests"], None, timeout=3.0)
+    model = RewardModel(["unit_tests"], None, timeout=5.0)
     programs = [SQUARE, FOREVER["a loop"], EXHAUSTION["forks without end"], EXHAUSTION["a terabyte"], SQUARE, "1 +"]
     completions = [f"```python\n{program}\n```" for program in programs] + [f"```python\n{'x = 1;' * 180_000}\n```"]
     threads = threading.active_count()

@@ -107,7 +107,12 @@ def _check_math() -> None:
     import_extra("math_verify", "train")
 
 
-@isolated(over_limit=0.0, check=_check_math)
+def _prepare_math() -> None:
+    # Imports sympy and builds the parsers, which takes seconds.
+    same_answer(r"\boxed{\frac{1}{2}}", "1/2")
+
+
+@isolated(over_limit=0.0, check=_check_math, prepare=_prepare_math)
 def math_answer(prompts, completions, answer, **columns) -> list[float]:
     r"""1 where the completion's answer is mathematically that of the ``answer`` column, by math-verify, else 0.
 

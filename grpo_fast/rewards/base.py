@@ -13,7 +13,9 @@ def text_of(message: str | list[dict[str, str]]) -> str:
 
 
 def isolated(
-    over_limit: float | None = None, check: Callable[[], None] | None = None
+    over_limit: float | None = None,
+    check: Callable[[], None] | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Mark a reward function for worker processes, which score a sample at a time and are killed at the time limit.
 
@@ -23,10 +25,11 @@ def isolated(
         over_limit: reward of a sample that takes more than ``reward_timeout`` seconds or all memory; None where that
             is an error.
         check: called once before a run; raises UserError where the function cannot work here.
+        prepare: called once in each worker, before the limit of its first sample counts.
     """
 
     def mark(function: RewardFunction) -> RewardFunction:
-        function.isolated, function.over_limit, function.check = True, over_limit, check
+        function.isolated, function.over_limit, function.check, function.prepare = True, over_limit, check, prepare
         return function
 
     return mark
