@@ -58,13 +58,12 @@ def main() -> None:
     }
     panels = {}
     for title, names in PANELS.items():
-        curves = [read_curves(folders[name]) for name in names]
-        metric = curves[0][0]
-        panels[title] = [curve for _, found in curves for curve in found]
         print(f"\n{title}")
-        print_curves(panels[title], metric)
+        for metric in ("exact_answer", "reward"):
+            panels[title] = [curve for name in names for curve in read_curves(folders[name], metric)[1]]
+            print_curves(panels[title], metric)
     figure = arguments.output_dir / "comparison.png"
-    plot_curves(panels, metric, figure)
+    plot_curves(panels, "reward", figure)
     print(f"figure: {figure}")
 
 

@@ -1,6 +1,7 @@
 """Several runs in one figure."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from matplotlib import pyplot as plt
 
 from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
-from grpo_fast.report.compare import Curve, held_out, plot_curves, read_curves
+from grpo_fast.report.compare import Curve, plot_curves, read_curves, spread
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RAW = {"reward_baseline": "none", "scale_rewards": "none"}
@@ -41,10 +42,11 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path):
     assert a.lines == [([1, 2], [0.1, 0.5]), ([1, 2], [0.2, 0.5])]
     assert (a.before, a.after) == ([0.1, 0.1], [0.2, 0.4])
     assert (b.lines, b.after) == ([([1], [0.3])], [])
-    assert held_out(a) == "30.0% (20.0% to 40.0%)"
-    assert held_out(b) == "no score yet"
+    assert a.last == [0.5, 0.5]
+    assert spread(a.after) == "30.0% (20.0% to 40.0%)"
+    assert spread(b.after) == "no score yet"
     _, (whole,) = read_curves(folders[:1], "reward")
-    assert (whole.lines, whole.after) == ([([1, 2], [0.2, 1.0])], [])
+    assert (whole.lines, whole.last, whole.after) == ([([1, 2], [0.2, 1.0])], [1.0], [])
 
 
 def test_settings_of_one_name_are_told_apart_by_their_fields(tmp_path):
@@ -67,7 +69,7 @@ def test_what_cannot_be_compared(tmp_path):
 def test_the_figure_holds_every_line_and_the_mean_over_seeds(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    curve = Curve("a", [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8])], [], [0.25])
+    curve = Curve("a", [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8])], [0.5], [], [0.25])
     plot_curves({"left": [curve], "right": [curve, curve]}, "mine", tmp_path / "new" / "figure.png")
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     left, right = figures[0].axes
@@ -82,8 +84,7 @@ def test_the_command(tmp_path, capsys):
     output = str(tmp_path / "figure.svg")
     assert main(["compare", *folders, "--output", output]) == 0
     printed = capsys.readouterr().out
-    assert "mine on held-out prompts" in printed
-    assert "70.0%" in printed
+    assert ["60.0%", "10.0%", "70.0%"] in [re.findall(r"[\d.]+%", line) for line in printed.splitlines()]
     assert "</svg>" in (tmp_path / "figure.svg").read_text()
     for arguments, message in (
         ([*folders, "--output", "x.txt"], "--output='x.txt' is not allowed: it must end in .png, .svg or .pdf"),

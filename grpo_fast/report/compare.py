@@ -22,13 +22,14 @@ LEFT_OUT = FREE_FIELDS - {"max_steps"} | {"seed"}
 
 @dataclass(frozen=True)
 class Curve:
-    """One setting: for each of its seeds the steps and the metric in training, smoothed; the held-out scores.
-
-    `before` and `after` have a score for every run that ended.
+    """One setting: for each of its seeds the steps and the metric in training, smoothed, and `last`, its mean over the
+    last tenth of the steps. `before` and `after` have the held-out score of every run that ended, where the metric is
+    the score.
     """
 
     label: str
     lines: list[tuple[list[int], list[float]]]
+    last: list[float]
     before: list[float]
     after: list[float]
 
@@ -77,29 +78,31 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
 
 
 def _curve(label: str, runs: list[Run], metric: str) -> Curve:
-    lines = []
+    lines, last = [], []
     for run in runs:
         name = f"rewards/{metric}/mean" if any(f"rewards/{metric}/mean" in entry for entry in run.history) else metric
         values = column(run.history, name)
         if not any(map(math.isfinite, values)):
             raise UserError(f"{run.folder} has no figures of {metric!r} (yet)")
         lines.append(([entry["step"] for entry in run.history], smooth(values)))
+        ending = [value for value in values[-max(len(values) // 10, 1) :] if value == value]
+        last.append(sum(ending) / len(ending) if ending else math.nan)
     ended = [run.summary for run in runs if run.summary.get("metric") == metric]
     scores = {name: [summary[name] for summary in ended if summary.get(name) is not None] for name in _SCORES}
-    return Curve(label, lines, **scores)
+    return Curve(label, lines, last, **scores)
 
 
 _SCORES = ("before", "after")
 
 
-def held_out(curve: Curve) -> str:
-    """The mean of the held-out scores after training, with the lowest and the highest where there are several."""
-    if not curve.after:
+def spread(values: list[float]) -> str:
+    """The mean, with the lowest and the highest where there are several."""
+    if not values:
         return "no score yet"
-    share, mean = is_share(*curve.after), sum(curve.after) / len(curve.after)
-    if len(curve.after) == 1:
+    share, mean = is_share(*values), sum(values) / len(values)
+    if len(values) == 1:
         return show(mean, share)
-    return f"{show(mean, share)} ({show(min(curve.after), share)} to {show(max(curve.after), share)})"
+    return f"{show(mean, share)} ({show(min(values), share)} to {show(max(values), share)})"
 
 
 def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None:
@@ -114,12 +117,14 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
     )
     values = [value for curves in panels.values() for curve in curves for _, line in curve.lines for value in line]
     share = is_share(*(value for value in values if value == value))
+    ended = all(curve.after for curves in panels.values() for curve in curves)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for index, curve in enumerate(curves):
             color = COLORS[index % len(COLORS)]
             for steps, line in curve.lines:
                 axis.plot(steps, line, color=color, alpha=0.3, linewidth=1)
-            axis.plot(*_mean(curve.lines), color=color, linewidth=2, label=f"{curve.label}: {held_out(curve)}")
+            label = f"{curve.label}: {spread(curve.after if ended else curve.last)}"
+            axis.plot(*_mean(curve.lines), color=color, linewidth=2, label=label)
         axis.set_title(title, loc="left", fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
@@ -127,8 +132,8 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
         if share:
             axis.set_ylim(-0.03, 1.03)
         axis.legend(
-            title="held out, after training", fontsize=8, title_fontsize=8, loc="upper center",
-            bbox_to_anchor=(0.5, -0.13), frameon=False,
+            title="held out, after training" if ended else "in the last tenth of the steps", title_fontsize=8,
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
         )  # fmt: skip
     axes[0, 0].set_ylabel(f"{metric} (sampled in training)")
     with writing(path):
@@ -145,14 +150,15 @@ def _mean(lines: list[tuple[list[int], list[float]]]) -> tuple[list[int], list[f
 
 
 def print_curves(curves: list[Curve], metric: str) -> None:
-    """The held-out scores as a table."""
+    """The figures of the last tenth of the steps and the held-out scores, as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{metric} on held-out prompts", title_justify="left")
-    for name, justify in (("runs", "left"), ("seeds", "right"), ("before", "right"), ("after", "right")):
-        table.add_column(name, justify=justify)
+    table = Table(title=metric, title_justify="left")
+    table.add_column("runs")
+    for name in ("seeds", "in the last tenth", "held out, before", "held out, after"):
+        table.add_column(name, justify="right")
     for curve in curves:
-        before = sum(curve.before) / len(curve.before) if curve.before else math.nan
-        table.add_row(curve.label, str(len(curve.lines)), show(before, is_share(before)), held_out(curve))
+        scores = (spread(values) if values else "" for values in (curve.last, curve.before, curve.after))
+        table.add_row(curve.label, str(len(curve.lines)), *scores)
     Console().print(table)
