@@ -225,9 +225,12 @@ def test_the_run_goes_on_beside_harm():
     model.pool.close()
 
 
-def test_a_sandbox_that_does_not_work_is_named(monkeypatch):
+def test_a_sandbox_that_does_not_work_is_named(tmp_path, monkeypatch):
+    without(tmp_path, monkeypatch, ('"NPROC": 1', '"NPROC": 1000'))
+    with pytest.raises(UserError, match="processes cannot be limited"):
+        RewardModel(["unit_tests"], None)
     monkeypatch.setattr(code, "SANDBOX", Path("missing.py"))
-    with pytest.raises(UserError, match="the sandbox for generated code does not work here"):
+    with pytest.raises(UserError, match="a harmless program fails"):
         RewardModel(["unit_tests"], None)
 
 

@@ -160,6 +160,8 @@ class RewardModel:
             thread.join(None if limit is None else max(limit - time.monotonic(), 0.0))
             if index not in outcomes:
                 outcomes[index] = failed(size, f"took longer than {self.timeout:g} s for each of {size} samples")
+            if isinstance(outcomes[index], KeyboardInterrupt):
+                raise outcomes[index]
         return outcomes
 
     def _call(self, index: int, function: RewardFunction, arguments: dict, size: int, outcomes: dict) -> None:
@@ -170,7 +172,10 @@ class RewardModel:
             except Exception as error:
                 found = failed(size, f"could not be run in worker processes: {one_line(error)}")
         else:
-            found = call(function, arguments, size, self.timeout * size)
+            try:
+                found = call(function, arguments, size, self.timeout * size)
+            except KeyboardInterrupt as error:
+                found = error
         outcomes.setdefault(index, found)
 
     def _read(self, index: int, outcome: Outcome, texts: list[str]) -> Outcome:
