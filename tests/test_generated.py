@@ -143,7 +143,9 @@ def token_arguments(draw, logprobs, lengths, objective):
     """Arguments of the loss around given exact log-probabilities, with masks, zero advantages and -inf hidden by 0."""
     N = logprobs.numel()
     exact = torch.where(logprobs.isfinite(), logprobs, -20.0).double()
-    old = exact + draw(st.sampled_from([0.05, 0.4])) * torch.randn(N)
+    # Differences of a product's factors multiply.
+    spread = 0.05 if objective.level == "product" else draw(st.sampled_from([0.05, 0.4]))
+    old = exact + spread * torch.randn(N)
     # A ratio on a bound to within the rounding of the log-probabilities may fall on either side of it.
     bounds = [1 - objective.epsilon, 1 + objective.upper_epsilon, objective.epsilon_high or 9.0, objective.delta or 9.0]
     near = torch.stack([((exact - old).exp() - bound).abs() < 1e-3 for bound in bounds]).any(0)

@@ -56,7 +56,10 @@ def runner(objective):
         stats = {name: value.float() for name, value in result.stats.items()}
         # A sum of signed numbers is judged by how many there are, not by what is left of them.
         stats["kl"] = stats["kl"] + stats["tokens"]
-        return {"loss": result.loss, **outputs, **gradients, **stats}
+        loss = result.loss
+        if objective.level == "product":
+            loss = loss + (arguments["weights"] * arguments["advantages"].abs())[counted].sum()
+        return {"loss": loss, **outputs, **gradients, **stats}
 
     return run
 

@@ -12,7 +12,6 @@ from oracle import compare
 OBJECTIVES = {
     # bnpo is dapo.
     **{name: objective for name, objective in PRESETS.items() if name != "bnpo"},
-    "delta": PolicyObjective(delta=1.5),
     "asymmetric": PolicyObjective(epsilon=0.1, epsilon_high=0.3),
     "k1": PolicyObjective(beta=0.2, kl="k1"),
     "k2, sequence": PolicyObjective(beta=0.2, kl="k2", level="sequence", epsilon=0.02),

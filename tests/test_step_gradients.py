@@ -88,7 +88,8 @@ def reference_gradient(objective, batch, adapters=False):
 
 @pytest.mark.parametrize("old_shift", [0.0, 0.3])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("preset", PRESETS)
+# The others are these with other bounds.
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"bnpo", "dual_clip", "unclipped"}))
 def test_same_gradient_for_any_number_of_microbatches(preset, beta, old_shift):
     objective = dataclasses.replace(PRESETS[preset], beta=beta, kl_bias_correction=True)
     batch, counted = step(objective, old_shift)
