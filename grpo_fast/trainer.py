@@ -380,6 +380,8 @@ class GRPOTrainer:
             stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
             if keep_logprobs:
                 seen[microbatch.tokens] = result.logprobs.float()
+            # Its graph would stay in memory beside the next microbatch's forward.
+            del result
         # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
         for parameter in self.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
