@@ -43,8 +43,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path):
     assert (a.before, a.after) == ([0.1, 0.1], [0.2, 0.4])
     assert (b.lines, b.after) == ([([1], [0.3])], [])
     assert a.last == [0.5, 0.5]
-    assert spread(a.after) == "30.0% (20.0% to 40.0%)"
-    assert spread(b.after) == "no score yet"
+    assert spread(a.after, share=True) == "30.0% (20.0% to 40.0%)"
+    assert spread([1.5], share=False) == "1.500"
     _, (whole,) = read_curves(folders[:1], "reward")
     assert (whole.lines, whole.last, whole.after) == ([([1, 2], [0.2, 1.0])], [1.0], [])
 

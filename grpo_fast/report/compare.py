@@ -95,11 +95,11 @@ def _curve(label: str, runs: list[Run], metric: str) -> Curve:
 _SCORES = ("before", "after")
 
 
-def spread(values: list[float]) -> str:
-    """The mean, with the lowest and the highest where there are several."""
+def spread(values: list[float], share: bool) -> str:
+    """The mean, with the lowest and the highest where there are several; `share` shows them as percentages."""
     if not values:
-        return "no score yet"
-    share, mean = is_share(*values), sum(values) / len(values)
+        return ""
+    mean = sum(values) / len(values)
     if len(values) == 1:
         return show(mean, share)
     return f"{show(mean, share)} ({show(min(values), share)} to {show(max(values), share)})"
@@ -123,7 +123,7 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
             color = COLORS[index % len(COLORS)]
             for steps, line in curve.lines:
                 axis.plot(steps, line, color=color, alpha=0.3, linewidth=1)
-            label = f"{curve.label}: {spread(curve.after if ended else curve.last)}"
+            label = f"{curve.label}: {spread(curve.after if ended else curve.last, share)}"
             axis.plot(*_mean(curve.lines), color=color, linewidth=2, label=label)
         axis.set_title(title, loc="left", fontsize=11)
         axis.set_xlabel("optimizer step")
@@ -154,11 +154,13 @@ def print_curves(curves: list[Curve], metric: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=metric, title_justify="left")
-    table.add_column("runs")
-    for name in ("seeds", "in the last tenth", "held out, before", "held out, after"):
-        table.add_column(name, justify="right")
+    share = is_share(*(value for curve in curves for value in curve.last))
+    columns = {"in the last tenth": "last", "held out, before": "before", "held out, after": "after"}
+    columns = {title: name for title, name in columns.items() if any(getattr(curve, name) for curve in curves)}
+    table = Table("runs", title=metric, title_justify="left")
+    for title in ("seeds", *columns):
+        table.add_column(title, justify="right")
     for curve in curves:
-        scores = (spread(values) if values else "" for values in (curve.last, curve.before, curve.after))
+        scores = (spread(getattr(curve, name), share) for name in columns.values())
         table.add_row(curve.label, str(len(curve.lines)), *scores)
     Console().print(table)
