@@ -57,7 +57,9 @@ class WorkerPool:
 
     def __init__(self):
         self.idle: list[Worker] = []
-        self.limit = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        # A Mac has no affinity.
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.limit = min(cpus, MOST_WORKERS)
         self.lock = threading.Lock()
 
     def run(
