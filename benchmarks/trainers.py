@@ -68,37 +68,39 @@ def our_config(device: torch.device, folder: Path, **fields: Any) -> Any:
     return GRPOConfig(use_cpu=device.type == "cpu", output_dir=str(folder), log_completions_steps=0, **fields)
 
 
-def trl_arguments(config: Any, folder: Path, rows_per_microbatch: int) -> Any:
-    """TRL's configuration with the settings of ours, one generation a step, and nothing written or reported."""
+def trl_arguments(config: Any, folder: Path, rows_per_microbatch: int, **others: Any) -> Any:
+    """TRL's configuration with the settings of ours, one generation a step, and nothing written or reported; `others`
+    come before ours."""
     trl = require("trl", "trl")
     samples = config.generation_batch_size
     steps = -(-samples // rows_per_microbatch)
-    return trl.GRPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=samples // steps,
-        gradient_accumulation_steps=steps,
-        num_generations=config.num_generations,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        loss_type=config.loss_type,
-        beta=config.beta,
-        scale_rewards=config.scale_rewards,
-        num_iterations=config.num_iterations,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        max_steps=config.max_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-        bf16=config.bf16,
-        use_cpu=config.use_cpu,
-        shuffle_dataset=config.shuffle_dataset,
-        seed=config.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": samples // steps,
+        "gradient_accumulation_steps": steps,
+        "num_generations": config.num_generations,
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "loss_type": config.loss_type,
+        "beta": config.beta,
+        "scale_rewards": config.scale_rewards,
+        "num_iterations": config.num_iterations,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "max_steps": config.max_steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": config.bf16,
+        "use_cpu": config.use_cpu,
+        "shuffle_dataset": config.shuffle_dataset,
+        "seed": config.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return trl.GRPOConfig(**{**settings, **others})
 
 
 def trl_trainer(
