@@ -236,8 +236,7 @@ class _Planner:
         parts = dict(traced)
         boundaries = 0
         if self.config.gradient_checkpointing and host is not None:
-            itemsize = 4 if self.config.bf16 else self.itemsize
-            layer = tokens * self.text.hidden_size * itemsize
+            layer = tokens * self.text.hidden_size * self.itemsize
             # The first layer's input is the embedding's output.
             boundaries = min(max(self.text.num_hidden_layers - 1, 0) * layer, int(parts.get("residual", 0)))
             parts["residual"] = parts.get("residual", 0) - boundaries

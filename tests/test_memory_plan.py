@@ -1,6 +1,7 @@
 """The memory plan: parameters as real models have them, and the peak that a real step reaches on a CPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,20 @@ def test_planned_peak_is_what_a_step_takes(use_peft, checkpointing, answer, max_
     if checkpointing:
         tokens = PROMPT + answer
         assert plan.training["layers' inputs"] == 5 * tokens * 128 * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_inputs_have_the_weights_dtype(dtype):
+    """In mixed precision too: what is offloaded is neither more nor less than they are."""
+    config = settings(
+        use_peft=True, gradient_checkpointing=True, activation_offloading=True, dtype=dtype, bf16=True,
+        max_completion_length=1000, max_tokens_per_microbatch=1024,
+    )  # fmt: skip
+    plans = [plan_memory(replace(config, activation_offloading=on), medium(), 24).training for on in (False, True)]
+    layer = 1024 * 128 * getattr(torch, dtype).itemsize
+    assert plans[0]["layers' inputs"] == 5 * layer
+    # The embedding's output waits with them; two layers' stay.
+    assert total(plans[0]) - total(plans[1]) == (5 + 1 - 2) * layer
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(200, 300), (50, 1400)], ids=["masked", "gathered"])
