@@ -9,7 +9,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: help demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench \
-	bench-race bench-gpu bench-ops plots lint clean
+	bench-race bench-gpu bench-gpu-memory bench-ops plots lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench       benchmarks against TRL, Liger and PyTorch on this CPU (under 15 minutes)"
 	@echo "make bench-race  seconds until 75% of additions are right, ours and TRL's, three seeds (CPU)"
 	@echo "make bench-gpu   the benchmarks on one GPU (under 9 minutes)"
+	@echo "make bench-gpu-memory  memory of real steps against the plan, and the longest answer under caps (one GPU)"
 	@echo "make bench-ops   pytest-benchmark's timings of each operation"
 	@echo "make plots       figures and the README's tables from the measured CSV files"
 	@echo "make lint        ruff, as the pre-commit hooks run it"
@@ -92,7 +93,8 @@ $(VENV)/.peers: $(VENV)/.dev
 	@touch $@
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_benchmark_suite.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_benchmark_suite.py \
+		tests/test_benchmark_memory.py $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) trl liger-kernel pytest-benchmark
@@ -107,6 +109,10 @@ bench-race: $(VENV)/.bench
 
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+bench-gpu-memory: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.plan --device cuda $(ARGS)
+	$(BIN)/python -m benchmarks.longest --device cuda $(ARGS)
 
 bench-ops: $(VENV)/.bench
 	$(BIN)/python -m pytest tests/test_benchmark_ops.py $(ARGS)
