@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 
+from grpo_fast.config import GRPOConfig
 from grpo_kernels import PRESETS, high_entropy_mask, policy_loss, token_weights
 from oracle import relative_error
 
@@ -253,3 +254,21 @@ def test_infinite_epsilon_and_epsilon_of_one_never_clip_below():
     for epsilon in (1.0, 3.0):
         objective = dataclasses.replace(PRESETS["unclipped"], epsilon=epsilon, epsilon_high=1e9)
         assert_equal(by_us(batch, objective), by_formula(batch, FORMULAS["unclipped"]))
+
+
+def test_fields_of_a_run_reach_the_objective():
+    fields = {"kl_estimator": "k1", "importance_sampling_level": "product", "beta": 0.1, "vespo_k_neg": 1.5}
+    fields |= {
+        "vespo_k_pos": 1.1,
+        "vespo_lambda_pos": 1.2,
+        "vespo_lambda_neg": 1.3,
+        "entropy_coef": 0.2,
+        "epsilon": 2.0,
+    }
+    objective = GRPOConfig(
+        "x", dataset_name="x", reward_funcs=["x"], loss_type="dual_clip", delta=4.0, **fields
+    ).objective()
+    names = {"kl_estimator": "kl", "importance_sampling_level": "level"}
+    for name, value in fields.items():
+        assert getattr(objective, names.get(name, name)) == value
+    assert (objective.delta, objective.aggregation, objective.kl_bias_correction) == (4.0, "token_mean", True)
