@@ -160,6 +160,14 @@ def test_two_evaluations_are_compared_by_prompts(trained, tmp_path, capsys):
     assert re.search(r"--compare='\S+/a' is of 20 prompts \(\w+\), not of", capsys.readouterr().err)
 
 
+def test_batches_are_sampled_apart(tmp_path):
+    rows = [{"prompt": "31>", "answer": "13"}] * 6
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fields = dict.fromkeys(("dataset_name", "eval_dataset_name"), str(tmp_path / "rows.json"))
+    EvalRun(config(tmp_path, **fields, dataset_kwargs=None), options(tmp_path / "eval", batch_size=1)).run()
+    assert len({line["completion"] for line in samples(tmp_path / "eval")}) > 1
+
+
 @pytest.mark.parametrize("folder_model", [False, True], ids=["built-in", "folder"])
 def test_adapters_are_put_into_their_base(tmp_path, folder_model):
     fields = {"use_peft": True, "lora_r": 4, "learning_rate": 0.05, "max_steps": 2, "eval_metric": "digits_included"}
@@ -298,7 +306,7 @@ def test_the_best_score_so_far_is_resumed(tmp_path):
 
 
 def test_resumed_runs_with_evaluations_are_bit_identical(tmp_path):
-    fields = {"eval_steps": 2, "keep_best": True, "save_steps": 3}
+    fields = {"eval_steps": 3, "keep_best": True, "save_steps": 3}
     trainer(tmp_path / "whole", **fields).train()
     folder = tmp_path / "run"
     made = trainer(folder, **fields)
@@ -314,7 +322,7 @@ def test_resumed_runs_with_evaluations_are_bit_identical(tmp_path):
         made.train()
     trainer(folder, resume=True, **fields).train()
     assert_same_run(folder, tmp_path / "whole")
-    assert SCORE in figures(folder)[1]
+    assert [line["step"] for line in figures(folder) if SCORE in line] == [3, 5]
 
 
 def test_a_failed_evaluation_loses_no_figures(tmp_path):
