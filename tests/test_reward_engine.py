@@ -2,12 +2,15 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import reward_metrics
 from grpo_fast.rewards import RewardModel
@@ -109,6 +112,21 @@ def test_a_function_that_hangs_costs_its_batch_but_not_the_run():
     release.set()
     model.threads["exact_answer"].join(10)
     assert model(["p"], ["a"], {}).total.item() == 1
+
+
+def test_settings_are_checked():
+    for fields, message in (
+        ({"reward_timeout": 0.0}, "reward_timeout=0.0"),
+        ({"on_reward_error": "stop"}, "one of none, raise"),
+    ):
+        with pytest.raises(UserError, match=message):
+            GRPOConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["exact_answer"], **fields)
+
+
+def test_workers_start_without_torch():
+    code = "import sys, grpo_fast.rewards.worker; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 MARKED = """

@@ -307,7 +307,7 @@ def test_kimi_length_has_no_value_where_its_judge_has_none():
 
 
 def test_soft_overlong():
-    """TRL's get_soft_overlong_punishment(10, 4) on the same lengths."""
+    """By hand: nothing up to 6 tokens, then a quarter for each, and no more than 1."""
     reward = load_reward("soft_overlong(10, 4)")
     ids = [[0] * length for length in (0, 6, 7, 8, 9, 10, 11)]
     assert reward(ids, ids, completion_ids=ids) == [0, 0, -0.25, -0.5, -0.75, -1, -1]

@@ -292,6 +292,26 @@ def test_a_stopped_run_leaves_its_model(tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
 
 
+@pytest.mark.parametrize("on_error", ["none", "raise"])
+def test_a_reward_that_fails_ends_the_run_only_if_asked(tmp_path, capsys, on_error):
+    (tmp_path / "mine.py").write_text(
+        "calls = 0\n"
+        "def mine(prompts, completions, **columns):\n"
+        "    global calls\n    calls += 1\n"
+        "    if calls > 3 and len(prompts) > 1:\n        raise ValueError('no more')\n"
+        "    return [float(i % 3) for i in range(len(prompts))]\n"
+    )
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps({**SMALL, "reward_funcs": [f"{tmp_path / 'mine.py'}:mine"]}))
+    status = main(["train", str(path), "--output_dir", str(tmp_path / "run"), "--on_reward_error", on_error])
+    captured = capsys.readouterr()
+    printed = " ".join((captured.out + captured.err).split())
+    assert "reward function 'mine' raised ValueError: no more (mine.py, line 6) for the prompt" in printed
+    errors = [m["rewards/mine/errors"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert (status, errors) == ((0, [0, 0, 1]) if on_error == "none" else (2, [0, 0]))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{len(errors)}")
+
+
 def test_a_run_without_rewards_writes_valid_json(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(prompts, completions, **columns): return [None] * len(prompts)\n")
     run(tmp_path, reward_funcs=[f"{tmp_path / 'mine.py'}:mine"], max_steps=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 from grpo_fast.errors import import_extra
@@ -104,7 +105,9 @@ def final_part(text: str) -> tuple[str, bool]:
 
 
 def _check_math() -> None:
-    import_extra("math_verify", "train")
+    # Importing it takes seconds, which only the workers need to spend.
+    if find_spec("math_verify") is None:
+        import_extra("math_verify", "train")
 
 
 def _prepare_math() -> None:
