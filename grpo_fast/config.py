@@ -51,7 +51,7 @@ class GRPOConfig:
         eval_dataset_name: file to evaluate on; without it, dataset_test_split, or a held-out share of a file's rows.
         prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
         prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,
-            ``question_only`` or ``countdown``.
+            ``question_only``, ``countdown`` or ``countdown_short`` (two answers shown, the third opened).
         system_prompt: system message put before a templated prompt, which then is a chat.
         apply_chat_template: turn a templated prompt into a chat even without a system message.
         chat_template_kwargs: more arguments for the tokenizer's chat template.

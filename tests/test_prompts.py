@@ -43,7 +43,7 @@ def text_of(ids, tokenizer):
 
 
 def test_built_in_prompts_take_their_columns():
-    assert set(PROMPTS) == {"r1_zero", "question_only", "countdown"}
+    assert set(PROMPTS) == {"r1_zero", "question_only", "countdown", "countdown_short"}
     assert build(QUESTION, prompt_file="question_only") == QUESTION["question"]
     r1_zero = build(QUESTION, prompt_file="r1_zero")
     assert QUESTION["question"] in r1_zero
@@ -53,6 +53,10 @@ def test_built_in_prompts_take_their_columns():
     assert "[3, 4, 5]" in user["content"]
     assert "17" in user["content"]
     assert assistant == {"role": "assistant", "content": "<think>"}
+    assert build(COUNTDOWN, prompt_file="countdown_short")[-2:] == [
+        {"role": "user", "content": "Make 17 from the numbers [3, 4, 5]."},
+        {"role": "assistant", "content": "<answer>"},
+    ]
 
 
 def test_a_file_of_ones_own(tmp_path):
