@@ -336,10 +336,7 @@ class GRPOTrainer:
         return batch, metrics | completion_metrics(groups.responses)
 
     def kl_penalty(self, batch: StepBatch) -> tuple[Tensor, float]:
-        """``beta * sum_t (logp_t - ref_t)`` of every completion ``[S]``, and the mean of ``logp_t - ref_t``.
-
-        The classic form of RLHF, as in TRL's RLOO and verl's `use_kl_in_reward`.
-        """
+        """``beta * sum_t (logp_t - ref_t)`` of every completion ``[S]``, as in TRL's RLOO, and the mean over tokens."""
         self.policy.eval()
         k1 = self.score(self.policy, batch) - batch.ref_logprobs
         batch.ref_logprobs = None
