@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench \
+.PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench \
 	bench-race bench-gpu bench-gpu-memory bench-ops plots lint clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
+	@echo "make test-long   more settings of the memory plan against real steps"
 	@echo "make test-peers  the losses against TRL's and Liger's own code"
 	@echo "make test-gpu    the operations' tests on this machine's GPU"
 	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"
@@ -64,7 +65,10 @@ smollm2: $(VENV)/.smollm2
 	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark and not long" $(ARGS)
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m long $(ARGS)
 
 # How often.
 KILLS ?= 20

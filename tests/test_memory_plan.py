@@ -98,7 +98,10 @@ def measured_peak(config: GRPOConfig, model_config, answer: int, prompt: int = P
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "stored"])
-@pytest.mark.parametrize(("answer", "max_buffer_mib"), [(300, 32), (1500, 32), (1500, 4)])
+@pytest.mark.parametrize(
+    ("answer", "max_buffer_mib"),
+    [pytest.param(300, 32, marks=pytest.mark.long), (1500, 32), pytest.param(1500, 4, marks=pytest.mark.long)],
+)
 def test_planned_peak_is_what_a_step_takes(use_peft, checkpointing, answer, max_buffer_mib):
     model_config = medium(tie_word_embeddings=answer == 300)
     config = settings(
