@@ -129,11 +129,8 @@ def _adamw_8bit() -> type[Optimizer]:
     return AdamW8bit
 
 
-class StochasticAdamW(_ExactState, Optimizer):
-    """AdamW for bfloat16 weights: float32 moments, and new weights rounded up or down at random.
-
-    The probabilities are such that the mean is the unrounded weight, so updates far below a weight's precision count
-    (as in torchao's ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded.
+class _AdamW(_ExactState, Optimizer):
+    """AdamW's hyperparameters; the step is a subclass's.
 
     Args:
         params: parameters or groups.
@@ -149,6 +146,18 @@ class StochasticAdamW(_ExactState, Optimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+
+class StochasticAdamW(_AdamW):
+    """AdamW for bfloat16 weights: float32 moments, and new weights rounded up or down at random.
+
+    The probabilities are such that the mean is the unrounded weight, so updates far below a weight's precision count
+    (as in torchao's ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded.
+
+    Args:
+        params: parameters or groups.
+        lr, betas, eps, weight_decay: AdamW's.
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -197,7 +206,7 @@ def _fused_step(
     )  # fmt: skip
 
 
-class OffloadedAdamW(_ExactState, Optimizer):
+class OffloadedAdamW(_AdamW):
     """AdamW whose float32 weights and moments stay in host memory and whose step runs there, fused.
 
     Takes 12 bytes of host memory a weight, and on the device nothing but the weights (of any dtype) and gradients.
@@ -210,15 +219,8 @@ class OffloadedAdamW(_ExactState, Optimizer):
         lr, betas, eps, weight_decay: AdamW's.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
         self.staging: list[Tensor] = []
         self.stream: torch.Stream | None = None
 
