@@ -55,7 +55,7 @@ ON_CPU = [
     Setting("300", "qwen3-tiny", 300, SMALL),
     Setting("600", "qwen3-tiny", 600, SMALL),
     Setting("1200", "qwen3-tiny", 1200, SMALL),
-    Setting("2500-tiled", "qwen3-tiny", 2500, {**SMALL, "tiled_mlp": True}),
+    Setting("4000-tiled", "qwen3-tiny", 4000, {**SMALL, "tiled_mlp": True}),
     Setting("8x300-apart", "qwen3-tiny", 300, SMALL, group=8),
     Setting("8x300-together", "qwen3-tiny", 300, SMALL, group=8, together=8),
 ]

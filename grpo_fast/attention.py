@@ -57,12 +57,14 @@ class Bucket:
     positions: Tensor
     pieces: Tensor | None = None
     places: Tensor | None = None
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, needed: bool) -> Tensor | None:
         """True where a query sees a key, ``[B or 1, 1, W, W]``; None where it is causal and not `needed`."""
         width = self.positions.shape[1]
         window = window if window is not None and window < width else None
+        if self.pieces is None and window is None and not needed:
+            return None
         if window not in self.masks:
             causal = torch.ones(width, width, dtype=torch.bool, device=self.positions.device).tril()
             if self.pieces is not None:
@@ -73,10 +75,8 @@ class Bucket:
                 # Padding sees itself, lest it be NaN.
                 causal |= torch.eye(width, dtype=torch.bool, device=causal.device)
                 self.masks[window] = causal[:, None]
-            elif window is not None or needed:
-                self.masks[window] = (causal if window is None else causal.triu(1 - window))[None, None]
             else:
-                self.masks[window] = None
+                self.masks[window] = (causal if window is None else causal.triu(1 - window))[None, None]
         return self.masks[window]
 
 
