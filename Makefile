@@ -18,7 +18,7 @@ help:
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
-	@echo "make test-long   more settings of the memory plan against real steps"
+	@echo "make test-long   more of the same: settings of the memory plan, the longest answer"
 	@echo "make test-peers  the losses against TRL's and Liger's own code"
 	@echo "make test-gpu    the operations' tests on this machine's GPU"
 	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"

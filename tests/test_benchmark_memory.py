@@ -112,6 +112,7 @@ def test_weights_in_four_bits():
     trials.stop()
 
 
+@pytest.mark.long
 def test_longest_on_the_cpu(tmp_path, capsys):
     run = Run(CPU, quick=True, output=tmp_path, commit="abc")
     ours = longest.CONTENDERS[0]
