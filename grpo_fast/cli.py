@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -134,8 +135,10 @@ def _explain(message: str) -> str:
 
 def quiet_libraries() -> None:
     """No bars, which would break up the run's own live line, and no notes of kernels that a library did not find."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its variable TQDM_DISABLE is read when tqdm is imported, which torch may have done.
+    tqdm = import_extra("tqdm", "train").tqdm
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torchao)\.")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -197,10 +197,11 @@ def test_interleave_keeps_to_the_deadline_and_goes_on_without_the_failed():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_what_was_freed_again():
+    # More than the 32 MiB up to which malloc may keep what was freed.
     with peak_memory(CPU) as peak:
-        torch.ones(8 << 20)
-        torch.ones(16 << 20)
-    assert 63 << 20 <= peak.bytes < 80 << 20
+        torch.ones(12 << 20)
+        torch.ones(24 << 20)
+    assert 95 << 20 <= peak.bytes < 112 << 20
 
 
 def test_rows_replace_those_of_the_same_key(tmp_path):
