@@ -197,7 +197,6 @@ def test_interleave_keeps_to_the_deadline_and_goes_on_without_the_failed():
     assert measured["broken"].failure == "ValueError: not today"
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 PEAK = """
 import torch
 from benchmarks.measure import peak_memory
@@ -208,6 +207,7 @@ print(int(peak.bytes))
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_what_was_freed_again():
     """In a process of its own: what others left of their memory may be taken up again."""
     root = Path(__file__).parents[1]
