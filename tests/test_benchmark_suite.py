@@ -15,7 +15,7 @@ import torch
 from benchmarks import head, measure, plots, race, step, trainers
 from benchmarks.contenders import BY_NAME, FLOOR, OURS, Contender, choose, floor_call, forward_backward
 from benchmarks.growth import accumulated, with_one_buffer
-from benchmarks.measure import Deadline, Run, Times, fit_exponent, format_value, interleave, peak_memory, slug
+from benchmarks.measure import Deadline, Run, Times, fit_exponent, format_value, interleave, slug
 from benchmarks.problem import Shape, errors, grpo_loss, make_problem, norm_error, verdict
 from grpo_fast.errors import UserError
 
