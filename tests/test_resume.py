@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import time
 
 import numpy
 import pytest
@@ -223,6 +224,8 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     def signalled(*args, **kwargs):
         if made.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+            # Two signals that wait together are taken by their numbers, not in the order in which they were sent.
+            time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGINT)
         return update(*args, **kwargs)
 
