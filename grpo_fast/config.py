@@ -73,6 +73,27 @@ class GRPOConfig:
         min_p: drop tokens below this fraction of the likeliest one's probability.
         generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``.
         num_generations_eval: completions for each evaluation prompt.
+        use_vllm: sample with vLLM instead of transformers' generate (extra `vllm`).
+        vllm_mode: in this process, asleep while training (colocate), or from a server.
+        vllm_server_base_url: the server's address, such as ``http://127.0.0.1:8000`` (default: from host and port).
+        vllm_server_host: the server's host.
+        vllm_server_port: the server's port.
+        vllm_server_timeout: seconds to wait for the server when the run starts.
+        vllm_max_model_length: longest prompt and completion together in vLLM (default: what the data and
+            max_completion_length need).
+        vllm_gpu_memory_utilization: share of the GPU that vLLM may take for weights and KV cache (colocate; default:
+            planned from the prompts, num_generations and max_completion_length).
+        vllm_enable_sleep_mode: give vLLM's memory back while training (colocate).
+        vllm_importance_sampling_correction: weigh the loss by the ratio of the trainer's to the sampler's
+            probabilities, wherever vLLM samples.
+        vllm_importance_sampling_mode: a ratio for each token or for the whole sequence (product, or geometric: its
+            length-normalised form), cut off at the bounds (truncate) or zero outside (mask).
+        vllm_importance_sampling_clip_max: upper bound of the ratio; None for none.
+        vllm_importance_sampling_clip_min: lower bound of the ratio; None for none.
+        sync_tolerance: stop when after a sync the sampler's log-probabilities of a probe differ by more from the
+            trainer's (default: 1e-3 in float32, 0.3 in bfloat16).
+        sample_ahead: sample the next batch on a vLLM server while training on this one; completions are then one step
+            old, which the correction accounts for.
         max_tokens_per_generation_batch: tokens (prompts and longest completions) that are sampled at once.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
             dual_clip, reinforce or unclipped (docs/objectives.md).
@@ -187,6 +208,28 @@ class GRPOConfig:
     min_p: float | None = None
     generation_kwargs: dict[str, Any] | None = None
     num_generations_eval: int = 1
+    use_vllm: bool = False
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = "127.0.0.1"
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
+    vllm_max_model_length: int | None = None
+    vllm_gpu_memory_utilization: float | None = None
+    vllm_enable_sleep_mode: bool = True
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate",
+        "token_mask",
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_truncate",
+        "geometric_mask",
+    ] = "sequence_mask"
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    vllm_importance_sampling_clip_min: float | None = None
+    sync_tolerance: float | None = None
+    sample_ahead: bool = False
     max_tokens_per_generation_batch: int = 65536
 
     loss_type: str = "dapo"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+from torch import nn
+
 from grpo_fast.config import GRPOConfig
 
 
@@ -12,7 +14,8 @@ from grpo_fast.config import GRPOConfig
 class Sampling:
     """How completions are sampled: `num_generations` for each prompt, at most `max_completion_length` tokens each.
 
-    A temperature of 0 takes the likeliest token.
+    A temperature of 0 takes the likeliest token. An engine with generators of its own takes them from `seed`; None
+    draws one from torch's.
     """
 
     num_generations: int
@@ -22,6 +25,7 @@ class Sampling:
     top_k: int = 0
     min_p: float | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
     @classmethod
     def from_config(cls, config: GRPOConfig, num_generations: int) -> Sampling:
@@ -37,13 +41,51 @@ class Sampling:
 
 
 class Response(NamedTuple):
-    """A completion's tokens, its end-of-text token included, and whether it ended by itself or was cut off."""
+    """A completion's tokens, its end-of-text token included, and whether it ended by itself or was cut off.
+
+    `logprobs` are those of the distribution that each token was drawn from, after the temperature and every filter.
+    """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    logprobs: list[float] | None = None
 
 
 class Rollout(Protocol):
+    """A sampling engine.
+
+    Attributes:
+        copies_weights: it samples from weights of its own, which `sync` renews.
+        separate: it has a process, or a machine, of its own, so that it can sample beside an update.
+    """
+
+    copies_weights: bool
+    separate: bool
+
+    def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        """Sample one token, so that what cannot work fails before anything long begins.
+
+        Raises:
+            UserError: the sampling arguments are refused, or the engine does not answer.
+        """
+        ...
+
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
         """Responses to every prompt, those of a prompt side by side, in the order of the prompts."""
+        ...
+
+    def sync(self, model: nn.Module) -> None:
+        """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back while the policy is trained."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory again; called before `sync` and `generate`."""
+        ...
+
+    def close(self) -> None:
+        """End the engine; nothing is sampled after it."""
         ...

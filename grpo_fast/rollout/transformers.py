@@ -35,6 +35,9 @@ class TransformersRollout:
         max_tokens: prompts and longest completions that are sampled at once, in tokens.
     """
 
+    copies_weights = False
+    separate = False
+
     def __init__(self, model: nn.Module, tokenizer, max_tokens: int):
         self.model = model
         self.tokenizer = tokenizer
@@ -83,6 +86,18 @@ class TransformersRollout:
                     raise
                 given = sampling.generation_kwargs
                 raise UserError(f"generation_kwargs={given!r} is not allowed: {one_line(error)}") from None
+
+    def sync(self, model: nn.Module) -> None:
+        """Nothing to do: the policy's own module is sampled."""
+
+    def sleep(self) -> None:
+        """Nothing to do: there is no memory of its own."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def _batches(self, prompt_ids: list[list[int]], sampling: Sampling) -> Iterator[list[int]]:
         """Indices of prompts to be sampled together: similar lengths, within the token budget."""
