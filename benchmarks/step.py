@@ -208,7 +208,7 @@ class OurSteps:
             if self.gradients is None:
                 self.gradients = copy_gradients(trainer.model.named_parameters())
 
-        trainer.optimizer.optimizer.register_step_pre_hook(keep)
+        trainer.learner.optimizer.optimizer.register_step_pre_hook(keep)
         self._steps = our_steps(trainer, device)
 
     def step(self) -> float:

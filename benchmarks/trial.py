@@ -170,11 +170,11 @@ class OurSteps:
         with patch("grpo_fast.trainer.load_model", lambda config: random_model(job, config)):
             self.trainer = GRPOTrainer(self.config)
         self.model = self.trainer.model
-        self.microbatches = self.trainer.microbatches
+        self.microbatches = self.trainer.learner.microbatches
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self.trainer.optimizer.optimizer
+        return self.trainer.learner.optimizer.optimizer
 
     def step(self, answer: int, microbatches: int | None) -> None:
         """Answers of `answer` tokens; all microbatches, or only the first few."""
@@ -182,7 +182,7 @@ class OurSteps:
         self.config.max_tokens_per_microbatch = self.job.tokens(answer)
         prompt = tuple(self.trainer.train_prompts[0])
         self.trainer.rollout = FixedRollout({prompt: made_up_answers(self.job.group, answer)})
-        self.trainer.microbatches = lambda batch: islice(self.microbatches(batch), microbatches)
+        self.trainer.learner.microbatches = lambda batch: islice(self.microbatches(batch), microbatches)
         add_zero_gradients(self.model)
         next(self.trainer.steps())
 

@@ -5,7 +5,6 @@ rollout -> rewards -> advantages -> drop what carries no gradient -> microbatche
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from grpo_fast.activations import check_activations, prepare_activations
+from grpo_fast.activations import check_activations
 from grpo_fast.checkpoint import (
     TrainerState,
     check_same,
@@ -27,7 +26,6 @@ from grpo_fast.checkpoint import (
     fixed_fields,
     keep_newest,
     load_tensors,
-    load_weights,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -39,24 +37,17 @@ from grpo_fast.errors import CheckpointError, UserError, writing
 from grpo_fast.evaluate import evaluate, sample_and_score
 from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
-from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, loss_metrics, peak_memory, reward_metrics
-from grpo_fast.models import add_adapter, check_vocabulary, load_model
+from grpo_fast.learner import Learner
+from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
+from grpo_fast.models import check_vocabulary, load_model
 from grpo_fast.optimizers import (
-    build_optimizer,
-    build_scheduler,
     check_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
 )
-from grpo_fast.packing import build_microbatch, fill_microbatches, plan_rows
-from grpo_fast.policy import FusedPolicy, LossInputs
 from grpo_fast.progress import Progress
-from grpo_fast.reference import load_reference, move_towards, reference_tensors
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, TransformersRollout
 from grpo_fast.trackers import Trackers, tracker_arguments
-from grpo_kernels import high_entropy_mask
 
 
 class GRPOTrainer:
@@ -97,23 +88,9 @@ class GRPOTrainer:
         check_lengths(self.train_prompts, self.train_rows, positions, config)
         check_lengths(self.eval_prompts, self.eval_rows, positions, config)
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
-        self.adapter = add_adapter(model, config) if config.use_peft else None
+        self.learner = Learner(model, config, self.accelerator, self.train_prompts[0], self.tokenizer.pad_token_id)
+        self.adapter, self.model = self.learner.adapter, model
         check_space(model, self.run_folder, config)
-        prepare_activations(model, config)
-
-        policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
-        self.optimizer = build_optimizer(policy, config)
-        policy.to(self.accelerator.device).eval().check_head(self.train_prompts[0])
-        self.packed = policy.check_packing(self.train_prompts[0], config.padding_free)
-        if config.share_prompts == "always" and not self.packed:
-            raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
-        # Parked on the CPU: scoring takes it to the device and back.
-        self.reference = None
-        if config.uses_reference and self.adapter is None:
-            self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to("cpu")
-        self.policy, self.optimizer = self.accelerator.prepare(policy, self.optimizer)
-        self.model = model
-        self.scheduler = build_scheduler(self.optimizer, config)
         self.rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
@@ -248,30 +225,21 @@ class GRPOTrainer:
             state = TrainerState(
                 self.step, self.num_tokens, self.num_prompts, self.train_seconds, self.before, self.fixed, **best
             )
-            tensors = {"optimizer": optimizer_tensors(self.optimizer), "rng": self.rng}
-            if self.config.sync_ref_model:
-                tensors["reference"] = reference_tensors(self.reference.model)
+            tensors = {**self.learner.tensors(), "rng": self.rng}
             save_checkpoint(folder, self.adapter or self.model, self.tokenizer, state, tensors)
             self.saved_step = self.step
             keep_newest(self.run_folder, self.config.save_total_limit, self.best_step)
         return folder
 
     def restore(self, folder: Path, state: TrainerState) -> None:
-        """Go on where the checkpoint was written; an unrefreshed reference policy is the one that it began with."""
+        """Go on where the checkpoint was written."""
         check_same(folder, state.fixed, self.fixed)
-        load_weights(folder, self.adapter or self.model)
-        load_optimizer_tensors(self.optimizer, load_tensors(folder, "optimizer"))
-        if self.config.sync_ref_model:
-            load_reference(self.reference.model, load_tensors(folder, "reference"))
+        self.learner.restore(folder, state.step)
         self.rng = load_tensors(folder, "rng")
         self.step = self.saved_step = self.evaluated_step = state.step
         self.num_tokens, self.num_prompts, self.train_seconds = state.num_tokens, state.num_prompts, state.train_seconds
         self.before = math.nan if state.before is None else state.before
         self.best_step, self.best_score = state.best_step, -math.inf if state.best_score is None else state.best_score
-        # The schedule is a function of the step.
-        schedule = self.scheduler.state_dict()
-        self.scheduler.load_state_dict({**schedule, "last_epoch": self.step - 1, "_step_count": self.step + 1})
-        self.scheduler.step()
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Train, and yield the figures of every optimizer step. A generation batch serves `num_iterations` of them."""
@@ -286,8 +254,7 @@ class GRPOTrainer:
                 if iteration == 0:
                     self.num_tokens += tokens
                     self.num_prompts += batch.drawn
-                if self.config.sync_ref_model and self.step % self.config.ref_model_sync_steps == 0:
-                    move_towards(self.reference.model, self.model, self.config.ref_model_mixup_alpha)
+                self.learner.refresh_reference(self.step)
                 self.updates_left = updates - iteration - 1
                 # Kept for a checkpoint: should the next step fail, the generators will have moved on.
                 self.rng = rng_state()
@@ -324,9 +291,9 @@ class GRPOTrainer:
         batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
         batch = dataclasses.replace(batch.to(self.accelerator.device), drawn=drawn)
         if config.uses_reference:
-            batch.ref_logprobs = self.score_reference(batch)
+            batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:
-            penalty, metrics["kl"] = self.kl_penalty(batch)
+            penalty, metrics["kl"] = self.learner.kl_penalty(batch)
             advantages = reward_advantages(groups.rewards, weights, config, penalty)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
         if self.logs_completions():
@@ -335,100 +302,13 @@ class GRPOTrainer:
                     file.write(line)
         return batch, metrics | completion_metrics(groups.responses)
 
-    def kl_penalty(self, batch: StepBatch) -> tuple[Tensor, float]:
-        """``beta * sum_t (logp_t - ref_t)`` of every completion ``[S]``, as in TRL's RLOO, and the mean over tokens."""
-        self.policy.eval()
-        k1 = self.score(self.policy, batch) - batch.ref_logprobs
-        batch.ref_logprobs = None
-        return self.config.beta * batch.sums(k1).cpu(), k1.mean().item()
-
-    def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
-        """One optimizer step on a generation batch."""
-        if self.config.top_entropy_quantile < 1:
-            batch.high_entropy = self.high_entropy(batch)
-        metrics = self.accumulate_gradients(batch, keep_logprobs)
-        # torchao's optimizers keep it in a tensor.
-        learning_rate = float(self.scheduler.get_last_lr()[0])
-        max_norm = self.config.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm).item()
-        if not grad_norm < float("inf"):
-            raise UserError(
-                f"step {self.step + 1}: the gradient is not finite (norm {grad_norm}); the figures so far are in "
-                f"{self.run_folder / 'metrics.jsonl'}; try a smaller learning_rate"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-
-    def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
-        """Forward and backward of every microbatch; the gradients add up to those of the whole step.
-
-        Returns the loss's figures. With `keep_logprobs`, the batch also gets the log-probabilities as its old ones.
-        """
-        self.policy.train()
-        loss, stats = torch.zeros((), device=self.accelerator.device), None
-        seen = torch.zeros_like(batch.weights) if keep_logprobs else None
-        for microbatch in self.microbatches(batch):
-            inputs = self.loss_inputs(batch, microbatch.tokens)
-            result = self.policy(microbatch, inputs)
-            self.accelerator.backward(result.loss)
-            loss += result.loss.detach()
-            stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
-            if keep_logprobs:
-                seen[microbatch.tokens] = result.logprobs.float()
-            # Its graph would stay in memory beside the next microbatch's forward.
-            del result
-        # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
-        for parameter in self.policy.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if keep_logprobs:
-            batch.old_logprobs = seen
-        return loss_metrics(loss, stats, self.objective)
-
-    def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
-        advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
-        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
-        return LossInputs(self.objective, *(None if field is None else field[tokens] for field in fields))
-
-    def microbatches(self, batch: StepBatch):
-        config, device = self.config, self.accelerator.device
-        budget, pad = config.max_tokens_per_microbatch, self.tokenizer.pad_token_id
-        shares = self.packed and config.share_prompts != "never"
-        rows = plan_rows(batch.samples, batch.active, budget if shares else 0)
-        for chosen in fill_microbatches(rows, budget, self.packed):
-            yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
-
-    def score_reference(self, batch: StepBatch) -> Tensor:
-        """Log-probabilities ``[N]`` under the initial policy: without the adapter, or its copy, parked on the CPU."""
-        if self.adapter is not None:
-            self.policy.eval()
-            with self.adapter.disable_adapter():
-                return self.score(self.policy, batch)
-        with self.accelerator.autocast():
-            scores = self.score(self.reference.to(self.accelerator.device), batch)
-        self.reference.to("cpu")
-        return scores
-
-    @torch.no_grad()
-    def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:
-        """Log-probabilities ``[N]`` of the step's tokens under `policy` (1U in the head)."""
-        logprobs = torch.zeros_like(batch.weights)
-        for microbatch in self.microbatches(batch):
-            logprobs[microbatch.tokens] = policy(microbatch).float()
-        return logprobs
-
-    @torch.no_grad()
-    def high_entropy(self, batch: StepBatch) -> Tensor:
-        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the present policy."""
-        counted = batch.weights != 0
-        samples = counted[batch.offsets[:-1].to(counted.device)].nonzero().squeeze(1).tolist()
-        entropy = torch.zeros_like(batch.weights)
-        self.policy.eval()
-        for microbatch in self.microbatches(dataclasses.replace(batch, active=samples)):
-            entropy[microbatch.tokens] = self.policy(microbatch, with_entropy=True)[1].float()
-        return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
+    def update(self, batch: StepBatch, keep_logprobs: bool) -> dict[str, float]:
+        """One optimizer step; what stops it says where."""
+        try:
+            return self.learner.update(batch, keep_logprobs)
+        except UserError as error:
+            figures = self.run_folder / "metrics.jsonl"
+            raise UserError(f"step {self.step + 1}: {error}; the figures so far are in {figures}") from None
 
     def logs_completions(self) -> bool:
         """Whether one of the steps on the coming generation is due for its completions to be written."""

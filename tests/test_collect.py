@@ -135,7 +135,7 @@ def test_the_kl_in_the_reward(tmp_path):
     score = made.score_reference
 
     def scored(batch):
-        seen["own"], seen["ref"] = made.score(made.policy.eval(), batch), score(batch)
+        seen["own"], seen["ref"] = made.learner.score(made.learner.policy.eval(), batch), score(batch)
         return seen["ref"]
 
     made.score_reference = scored
@@ -177,11 +177,11 @@ def test_a_penalty_moves_groups_of_equal_rewards():
 def test_the_reference_follows_the_policy(tmp_path, share):
     fields = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": share}
     made = trainer(tmp_path, **fields, max_steps=5, learning_rate=1e-2)
-    initial = [p.clone() for p in made.reference.parameters()]
+    initial = [p.clone() for p in made.learner.reference.parameters()]
     weights = []
     for _ in made.steps():
         weights.append([p.detach().clone() for p in made.model.parameters()])
-        reference = list(made.reference.parameters())
+        reference = list(made.learner.reference.parameters())
         expected = initial
         for step in range(2, made.step + 1, 2):
             expected = [(1 - share) * old + share * new for old, new in zip(expected, weights[step - 1], strict=True)]
@@ -196,7 +196,7 @@ def test_tied_weights_of_a_refreshed_reference_are_saved(tmp_path):
     made = run_trainer(tmp_path, **fields, max_steps=2)
     made.train()
     again = run_trainer(tmp_path, resume=True, **fields, max_steps=2)
-    for got, wanted in zip(again.reference.parameters(), made.reference.parameters(), strict=True):
+    for got, wanted in zip(again.learner.reference.parameters(), made.learner.reference.parameters(), strict=True):
         assert torch.equal(got, wanted)
 
 

@@ -42,13 +42,13 @@ def test_only_the_tokens_of_highest_entropy_carry_the_gradient(tmp_path, preset,
     expected = torch.cat([p.grad.flatten() for p in made.model.parameters()])
     made.model.zero_grad()
 
-    batch.high_entropy = made.high_entropy(batch)
+    batch.high_entropy = made.learner.high_entropy(batch)
     assert torch.equal(batch.high_entropy, expected_mask)
-    made.accumulate_gradients(batch)
+    made.learner.accumulate_gradients(batch)
     got = torch.cat([p.grad.flatten() for p in made.model.parameters()])
     assert (got - expected).norm() < 1e-4 * expected.norm()
     made.model.zero_grad()
-    made.accumulate_gradients(dataclasses.replace(batch, high_entropy=None))
+    made.learner.accumulate_gradients(dataclasses.replace(batch, high_entropy=None))
     everything = torch.cat([p.grad.flatten() for p in made.model.parameters()])
     assert (everything - expected).norm() > 0.1 * expected.norm()
 
@@ -60,15 +60,15 @@ def test_completions_left_out_do_not_count(tmp_path):
     assert 0 < counted.sum() < len(counted)
     entropy = plain(made.model, batch)[1].detach()
     expected = counted & (entropy >= entropy[counted].quantile(1 - QUANTILE))
-    assert torch.equal(made.high_entropy(batch), expected)
+    assert torch.equal(made.learner.high_entropy(batch), expected)
 
 
 def test_every_update_asks_the_present_policy(tmp_path):
     """With two updates on a batch, the second one's mask is that of the changed weights."""
     made = trainer(tmp_path, num_iterations=2, **{**FIELDS, "max_steps": 2, "learning_rate": 0.05})
     masks = []
-    ask = made.high_entropy
-    made.high_entropy = lambda batch: masks.append(ask(batch)) or masks[-1]
+    ask = made.learner.high_entropy
+    made.learner.high_entropy = lambda batch: masks.append(ask(batch)) or masks[-1]
     made.train()
     assert len(masks) == 2
     assert masks[0].shape == masks[1].shape

@@ -126,10 +126,10 @@ def test_budget_does_not_change_the_gradient(tmp_path, loss_type):
     gradients = []
     layouts = ((10_000, True, "auto"), (10_000, True, "never"), (10_000, False, "never"), (24, True, "auto"))
     for budget, packed, shares in (*layouts, (6, False, "never")):
-        made.config.max_tokens_per_microbatch, made.packed, made.config.share_prompts = budget, packed, shares
-        made.accumulate_gradients(batch)
+        made.config.max_tokens_per_microbatch, made.learner.packed, made.config.share_prompts = budget, packed, shares
+        made.learner.accumulate_gradients(batch)
         gradients.append(torch.cat([p.grad.flatten() for p in made.model.parameters()]))
-        made.optimizer.zero_grad()
+        made.learner.optimizer.zero_grad()
     assert gradients[0].norm() > 0
     for other in gradients[1:]:
         # float32 sums in another order
@@ -171,11 +171,11 @@ def test_options_train(tmp_path, fields):
 def test_second_iteration_uses_the_first_ones_logprobs(tmp_path):
     made = trainer(tmp_path, num_iterations=2, learning_rate=0.1)
     batch, _ = made.collect()
-    before = made.score(made.policy, batch)
-    first = made.update(batch, keep_logprobs=True)
+    before = made.learner.score(made.learner.policy, batch)
+    first = made.learner.update(batch, keep_logprobs=True)
     active = torch.cat([torch.arange(batch.offsets[i], batch.offsets[i + 1]) for i in batch.active])
     torch.testing.assert_close(batch.old_logprobs[active], before[active], rtol=1e-4, atol=1e-5)
-    second = made.update(batch)
+    second = made.learner.update(batch)
     assert first["clip_ratio/region_mean"] == 0
     assert second["clip_ratio/region_mean"] > 0
 
@@ -187,7 +187,7 @@ def test_groups_without_variance_are_not_computed(tmp_path, monkeypatch):
     assert metrics["frac_reward_zero_std"] == 1
     assert batch.active == []
     before = weights(made.model)
-    figures = made.update(batch)
+    figures = made.learner.update(batch)
     assert figures["grad_norm"] == 0
     assert torch.equal(before, weights(made.model))
 
@@ -216,7 +216,7 @@ def test_an_infinite_gradient_stops_before_the_weights_are_lost(tmp_path):
     before = weights(made.model)
     batch.advantages[batch.offsets[batch.active[0]]] = float("inf")
     with pytest.raises(UserError, match="step 1: the gradient is not finite"):
-        made.update(batch)
+        made.update(batch, keep_logprobs=False)
     assert torch.equal(before, weights(made.model))
 
 

@@ -1,0 +1,179 @@
+"""The policy and its optimizer: gradients of a step, its update, and scores of tokens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from grpo_fast.activations import prepare_activations
+from grpo_fast.checkpoint import load_tensors, load_weights
+from grpo_fast.collect import StepBatch
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError
+from grpo_fast.metrics import loss_metrics
+from grpo_fast.models import add_adapter
+from grpo_fast.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
+from grpo_fast.packing import Microbatch, build_microbatch, fill_microbatches, plan_rows
+from grpo_fast.policy import FusedPolicy, LossInputs
+from grpo_fast.reference import load_reference, move_towards, reference_tensors
+from grpo_kernels import high_entropy_mask
+
+
+class Learner:
+    """Trains a policy on generation batches.
+
+    Args:
+        model: a transformers causal LM; with `use_peft` it gets its adapters here.
+        config: the run.
+        accelerator: where it runs.
+        prompt_ids: any prompt, to compare the fused head and packed rows with the model's own.
+        pad_token_id: for padded rows.
+
+    Raises:
+        UserError: the model cannot be trained as `config` says.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int
+    ):
+        self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
+        self.objective = config.objective()
+        self.adapter = add_adapter(model, config) if config.use_peft else None
+        prepare_activations(model, config)
+        policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
+        self.optimizer = build_optimizer(policy, config)
+        policy.to(accelerator.device).eval().check_head(prompt_ids)
+        self.packed = policy.check_packing(prompt_ids, config.padding_free)
+        if config.share_prompts == "always" and not self.packed:
+            raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
+        # Parked on the CPU: scoring takes it to the device and back.
+        self.reference = None
+        if config.uses_reference and self.adapter is None:
+            self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to("cpu")
+        self.policy, self.optimizer = accelerator.prepare(policy, self.optimizer)
+        self.scheduler = build_scheduler(self.optimizer, config)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """For a checkpoint, beside the weights: the optimizer's state, and the reference policy where it moves."""
+        tensors = {"optimizer": optimizer_tensors(self.optimizer)}
+        if self.config.sync_ref_model:
+            tensors["reference"] = reference_tensors(self.reference.model)
+        return tensors
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Go on from a checkpoint of `step`; an unrefreshed reference policy is the one that the run began with."""
+        load_weights(folder, self.adapter or self.model)
+        load_optimizer_tensors(self.optimizer, load_tensors(folder, "optimizer"))
+        if self.config.sync_ref_model:
+            load_reference(self.reference.model, load_tensors(folder, "reference"))
+        # The schedule is a function of the step.
+        schedule = self.scheduler.state_dict()
+        self.scheduler.load_state_dict({**schedule, "last_epoch": step - 1, "_step_count": step + 1})
+        self.scheduler.step()
+
+    def refresh_reference(self, step: int) -> None:
+        """Move the reference policy towards the trained one, if `step` is one of those that do."""
+        if self.config.sync_ref_model and step % self.config.ref_model_sync_steps == 0:
+            move_towards(self.reference.model, self.model, self.config.ref_model_mixup_alpha)
+
+    def kl_penalty(self, batch: StepBatch) -> tuple[Tensor, float]:
+        """``beta * sum_t (logp_t - ref_t)`` of every completion ``[S]``, as in TRL's RLOO, and the mean over tokens."""
+        self.policy.eval()
+        k1 = self.score(self.policy, batch) - batch.ref_logprobs
+        batch.ref_logprobs = None
+        return self.config.beta * batch.sums(k1).cpu(), k1.mean().item()
+
+    def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
+        """One optimizer step on a generation batch.
+
+        Raises:
+            UserError: the gradient is not finite; the weights are as they were.
+        """
+        if self.config.top_entropy_quantile < 1:
+            batch.high_entropy = self.high_entropy(batch)
+        metrics = self.accumulate_gradients(batch, keep_logprobs)
+        # torchao's optimizers keep it in a tensor.
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        max_norm = self.config.max_grad_norm or float("inf")
+        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm).item()
+        if not grad_norm < float("inf"):
+            raise UserError(f"the gradient is not finite (norm {grad_norm}); try a smaller learning_rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
+        """Forward and backward of every microbatch; the gradients add up to those of the whole step.
+
+        Returns the loss's figures. With `keep_logprobs`, the batch also gets the log-probabilities as its old ones.
+        """
+        self.policy.train()
+        loss, stats = torch.zeros((), device=self.accelerator.device), None
+        seen = torch.zeros_like(batch.weights) if keep_logprobs else None
+        for microbatch in self.microbatches(batch):
+            inputs = self.loss_inputs(batch, microbatch.tokens)
+            result = self.policy(microbatch, inputs)
+            self.accelerator.backward(result.loss)
+            loss += result.loss.detach()
+            stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
+            if keep_logprobs:
+                seen[microbatch.tokens] = result.logprobs.float()
+            # Its graph would stay in memory beside the next microbatch's forward.
+            del result
+        # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if keep_logprobs:
+            batch.old_logprobs = seen
+        return loss_metrics(loss, stats, self.objective)
+
+    def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
+        advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
+        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
+        return LossInputs(self.objective, *(None if field is None else field[tokens] for field in fields))
+
+    def microbatches(self, batch: StepBatch) -> Iterator[Microbatch]:
+        config, device = self.config, self.accelerator.device
+        budget, pad = config.max_tokens_per_microbatch, self.pad_token_id
+        shares = self.packed and config.share_prompts != "never"
+        rows = plan_rows(batch.samples, batch.active, budget if shares else 0)
+        for chosen in fill_microbatches(rows, budget, self.packed):
+            yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
+
+    def score_reference(self, batch: StepBatch) -> Tensor:
+        """Log-probabilities ``[N]`` under the initial policy: without the adapter, or its copy, parked on the CPU."""
+        if self.adapter is not None:
+            self.policy.eval()
+            with self.adapter.disable_adapter():
+                return self.score(self.policy, batch)
+        with self.accelerator.autocast():
+            scores = self.score(self.reference.to(self.accelerator.device), batch)
+        self.reference.to("cpu")
+        return scores
+
+    @torch.no_grad()
+    def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:
+        """Log-probabilities ``[N]`` of the step's tokens under `policy` (1U in the head)."""
+        logprobs = torch.zeros_like(batch.weights)
+        for microbatch in self.microbatches(batch):
+            logprobs[microbatch.tokens] = policy(microbatch).float()
+        return logprobs
+
+    @torch.no_grad()
+    def high_entropy(self, batch: StepBatch) -> Tensor:
+        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the present policy."""
+        counted = batch.weights != 0
+        samples = counted[batch.offsets[:-1].to(counted.device)].nonzero().squeeze(1).tolist()
+        entropy = torch.zeros_like(batch.weights)
+        self.policy.eval()
+        for microbatch in self.microbatches(dataclasses.replace(batch, active=samples)):
+            entropy[microbatch.tokens] = self.policy(microbatch, with_entropy=True)[1].float()
+        return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
