@@ -24,7 +24,8 @@ class StepBatch:
     """Everything of one generation that the updates need. Token tensors are flat ``[N]`` over all completions.
 
     `counted` says of each completion whether it is in the loss at all; `active` lists the samples that are computed;
-    `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage.
+    `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
+    `sampling_logprobs` are the sampler's own, where the loss corrects for their difference by `correction`.
     """
 
     samples: list[Sample]
@@ -37,6 +38,8 @@ class StepBatch:
     ref_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     high_entropy: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
+    correction: Tensor | None = None
 
     def to(self, device: torch.device) -> StepBatch:
         """The token tensors on the device of the microbatches; the plan of rows stays on the CPU."""

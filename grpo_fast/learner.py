@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +17,14 @@ from grpo_fast.checkpoint import load_tensors, load_weights
 from grpo_fast.collect import StepBatch
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.metrics import loss_metrics
+from grpo_fast.metrics import loss_metrics, sampling_metrics
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.models import add_adapter
 from grpo_fast.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.packing import Microbatch, build_microbatch, fill_microbatches, plan_rows
-from grpo_fast.policy import FusedPolicy, LossInputs
+from grpo_fast.policy import LossInputs
 from grpo_fast.reference import load_reference, move_towards, reference_tensors
-from grpo_kernels import high_entropy_mask
+from grpo_kernels import high_entropy_mask, sampling_ratio
 
 
 class Learner:
@@ -46,7 +48,7 @@ class Learner:
         self.objective = config.objective()
         self.adapter = add_adapter(model, config) if config.use_peft else None
         prepare_activations(model, config)
-        policy = FusedPolicy(model, config.temperature, config.max_buffer_bytes)
+        policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
         self.optimizer = build_optimizer(policy, config)
         policy.to(accelerator.device).eval().check_head(prompt_ids)
         self.packed = policy.check_packing(prompt_ids, config.padding_free)
@@ -116,14 +118,15 @@ class Learner:
         """
         self.policy.train()
         loss, stats = torch.zeros((), device=self.accelerator.device), None
-        seen = torch.zeros_like(batch.weights) if keep_logprobs else None
+        corrects = batch.sampling_logprobs is not None and batch.correction is None
+        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
         for microbatch in self.microbatches(batch):
             inputs = self.loss_inputs(batch, microbatch.tokens)
             result = self.policy(microbatch, inputs)
             self.accelerator.backward(result.loss)
             loss += result.loss.detach()
             stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
-            if keep_logprobs:
+            if seen is not None:
                 seen[microbatch.tokens] = result.logprobs.float()
             # Its graph would stay in memory beside the next microbatch's forward.
             del result
@@ -133,12 +136,28 @@ class Learner:
                 parameter.grad = torch.zeros_like(parameter)
         if keep_logprobs:
             batch.old_logprobs = seen
-        return loss_metrics(loss, stats, self.objective)
+        metrics = loss_metrics(loss, stats, self.objective)
+        if corrects:
+            batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, batch.offsets.to(seen.device))
+            metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
+        return metrics
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
         advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
-        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
-        return LossInputs(self.objective, *(None if field is None else field[tokens] for field in fields))
+        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs, batch.correction)
+        corrects = batch.sampling_logprobs is not None and batch.correction is None
+        correct = None
+        if corrects:
+            correct = partial(self.sampling_ratio, sampling_logprobs=batch.sampling_logprobs[tokens])
+        return LossInputs(self.objective, *(None if field is None else field[tokens] for field in fields), correct)
+
+    def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """``rho_t`` of the run's mode, for the tokens of whole sequences."""
+        config = self.config
+        return sampling_ratio(
+            logprobs, sampling_logprobs, config.vllm_importance_sampling_mode, cu_seqlens=cu_seqlens,
+            clip_max=config.vllm_importance_sampling_clip_max, clip_min=config.vllm_importance_sampling_clip_min,
+        )  # fmt: skip
 
     def microbatches(self, batch: StepBatch) -> Iterator[Microbatch]:
         config, device = self.config, self.accelerator.device

@@ -8,7 +8,7 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from grpo_fast.files import replace_text
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_kernels import PolicyObjective
+
+if TYPE_CHECKING:
+    from grpo_fast.collect import StepBatch
 
 # Figures that depend on the machine: the same run gives others elsewhere, or a second time.
 MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})
@@ -74,6 +77,28 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
     elif objective.kind == "cispo":
         metrics["cispo_clip_ratio"] = high
     return metrics
+
+
+def sampling_metrics(batch: StepBatch, logprobs: Tensor, by_token: bool) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's ``[N]``, and the ratios that correct for it.
+
+    Over the tokens (of ratios that are the sequence's: the sequences) that were computed, as in TRL over all.
+    """
+    if not batch.active:
+        return {}
+    active = torch.zeros(len(batch.samples), dtype=torch.bool)
+    active[batch.active] = True
+    computed = active.repeat_interleave(batch.offsets.diff()).to(logprobs.device)
+    difference = (logprobs - batch.sampling_logprobs).abs()[computed].nan_to_num(nan=0.0)
+    firsts = batch.offsets[:-1][active].to(logprobs.device)
+    ratio = batch.correction[computed] if by_token else batch.correction[firsts]
+    return {
+        "sampling/sampling_logp_difference/mean": difference.mean().item(),
+        "sampling/sampling_logp_difference/max": difference.max().item(),
+        "sampling/importance_sampling_ratio/min": ratio.min().item(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+        "sampling/importance_sampling_ratio/max": ratio.max().item(),
+    }
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

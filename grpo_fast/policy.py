@@ -1,164 +1,329 @@
-"""A transformers causal LM whose forward ends in the loss instead of in logits."""
+"""A transformers causal LM whose forward ends in log-probabilities, or in the policy loss, instead of in logits.
+
+    policy = FusedPolicy(model, temperature=0.9)
+    logprobs = policy(input_ids, attention_mask, logits_to_keep=K)                        # [B, K]
+    loss = policy(input_ids, attention_mask, completion_mask=mask, advantages=advantages).loss
+
+It holds no weights of its own: the optimizer gets the model's, `model.generate` and `model.save_pretrained` work as
+before.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_fast.attention import install
-from grpo_fast.errors import UserError
-from grpo_fast.packing import Microbatch, Sample, build_microbatch, plan_rows, token_offsets
-from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.head_weight import head_weight
+from grpo_fast.heads import logit_transform, output_head, router_loss, within, wrappers
+from grpo_fast.layout import IGNORE_INDEX, Layout, lay_out
+from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
 
-# What a model's config calls its logit transform, and how it becomes an argument of the head.
-_LOGIT_SCALES = {
-    "logit_scale": lambda value: value,
-    "logits_scaling": lambda value: 1 / value,
-    "lm_head_multiplier": lambda value: value,
-}
 # Largest difference between the head's and the model's own log-probabilities in the check before training.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HEAD_TOLERANCE_16_BIT = 0.3
+# Tokens of the sequences that are compared.
+CHECKED_LENGTH = 64
 
 
 @dataclass
 class LossInputs:
-    """Per-token arguments of `linear_policy_loss` for one microbatch, ``[n]`` each."""
+    """Per-token arguments of `linear_policy_loss`, ``[n]`` or ``[B, K]`` each.
+
+    Attributes:
+        correct: makes `correction` from the present log-probabilities ``[n]``, called with ``cu_seqlens=``; it costs a
+            pass over the head.
+        share: the part that this forward has in the optimizer step; its router loss is multiplied by it.
+    """
 
     objective: PolicyObjective
     advantages: Tensor
     weights: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    correction: Tensor | None = None
+    correct: Callable[..., Tensor] | None = None
+    share: float = 1.0
 
 
 class FusedPolicy(nn.Module):
-    """Computes log-probabilities, or the policy loss, inside the wrapped module's forward, without logits.
+    """Computes per-token log-probabilities, entropies or the policy loss inside its forward, without logits.
+
+    Tied heads, biases, and the logit scale or softcap of the model's config are heeded. On the first forward a short
+    sequence's log-probabilities are compared with those of the model's own logits, and on the first packed one with
+    those of separate rows, so that a model that does something else cannot go unnoticed.
 
     Args:
-        model: a transformers causal LM.
+        model: a transformers causal LM, or its PeftModel, compiled, DDP or FSDP2 (`fully_shard`) form. DDP and FSDP2
+            may as well be put around the FusedPolicy; they find everything inside its forward. Of a model compiled as
+            a whole the original is run; compile its layers, or `model.base_model`, in place.
         temperature: sampling temperature, which divides the logits.
         max_buffer_bytes: temporary memory of the head; see `linear_logprob`.
+        check: compare on the first forwards, as above.
 
     Raises:
-        UserError: the model has no linear output head.
+        UserError: the model has no linear output head, or the head carries an adapter or is quantised; it is wrapped
+            in something that is not supported.
     """
 
-    def __init__(self, model: nn.Module, temperature: float = 1.0, max_buffer_bytes: int | None = None):
+    def __init__(
+        self, model: nn.Module, temperature: float = 1.0, max_buffer_bytes: int | None = None, check: bool = True
+    ):
         super().__init__()
         self.model = model
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise UserError(f"{type(model).__name__} has no linear output head, but {type(head).__name__}")
-        config = model.config.get_text_config()
-        scale = 1.0
-        for name, convert in _LOGIT_SCALES.items():
-            value = getattr(config, name, None)
-            scale *= 1.0 if value is None else convert(value)
+        output_head(self.causal_lm)
         self.head_options = {
             "temperature": temperature,
-            "logit_scale": scale,
-            "softcap": getattr(config, "final_logit_softcapping", None),
             "max_buffer_bytes": max_buffer_bytes,
+            **logit_transform(self.causal_lm.config),
         }
+        self.unchecked = {"head", "packed"} if check else set()
 
-    def hidden_states(self, microbatch: Microbatch) -> Tensor:
-        """``[n, H]`` hidden states that predict the targets."""
-        if microbatch.segments is None:
-            options = {"attention_mask": microbatch.attention_mask}
-        else:
-            # A mask of four dimensions is passed through: none is made, and packed attention needs none.
-            mask = microbatch.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-            options = {"attention_mask": mask, "segments": microbatch.segments}
-        output = self.model.base_model(
-            input_ids=microbatch.input_ids, position_ids=microbatch.position_ids, use_cache=False, **options
-        )
-        return output.last_hidden_state.flatten(0, 1).index_select(0, microbatch.sources)
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model inside its wrappers."""
+        *_, model = wrappers(self.model)
+        return model
 
     def forward(
-        self, microbatch: Microbatch, inputs: LossInputs | None = None, with_entropy: bool = False
-    ) -> PolicyLoss | Tensor | tuple[Tensor, Tensor]:
-        """The loss of a microbatch, or without `inputs` its log-probabilities ``[n]`` (and entropies, if asked for)."""
-        hidden = self.hidden_states(microbatch)
-        head = self.model.get_output_embeddings()
-        options = {"bias": head.bias, **self.head_options}
-        if inputs is None:
-            return linear_logprob(hidden, head.weight, microbatch.targets, return_entropy=with_entropy, **options)
-        return linear_policy_loss(
-            hidden, head.weight, microbatch.targets, inputs.advantages, inputs.weights, inputs.objective,
-            old_logprobs=inputs.old_logprobs, ref_logprobs=inputs.ref_logprobs, cu_seqlens=microbatch.cu_seqlens,
-            return_entropy=True, **options,
-        )  # fmt: skip
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        completion_mask: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        advantages: Tensor | None = None,
+        weights: Tensor | None = None,
+        objective: PolicyObjective = PolicyObjective(),
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        correction: Tensor | None = None,
+        share: float = 1.0,
+        return_entropy: bool = False,
+        return_aux_loss: bool = False,
+        **model_inputs: Any,
+    ) -> PolicyLoss | Tensor | tuple[Tensor, ...]:
+        """Log-probabilities of the last K tokens of each row; with `advantages` the policy loss on them.
 
-    @torch.no_grad()
+        A token is scored where it and the one before it are no padding and belong to one sequence, and where
+        `completion_mask` is not 0. Elsewhere its log-probability and entropy are 0, and the head does no work.
+
+        Args:
+            input_ids: ``[B, T]`` int64, padded on either side or on both; or packed, ``[1, T]``: sequences one behind
+                another, as `cu_seqlens` or a `position_ids` that starts anew says.
+            attention_mask: ``[B, T]``, 0 where there is padding.
+            position_ids: ``[B, T]``; by default padding is not counted, as in `model.generate`.
+            completion_mask: ``[B, K]`` for the last K tokens, 0 where one is not scored.
+            logits_to_keep: K, where there is no `completion_mask`; by default T - 1.
+            cu_seqlens: ``[S + 1]`` int offsets of packed sequences, from 0 to T.
+            advantages: ``[B]`` or ``[B, K]``; of packed sequences ``[S]`` or ``[1, K]``.
+            weights: ``[B, K]``, mask and normaliser by `grpo_kernels.token_weights`. By default those of this call
+                alone; give them where several calls make up one optimizer step.
+            objective: what is minimised, `grpo_kernels.PRESETS` by name.
+            old_logprobs, ref_logprobs, correction: ``[B, K]``, as in `grpo_kernels.policy_loss`.
+            share: factor of a mixture of experts' router loss, which is a mean over the tokens of this call: 1 / calls,
+                or the call's share of the tokens, where several make up one optimizer step.
+            return_entropy: entropies (nats) as well.
+            return_aux_loss: without `advantages`, the router loss as well (times its coefficient, not `share`).
+            **model_inputs: passed on to the model, images for instance.
+
+        Returns:
+            ``logprobs [B, K]``, or a tuple of it with ``entropy [B, K]`` and the 0-dim router loss, as asked for;
+            float32 (float64 for a float64 model), differentiable in the model's parameters. With `advantages`
+            :class:`grpo_kernels.PolicyLoss`: a differentiable ``loss``, to be backpropagated once, and detached
+            ``stats``, ``logprobs`` and (as asked for) ``entropy``. If the model's config sets `output_router_logits`,
+            its router loss is part of ``loss``, as in transformers.
+
+        Raises:
+            UserError: arguments do not fit together, the model transforms its logits in an unknown way, or it cannot
+                take packed input.
+            ValueError: a loss argument has a wrong shape, or one that `objective` needs is missing.
+        """
+        layout = lay_out(input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens)
+        loss = None
+        if advantages is not None:
+            loss = LossInputs(objective, advantages, weights, old_logprobs, ref_logprobs, correction, share=share)
+            loss = _flat(loss, layout)
+        for name, value in {"weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}.items():
+            if loss is None and value is not None:
+                raise UserError(f"{name} belongs to the loss, which needs advantages as well")
+        return within(self.model, partial(self._run, layout, loss, return_entropy, return_aux_loss, model_inputs))
+
+    def _run(
+        self, layout: Layout, loss: LossInputs | None, with_entropy: bool, with_router: bool, model_inputs: dict
+    ) -> PolicyLoss | Tensor | tuple[Tensor, ...]:
+        if "head" in self.unchecked:
+            self.unchecked.discard("head")
+            row = (
+                layout.input_ids[0]
+                if layout.attention_mask is None
+                else layout.input_ids[0][layout.attention_mask[0] != 0]
+            )
+            self._check_head(row[:CHECKED_LENGTH].tolist())
+        if layout.segments is not None and "packed" in self.unchecked:
+            self.unchecked.discard("packed")
+            self._check_packed(layout.input_ids[0, :CHECKED_LENGTH])
+        if with_router and not self.routes:
+            raise UserError("return_aux_loss needs a mixture of experts with output_router_logits in its config")
+        routed = self.routes and (loss is not None or with_router)
+        hidden, router = self._hidden_states(layout, routed, model_inputs)
+        hidden = hidden.index_select(1, layout.sources)
+        if loss is None:
+            found = self._head(hidden, layout.targets, None, with_entropy)
+            if not with_router:
+                return found
+            return (*found, router) if with_entropy else (found, router)
+        shape, targets = layout.targets.shape, layout.targets
+        if layout.cu_seqlens is not None:
+            hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        result = self._head(hidden, targets, loss, with_entropy, layout.cu_seqlens, router)
+        entropy = None if result.entropy is None else result.entropy.view(shape)
+        return result._replace(logprobs=result.logprobs.view(shape), entropy=entropy)
+
+    @property
+    def routes(self) -> bool:
+        """Whether the model is a mixture of experts whose config asks for the router loss."""
+        return bool(getattr(self.causal_lm.config.get_text_config(), "output_router_logits", False))
+
+    def _hidden_states(self, layout: Layout, routed: bool, model_inputs: dict) -> tuple[Tensor, Tensor | None]:
+        """``[B, T, H]`` and the router loss, if `routed`."""
+        model = self.causal_lm
+        options: dict[str, Any] = {"attention_mask": layout.attention_mask, "use_cache": False, **model_inputs}
+        if layout.segments is not None:
+            # A mask of four dimensions is passed through: none is made, and packed attention needs none.
+            mask = layout.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+            options |= {"attention_mask": mask, "segments": layout.segments}
+        # Some models know no positions, and those of images are numbered by the model.
+        numbered = "position_ids" in inspect.signature(model.base_model.forward).parameters and not model_inputs
+        if layout.position_ids is not None and (numbered or layout.given_positions):
+            options["position_ids"] = layout.position_ids
+        return self._body(layout.input_ids, options, routed, layout.attention_mask)
+
+    def _body(
+        self, input_ids: Tensor, options: dict[str, Any], routed: bool, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model without its head: ``[B, T, H]`` and the router loss, if `routed`."""
+        model = self.causal_lm
+        output = model.base_model(input_ids=input_ids, **options, **({"output_router_logits": True} if routed else {}))
+        return output.last_hidden_state, router_loss(model, output.router_logits, padding_mask) if routed else None
+
+    def _head(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        loss: LossInputs | None = None,
+        with_entropy: bool = False,
+        cu_seqlens: Tensor | None = None,
+        router: Tensor | None = None,
+    ) -> PolicyLoss | Tensor | tuple[Tensor, Tensor]:
+        """From the hidden states that predict `targets` to log-probabilities, or to the loss."""
+        weight, bias = head_weight(self.causal_lm.get_output_embeddings())
+        options = {"bias": bias, "return_entropy": with_entropy, **self.head_options}
+        if loss is None:
+            return linear_logprob(hidden, weight, targets, **options)
+        correction = loss.correction
+        if loss.correct is not None:
+            with torch.no_grad():
+                present = linear_logprob(hidden, weight, targets, **options | {"return_entropy": False})
+            correction = loss.correct(present, cu_seqlens=cu_seqlens)
+        result = linear_policy_loss(
+            hidden, weight, targets, loss.advantages, loss.weights, loss.objective, old_logprobs=loss.old_logprobs,
+            ref_logprobs=loss.ref_logprobs, correction=correction, cu_seqlens=cu_seqlens, **options,
+        )  # fmt: skip
+        return result if router is None else result._replace(loss=result.loss + loss.share * router)
+
     def check_head(self, prompt_ids: list[int]) -> None:
         """Compare with the model's own logits on one prompt, so that an unknown logit transform cannot slip through.
 
         Raises:
             UserError: the log-probabilities differ.
         """
-        device = self.model.device
-        ids = torch.tensor([[*prompt_ids, prompt_ids[-1]][:64]], device=device)
-        output = self.model(input_ids=ids, use_cache=False)
-        logits = output.logits[0, :-1].float() / self.head_options["temperature"]
-        expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-        length = ids.shape[1]
-        got = self(
-            Microbatch(
-                input_ids=ids,
-                position_ids=torch.arange(length, device=device)[None],
-                attention_mask=torch.ones_like(ids),
-                sources=torch.arange(length - 1, device=device),
-                targets=ids[0, 1:],
-                tokens=torch.arange(length - 1, device=device),
-                cu_seqlens=torch.tensor([0, length - 1], device=device),
-            )
-        )
+        within(self.model, partial(self._check_head, prompt_ids))
+
+    @torch.no_grad()
+    def _check_head(self, prompt_ids: list[int]) -> None:
+        model = self.causal_lm
+        weight = head_weight(model.get_output_embeddings())[0]
+        ids = torch.tensor([[*prompt_ids, prompt_ids[-1]][:CHECKED_LENGTH]], device=weight.device)
+        with exactly(model, weight.device):
+            # Not by calling the model, which may have hooks that expect one call.
+            output = model.forward(input_ids=ids, use_cache=False)
+            logits = output.logits[0, :-1].to(torch.promote_types(weight.dtype, torch.float32))
+            expected = (logits / self.head_options["temperature"]).log_softmax(-1)
+            expected = expected.gather(1, ids[0, 1:, None]).squeeze(1)
+            layout = lay_out(ids)
+            hidden, _ = self._hidden_states(layout, False, {})
+            got = self._head(hidden[0, :-1], ids[0, 1:])
         difference = (got - expected).abs().max().item()
-        if not difference <= HEAD_TOLERANCE.get(self.model.dtype, HEAD_TOLERANCE_16_BIT):
+        if not difference <= HEAD_TOLERANCE.get(weight.dtype, HEAD_TOLERANCE_16_BIT):
             raise UserError(
-                f"{type(self.model).__name__} transforms its logits in a way that is not supported: "
+                f"{type(model).__name__} transforms its logits in a way that is not supported: "
                 f"log-probabilities differ by {difference:.3g}"
             )
 
-    def check_packing(self, prompt_ids: list[int], padding_free: str) -> bool:
-        """Whether sequences are packed: the model's attention allows it, and packed rows give what padded ones do.
-
-        Args:
-            prompt_ids: any prompt, for the comparison.
-            padding_free: "auto", "always" or "never".
+    @torch.no_grad()
+    def _check_packed(self, ids: Tensor) -> None:
+        """Compare two sequences, packed, with the same two in rows of their own.
 
         Raises:
-            UserError: packing was demanded, but the model cannot.
+            UserError: the model's attention cannot be packed, or gives something else.
         """
-        if padding_free == "never":
-            return False
+        model = self.causal_lm
+        name, attention = type(model).__name__, model.config._attn_implementation
         reason = "its attention cannot be replaced"
-        if install(self.model):
+        if install(model):
+            rows = torch.stack([ids, ids.flip(0)])
+            starts = torch.arange(3, device=ids.device) * len(ids)
+            layouts = lay_out(rows), lay_out(rows.view(1, -1), cu_seqlens=starts)
             try:
-                difference = self._packing_difference(prompt_ids[:64])
-            except UserError as error:
-                reason = str(error)
+                with exactly(model, ids.device):
+                    hidden = [self._hidden_states(layout, False, {})[0].view(2, len(ids), -1) for layout in layouts]
+                    rows_apart, packed = (self._head(h[:, :-1], rows[:, 1:]) for h in hidden)
+            except Exception as error:
+                # Models that keep a state along the row fail in many ways.
+                reason = one_line(error)
             else:
-                if difference <= HEAD_TOLERANCE.get(self.model.dtype, HEAD_TOLERANCE_16_BIT):
-                    return True
-                reason = f"log-probabilities differ by {difference:.3g} from those of padded rows"
-        if padding_free == "always":
-            name, attention = type(self.model).__name__, self.model.config._attn_implementation
-            raise UserError(f"padding_free='always' is not possible with {name} and attention {attention!r}: {reason}")
-        return False
+                difference = (rows_apart - packed).abs().max().item()
+                if difference <= HEAD_TOLERANCE.get(hidden[0].dtype, HEAD_TOLERANCE_16_BIT):
+                    return
+                reason = f"log-probabilities differ by {difference:.3g} from those of separate rows"
+        raise UserError(f"packed input is not possible with {name} and attention {attention!r}, pad instead: {reason}")
 
-    @torch.no_grad()
-    def _packing_difference(self, prompt_ids: list[int]) -> float:
-        """Largest difference between the log-probabilities of three completions in packed and in padded rows."""
-        completions = (prompt_ids[::-1], [*prompt_ids[::2], prompt_ids[0]], prompt_ids[-1:] * 3)
-        samples = [Sample(prompt_ids, ids, 0) for ids in completions]
-        offsets = token_offsets(samples)
-        found = []
-        for longest_shared_row in (1 << 30, 0):
-            packed = bool(longest_shared_row)
-            rows = plan_rows(samples, [0, 1, 2], longest_shared_row)
-            found.append(self(build_microbatch(samples, rows, offsets, 0, packed).to(self.model.device)))
-        return (found[0] - found[1]).abs().max().item()
+
+def _flat(loss: LossInputs, layout: Layout) -> LossInputs:
+    """The loss's arguments with weights, and as packed tensors where the row is packed."""
+    packed, mask = layout.cu_seqlens is not None, layout.targets != IGNORE_INDEX
+    if loss.weights is None:
+        if loss.objective.aggregation == "constant_length":
+            raise UserError("an objective with a constant length needs weights: see grpo_kernels.token_weights")
+        offsets = {"cu_seqlens": layout.cu_seqlens} if packed else {}
+        loss.weights = token_weights(mask.flatten() if packed else mask, loss.objective.aggregation, **offsets)
+    if packed:
+        for name, value in vars(loss).items():
+            if isinstance(value, Tensor) and value.shape == mask.shape:
+                setattr(loss, name, value.flatten())
+    return loss
+
+
+@contextmanager
+def exactly(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Without dropout and without autocast, for a comparison."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -302,7 +302,7 @@ class GRPOTrainer:
                     file.write(line)
         return batch, metrics | completion_metrics(groups.responses)
 
-    def update(self, batch: StepBatch, keep_logprobs: bool) -> dict[str, float]:
+    def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step; what stops it says where."""
         try:
             return self.learner.update(batch, keep_logprobs)

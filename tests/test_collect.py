@@ -130,15 +130,15 @@ def test_the_kl_in_the_reward(tmp_path):
     made = trainer(tmp_path, **fields, scale_rewards="none", mask_truncated_completions=True)
     batch, metrics = made.collect()
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
-    made.update(batch)
+    made.learner.update(batch)
     seen = {}
-    score = made.score_reference
+    score = made.learner.score_reference
 
     def scored(batch):
         seen["own"], seen["ref"] = made.learner.score(made.learner.policy.eval(), batch), score(batch)
         return seen["ref"]
 
-    made.score_reference = scored
+    made.learner.score_reference = scored
     sample = made.sample
     made.sample = lambda count: seen.setdefault("groups", sample(count))
     batch, metrics = made.collect()
@@ -154,7 +154,7 @@ def test_the_kl_in_the_reward(tmp_path):
     assert not made.objective.uses_reference
     # The logged reward is the task's.
     assert metrics["reward"] == pytest.approx(seen["groups"].rewards.total.mean().item())
-    assert "kl" not in made.update(batch)
+    assert "kl" not in made.learner.update(batch)
 
 
 def test_the_kl_in_the_reward_with_adapters(tmp_path):

@@ -216,7 +216,7 @@ def test_an_infinite_gradient_stops_before_the_weights_are_lost(tmp_path):
     before = weights(made.model)
     batch.advantages[batch.offsets[batch.active[0]]] = float("inf")
     with pytest.raises(UserError, match="step 1: the gradient is not finite"):
-        made.update(batch, keep_logprobs=False)
+        made.update(batch)
     assert torch.equal(before, weights(made.model))
 
 

@@ -10,9 +10,11 @@ from grpo_kernels.linear_policy_loss import linear_policy_loss
 from grpo_kernels.masked_mean import masked_mean
 from grpo_kernels.objective import PRESETS, PolicyObjective, high_entropy_mask, token_weights
 from grpo_kernels.policy_loss import PolicyLoss, policy_loss
+from grpo_kernels.sampling_ratio import SAMPLING_RATIO_MODES, sampling_ratio
 
 __all__ = [
     "PRESETS",
+    "SAMPLING_RATIO_MODES",
     "PolicyLoss",
     "PolicyObjective",
     "high_entropy_mask",
@@ -21,5 +23,6 @@ __all__ = [
     "linear_policy_loss",
     "masked_mean",
     "policy_loss",
+    "sampling_ratio",
     "token_weights",
 ]

@@ -1,0 +1,96 @@
+"""The constant correction ``rho_t`` for the difference between a sampler's and the trainer's log-probabilities.
+
+Another engine computes the same policy with other kernels, in another precision, or with weights that are a step old;
+importance sampling accounts for it ("Your efficient RL framework secretly brings you off-policy RL training", and TRL's
+`vllm_importance_sampling_mode`). With ``d_t = logprobs_t - sampling_logprobs_t``, a mode is a level and a bound:
+
+    token      rho_t = exp(d_t)                 truncate   min(max(rho, clip_min), clip_max)
+    sequence   rho   = exp(sum_t d_t)           mask       rho where clip_min <= rho <= clip_max, else 0
+    geometric  rho   = exp(mean_t d_t)
+
+The product over a sequence of thousands of tokens leaves any bounds; the geometric form does not grow with the length
+(GSPO's ratio, arXiv 2507.18071, eq. 7).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._common import (
+    require,
+    require_floating,
+    require_number,
+    require_shape,
+    require_tensors,
+    sequence_ids,
+    sequence_offsets,
+)
+
+RATIO_LEVELS = ("token", "sequence", "geometric")
+RATIO_BOUNDS = ("truncate", "mask")
+SAMPLING_RATIO_MODES = tuple(f"{level}_{bound}" for level in RATIO_LEVELS for bound in RATIO_BOUNDS)
+
+
+@torch.no_grad()
+def sampling_ratio(
+    logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    mode: str = "sequence_mask",
+    *,
+    clip_max: float | None = 3.0,
+    clip_min: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``rho_t`` of every token, for the `correction` of `policy_loss` and `linear_policy_loss`.
+
+    Args:
+        logprobs: the trainer's log-probabilities when the update began, packed ``[N]`` or padded ``[B, T]``.
+        sampling_logprobs: same shape, those that the sampler drew the tokens with, after its temperature and filters;
+            where one is NaN (unknown), its difference counts as 0.
+        mode: a level and what is done at the bounds, ``"token_truncate"`` to ``"geometric_mask"``.
+        clip_max, clip_min: bounds of the ratio; None for none.
+        mask: same shape, non-zero where a token counts; None for all.
+        cu_seqlens: ``[S + 1]`` int offsets of the sequences in a packed tensor; the token level needs none.
+
+    Returns:
+        Float32 tensor of the same shape, without a gradient; 1 where `mask` is 0.
+
+    Raises:
+        ValueError: an unknown mode, bounds in the wrong order, different shapes, or a packed sequence level without
+            `cu_seqlens`.
+    """
+    op = "sampling_ratio"
+    require(
+        mode in SAMPLING_RATIO_MODES, f"{op}: mode={mode!r} is unknown; choose one of {', '.join(SAMPLING_RATIO_MODES)}"
+    )
+    require_tensors(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
+    require_floating(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
+    require_shape(op, logprobs.shape, sampling_logprobs=sampling_logprobs, mask=mask)
+    for name, value in (("clip_max", clip_max), ("clip_min", clip_min)):
+        require_number(op, name, value)
+        require(value is None or value >= 0, f"{op}: {name} must be at least 0, got {value}")
+    require(
+        clip_min is None or clip_max is None or clip_min <= clip_max,
+        f"{op}: clip_min={clip_min} is above clip_max={clip_max}",
+    )
+    level, bound = mode.split("_")
+    difference = (logprobs.float() - sampling_logprobs.float()).nan_to_num(nan=0.0)
+    if mask is not None:
+        difference = difference.masked_fill(mask == 0, 0.0)
+    log_ratio = difference
+    if level != "token":
+        offsets = sequence_offsets(op, logprobs.shape, cu_seqlens, logprobs.device)
+        require(offsets is not None, f"{op}: mode={mode!r} of packed [N] tensors needs cu_seqlens")
+        flat = difference.flatten()
+        ids = sequence_ids(offsets, flat.numel())
+        totals = flat.new_zeros(offsets.numel() - 1).index_add_(0, ids, flat)
+        if level == "geometric":
+            counts = flat.new_ones(flat.numel()) if mask is None else (mask != 0).flatten().to(flat)
+            totals = totals / totals.new_zeros(totals.shape).index_add_(0, ids, counts).clamp_(min=1.0)
+        log_ratio = totals[ids].view_as(difference)
+    ratio = torch.exp(log_ratio)
+    low, high = 0.0 if clip_min is None else clip_min, float("inf") if clip_max is None else clip_max
+    ratio = ratio.clamp(low, high) if bound == "truncate" else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+    return ratio if mask is None else ratio.masked_fill(mask == 0, 1.0)
