@@ -1,0 +1,259 @@
+"""TRL's GRPOTrainer with our output head: hidden states go to the loss in one pass, without logits.
+
+    from grpo_fast.integrations.trl import FusedGRPOTrainer
+    FusedGRPOTrainer(model=..., reward_funcs=..., args=trl.GRPOConfig(...), train_dataset=...).train()
+
+TRL's own code still samples, rewards, batches and logs. The log-probabilities of the old and of the reference policy
+cost 1U, and the loss of a microbatch with its gradients 3U, or 2U with a frozen head (U = 2 N H V flops). Where an
+option needs the log-probabilities before the loss (see `one_pass_objective`), TRL computes its loss from ours: 1U + 3U.
+TRL's metrics come from TRL's code, which gets our log-probabilities and entropies.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.errors import UserError, import_extra
+from grpo_fast.head_weight import head_weight
+from grpo_fast.policy import HEAD_TOLERANCE, HEAD_TOLERANCE_16_BIT, FusedPolicy
+from grpo_kernels import PRESETS, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
+
+_trl = import_extra("trl.trainer.grpo_trainer", "trl")
+_utils = import_extra("trl.trainer.utils", "trl")
+if not hasattr(_utils, "FusedCausalLMOutput"):
+    raise UserError(f"trl {import_extra('trl', 'trl').__version__} is too old: FusedGRPOTrainer needs 1.16 or newer")
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+LEVELS = ("token", "sequence")
+
+
+class FusedGRPOTrainer(_trl.GRPOTrainer):
+    """TRL's `GRPOTrainer` with the same arguments; log-probabilities and losses are made without logits.
+
+    Raises:
+        UserError: `loss_type` or `importance_sampling_level` is unknown, the model's head or its logits are of a kind
+            that is not supported, or the run uses DeepSpeed ZeRO-3, FSDP, context parallelism or torch.compile.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **named: Any):
+        if args is not None:
+            check_arguments(args)
+        super().__init__(model, reward_funcs, args, *others, **named)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        add_head(model, self.temperature, self.args.cast_lm_head_to_fp32)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            add_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
+        check_logits(model, self.temperature)
+        self._objective = one_pass_objective(self)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self._objective is None:
+            return super()._compute_loss(functools.partial(model, with_entropy=True), inputs)
+        arguments, outputs = self._loss_arguments(inputs), []
+
+        def forward(**model_inputs: Any) -> Any:
+            output = model(**model_inputs, policy_loss=arguments)
+            outputs.append((output.loss, output.aux_loss))
+            aux_loss = None if output.aux_loss is None else output.aux_loss.detach()
+            return _utils.FusedCausalLMOutput(log_probs=output.log_probs, entropy=output.entropy, aux_loss=aux_loss)
+
+        # For its metrics. Where the mask is 0 our log-probabilities are 0, so the others must not be far away.
+        mask = _loss_mask(inputs)
+        near = {
+            name: inputs[name].masked_fill(mask == 0, 0.0)
+            for name in ("old_per_token_logps", "ref_per_token_logps")
+            if inputs.get(name) is not None
+        }
+        super()._compute_loss(forward, {**inputs, **near})
+        loss, aux_loss = outputs[0]
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation()
+        return loss
+
+    def _loss_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `linear_policy_loss` for one of TRL's microbatches, ``[B, T]`` each."""
+        mask = _loss_mask(inputs)
+        correction = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            correction = inputs["importance_sampling_ratio"].expand(mask.shape)
+        advantages = inputs["advantages"]
+        return {
+            "advantages": advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages,
+            "weights": self._weights(mask, inputs),
+            "objective": self._objective,
+            "old_logprobs": inputs.get("old_per_token_logps"),
+            "ref_logprobs": inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
+            "correction": correction,
+        }
+
+    def _weights(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Mask and normaliser ``[B, T]``: TRL's loss of this microbatch is the sum of weights times token losses."""
+        aggregation, accumulation = self._objective.aggregation, self._accumulation()
+        if self.loss_type in ("dapo", "cispo"):
+            # The tokens of the generation batch, of which a step of the optimizer takes a part.
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if self.model.training:
+                tokens = tokens * accumulation / self.args.steps_per_generation
+            return token_weights(mask, aggregation, num_tokens=1) / tokens
+        weights = token_weights(mask, aggregation, constant_length=self.max_completion_length)
+        return weights / accumulation
+
+    def _accumulation(self) -> float:
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse what cannot work, before the model is loaded.
+
+    Raises:
+        UserError: see `FusedGRPOTrainer`.
+    """
+    for name, allowed in (("loss_type", LOSS_TYPES), ("importance_sampling_level", LEVELS)):
+        value = getattr(args, name)
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is not supported; choose one of {', '.join(allowed)}")
+    plugin, parallel = args.deepspeed_plugin, getattr(args, "parallelism_config", None)
+    refused = {
+        "DeepSpeed ZeRO-3": plugin is not None and plugin.zero_stage == 3,
+        "FSDP": bool(args.fsdp) or args.distributed_state.distributed_type == "FSDP",
+        "context parallelism": parallel is not None and (parallel.cp_enabled or parallel.sp_enabled),
+        "torch_compile=True": args.torch_compile,
+    }
+    for name, wanted in refused.items():
+        if wanted:
+            raise UserError(f"FusedGRPOTrainer does not support {name}; use one process, DDP or ZeRO up to stage 2")
+
+
+def one_pass_objective(trainer: Any) -> PolicyObjective | None:
+    """What the trainer minimises, where one pass over the head can make its gradient; None where it cannot.
+
+    None stands for options whose loss is not a sum over tokens of a function of their own (or their sequence's)
+    ratio: "vespo", `off_policy_mask_threshold`, `top_entropy_quantile`, an entropy bonus, and clip bounds outside
+    `PolicyObjective`'s, such as a `delta` below 1 + epsilon_high.
+    """
+    args, preset = trainer.args, PRESETS[trainer.loss_type]
+    needs_logprobs_first = (
+        preset.kind == "vespo"
+        or trainer.off_policy_mask_threshold is not None
+        or trainer.top_entropy_quantile < 1.0
+        or trainer._entropy_bonus_enabled
+    )
+    if needs_logprobs_first:
+        return None
+    bounds = {
+        "clip": {"epsilon": trainer.epsilon_low, "epsilon_high": trainer.epsilon_high, "delta": args.delta},
+        "cispo": {"epsilon_high": trainer.epsilon_high},
+        "sapo": {name: getattr(args, name) for name in ("sapo_temperature_pos", "sapo_temperature_neg")},
+    }
+    try:
+        return PolicyObjective(
+            kind=preset.kind,
+            aggregation=preset.aggregation,
+            level=trainer.importance_sampling_level,
+            beta=trainer.beta,
+            kl_bias_correction=args.use_bias_correction_kl,
+            **bounds[preset.kind],
+        )
+    except ValueError:
+        return None
+
+
+def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> None:
+    """Let ``model(..., labels=labels, fused_lm_head=True)`` compute with our head; other calls stay what they are.
+
+    The call returns TRL's `FusedCausalLMOutput` with log-probabilities (and entropies, ``with_entropy=True``)
+    ``[B, L - 1]``, or with ``policy_loss=`` (arguments of `linear_policy_loss` for the last T tokens, ``[B, T]``) the
+    loss and the detached log-probabilities and entropies ``[B, T]``.
+
+    Args:
+        model: a transformers causal LM, not wrapped by peft.
+        temperature: divides the logits.
+        in_float32: run the head in float32 outside of autocast (TRL's `cast_lm_head_to_fp32`).
+
+    Raises:
+        UserError: the model has no linear output head, its weight is quantised, or no body without its head.
+    """
+    options = FusedPolicy(model, temperature).head_options
+    if not model.get_output_embeddings().weight.is_floating_point():
+        raise UserError(f"{type(model).__name__}: a quantised output head is not supported")
+    if model.base_model is model:
+        raise UserError(f"{type(model).__name__} cannot be run without its output head")
+    others, config = model.forward, model.config.get_text_config()
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, labels=None, policy_loss=None, with_entropy=False, **kwargs):
+        if not fused_lm_head:
+            return others(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        output = self.base_model(*args, use_cache=False, **kwargs)
+        weight, bias = head_weight(self.get_output_embeddings())
+        hidden, labels = output.last_hidden_state.to(weight.device), labels.to(weight.device)
+        enabled = torch.is_autocast_enabled(hidden.device.type) and not in_float32
+        with torch.autocast(hidden.device.type, enabled=enabled):
+            head = {"weight": weight, "bias": bias, **options}
+            found = _run_head(hidden.float() if in_float32 else hidden, labels, policy_loss, with_entropy, head)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _balance(output.router_logits, config, kwargs.get("attention_mask"))
+        return _utils.FusedCausalLMOutput(**found, aux_loss=aux_loss)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _run_head(
+    hidden: Tensor, labels: Tensor, policy_loss: dict[str, Any] | None, with_entropy: bool, head: dict[str, Any]
+) -> dict[str, Tensor | None]:
+    """Fields of `FusedCausalLMOutput`, see `add_head`."""
+    if policy_loss is None:
+        found = linear_logprob(hidden[:, :-1], targets=labels[:, 1:], return_entropy=with_entropy, **head)
+        return dict(zip(("log_probs", "entropy"), found, strict=True)) if with_entropy else {"log_probs": found}
+    given = {name: x.to(hidden.device) if isinstance(x, Tensor) else x for name, x in policy_loss.items()}
+    length = given["weights"].shape[1]
+    found = linear_policy_loss(
+        hidden[:, -length - 1 : -1], targets=labels[:, -length:], return_entropy=True, **given, **head
+    )
+    return {"loss": found.loss, "log_probs": found.logprobs, "entropy": found.entropy}
+
+
+def _balance(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss of a mixture of experts, as in the model's own forward."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, temperature: float) -> None:
+    """Compare our head with the model's own logits on a few tokens.
+
+    Raises:
+        UserError: they differ, as with a logit transform that is not known.
+    """
+    training = model.training
+    model.eval()
+    count = min(16, model.config.get_text_config().vocab_size)
+    inputs = {"input_ids": torch.arange(count, device=model.device)[None]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    labels = inputs["input_ids"]
+    expected = (model(**inputs).logits[:, :-1].float() / temperature).log_softmax(-1)
+    expected = expected.gather(2, labels[:, 1:, None].to(expected.device)).squeeze(2)
+    got = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+    model.train(training)
+    difference = (got - expected.to(got.device)).abs().max().item()
+    if not difference <= HEAD_TOLERANCE.get(model.dtype, HEAD_TOLERANCE_16_BIT):
+        raise UserError(
+            f"{type(model).__name__} transforms its logits in a way that is not supported: log-probabilities differ "
+            f"by {difference:.3g}"
+        )
