@@ -1,6 +1,34 @@
 """Sampling completions: one small protocol, one file a backend."""
 
+from typing import Any
+
+from torch import nn
+
+from grpo_fast.config import GRPOConfig
 from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.transformers import TransformersRollout
 
-__all__ = ["Response", "Rollout", "Sampling", "TransformersRollout"]
+
+def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int) -> Rollout:
+    """The sampling engine that `config` asks for: transformers, vLLM in this process, or a vLLM server.
+
+    Args:
+        model: a transformers causal LM, on its device.
+        tokenizer: its tokenizer, with a padding token.
+        longest_prompt: tokens of the longest prompt that will be sampled from.
+
+    Raises:
+        UserError: the engine cannot be started, reached or used for this model.
+    """
+    if not config.use_vllm:
+        return TransformersRollout(model, tokenizer, config.max_tokens_per_generation_batch)
+    if config.vllm_mode == "server":
+        from grpo_fast.rollout.vllm_server import VLLMServer
+
+        return VLLMServer(config, model, tokenizer, longest_prompt)
+    from grpo_fast.rollout.vllm_colocate import VLLMColocate
+
+    return VLLMColocate(config, model, tokenizer, longest_prompt)
+
+
+__all__ = ["Response", "Rollout", "Sampling", "TransformersRollout", "build_rollout"]

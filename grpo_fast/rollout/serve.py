@@ -1,0 +1,85 @@
+"""``grpo-fast serve CONFIG.yaml``: a vLLM server for the run of that configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data import encode_prompts, load_rows
+from grpo_fast.errors import UserError
+from grpo_fast.models import load_model
+from grpo_fast.rollout.vllm_common import (
+    RESERVE,
+    engine_options,
+    free_memory,
+    model_length,
+    plan,
+    quiet_vllm,
+    save_config,
+)
+
+
+def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -> list[str]:
+    """The command that starts vLLM's OpenAI-compatible server for `config`, whose ``config.json`` goes to `folder`.
+
+    The server starts with random weights and gets the run's at its first sync. On a GPU, which is the server's alone,
+    vLLM takes its usual share of the memory, or `vllm_gpu_memory_utilization`; on a CPU, what the run needs.
+
+    Args:
+        more: further options of vLLM's, such as ``--tensor-parallel-size 2``; they come last and so win.
+
+    Raises:
+        UserError: vLLM is not installed, or something of the model or the data is wrong.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("vLLM is not installed; install it with: pip install 'grpo-fast[vllm]'")
+    device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"
+    train, held_out = load_rows(config)
+    model, tokenizer = load_model(dataclasses.replace(config, load_in_4bit=False, use_peft=False))
+    prompts = encode_prompts(train, tokenizer, config) + encode_prompts(held_out, tokenizer, config)
+    length = model_length(config, max(map(len, prompts)))
+    dtype = model.get_input_embeddings().weight.dtype
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    kv = plan(config, model.config, dtype, device, length, int((1 - RESERVE) * free_memory(device)) - weights)
+    save_config(model, folder)
+    options = engine_options(config, dtype, device, length, kv)
+    if device == "cpu":
+        options["kv_cache_memory_bytes"] = kv.bytes
+    elif config.vllm_gpu_memory_utilization is not None:
+        options["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
+    model_path = config.model_name_or_path if config.trust_remote_code else str(folder)
+    address = ["--host", config.vllm_server_host, "--port", str(config.vllm_server_port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, *address]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            command.append(flag)
+        elif value is not False:
+            command += [flag, str(value)]
+    # Token ids in, token ids out.
+    return [*command, "--enable-scale-out", *more]
+
+
+def server_environment(config: GRPOConfig) -> dict[str, str]:
+    """Environment variables of the server: its weights can be renewed over HTTP, which vLLM calls development mode."""
+    quiet_vllm()
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    if config.use_cpu or not torch.cuda.is_available():
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**environment, **os.environ}
+
+
+def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
+    """Become the server; it ends with Ctrl-C. See `server_command` for what is raised."""
+    folder = Path(tempfile.mkdtemp(prefix="grpo-fast-serve-"))
+    command = server_command(config, folder, more)
+    print(f"starting vLLM at http://{config.vllm_server_host}:{config.vllm_server_port}", flush=True)
+    os.execve(command[0], command, server_environment(config))

@@ -1,0 +1,266 @@
+"""Sampling from a vLLM server, which `grpo-fast serve CONFIG.yaml` starts; weights go through a shared folder."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError, one_line, writing
+from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.json_client import JsonClient, ServerError
+from grpo_fast.rollout.vllm_common import (
+    eos_token_ids,
+    model_length,
+    prompt_seeds,
+    response,
+    sampling_arguments,
+)
+from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION
+from grpo_fast.rollout.weights import engine_weights
+
+START = "start one with: grpo-fast serve CONFIG.yaml"
+# Bytes of weights that are gathered in memory for one file.
+FILE_BYTES = 1 << 30
+# Seconds that the server may take to read new weights.
+LOAD_TIMEOUT = 1800.0
+
+
+class VLLMServer:
+    """A vLLM server of its own process, on this machine or on one that shares its temporary folder (TMPDIR).
+
+    Each prompt is one request with a seed of its own, repeated when the connection is lost. Every answer names the
+    weights that it was sampled from, so a server that was started anew, or serves another run, is noticed.
+
+    Args:
+        config: the run.
+        model: a transformers causal LM.
+        tokenizer: its tokenizer.
+        longest_prompt: tokens of the longest prompt that will be sampled from.
+
+    Raises:
+        UserError: no server answers in time, or it was started in a way that cannot serve this run.
+    """
+
+    copies_weights = True
+    separate = True
+
+    def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int):
+        address = config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+        self.client = JsonClient(address)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.run = secrets.token_hex(8)
+        self.syncs = 0
+        self.version: str | None = None
+        self._wait(config.vllm_server_timeout)
+        self._check_options(model_length(config, longest_prompt))
+
+    def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        """Sample one token, so that what cannot work fails before anything long begins.
+
+        Raises:
+            UserError: the sampling arguments are refused, or the engine does not answer.
+        """
+        sampling_arguments(sampling, self.eos_token_ids)
+        filters = {k: v for k, v in sampling.generation_kwargs.items() if k != "min_new_tokens"}
+        one_token = replace(
+            sampling, num_generations=1, max_completion_length=1, generation_kwargs=filters, seed=sampling.seed or 0
+        )
+        self.generate([prompt_ids], one_token)
+
+    def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
+        """Responses to every prompt, `num_generations` side by side, in the order of the prompts.
+
+        Raises:
+            UserError: the server does not answer any more, answers nonsense, or has other weights than this run's.
+        """
+        arguments = sampling_arguments(sampling, self.eos_token_ids)
+        bodies = [
+            {"token_ids": ids, "sampling_params": {**arguments, "seed": seed}}
+            for ids, seed in zip(prompt_ids, prompt_seeds(sampling, len(prompt_ids)), strict=True)
+        ]
+        try:
+            answers = self.client.post_all("/inference/v1/generate", bodies)
+        except ServerError as error:
+            raise self._gone(error) from None
+        return [completion for answer in answers for completion in self._completions(answer, sampling)]
+
+    def sync(self, model: nn.Module) -> None:
+        """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on.
+
+        They are written to a temporary folder, a file of about a GiB at a time, read by the server's workers, and
+        removed. With several processes each of them calls this, since sharded weights are gathered by all.
+
+        Raises:
+            UserError: the folder cannot be written, or the server cannot read it or does not answer.
+        """
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        first = ranks == 1 or torch.distributed.get_rank() == 0
+        with tempfile.TemporaryDirectory(prefix="grpo-fast-weights-") as folder:
+            for number, tensors in enumerate(in_files(engine_weights(model))):
+                if first:
+                    with writing(Path(folder)):
+                        save_file(tensors, Path(folder) / f"weights-{number:05d}.safetensors")
+            if first:
+                self._load(folder)
+        self.syncs += 1
+        if first:
+            version = f"{self.run}:{self.syncs}"
+            self._post("/update_weight_version", {"new_version": version})
+        if ranks > 1:
+            torch.distributed.barrier()
+        self.version = self._weights() if ranks > 1 else version
+
+    def sleep(self) -> None:
+        """Nothing to do: the server has memory of its own."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """End requests under way; the server goes on, for the next run."""
+        self.client.hang_up()
+
+    def _load(self, folder: str) -> None:
+        try:
+            self._rpc("load_folder", folder, timeout=LOAD_TIMEOUT)
+        except ServerError as error:
+            if "no weights in" in str(error):
+                raise UserError(
+                    f"the vLLM server at {self.client.base_url} cannot read {folder}: it must share this machine's "
+                    "temporary folder; set TMPDIR to one that both see"
+                ) from None
+            raise self._gone(error) from None
+        self._repack_head()
+        self._reset_prefix_cache()
+
+    def _repack_head(self) -> None:
+        """A tied head keeps an old copy for CPU products after a reload; see `WorkerExtension.repack_head`."""
+        try:
+            self._rpc("repack_head")
+        except ServerError as error:
+            raise self._gone(error) from None
+
+    def _reset_prefix_cache(self) -> None:
+        """Keys and values of prompts that were seen before belong to the old weights."""
+        for _ in range(10):
+            if (self._post("/reset_prefix_cache", {}) or {}).get("success"):
+                return
+            # Blocks of a request that has just ended may still be held.
+            time.sleep(0.2)
+        raise UserError(f"the vLLM server at {self.client.base_url} keeps its prefix cache: is another run using it?")
+
+    def _rpc(self, method: str, *arguments: str, timeout: float = 60.0) -> None:
+        body = {"method": method, "args": list(arguments)}
+        self.client.request("POST", "/collective_rpc", body, timeout=timeout)
+
+    def _post(self, path: str, body: Any) -> Any:
+        try:
+            return self.client.request("POST", path, body)
+        except ServerError as error:
+            raise self._gone(error) from None
+
+    def _weights(self) -> str:
+        try:
+            return str(self.client.request("GET", "/weight_info")["weight_version"])
+        except (ServerError, TypeError, KeyError) as error:
+            raise self._gone(error) from None
+
+    def _completions(self, answer: Any, sampling: Sampling) -> Iterator[Response]:
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            if len(choices) != sampling.num_generations:
+                raise ValueError(f"{len(choices)} completions instead of {sampling.num_generations}")
+            for choice in choices:
+                ids = choice["token_ids"]
+                content = choice["logprobs"]["content"]
+                if [each["token_id"] for each in content] != ids:
+                    raise ValueError("log-probabilities of other tokens")
+                self._check_version({span["weight_version"] for span in choice["weight_versions"]})
+                yield response(ids, [float(each["logprob"]) for each in content], choice["finish_reason"])
+        except UserError:
+            raise
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the vLLM server at {self.client.base_url} answered something else than completions "
+                f"({type(error).__name__}: {one_line(error, 80)})"
+            ) from None
+
+    def _check_version(self, found: set[str]) -> None:
+        if self.version is not None and found != {self.version}:
+            raise UserError(
+                f"the vLLM server at {self.client.base_url} sampled from other weights than this run's: it was started "
+                "again, or another run uses it; --resume goes on with this one"
+            )
+
+    def _wait(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        for attempt in itertools.count():
+            try:
+                self.client.request("GET", "/health", timeout=10.0, retries=())
+                return
+            except ServerError as error:
+                if time.monotonic() >= end:
+                    raise UserError(
+                        f"no vLLM server answers at {self.client.base_url} within vllm_server_timeout={timeout:g} s "
+                        f"({error}); {START}"
+                    ) from None
+            time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
+
+    def _check_options(self, length: int) -> None:
+        """The server renews its weights over HTTP, has our worker extension, and gives filtered log-probabilities."""
+        try:
+            options = self.client.request("GET", "/server_info?config_format=json")["vllm_config"]
+            model = options["model_config"]
+            found = {
+                "--worker-extension-cls": options["parallel_config"]["worker_extension_cls"],
+                "--logprobs-mode": model["logprobs_mode"],
+            }
+            longest = int(model["max_model_len"])
+        except (ServerError, TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the server at {self.client.base_url} does not tell its options ({one_line(error)}): it is no vLLM "
+                f"server, or was started without VLLM_SERVER_DEV_MODE=1; {START}"
+            ) from None
+        wanted = {"--worker-extension-cls": WORKER_EXTENSION, "--logprobs-mode": "processed_logprobs"}
+        for option, value in wanted.items():
+            if found[option] != value:
+                raise UserError(
+                    f"the vLLM server at {self.client.base_url} was started with {option} {found[option] or '(none)'}, "
+                    f"but needs {value}; {START}"
+                )
+        if longest < length:
+            raise UserError(
+                f"the vLLM server at {self.client.base_url} takes {longest} tokens, but the longest prompt and "
+                f"completion have {length}; {START}"
+            )
+
+    def _gone(self, error: Exception) -> UserError:
+        return UserError(
+            f"the vLLM server at {self.client.base_url} no longer answers ({one_line(error, 160)}); "
+            "start it again and --resume this run"
+        )
+
+
+def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most `most` bytes, or one tensor where it is larger."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > most:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.contiguous()
+        size += tensor.nbytes
+    if group:
+        yield group
