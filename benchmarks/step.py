@@ -170,8 +170,15 @@ def parity_reward(prompts: list, completions: list, completion_ids: list[list[in
 class FixedRollout:
     """Stands in for our sampling: the completions written down for each prompt."""
 
+    copies_weights = separate = False
+
     def __init__(self, by_prompt: dict[tuple[int, ...], list[list[int]]]):
         self.by_prompt = by_prompt
+
+    def sleep(self) -> None:
+        """Nothing to do."""
+
+    wake = sleep
 
     def generate(self, prompt_ids: list[list[int]], sampling: Any) -> list[Any]:
         from grpo_fast.rollout import Response
@@ -200,7 +207,7 @@ class OurSteps:
 
         trainer = GRPOTrainer(config)
         prompts = [tuple(ids) for ids in trainer.train_prompts]
-        trainer.rollout = FixedRollout(dict(zip(prompts, rollouts, strict=True)))
+        trainer.rollout.engine = FixedRollout(dict(zip(prompts, rollouts, strict=True)))
         self.prompt_tokens = [len(prompt) for prompt in prompts]
         self.gradients: dict[str, Tensor] | None = None
 

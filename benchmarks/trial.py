@@ -181,7 +181,7 @@ class OurSteps:
         self.config.max_completion_length = answer
         self.config.max_tokens_per_microbatch = self.job.tokens(answer)
         prompt = tuple(self.trainer.train_prompts[0])
-        self.trainer.rollout = FixedRollout({prompt: made_up_answers(self.job.group, answer)})
+        self.trainer.rollout.engine = FixedRollout({prompt: made_up_answers(self.job.group, answer)})
         self.trainer.learner.microbatches = lambda batch: islice(self.microbatches(batch), microbatches)
         add_zero_gradients(self.model)
         next(self.trainer.steps())

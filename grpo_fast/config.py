@@ -319,6 +319,19 @@ class GRPOConfig:
             raise UserError("keep_best goes with eval_steps: the best score is among those measured while training")
         if self.load_in_4bit and not self.use_peft:
             raise UserError("load_in_4bit goes with use_peft: 4-bit weights are not trained, adapters beside them are")
+        if self.sample_ahead and not (self.corrects_sampler and self.vllm_mode == "server"):
+            raise UserError(
+                "sample_ahead goes with use_vllm, vllm_mode='server' and vllm_importance_sampling_correction: only a "
+                "server samples beside an update, and its completions are a step old"
+            )
+        if self.corrects_sampler and self.loss_type == "vespo" and "token" not in self.vllm_importance_sampling_mode:
+            raise UserError(
+                "loss_type='vespo' goes with vllm_importance_sampling_mode token_truncate or token_mask, not "
+                f"{self.vllm_importance_sampling_mode!r}: its own ratio is the sequence's"
+            )
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low > high:
+            raise UserError(f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}")
         if self.activation_offloading and not self.gradient_checkpointing:
             raise UserError("activation_offloading goes with gradient_checkpointing: it keeps the layers' inputs")
         if self.share_prompts == "always" and self.padding_free == "never":
@@ -368,6 +381,11 @@ class GRPOConfig:
     @property
     def uses_reference(self) -> bool:
         return self.beta != 0.0
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether the loss is weighed by the ratio of the trainer's to the sampler's probabilities."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
 
     @property
     def prompts_per_step(self) -> int:
@@ -422,11 +440,15 @@ _RANGES = [
         lambda v: v >= 1,
         "at least 1",
     ),
-    (("temperature", "learning_rate", "adam_epsilon", "reward_timeout"), lambda v: v > 0, "above 0"),
+    (
+        ("temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance"),
+        lambda v: v > 0,
+        "above 0",
+    ),
     (
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
-            "eval_steps",
+            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
         ),
         lambda v: v >= 0,
         "at least 0",

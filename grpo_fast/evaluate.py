@@ -26,10 +26,16 @@ def sample_and_score(
     sampling: Sampling,
 ) -> tuple[list[Response], list[str], Rewards]:
     """Sample `num_generations` responses to each row and score them: (responses, their texts, rewards)."""
-    responses = rollout.generate(prompt_ids, sampling)
+    return score_responses(rewards, tokenizer, rows, rollout.generate(prompt_ids, sampling))
+
+
+def score_responses(
+    rewards: RewardModel, tokenizer: Any, rows: list[Row], responses: list[Response]
+) -> tuple[list[Response], list[str], Rewards]:
+    """The same for responses that are there, those of a row side by side."""
     ids = [list(response.token_ids) for response in responses]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    repeated = [row for row in rows for _ in range(sampling.num_generations)]
+    repeated = [row for row in rows for _ in range(len(responses) // len(rows))]
     turns = [as_scored(row["prompt"], text) for row, text in zip(repeated, texts, strict=True)]
     prompts, completions = map(list, zip(*turns, strict=True))
     columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}

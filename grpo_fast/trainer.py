@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advant
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
 from grpo_fast.errors import CheckpointError, UserError, writing
-from grpo_fast.evaluate import evaluate, sample_and_score
+from grpo_fast.evaluate import evaluate, score_responses
 from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
@@ -46,7 +47,9 @@ from grpo_fast.optimizers import (
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rollout import Sampling, TransformersRollout
+from grpo_fast.rollout import Sampling, build_rollout
+from grpo_fast.rollout.probe import TOLERANCE, TOLERANCE_16_BIT, Probe
+from grpo_fast.rollout.sampler import Sampler
 from grpo_fast.trackers import Trackers, tracker_arguments
 
 
@@ -91,10 +94,12 @@ class GRPOTrainer:
         self.learner = Learner(model, config, self.accelerator, self.train_prompts[0], self.tokenizer.pad_token_id)
         self.adapter, self.model = self.learner.adapter, model
         check_space(model, self.run_folder, config)
-        self.rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
+        self.rollout = self.build_sampler()
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
         self.rollout.check(self.train_prompts[0], self.sampling)
+        # The rows whose completions are being sampled while this step's are trained on.
+        self.ahead: list[int] = []
         self.fixed = fixed_fields(config) | {
             "number of parameters": sum(p.numel() for p in model.parameters()),
             "training data": fingerprint(self.train_prompts),
@@ -110,6 +115,15 @@ class GRPOTrainer:
         if found is not None:
             self.restore(*found)
         self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed, self.num_prompts)
+
+    def build_sampler(self) -> Sampler:
+        """The engine that `config` names, synced with the policy and probed whenever it has changed."""
+        config = self.config
+        longest = max(map(len, self.train_prompts + self.eval_prompts)) + config.max_completion_length
+        tolerance = config.sync_tolerance or TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
+        probe = Probe(self.train_prompts[0], longest, config.temperature, tolerance)
+        engine = build_rollout(config, self.model, self.tokenizer, longest - config.max_completion_length)
+        return Sampler(engine, self.adapter or self.model, probe, self.learner.score_completion)
 
     def train(self) -> Summary:
         """Evaluate, train for `max_steps` optimizer steps, evaluate again, and write the run folder.
@@ -131,7 +145,8 @@ class GRPOTrainer:
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
         self.rewards.warn = progress.warn
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
-        with progress, trackers, LinesFile(folder / "metrics.jsonl", append=True) as metrics_file:
+        lines = LinesFile(folder / "metrics.jsonl", append=True)
+        with progress, trackers, closing(self.rollout), lines as metrics_file:
             if self.step:
                 progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}")
                 progress.started(self.before)
@@ -248,6 +263,10 @@ class GRPOTrainer:
             batch, figures = self.collect()
             tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in batch.samples)
             updates = min(self.config.num_iterations, self.config.max_steps - self.step)
+            if self.config.sample_ahead and self.step + updates < self.config.max_steps:
+                self.ahead = self.draw(self.config.prompts_per_step)
+                self.rollout.start([self.train_prompts[index] for index in self.ahead], self.sampling)
+            self.rollout.weights_change()
             for iteration in range(updates):
                 metrics = self.update(batch, keep_logprobs=self.config.num_iterations > 1 and iteration == 0)
                 self.step += 1
@@ -276,11 +295,15 @@ class GRPOTrainer:
         return figures
 
     def sample(self, count: int) -> Groups:
-        """The next `count` prompts, their completions and rewards."""
-        indices = [next(self.order) for _ in range(count)]
+        """The next `count` prompts, their completions, sampled now if not ahead, and rewards."""
+        indices, self.ahead = self.ahead or self.draw(count), []
         rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
-        scored = sample_and_score(self.rollout, self.rewards, self.tokenizer, rows, prompts, self.sampling)
-        return Groups(rows, prompts, *scored)
+        responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
+        return Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, responses))
+
+    def draw(self, count: int) -> list[int]:
+        """The next `count` training rows."""
+        return [next(self.order) for _ in range(count)]
 
     def collect(self) -> tuple[StepBatch, dict[str, float]]:
         """Rollout, rewards, advantages, token weights of the whole step, and what may be dropped."""
@@ -290,6 +313,9 @@ class GRPOTrainer:
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
         batch = dataclasses.replace(batch.to(self.accelerator.device), drawn=drawn)
+        if config.corrects_sampler:
+            sampled = [logprob for response in groups.responses for logprob in response.logprobs]
+            batch.sampling_logprobs = torch.tensor(sampled).to(batch.weights)
         if config.uses_reference:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:

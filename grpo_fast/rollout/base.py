@@ -52,15 +52,15 @@ class Response(NamedTuple):
 
 
 class Rollout(Protocol):
-    """A sampling engine.
+    """A sampling engine. One that subclasses it need only define what is not "nothing to do".
 
     Attributes:
         copies_weights: it samples from weights of its own, which `sync` renews.
         separate: it has a process, or a machine, of its own, so that it can sample beside an update.
     """
 
-    copies_weights: bool
-    separate: bool
+    copies_weights: bool = False
+    separate: bool = False
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         """Sample one token, so that what cannot work fails before anything long begins.

@@ -50,10 +50,10 @@ class Sampler:
         self.ahead = Future()
         Thread(target=_fulfil, args=(self.ahead, self.engine, prompt_ids, sampling), daemon=True).start()
 
-    def finish(self) -> list[Response]:
-        """The responses that :meth:`start` began; what failed there is raised here."""
+    def finish(self) -> list[Response] | None:
+        """The responses that :meth:`start` began, None if it did not; what failed there is raised here."""
         ahead, self.ahead = self.ahead, None
-        return ahead.result()
+        return ahead and ahead.result()
 
     def refresh(self) -> None:
         """Give the engine the present weights, if they have changed, and prove that it has them."""
