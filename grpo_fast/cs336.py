@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.errors import UserError
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.packing import Microbatch
-from grpo_fast.policy import FusedPolicy
 from grpo_fast.rollout import Sampling, TransformersRollout
 from grpo_kernels import PRESETS, PolicyObjective
 from grpo_kernels import masked_mean as fused_masked_mean
@@ -82,7 +82,7 @@ def get_response_log_probs(
         ``log_probs`` (and ``token_entropy``), ``[B, T]`` float32 in nats, differentiable; prompts and padding are not
         masked out.
     """
-    policy = FusedPolicy(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    policy = MicrobatchPolicy(model.get_base_model() if hasattr(model, "get_base_model") else model)
     rows, length = input_ids.shape
     positions = torch.arange(length, device=input_ids.device)
     places = torch.arange(rows * length, device=input_ids.device)

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_fast import attention
 from grpo_fast.attention import PREFIX, Group, Segments, install, packed_attention
-from grpo_fast.policy import FusedPolicy
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from test_packing import packed_logprobs, plain_logprobs
 from tiny import random_samples, tiny_model
 
@@ -101,7 +101,7 @@ def test_a_kernel_for_sequences_of_any_length_is_used_as_such(monkeypatch, confi
     calls = []
     monkeypatch.setattr(attention, "varlen_kernel", lambda *_: lambda *args: calls.append(1) or as_kernel(*args))
     for layout in ("shared", "packed"):
-        got = packed_logprobs(FusedPolicy(model), samples, 200, layout)
+        got = packed_logprobs(MicrobatchPolicy(model), samples, 200, layout)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert calls
 
@@ -150,7 +150,7 @@ def test_recomputed_layers_see_the_same_segments():
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        packed_logprobs(FusedPolicy(model), samples, 1000, "shared").sum().backward()
+        packed_logprobs(MicrobatchPolicy(model), samples, 1000, "shared").sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)
 

@@ -16,10 +16,11 @@ from grpo_fast.errors import UserError
 from grpo_fast.memory_plan import GIB, count_weights, longest_answer, plan_memory, total, usable
 from grpo_fast.memory_switches import smallest_remedy, switches
 from grpo_fast.memory_trace import Setup, Tracer, _trace
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.models import add_adapter
 from grpo_fast.packing import Sample, build_microbatch, plan_rows, token_offsets
 from grpo_fast.plan_report import parse_size
-from grpo_fast.policy import FusedPolicy, LossInputs
+from grpo_fast.policy import LossInputs
 from tiny import SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def measured_peak(config: GRPOConfig, model_config, answer: int, prompt: int = P
         add_adapter(model, config)
     if config.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-    policy = FusedPolicy(model, 1.0, config.max_buffer_bytes)
+    policy = MicrobatchPolicy(model, 1.0, config.max_buffer_bytes)
     samples = [Sample(list(range(2, 2 + prompt)), torch.randint(2, 100, (answer,)).tolist(), 0) for _ in range(answers)]
     assert policy.check_packing(samples[0].prompt_ids, "always")
     batch = build_microbatch(

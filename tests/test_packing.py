@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from grpo_fast.attention import install
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.packing import Sample, build_microbatch, fill_microbatches, plan_rows, token_offsets
-from grpo_fast.policy import FusedPolicy
 from tiny import random_samples, tiny_model
 
 
@@ -49,7 +49,7 @@ def test_packed_equals_one_by_one(attention, max_tokens, layout):
     (expected * coefficients).sum().backward()
     expected_grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    got = packed_logprobs(FusedPolicy(model), samples, max_tokens, layout)
+    got = packed_logprobs(MicrobatchPolicy(model), samples, max_tokens, layout)
     (got * coefficients).sum().backward()
 
     # Eager attention takes its softmax in float32.

@@ -4,7 +4,7 @@ import transformers
 
 from grpo_fast import attention
 from grpo_fast.errors import UserError
-from grpo_fast.policy import FusedPolicy
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from test_packing import LAYOUTS, packed_logprobs, plain_logprobs
 from tiny import random_samples, tiny_model
 
@@ -30,7 +30,7 @@ def test_equals_the_models_own_logits(name, layout):
     """Log-probabilities, and the gradient of every parameter."""
     config_class, overrides = ARCHITECTURES[name]
     model = tiny_model(config_class=config_class, **overrides)
-    policy = FusedPolicy(model)
+    policy = MicrobatchPolicy(model)
     policy.check_head(list(range(2, 20)))
     assert policy.check_packing(list(range(2, 20)), "always")
     samples = random_samples(longest=30)
@@ -54,7 +54,7 @@ def test_temperature_divides_the_logits():
     ids = torch.tensor([prompt + completion])
     with torch.no_grad():
         expected = (model(input_ids=ids).logits[0, :-1] / 0.7).log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-        got = packed_logprobs(FusedPolicy(model, temperature=0.7), samples, 100, "packed")
+        got = packed_logprobs(MicrobatchPolicy(model, temperature=0.7), samples, 100, "packed")
     torch.testing.assert_close(got, expected[len(prompt) - 1 :])
 
 
@@ -69,13 +69,13 @@ def test_unknown_logit_transform_is_refused():
 
     model.forward = scaled
     with pytest.raises(UserError, match="transforms its logits"):
-        FusedPolicy(model).check_head([2, 3, 4, 5])
+        MicrobatchPolicy(model).check_head([2, 3, 4, 5])
 
 
 def test_packing_is_left_where_attention_is_of_another_kind(monkeypatch):
     model = tiny_model()
     model.config.layer_types = ["full_attention", "linear_attention"]
-    policy = FusedPolicy(model)
+    policy = MicrobatchPolicy(model)
     assert not policy.check_packing([2, 3, 4, 5], "auto")
     with pytest.raises(UserError, match=r"padding_free='always' is not possible.*cannot be replaced"):
         policy.check_packing([2, 3, 4, 5], "always")
@@ -83,7 +83,7 @@ def test_packing_is_left_where_attention_is_of_another_kind(monkeypatch):
 
 def test_packing_is_left_where_it_gives_something_else(monkeypatch):
     """A model that adds to its scores, or one that looks across sequences, cannot slip through."""
-    policy = FusedPolicy(tiny_model())
+    policy = MicrobatchPolicy(tiny_model())
     monkeypatch.setattr(attention, "UNKNOWN", ("scaling",))
     assert not policy.check_packing([2, 3, 4, 5], "auto")
     with pytest.raises(UserError, match="adds scaling to its scores"):

@@ -9,9 +9,10 @@ import torch
 from grpo_fast.attention import install
 from grpo_fast.collect import build_step_batch
 from grpo_fast.config import GRPOConfig
+from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.models import add_adapter
 from grpo_fast.packing import build_microbatch, plan_rows
-from grpo_fast.policy import FusedPolicy, LossInputs
+from grpo_fast.policy import LossInputs
 from grpo_kernels import PRESETS
 from grpo_kernels.policy_loss import Tokens, policy_loss_ref
 from test_packing import LAYOUTS, plain_logprobs
@@ -61,7 +62,7 @@ def trained_model(adapters):
 
 def gradient(objective, batch, microbatches, layout, adapters=False):
     model, trained = trained_model(adapters)
-    policy = FusedPolicy(model)
+    policy = MicrobatchPolicy(model)
     packed = layout != "padded"
     assert not packed or install(model)
     rows = plan_rows(batch.samples, batch.active, 10_000 if layout == "shared" else 0)
