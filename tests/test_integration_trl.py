@@ -14,7 +14,6 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_fast.data.tasks import sort_digits
-from grpo_fast.errors import UserError
 from grpo_fast.integrations.trl import FusedGRPOTrainer
 from grpo_fast.models import digit_tokenizer
 from grpo_fast.rewards.sorting import digits_included, digits_ordered
