@@ -20,7 +20,8 @@ LOGIT_SCALES: dict[str, Callable[[float, Any], float]] = {
     "logits_scaling": lambda value, config: 1 / value,  # Granite
     "lm_head_multiplier": lambda value, config: value,  # Falcon-H1
     "output_multiplier": lambda value, config: value,  # Muse
-    "dim_model_base": lambda value, config: value / config.hidden_size,  # MiniCPM, on the hidden states
+    # MiniCPM, on the hidden states; MiniCPM3 calls its inverse logits_scaling as well.
+    "dim_model_base": lambda value, config: 1.0 if hasattr(config, "logits_scaling") else value / config.hidden_size,
 }
 # What it calls the bound c of ``c * tanh(logits / c)``: Gemma and others, RecurrentGemma, xLSTM.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -57,6 +58,20 @@ def output_head(model: nn.Module) -> nn.Linear:
     if not head.weight.is_floating_point():
         raise UserError(f"the output head of {name} is quantised ({head.weight.dtype}); leave it in 16 or 32 bits")
     return head
+
+
+def body(model: nn.Module) -> nn.Module:
+    """What makes the last hidden states of a transformers model.
+
+    Raises:
+        UserError: it cannot be told from the rest.
+    """
+    inner = model.base_model
+    # Llama 4's prefix is that of its multimodal form.
+    inner = getattr(model, "model", model) if inner is model else inner
+    if inner is model:
+        raise UserError(f"{type(model).__name__} has no base_model whose hidden states its head would multiply")
+    return inner
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
@@ -130,4 +145,5 @@ def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_m
     if balance is None or coefficient is None:
         missing = "router_aux_loss_coef" if balance else "load_balancing_loss_func"
         raise UserError(f"output_router_logits is on, but {name} has no {missing}; switch it off in the config")
-    return coefficient * balance(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return coefficient * balance(router_logits, experts, config.num_experts_per_tok, attention_mask)
