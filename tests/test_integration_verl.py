@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grpo_fast.errors import UserError
-from grpo_fast.integrations import verl
+from grpo_fast.integrations import verl as integration
 from oracle import relative_error
 
 H, V, CUT = 17, 259, 150
@@ -40,7 +40,7 @@ def backward(logprobs, entropy):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, torch.linspace(0.5, 2, 21).view(3, 7)], ids=["1", "0.7", "tokens"])
 def test_values_and_gradients(temperature, trainable):
     leaves, exact = make(trainable), make(trainable)
-    got = verl.linear_cross_entropy(*leaves, temperature)
+    got = integration.linear_cross_entropy(*leaves, temperature)
     wanted = full_logits(*exact, temperature)
     for a, b in zip(got, wanted, strict=True):
         assert a.shape == (21,)
@@ -57,7 +57,7 @@ def test_values_and_gradients(temperature, trainable):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "SUM"])
 def test_reductions(reduction):
     leaves, exact = make(), make()
-    logprobs, entropy = verl.linear_cross_entropy(*leaves, 1.0, reduction)
+    logprobs, entropy = integration.linear_cross_entropy(*leaves, 1.0, reduction)
     wanted, wanted_entropy = full_logits(*exact, 1.0)
     wanted = getattr(wanted, reduction.lower())()
     assert logprobs.shape == ()
@@ -70,10 +70,10 @@ def test_reductions(reduction):
 
 def test_defaults_and_refusals():
     leaves = make()
-    a, b = verl.linear_cross_entropy(*leaves, None, None), verl.linear_cross_entropy(*leaves)
+    a, b = integration.linear_cross_entropy(*leaves, None, None), integration.linear_cross_entropy(*leaves)
     assert torch.equal(a[0], b[0])
     with pytest.raises(ValueError, match="reduction='median' is unknown"):
-        verl.linear_cross_entropy(*leaves, 1.0, "median")
+        integration.linear_cross_entropy(*leaves, 1.0, "median")
 
 
 def shard(rank: int, store: str):
@@ -86,7 +86,7 @@ def shard(rank: int, store: str):
         backward(*wanted)
         hidden, whole, labels = make(trainable)
         weight = whole.detach()[part].clone().requires_grad_(trainable)
-        got = verl.linear_cross_entropy(hidden, weight, labels, 0.7, "none", dist.group.WORLD)
+        got = integration.linear_cross_entropy(hidden, weight, labels, 0.7, "none", dist.group.WORLD)
         backward(*got)
         # What the ranks hold adds up, as under Megatron's sequence-parallel gather.
         dist.all_reduce(hidden.grad)
@@ -103,18 +103,41 @@ def test_shards_of_the_vocabulary(tmp_path):
 
 def test_install(monkeypatch):
     """The places where verl keeps the name, with modules that stand in for verl's own."""
-    names = [verl.OWNER, verl.IMPORTERS[0]]
+    names = [integration.OWNER, integration.IMPORTERS[0]]
     parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for name in sorted(parents | set(names)):
         module = ModuleType(name)
         module.__path__ = []
         module.linear_cross_entropy = None
         monkeypatch.setitem(sys.modules, name, module)
-    verl.install()
-    assert all(sys.modules[name].linear_cross_entropy is verl.linear_cross_entropy for name in names)
+    integration.install()
+    assert all(sys.modules[name].linear_cross_entropy is integration.linear_cross_entropy for name in names)
 
 
 def test_without_verl(monkeypatch):
     monkeypatch.setitem(sys.modules, "verl", None)
     with pytest.raises(UserError, match=r"pip install 'grpo-fast\[verl\]'"):
-        verl.install()
+        integration.install()
+
+
+def test_verls_own_forward(monkeypatch):
+    """With verl installed: the forward that it gives a transformers model, ours in place of the kernel."""
+    pytest.importorskip("verl")
+    import verl.utils.kernel.linear_cross_entropy as owner
+    from verl.models.transformers import dense_common
+
+    from grpo_fast.integrations.verl import install
+    from tiny import tiny_model
+
+    monkeypatch.setattr(owner, "linear_cross_entropy", None)
+    install()
+    model = tiny_model(torch.float32)
+    ids, found = torch.randint(0, 41, (1, 33)), []
+    for forward in (dense_common.forward_with_triton_backend, dense_common.forward_with_torch_backend):
+        model.zero_grad()
+        output = forward(model, input_ids=ids, temperature=0.7, return_dict=True)
+        backward(output.log_probs.flatten(), output.entropy.flatten())
+        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((output.log_probs.flatten(), output.entropy.flatten(), grad))
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < TOLERANCE
