@@ -1,38 +1,48 @@
-"""Sampling with transformers' `generate`, from the policy's own module."""
+"""Sampling from the policy's own module, with transformers' logits processors."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from grpo_fast.errors import UserError, nearest, one_line
 from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.decode import Decoder, not_finite
+from grpo_fast.rollout.rows import plain_layers
 
-# What may change the sampled distribution besides temperature, top_p, top_k and min_p.
-FILTERS = (
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "min_new_tokens",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-)
+# What may change the sampled distribution besides temperature, top_p, top_k and min_p; and whether it depends on the
+# tokens before.
+FILTERS = {
+    "repetition_penalty": True,
+    "no_repeat_ngram_size": True,
+    "typical_p": False,
+    "epsilon_cutoff": False,
+    "eta_cutoff": False,
+    "min_new_tokens": True,
+    "bad_words_ids": True,
+    "suppress_tokens": False,
+    "begin_suppress_tokens": True,
+}
 
 
 class TransformersRollout:
-    """Batches prompts of similar length under a token budget and computes each prompt once for all its completions.
+    """Samples with continuous batching (:class:`~grpo_fast.rollout.decode.Decoder`) where the model allows it.
+
+    That is where all layers of its cache are full attention or a sliding window. Other models (state spaces, linear or
+    chunked attention, and those that prepare the inputs of `generate` in a way of their own) are sampled with
+    `generate` itself, in batches of prompts of similar length, each of which runs to its longest completion.
 
     Args:
         model: a transformers causal LM; it is sampled in eval mode and put back as it was.
         tokenizer: its tokenizer, with a padding token.
-        max_tokens: prompts and longest completions that are sampled at once, in tokens.
+        max_tokens: cached tokens at any time; with `generate`, prompts and longest completions of a batch.
     """
 
     copies_weights = False
@@ -55,8 +65,11 @@ class TransformersRollout:
         # the sampled policy would not be the trained one.
         self.model.generation_config = GenerationConfig()
         try:
+            config = self.generation_config(sampling)
+            if continuous(self.model):
+                return self._decode(prompt_ids, sampling, config)
             for batch in self._batches(prompt_ids, sampling):
-                sampled = self._sample([prompt_ids[index] for index in batch], sampling)
+                sampled = self._sample([prompt_ids[index] for index in batch], sampling.num_generations, config)
                 for place, index in enumerate(batch):
                     first = place * sampling.num_generations
                     responses[index] = sampled[first : first + sampling.num_generations]
@@ -64,6 +77,21 @@ class TransformersRollout:
             self.model.train(training)
             self.model.generation_config = own_config
         return [response for group in responses for response in group]
+
+    def _decode(self, prompt_ids: list[list[int]], sampling: Sampling, config: GenerationConfig) -> list[Response]:
+        @cache
+        def filters(prompt_length: int) -> LogitsProcessorList:
+            """What `generate` would apply after a prompt of this length."""
+            ids = torch.zeros(1, prompt_length, dtype=torch.long, device=self.model.device)
+            return self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config, custom_generate=processors
+            )
+
+        decoder = Decoder(
+            self.model, self.max_tokens, sampling.max_completion_length, self.eos_token_ids, filters,
+            any(FILTERS[name] for name in sampling.generation_kwargs), sampling.temperature == 0,
+        )  # fmt: skip
+        return decoder(prompt_ids, sampling.num_generations)
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         """Sample one token, so that what cannot work fails before anything long begins.
@@ -110,41 +138,40 @@ class TransformersRollout:
             batch.append(index)
         yield batch
 
-    def _sample(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
-        device = self.model.device
+    def _sample(self, prompt_ids: list[list[int]], repeats: int, config: GenerationConfig) -> list[Response]:
+        """`repeats` responses to each prompt of one padded batch, with transformers' own loop."""
         width = max(map(len, prompt_ids))
         ids = torch.full((len(prompt_ids), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
         for line, prompt in enumerate(prompt_ids):
             ids[line, width - len(prompt) :] = torch.tensor(prompt)
             mask[line, width - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        repeats = sampling.num_generations
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         arguments = {}
-        if repeats > 1 and width > 1:
+        if repeats > 1 and width > 1 and plain_layers(self.model.config):
             arguments["past_key_values"] = self._prompt_cache(ids[:, :-1], mask[:, :-1], repeats)
+        recorder = Recorder()
         try:
             output = self.model.generate(
-                input_ids=ids.repeat_interleave(repeats, 0),
-                attention_mask=mask.repeat_interleave(repeats, 0),
-                generation_config=self.generation_config(sampling),
-                **arguments,
-            )
+                input_ids=ids.repeat_interleave(repeats, 0), attention_mask=mask.repeat_interleave(repeats, 0),
+                generation_config=config, custom_generate=recorder.generate, **arguments,
+            )  # fmt: skip
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
-            raise UserError("the policy's probabilities are not finite any more; try a smaller learning_rate") from None
-        return [self._response(tokens) for tokens in output[:, width:].tolist()]
+            raise not_finite() from None
+        logprobs = recorder.logprobs(output)
+        return [self._response(*pair) for pair in zip(output[:, width:].tolist(), logprobs.tolist(), strict=True)]
 
-    def _prompt_cache(self, ids: torch.Tensor, mask: torch.Tensor, repeats: int) -> DynamicCache:
+    def _prompt_cache(self, ids: Tensor, mask: Tensor, repeats: int) -> DynamicCache:
         """Keys and values of the prompts but for their last token, computed once and repeated for each completion."""
-        cache = DynamicCache(config=self.model.config)
+        cached = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cached, use_cache=True
         )
-        cache.batch_repeat_interleave(repeats)
-        return cache
+        cached.batch_repeat_interleave(repeats)
+        return cached
 
     def generation_config(self, sampling: Sampling) -> GenerationConfig:
         """How `generate` is called; a temperature of 0 is greedy.
@@ -170,8 +197,46 @@ class TransformersRollout:
             **sampling.generation_kwargs,
         )
 
-    def _response(self, tokens: list[int]) -> Response:
+    def _response(self, tokens: list[int], logprobs: list[float]) -> Response:
         for index, token in enumerate(tokens):
             if token in self.eos_token_ids:
-                return Response(tokens[: index + 1], "stop")
-        return Response(tokens, "length")
+                return Response(tokens[: index + 1], "stop", logprobs[: index + 1])
+        return Response(tokens, "length", logprobs)
+
+
+def continuous(model: nn.Module) -> bool:
+    """Whether rows can leave and join the model's cache, and a step needs no more than tokens and positions."""
+    parameters = inspect.signature(model.forward).parameters
+    return (
+        type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+        and {"position_ids", "attention_mask", "past_key_values"} <= parameters.keys()
+        and plain_layers(model.config) is not None
+    )
+
+
+def processors(model: nn.Module, input_ids: Tensor, logits_processor: LogitsProcessorList, **others) -> Any:
+    """In place of the decoding loop of `generate`: what it would apply to the logits."""
+    return logits_processor
+
+
+class Recorder:
+    """The decoding loop of `generate`, with the log-probabilities of what it samples."""
+
+    def __init__(self):
+        self.before: Tensor | None = None
+        self.chosen: list[Tensor] = []
+
+    def generate(self, model: nn.Module, input_ids: Tensor, logits_processor: LogitsProcessorList, **others) -> Tensor:
+        return model._sample(input_ids, logits_processor=LogitsProcessorList([*logits_processor, self]), **others)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logprobs(input_ids)
+        self.before = scores.log_softmax(-1)
+        return scores
+
+    def logprobs(self, input_ids: Tensor) -> Tensor:
+        """Those of all tokens so far ``[rows, tokens]``; the last ones are read off the scores before."""
+        if self.before is not None:
+            self.chosen.append(self.before.gather(1, input_ids[:, -1:]))
+            self.before = None
+        return torch.cat(self.chosen, 1) if self.chosen else torch.zeros(len(input_ids), 0)

@@ -1,0 +1,129 @@
+"""Keys and values of sequences that come and go while they are decoded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# A sliding layer moves its columns to the front of its buffer after so many steps.
+SLACK = 64
+
+
+class RowsLayer(DynamicLayer):
+    """A layer's keys and values ``[rows, heads, columns, dim]``, in buffers with room for more rows and columns.
+
+    All rows end in the same column, so that a step appends one column to all of them; the columns before a shorter row
+    are zero and must be masked. A sliding layer keeps the last ``window - 1`` columns.
+    """
+
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window, self.is_sliding = window, window is not None
+        self.rows = self.width = self.start = 0
+        self.room = (0, 0)
+
+    def held(self, width: int) -> int:
+        """Columns that are kept of `width`."""
+        return width if self.window is None else min(width, self.window - 1)
+
+    def _columns(self) -> slice:
+        return slice(self.start, self.start + self.held(self.width))
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        rows, columns = self.room
+        if self.window is not None:
+            columns = min(columns, self.window - 1 + SLACK)
+        return like.new_empty(rows, like.shape[1], columns, like.shape[3])
+
+    def reserve(self, rows: int, width: int, columns: int) -> None:
+        """Room for `rows` of `columns`; the present rows become `width` columns wide, the first ones zero."""
+        self.room = rows, columns
+        if self.is_initialized:
+            kept, held = self._columns(), self.held(width)
+            first = held - (kept.stop - kept.start)
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = self._buffer(old)
+                new[: self.rows, :, :first] = 0
+                new[: self.rows, :, first:held] = old[: self.rows, :, kept]
+                setattr(self, name, new)
+                del old, new
+        self.start, self.width = 0, width
+
+    def join(self, keys: Tensor | None, values: Tensor | None, sources: Tensor) -> None:
+        """Append a row for each of `sources`, rows of ``[., heads, columns, dim]``; without keys they are empty."""
+        rows, held = slice(self.rows, self.rows + len(sources)), self._columns()
+        if keys is not None and not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if self.is_initialized:
+            for buffer, new in ((self.keys, keys), (self.values, values)):
+                count = 0 if new is None else min(new.shape[2], held.stop - held.start)
+                buffer[rows, :, held.start : held.stop - count] = 0
+                if count:
+                    buffer[rows, :, held.stop - count : held.stop] = new[sources, :, new.shape[2] - count :]
+        self.rows = rows.stop
+
+    def move(self, places: Tensor, sources: Tensor, rows: int, width: int) -> None:
+        """Put the rows `sources` to `places`, keep the first `rows` rows and their last `width` columns."""
+        if self.is_initialized:
+            for buffer in (self.keys, self.values):
+                kept = buffer[:, :, self._columns()]
+                kept[places] = kept[sources]
+        self.start += self.held(self.width) - self.held(width)
+        self.rows, self.width = rows, width
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = self._buffer(key_states), self._buffer(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append a column ``[rows, heads, 1, dim]`` to all rows: the keys and values of all columns."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        kept = self._columns()
+        if kept.stop == self.keys.shape[2]:
+            for buffer in (self.keys, self.values):
+                buffer[: self.rows, :, : kept.stop - kept.start] = buffer[: self.rows, :, kept].clone()
+            self.start, kept = 0, slice(0, kept.stop - kept.start)
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer[: self.rows, :, kept.stop] = new[:, :, 0]
+        every = slice(kept.start, kept.stop + 1)
+        self.width += 1
+        self.start = every.stop - self.held(self.width)
+        return self.keys[: self.rows, :, every], self.values[: self.rows, :, every]
+
+    def get_seq_length(self) -> int:
+        return self.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.held(self.width)
+        return held + query_length, self.width - held
+
+
+class RowsCache(Cache):
+    """A cache of :class:`RowsLayer`, for `layers` as :func:`plain_layers` gives them."""
+
+    def __init__(self, layers: list[DynamicLayer]):
+        super().__init__(layers=[RowsLayer(getattr(layer, "sliding_window", None)) for layer in layers])
+
+    def reserve(self, rows: int, width: int, columns: int) -> None:
+        for layer in self.layers:
+            layer.reserve(rows, width, columns)
+
+    def join(self, prompts: DynamicCache | None, sources: Tensor) -> None:
+        for index, layer in enumerate(self.layers):
+            new = (None, None) if prompts is None else (prompts.layers[index].keys, prompts.layers[index].values)
+            layer.join(*new, sources)
+
+    def move(self, places: Tensor, sources: Tensor, rows: int, width: int) -> None:
+        for layer in self.layers:
+            layer.move(places, sources, rows, width)
+
+
+def plain_layers(config) -> list[DynamicLayer] | None:
+    """The layers of a model's cache; None where one is neither full attention nor a sliding window's."""
+    layers = DynamicCache(config=config).layers
+    plain = layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return layers if plain else None
