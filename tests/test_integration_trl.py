@@ -11,9 +11,20 @@ pytest.importorskip("trl", minversion="1.16")
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    TrainerCallback,
+)
 
 from grpo_fast.data.tasks import sort_digits
+from grpo_fast.errors import UserError
+from grpo_fast.integrations import trl as integration
 from grpo_fast.integrations.trl import FusedGRPOTrainer
 from grpo_fast.models import digit_tokenizer
 from grpo_fast.rewards.sorting import digits_included, digits_ordered
@@ -53,20 +64,21 @@ def rewards():
     return [digits_included, digits_ordered]
 
 
-def build(kind, folder, out, peft=None, **fields):
+def build(kind, folder, out, peft=None, model=None, **fields):
     # With Adam's own epsilon of 1e-8, a gradient that is rounding alone would move its weight by a whole step.
     args = trl.GRPOConfig(
         **{
             "output_dir": str(out), "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
             "num_generations": 4, "max_completion_length": 5, "learning_rate": 3e-3, "max_steps": 3,
-            "logging_steps": 1, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "save_strategy": "no", "report_to": "none",
-            "disable_tqdm": True, "use_cpu": True, "seed": 1, "bf16": False, "gradient_checkpointing": False, **fields,
+            "logging_steps": 1, "lr_scheduler_type": "constant", "adam_epsilon": 1e-5, "save_strategy": "no",
+            "report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 1, "bf16": False,
+            "gradient_checkpointing": False, **fields,
         }
     )  # fmt: skip
     rows, _ = sort_digits(length=3)
     rows = [{"prompt": row["prompt"]} for row in rows[:200]]
     return kind(
-        model=LlamaForCausalLM.from_pretrained(folder), reward_funcs=rewards(), args=args,
+        model=model or AutoModelForCausalLM.from_pretrained(folder), reward_funcs=rewards(), args=args,
         train_dataset=Dataset.from_list(rows), processing_class=digit_tokenizer(), peft_config=peft,
     )  # fmt: skip
 
@@ -74,7 +86,6 @@ def build(kind, folder, out, peft=None, **fields):
 def trajectory(trainer):
     """The weights after every step, and the metrics logged by then."""
     weights = []
-    from transformers import TrainerCallback
 
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -242,3 +253,85 @@ def test_far_tokens_of_tools(level, folder, tmp_path):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_evaluation(loss_type, folder, tmp_path):
     compare_losses(folder, tmp_path, use_vllm=False, training=False, loss_type=loss_type)
+
+
+MODELS = {
+    "softcap": (Gemma2Config, {"final_logit_softcapping": 2.0, "head_dim": 12, "query_pre_attn_scalar": 12}),
+    "scaled up": (CohereConfig, {"logit_scale": 1.7}),
+    "scaled down": (GraniteConfig, {"logits_scaling": 1.7}),
+    "experts": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": True,
+         "router_aux_loss_coef": 0.1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, folder, tmp_path):
+    """What a model does to its logits, and the loss that balances its experts."""
+    torch.manual_seed(0)
+    config, fields = MODELS[name]
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept = (*kept, "num_key_value_heads", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")
+    small = LlamaConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config(**{key: getattr(small, key) for key in kept}, **fields))
+    model.save_pretrained(tmp_path / "model")
+    digit_tokenizer().save_pretrained(tmp_path / "model")
+    one_pass = compare(tmp_path / "model", tmp_path, beta=0.1, num_iterations=2)
+    assert ("aux_loss" in one_pass[0]) == (name == "experts")
+
+
+def test_no_logits_are_made(folder, tmp_path, monkeypatch):
+    """Sampling calls the head's forward; the loss and the scores never do, and the loss is one pass."""
+    passes = []
+    one_pass = integration.linear_policy_loss
+    monkeypatch.setattr(integration, "linear_policy_loss", lambda *a, **k: passes.append(1) or one_pass(*a, **k))
+    trainer = build(FusedGRPOTrainer, folder, tmp_path, beta=0.1)
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = batch(trainer, 0)
+
+    def refuse(*_):
+        raise AssertionError("logits were made")
+
+    trainer.model.lm_head.register_forward_hook(refuse)
+    trainer.compute_loss(trainer.model, inputs).backward()
+    assert passes == [1]
+
+
+def test_mixed_precision(folder, tmp_path):
+    """Under autocast both round, ours not the logits."""
+    wanted, got = (loss_of(kind, folder, tmp_path, False, bf16=True) for kind in (trl.GRPOTrainer, FusedGRPOTrainer))
+    exact = loss_of(trl.GRPOTrainer, folder, tmp_path, False)
+    errors = [relative_error(flat(made[1]), flat(exact[1])) for made in (got, wanted)]
+    assert 0 < errors[0] < 1.2 * errors[1] < 0.1
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+REFUSED = {
+    "loss_type='ppo'": {"loss_type": "ppo"},
+    "importance_sampling_level='turn'": {"importance_sampling_level": "turn"},
+    "torch_compile=True": {"torch_compile": True},
+    "FSDP": {"fsdp": True},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(message, folder, tmp_path):
+    args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    for name, value in REFUSED[message].items():
+        setattr(args, name, value)
+    # Before the model is loaded, of which there is none.
+    with pytest.raises(UserError, match=message) as caught:
+        FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_other_logits_is_refused(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):
+        build(FusedGRPOTrainer, folder, tmp_path, model=model)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from grpo_fast.errors import UserError, import_extra
 from grpo_fast.head_weight import head_weight
-from grpo_fast.policy import HEAD_TOLERANCE, HEAD_TOLERANCE_16_BIT, FusedPolicy
+from grpo_fast.heads import body, logit_transform, output_head
+from grpo_fast.policy import FusedPolicy
 from grpo_kernels import PRESETS, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
 
 _trl = import_extra("trl.trainer.grpo_trainer", "trl")
@@ -49,7 +50,8 @@ class FusedGRPOTrainer(_trl.GRPOTrainer):
         if self.ref_model is not None:
             reference = self.accelerator.unwrap_model(self.ref_model)
             add_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
-        check_logits(model, self.temperature)
+        # Any tokens do.
+        FusedPolicy(model, self.temperature).check_head(list(range(min(16, model.config.get_text_config().vocab_size))))
         self._objective = one_pass_objective(self)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -182,13 +184,12 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
         in_float32: run the head in float32 outside of autocast (TRL's `cast_lm_head_to_fp32`).
 
     Raises:
-        UserError: the model has no linear output head, its weight is quantised, or no body without its head.
+        UserError: the model has no linear output head, or the head carries an adapter or is quantised; the model
+            cannot be run without it.
     """
-    options = FusedPolicy(model, temperature).head_options
-    if not model.get_output_embeddings().weight.is_floating_point():
-        raise UserError(f"{type(model).__name__}: a quantised output head is not supported")
-    if model.base_model is model:
-        raise UserError(f"{type(model).__name__} cannot be run without its output head")
+    output_head(model)
+    body(model)
+    options = {"temperature": temperature, **logit_transform(model.config)}
     others, config = model.forward, model.config.get_text_config()
 
     @functools.wraps(type(model).forward)
@@ -197,7 +198,7 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
             return others(*args, **kwargs, **({} if labels is None else {"labels": labels}))
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        output = self.base_model(*args, use_cache=False, **kwargs)
+        output = body(self)(*args, use_cache=False, **kwargs)
         weight, bias = head_weight(self.get_output_embeddings())
         hidden, labels = output.last_hidden_state.to(weight.device), labels.to(weight.device)
         enabled = torch.is_autocast_enabled(hidden.device.type) and not in_float32
@@ -231,29 +232,5 @@ def _balance(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Ten
     """The load-balancing loss of a mixture of experts, as in the model's own forward."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
-
-
-@torch.no_grad()
-def check_logits(model: nn.Module, temperature: float) -> None:
-    """Compare our head with the model's own logits on a few tokens.
-
-    Raises:
-        UserError: they differ, as with a logit transform that is not known.
-    """
-    training = model.training
-    model.eval()
-    count = min(16, model.config.get_text_config().vocab_size)
-    inputs = {"input_ids": torch.arange(count, device=model.device)[None]}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    labels = inputs["input_ids"]
-    expected = (model(**inputs).logits[:, :-1].float() / temperature).log_softmax(-1)
-    expected = expected.gather(2, labels[:, 1:, None].to(expected.device)).squeeze(2)
-    got = model(**inputs, labels=labels, fused_lm_head=True).log_probs
-    model.train(training)
-    difference = (got - expected.to(got.device)).abs().max().item()
-    if not difference <= HEAD_TOLERANCE.get(model.dtype, HEAD_TOLERANCE_16_BIT):
-        raise UserError(
-            f"{type(model).__name__} transforms its logits in a way that is not supported: log-probabilities differ "
-            f"by {difference:.3g}"
-        )
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
