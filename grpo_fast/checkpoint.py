@@ -30,6 +30,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import CheckpointError, UserError, one_line
 from grpo_fast.files import discard, sync
 from grpo_fast.metrics import json_ready
+from grpo_fast.sharding import cut_like
 
 STATE_FILE = "trainer_state.json"
 
@@ -58,10 +59,19 @@ FREE_FIELDS = frozenset(
         "use_liger_kernel",
         "tiled_mlp",
         "attn_implementation",
+        "fsdp",
         "padding_free",
         "share_prompts",
         "use_cpu",
         "trust_remote_code",
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_max_model_length",
+        "vllm_gpu_memory_utilization",
+        "vllm_enable_sleep_mode",
+        "sync_tolerance",
     }
 )
 
@@ -100,9 +110,16 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, tokenizer: Any, state: TrainerState, tensors: dict[str, dict[str, Tensor]]
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    state: TrainerState,
+    tensors: dict[str, dict[str, Tensor]],
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write `model` (a PeftModel: its adapter), `tokenizer`, each of `tensors` as ``NAME.safetensors``, and `state`.
+
+    A sharded model's `weights` are given, whole.
 
     Raises:
         CheckpointError: the disk is full or cannot be written to; other checkpoints are as they were.
@@ -112,9 +129,9 @@ def save_checkpoint(
     try:
         if hasattr(model, "get_base_model"):
             # Otherwise peft asks the hub whether the embeddings were resized.
-            model.save_pretrained(partial, save_embedding_layers=False)
+            model.save_pretrained(partial, save_embedding_layers=False, state_dict=weights)
         else:
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         for name, content in tensors.items():
             save_file(content, partial / f"{name}.safetensors")
@@ -244,7 +261,8 @@ def _load_model(folder: Path, model: nn.Module) -> None:
     loaded, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"it lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
-    model.load_state_dict(loaded.state_dict())
+    own = model.state_dict()
+    model.load_state_dict({name: cut_like(tensor, own[name]) for name, tensor in loaded.state_dict().items()})
 
 
 def _load_adapter(folder: Path, model: nn.Module) -> None:
@@ -254,11 +272,11 @@ def _load_adapter(folder: Path, model: nn.Module) -> None:
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if weights.keys() != own.keys():
         raise ValueError(f"it lacks or adds the weights {', '.join(sorted(weights.keys() ^ own.keys())[:3])}")
-    peft.set_peft_model_state_dict(model, weights)
+    peft.set_peft_model_state_dict(model, {name: cut_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
 def rng_state() -> dict[str, Tensor]:
-    """States of the random generators of torch (CPU, and every GPU in use), Python and numpy."""
+    """States of the random generators of torch (CPU, and the GPU in use), Python and numpy."""
     _, python, gauss = random.getstate()
     _, keys, *numpy_rest = numpy.random.get_state()
     state = {
@@ -270,7 +288,7 @@ def rng_state() -> dict[str, Tensor]:
         "numpy_rest": torch.tensor(numpy_rest, dtype=torch.float64),
     }
     if torch.cuda.is_initialized():
-        state |= {f"cuda.{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+        state["cuda.0"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -281,10 +299,8 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     position, has_gauss, cached = state["numpy_rest"].tolist()
     numpy.random.set_state(("MT19937", state["numpy"].numpy().astype("uint32"), int(position), int(has_gauss), cached))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_initialized():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in state:
-                torch.cuda.set_rng_state(state[f"cuda.{index}"], index)
+    if torch.cuda.is_initialized() and "cuda.0" in state:
+        torch.cuda.set_rng_state(state["cuda.0"])
 
 
 def checkpoint_bytes(model: nn.Module, config: GRPOConfig) -> int:

@@ -141,6 +141,8 @@ class GRPOConfig:
         lr_scheduler_type: learning-rate schedule, one of transformers'.
         warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
         max_tokens_per_microbatch: tokens of one forward and backward; it bounds the memory for activations.
+        fsdp: several processes share weights, gradients and optimizer state (FSDP2) instead of having all each (DDP);
+            also with accelerate's own file, ``fsdp_version: 2``.
         padding_free: pack sequences of any length side by side (auto: wherever the model's attention allows it).
         share_prompts: compute a prompt once for all completions of its group (auto: wherever sequences are packed).
         max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU).
@@ -280,6 +282,7 @@ class GRPOConfig:
     ] = "linear"
     warmup_steps: float = 0
     max_tokens_per_microbatch: int = 8192
+    fsdp: bool = False
     padding_free: Literal["auto", "always", "never"] = "auto"
     share_prompts: Literal["auto", "always", "never"] = "auto"
     max_buffer_mib: int | None = None
@@ -435,13 +438,13 @@ _RANGES = [
             "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
             "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
             "max_train_samples", "max_eval_samples", "lora_r", "lora_alpha", "save_total_limit",
-            "max_num_gen_batches", "ref_model_sync_steps",
+            "max_num_gen_batches", "ref_model_sync_steps", "vllm_max_model_length",
         ),
         lambda v: v >= 1,
         "at least 1",
     ),
     (
-        ("temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance"),
+        ("temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance", "vllm_server_timeout"),
         lambda v: v > 0,
         "above 0",
     ),
@@ -455,7 +458,8 @@ _RANGES = [
     ),
     (("top_entropy_quantile",), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
-    (("top_p", "ref_model_mixup_alpha"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (("vllm_server_port",), lambda v: 1 <= v <= 65535, "from 1 to 65535"),
+    (("top_p", "ref_model_mixup_alpha", "vllm_gpu_memory_utilization"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
     (("min_p", "adam_beta1", "adam_beta2", "lora_dropout"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
 ]  # fmt: skip
 

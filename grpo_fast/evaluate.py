@@ -12,6 +12,7 @@ import torch
 
 from grpo_fast.checkpoint import rng_state, set_rng_state
 from grpo_fast.data import Row, as_scored
+from grpo_fast.distributed import on_main
 from grpo_fast.metrics import completion_metrics
 from grpo_fast.rewards import RewardModel, Rewards
 from grpo_fast.rollout import Response, Rollout, Sampling
@@ -39,7 +40,8 @@ def score_responses(
     turns = [as_scored(row["prompt"], text) for row, text in zip(repeated, texts, strict=True)]
     prompts, completions = map(list, zip(*turns, strict=True))
     columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}
-    return responses, texts, rewards(prompts, completions, {**columns, "completion_ids": ids})
+    # Once, wherever there are several processes: a reward function may count, or cost.
+    return responses, texts, on_main(lambda: rewards(prompts, completions, {**columns, "completion_ids": ids}))
 
 
 @contextmanager

@@ -6,14 +6,17 @@ import os
 import signal
 import threading
 
+from grpo_fast.distributed import is_main, largest, size
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTE = b"\nstopping after this generation batch, with a checkpoint; a second signal stops at once\n"
+NOTE = b"\nstopping after this generation batch, with a checkpoint"
 
 
 class Interrupt:
     """Within it, the first signal is only kept in ``signal``; after that both do again what they did before.
 
-    Outside of the main thread, where Python takes no signals, nothing changes.
+    Of several processes, whose launcher passes on what it gets itself, each keeps all signals. Outside of the main
+    thread, where Python takes no signals, nothing changes.
     """
 
     def __init__(self):
@@ -32,10 +35,17 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _keep(self, number: int, frame: object) -> None:
-        self.signal = number
-        self.__exit__()
-        # Not print: the handler may run in the middle of one.
-        os.write(2, NOTE)
+        first, self.signal = self.signal is None, number
+        if size() == 1:
+            self.__exit__()
+        if first and is_main():
+            # Not print: the handler may run in the middle of one.
+            os.write(2, NOTE + (b"; a second signal stops at once\n" if size() == 1 else b"\n"))
+
+    def agree(self) -> int | None:
+        """The signal that any process of the run has kept; asked by all of them at the same point."""
+        self.signal = largest(self.signal or 0) or None
+        return self.signal
 
     def exit(self) -> None:
         """End as a program that was stopped by the signal does: with status 130 or 143.

@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from grpo_fast.activations import prepare_activations
+from grpo_fast.attention import install
 from grpo_fast.checkpoint import load_tensors, load_weights
 from grpo_fast.collect import StepBatch
 from grpo_fast.config import GRPOConfig
+from grpo_fast.distributed import own_random_numbers, rank, size, total
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import loss_metrics, sampling_metrics
 from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.models import add_adapter
 from grpo_fast.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
-from grpo_fast.packing import Microbatch, build_microbatch, fill_microbatches, plan_rows
+from grpo_fast.packing import (
+    Microbatch,
+    Sample,
+    build_microbatch,
+    deal_microbatches,
+    empty_microbatch,
+    fair_share,
+    fill_microbatches,
+    plan_rows,
+    token_offsets,
+)
 from grpo_fast.policy import LossInputs
 from grpo_fast.reference import load_reference, move_towards, reference_tensors
+from grpo_fast.sharding import (
+    is_sharded,
+    outer_weights,
+    release,
+    shard,
+    sum_gradients,
+    whole,
+    whole_state,
+    without_sync,
+)
 from grpo_kernels import high_entropy_mask, sampling_ratio
+
+T = TypeVar("T")
 
 
 class Learner:
@@ -45,21 +71,36 @@ class Learner:
         self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int
     ):
         self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
-        self.objective = config.objective()
+        self.objective, self.sharded = config.objective(), is_sharded(config)
         self.adapter = add_adapter(model, config) if config.use_peft else None
         prepare_activations(model, config)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
-        self.optimizer = build_optimizer(policy, config)
-        policy.to(accelerator.device).eval().check_head(prompt_ids)
-        self.packed = policy.check_packing(prompt_ids, config.padding_free)
-        if config.share_prompts == "always" and not self.packed:
-            raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
-        # Parked on the CPU: scoring takes it to the device and back.
+        policy.eval()
+        # Parked on the CPU, where it is not sharded: scoring takes it to the device and back.
         self.reference = None
         if config.uses_reference and self.adapter is None:
-            self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to("cpu")
-        self.policy, self.optimizer = accelerator.prepare(policy, self.optimizer)
+            self.reference = copy.deepcopy(policy).requires_grad_(False)
+        for one in (policy, self.reference) if self.sharded else ():
+            if one is not None:
+                shard(one, config, accelerator.device)
+        if not self.sharded:
+            policy.to(accelerator.device)
+        with outer_weights(policy):
+            policy.check_head(prompt_ids)
+            self.packed = policy.check_packing(prompt_ids, config.padding_free)
+        if self.packed and self.reference is not None:
+            install(self.reference.model)
+        if config.share_prompts == "always" and not self.packed:
+            raise UserError(f"share_prompts='always' is not possible: {type(model).__name__} cannot be packed")
+        self.policy, self.optimizer = policy, build_optimizer(policy, config)
+        if not self.sharded:
+            self.policy, self.optimizer = accelerator.prepare(policy, self.optimizer)
+            sum_gradients(self.policy)
         self.scheduler = build_scheduler(self.optimizer, config)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """For a checkpoint, the weights of a sharded model in the first process; None where the model has them."""
+        return whole_state(self.adapter or self.model, self.adapter is not None) if self.sharded else None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """For a checkpoint, beside the weights: the optimizer's state, and the reference policy where it moves."""
@@ -103,10 +144,11 @@ class Learner:
         # torchao's optimizers keep it in a tensor.
         learning_rate = float(self.scheduler.get_last_lr()[0])
         max_norm = self.config.max_grad_norm or float("inf")
-        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm).item()
+        grad_norm = whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm)).item()
         if not grad_norm < float("inf"):
             raise UserError(f"the gradient is not finite (norm {grad_norm}); try a smaller learning_rate")
-        self.optimizer.step()
+        with own_random_numbers() if self.sharded else nullcontext():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
@@ -120,16 +162,21 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
-        for microbatch in self.microbatches(batch):
-            inputs = self.loss_inputs(batch, microbatch.tokens)
-            result = self.policy(microbatch, inputs)
-            self.accelerator.backward(result.loss)
-            loss += result.loss.detach()
-            stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
-            if seen is not None:
-                seen[microbatch.tokens] = result.logprobs.float()
-            # Its graph would stay in memory beside the next microbatch's forward.
-            del result
+        with own_random_numbers():
+            for microbatch, last in with_last(self.microbatches(batch)):
+                inputs = self.loss_inputs(batch, microbatch.tokens)
+                with without_sync(self.policy, last):
+                    result = self.policy(microbatch, inputs)
+                    self.accelerator.backward(result.loss)
+                loss += result.loss.detach()
+                stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
+                if seen is not None:
+                    seen[microbatch.tokens] = result.logprobs.float()
+                # Its graph would stay in memory beside the next microbatch's forward.
+                del result
+        loss, stats = sum_figures(loss, stats)
+        if seen is not None:
+            total(seen)
         # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
         for parameter in self.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
@@ -149,7 +196,9 @@ class Learner:
         correct = None
         if corrects:
             correct = partial(self.sampling_ratio, sampling_logprobs=batch.sampling_logprobs[tokens])
-        return LossInputs(self.objective, *(None if field is None else field[tokens] for field in fields), correct)
+        share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
+        tensors = (None if field is None else field[tokens] for field in fields)
+        return LossInputs(self.objective, *tensors, correct, share)
 
     def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
         """``rho_t`` of the run's mode, for the tokens of whole sequences."""
@@ -164,8 +213,16 @@ class Learner:
         budget, pad = config.max_tokens_per_microbatch, self.pad_token_id
         shares = self.packed and config.share_prompts != "never"
         rows = plan_rows(batch.samples, batch.active, budget if shares else 0)
-        for chosen in fill_microbatches(rows, budget, self.packed):
-            yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
+        if size() == 1:
+            dealt = fill_microbatches(rows, budget, self.packed)
+        else:
+            rows = plan_rows(batch.samples, batch.active, min(budget, fair_share(rows, size())) if shares else 0)
+            dealt = deal_microbatches(rows, budget, self.packed, size())[rank()]
+        for chosen in dealt:
+            if chosen:
+                yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
+            else:
+                yield empty_microbatch(pad, self.packed).to(device)
 
     def score_reference(self, batch: StepBatch) -> Tensor:
         """Log-probabilities ``[N]`` under the initial policy: without the adapter, or its copy, parked on the CPU."""
@@ -173,6 +230,8 @@ class Learner:
             self.policy.eval()
             with self.adapter.disable_adapter():
                 return self.score(self.policy, batch)
+        if self.sharded:
+            return self.score(self.reference, batch)
         with self.accelerator.autocast():
             scores = self.score(self.reference.to(self.accelerator.device), batch)
         self.reference.to("cpu")
@@ -184,6 +243,18 @@ class Learner:
         logprobs = torch.zeros_like(batch.weights)
         for microbatch in self.microbatches(batch):
             logprobs[microbatch.tokens] = policy(microbatch).float()
+        release(policy)
+        return total(logprobs)
+
+    @torch.no_grad()
+    def score_completion(self, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
+        """Log-probabilities of one completion's tokens under the policy as it is."""
+        samples = [Sample(prompt_ids, completion_ids, 0)]
+        rows, offsets = plan_rows(samples, [0], 0), token_offsets(samples)
+        microbatch = build_microbatch(samples, rows, offsets, self.pad_token_id, self.packed)
+        self.policy.eval()
+        logprobs = self.policy(microbatch.to(self.accelerator.device)).float()
+        release(self.policy)
         return logprobs
 
     @torch.no_grad()
@@ -195,4 +266,24 @@ class Learner:
         self.policy.eval()
         for microbatch in self.microbatches(dataclasses.replace(batch, active=samples)):
             entropy[microbatch.tokens] = self.policy(microbatch, with_entropy=True)[1].float()
+        release(self.policy)
+        total(entropy)
         return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
+
+
+def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Each item, and whether it is the last one."""
+    items = iter(items)
+    for item in items:
+        for following in items:
+            yield item, False
+            item = following
+        yield item, True
+
+
+def sum_figures(loss: Tensor, stats: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """The loss and its statistics over all processes, which had the same number of microbatches."""
+    if size() == 1 or stats is None:
+        return loss, stats
+    sums = total(torch.stack([loss.double(), *(value.double() for value in stats.values())]))
+    return sums[0], dict(zip(stats, sums[1:], strict=True))

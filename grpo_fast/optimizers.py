@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from transformers import get_scheduler
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.distributed import is_main
 from grpo_fast.errors import UserError, import_extra, one_line
+from grpo_fast.sharding import cut_like, to_main
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 # Weights that are rounded at once: a bound on the temporary memory, 20 bytes each.
@@ -171,8 +174,10 @@ class StochasticAdamW(_AdamW):
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
-        tensors = (p.detach().view(-1), p.grad.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+                state[key] = torch.zeros_like(p, dtype=torch.float32)
+        # Of a sharded weight, the share of this process.
+        weight, grad, mean, square = map(_local, (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]))
+        tensors = (weight.view(-1), grad.reshape(-1), mean.view(-1), square.view(-1))
         for weight, grad, mean, square in zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True):
             master = weight.float()
             # A copy of the count, since every call adds one to it.
@@ -182,6 +187,10 @@ class StochasticAdamW(_AdamW):
             elif master is not weight:
                 weight.copy_(master)
         state["step"] += 1
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def round_stochastically(values: Tensor) -> Tensor:
@@ -279,6 +288,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     Names are ``<parameter index>.<key>``; the parts of a quantised moment are ``<index>.<key>.codes``, ``.scale`` and
     ``.qmap``, a plain integer is ``<index>.<key>.int``, and ``lr.<group>`` is a group's learning rate (float64).
     Parameters are numbered as in `state_dict`. Other hyperparameters belong to the configuration and are left out.
+    Sharded tensors are put together in the first process, and the other ones return nothing.
     """
     saved = optimizer.state_dict()
     tensors = {
@@ -288,13 +298,15 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     for index, values in saved["state"].items():
         for key, value in _flat(values).items():
             name = f"{index}.{key}"
-            if hasattr(value, "__tensor_flatten__"):
+            if hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
                 tensors |= {f"{name}.{part}": _plain(getattr(value, part)) for part in value.__tensor_flatten__()[0]}
+            elif isinstance(value, DTensor):
+                tensors[name] = to_main(value)
             elif isinstance(value, Tensor):
                 tensors[name] = _plain(value)
             else:
                 tensors[f"{name}.int"] = torch.tensor(value, dtype=torch.int64)
-    return tensors
+    return tensors if is_main() else {}
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -318,6 +330,8 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
             values[key] = int(tensor)
         elif part:
             quantised.setdefault(index, {}).setdefault(key, {})[part[0]] = tensor.clone()
+        elif tensor.shape == parameters[index].shape:
+            values[key] = cut_like(tensor, parameters[index]).clone()
         else:
             values[key] = tensor.clone()
     for index, moments in quantised.items():

@@ -16,6 +16,8 @@ Where a model's attention knows no segments, rows hold a sequence each and are p
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,6 +112,55 @@ def fill_microbatches(rows: list[Row], max_tokens: int, packed: bool) -> list[li
         microbatches[place].append(row)
         taken[place] += row.length
     return microbatches
+
+
+def deal_microbatches(rows: list[Row], max_tokens: int, packed: bool, ranks: int) -> list[list[list[Row]]]:
+    """Microbatches for each of several processes, in which they take about as many tokens; some may be empty.
+
+    Every process has the same number of them, and the n-th ones are of similar size, so that none waits long for
+    another. Packed rows go, longest first, to the microbatch with the fewest tokens.
+
+    Returns:
+        For each process the rows of its microbatches.
+    """
+    filled = fill_microbatches(rows, max_tokens if packed else min(max_tokens, fair_share(rows, ranks)), packed)
+    count = math.ceil(len(filled) / ranks)
+    if packed:
+        while (spread := _spread(rows, count * ranks, max_tokens)) is None:
+            count += 1
+        filled = spread
+    filled = sorted(filled, key=lambda rows: -sum(row.length for row in rows))
+    filled += [[] for _ in range(count * ranks - len(filled))]
+    rounds = [filled[first : first + ranks] for first in range(0, len(filled), ranks)]
+    # Back and forth, or one process would have the largest of every round.
+    rounds = [row if index % 2 == 0 else row[::-1] for index, row in enumerate(rounds)]
+    return [[row[rank] for row in rounds] for rank in range(ranks)]
+
+
+def _spread(rows: list[Row], count: int, max_tokens: int) -> list[list[Row]] | None:
+    """`count` microbatches of about as many tokens; None where one had more than `max_tokens` in several rows."""
+    microbatches: list[list[Row]] = [[] for _ in range(count)]
+    taken = [0] * count
+    for row in sorted(rows, key=lambda row: -row.length):
+        place = min(range(count), key=taken.__getitem__)
+        if taken[place] and taken[place] + row.length > max_tokens:
+            return None
+        microbatches[place].append(row)
+        taken[place] += row.length
+    return microbatches
+
+
+def fair_share(rows: list[Row], ranks: int) -> int:
+    """Tokens of each process, if all have as many."""
+    return math.ceil(sum(row.length for row in rows) / ranks)
+
+
+def empty_microbatch(token_id: int, packed: bool) -> Microbatch:
+    """One position and no target: its gradient is zero, for a process that has less to do than the others."""
+    sample = Sample([token_id], [token_id], 0)
+    whole = build_microbatch([sample], [Row([0], 1)], token_offsets([sample]), token_id, packed)
+    parts = {name: getattr(whole, name)[:0] for name in ("sources", "targets", "tokens")}
+    return dataclasses.replace(whole, **parts, cu_seqlens=whole.cu_seqlens[:1])
 
 
 def build_microbatch(

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.distributed import is_main, size
 from grpo_fast.report import Summary, clock, is_share, show
 
 # Lines printed in all where there is no terminal.
@@ -29,12 +30,13 @@ class Progress:
 
     def __init__(self, config: GRPOConfig, run_folder: Path, metric: str, num_parameters: int):
         self.config, self.run_folder, self.metric = config, run_folder, metric
+        processes = f", {size()} processes" if size() > 1 else ""
         # Paths may hold brackets, which are not markup.
-        self.console = Console(highlight=False, markup=False)
+        self.console = Console(highlight=False, markup=False, quiet=not is_main())
         self.console.print(
             f"{config.model_name_or_path} ({_count(num_parameters)} parameters) on "
             f"{config.dataset_name}: {config.max_steps} steps of {config.prompts_per_step} prompts x "
-            f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}",
+            f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}{processes}",
             soft_wrap=True,
         )
         self.console.print(f"run folder: {run_folder}", soft_wrap=True)

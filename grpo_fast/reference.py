@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.distributed import is_main
 from grpo_fast.errors import UserError
+from grpo_fast.sharding import cut_like, to_main
 
 
 @torch.no_grad()
@@ -17,7 +19,8 @@ def move_towards(reference: nn.Module, policy: nn.Module, share: float) -> None:
 
 def reference_tensors(reference: nn.Module) -> dict[str, Tensor]:
     """The weights for a checkpoint, tied ones once."""
-    return {name: parameter.detach().contiguous() for name, parameter in reference.named_parameters()}
+    tensors = {name: to_main(parameter) for name, parameter in reference.named_parameters()}
+    return tensors if is_main() else {}
 
 
 @torch.no_grad()
@@ -31,4 +34,4 @@ def load_reference(reference: nn.Module, tensors: dict[str, Tensor]) -> None:
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
         raise UserError("the checkpoint's reference.safetensors holds the weights of another model")
     for name, parameter in own.items():
-        parameter.copy_(tensors[name])
+        parameter.copy_(cut_like(tensors[name], parameter))

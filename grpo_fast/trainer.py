@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from grpo_fast.checkpoint import (
 from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
+from grpo_fast.distributed import connect, is_main, on_main, size
 from grpo_fast.errors import CheckpointError, UserError, writing
 from grpo_fast.evaluate import evaluate, score_responses
 from grpo_fast.files import remove_leftovers
@@ -48,8 +50,10 @@ from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout
+from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import TOLERANCE, TOLERANCE_16_BIT, Probe
 from grpo_fast.rollout.sampler import Sampler
+from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.trackers import Trackers, tracker_arguments
 
 
@@ -65,8 +69,8 @@ class GRPOTrainer:
 
     def __init__(self, config: GRPOConfig):
         self.config = config
-        self.run_folder = choose_run_folder(config)
-        found = find_checkpoint(self.run_folder, config) if config.resume_from_checkpoint else None
+        connect(config.use_cpu)
+        self.run_folder, found = on_main(partial(choose_run_folder, config))
         self.objective = config.objective()
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
@@ -78,9 +82,11 @@ class GRPOTrainer:
             self.rewards.check_columns(name for name in rows[0] if name != "prompt")
 
         trackers = tracker_arguments(config, self.run_folder)
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=config.use_cpu, **trackers)
-        if self.accelerator.num_processes > 1:
-            raise UserError(f"training runs on one process so far, but {self.accelerator.num_processes} were launched")
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.bf16 else "no", cpu=config.use_cpu, kwargs_handlers=[ddp_arguments()],
+            **trackers,
+        )  # fmt: skip
+        check_processes(config, self.accelerator)
         check_optimizer(config, self.accelerator.device)
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
@@ -93,7 +99,7 @@ class GRPOTrainer:
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
         self.learner = Learner(model, config, self.accelerator, self.train_prompts[0], self.tokenizer.pad_token_id)
         self.adapter, self.model = self.learner.adapter, model
-        check_space(model, self.run_folder, config)
+        on_main(lambda: check_space(model, self.run_folder, config))
         self.rollout = self.build_sampler()
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
@@ -122,7 +128,9 @@ class GRPOTrainer:
         longest = max(map(len, self.train_prompts + self.eval_prompts)) + config.max_completion_length
         tolerance = config.sync_tolerance or TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
         probe = Probe(self.train_prompts[0], longest, config.temperature, tolerance)
-        engine = build_rollout(config, self.model, self.tokenizer, longest - config.max_completion_length)
+        build = partial(build_rollout, config, self.model, self.tokenizer, longest - config.max_completion_length)
+        gathered = partial(whole_weights, self.learner.policy)
+        engine = build() if size() == 1 else DealtRollout(build, config.use_vllm, gathered)
         return Sampler(engine, self.adapter or self.model, probe, self.learner.score_completion)
 
     def train(self) -> Summary:
@@ -132,16 +140,8 @@ class GRPOTrainer:
         checkpoint. A resumed one goes on after its last checkpoint as if it had never stopped.
         """
         config, folder = self.config, self.run_folder
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
-        written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
-        write_config(folder / "config.yaml", written)
-        if self.accelerator.device.type == "cuda":
-            longest = max(map(len, self.train_prompts))
-            write_plan(folder / "memory_plan.json", config, self.model.config, longest)
         metric = self.rewards.names[self.metric]
-        history = cut_metrics(folder / "metrics.jsonl", self.step)
+        history = on_main(self.open_folder)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
         self.rewards.warn = progress.warn
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
@@ -173,12 +173,28 @@ class GRPOTrainer:
             best = (self.best_score, f"checkpoint-{self.best_step}") if self.best_step else ()
             after = self.held_out[self.score_name]
             summary = Summary(metric, self.before, after, round(self.train_seconds, 2), self.step, *best)
-            write_json(folder / "summary.json", dataclasses.asdict(summary))
-            if history:
-                plot_run(history, summary, folder / "reward.png")
-            write_report(folder)
+            on_main(partial(self.write_end, summary, history))
         progress.finished(summary, checkpoint)
         return summary
+
+    def open_folder(self) -> list[dict[str, float]]:
+        """Write what is known when the run begins; the figures of earlier steps, where it is resumed."""
+        config, folder = self.config, self.run_folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+        written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
+        write_config(folder / "config.yaml", written)
+        if self.accelerator.device.type == "cuda":
+            longest = max(map(len, self.train_prompts))
+            write_plan(folder / "memory_plan.json", config, self.model.config, longest)
+        return cut_metrics(folder / "metrics.jsonl", self.step)
+
+    def write_end(self, summary: Summary, history: list[dict[str, float]]) -> None:
+        write_json(self.run_folder / "summary.json", dataclasses.asdict(summary))
+        if history:
+            plot_run(history, summary, self.run_folder / "reward.png")
+        write_report(self.run_folder)
 
     def run_steps(self, log: Callable[[dict[str, float]], None], progress: Progress) -> Path:
         """The remaining steps, with a checkpoint every `save_steps` of them and after the last one, which is returned.
@@ -195,8 +211,8 @@ class GRPOTrainer:
                         if self.evaluation_is_due():
                             metrics |= self.evaluate_step(progress)
                     finally:
-                        log(metrics)
-                    if interrupt.signal and not self.updates_left:
+                        on_main(partial(log, metrics))
+                    if interrupt.agree() and not self.updates_left:
                         break
                     if self.save_is_due() or self.best_step == self.step:
                         self.save()
@@ -240,10 +256,11 @@ class GRPOTrainer:
             state = TrainerState(
                 self.step, self.num_tokens, self.num_prompts, self.train_seconds, self.before, self.fixed, **best
             )
-            tensors = {**self.learner.tensors(), "rng": self.rng}
-            save_checkpoint(folder, self.adapter or self.model, self.tokenizer, state, tensors)
+            weights, tensors = self.learner.weights(), {**self.learner.tensors(), "rng": self.rng}
+            arguments = (folder, self.adapter or self.model, self.tokenizer, state, tensors, weights)
+            on_main(partial(save_checkpoint, *arguments))
             self.saved_step = self.step
-            keep_newest(self.run_folder, self.config.save_total_limit, self.best_step)
+            on_main(partial(keep_newest, self.run_folder, self.config.save_total_limit, self.best_step))
         return folder
 
     def restore(self, folder: Path, state: TrainerState) -> None:
@@ -322,7 +339,7 @@ class GRPOTrainer:
             penalty, metrics["kl"] = self.learner.kl_penalty(batch)
             advantages = reward_advantages(groups.rewards, weights, config, penalty)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
-        if self.logs_completions():
+        if self.logs_completions() and is_main():
             with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:
                 for line in groups.lines(self.step + 1, self.rewards.names, batch):
                     file.write(line)
@@ -343,8 +360,11 @@ class GRPOTrainer:
         return bool(every) and (self.step == 0 or self.step // every != last // every)
 
 
-def choose_run_folder(config: GRPOConfig) -> Path:
-    """The run folder, which must not hold another run but one to resume. It is created when the run begins."""
+def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
+    """The run folder, and the checkpoint to go on from. It must not hold another run but one to resume.
+
+    It is created when the run begins.
+    """
     name = config.run_name or config.dataset_name.replace("/", "-")
     folder = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume_from_checkpoint:
@@ -352,4 +372,4 @@ def choose_run_folder(config: GRPOConfig) -> Path:
             raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
     elif (folder / "metrics.jsonl").exists() or checkpoints(folder):
         raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
-    return folder
+    return folder, find_checkpoint(folder, config) if config.resume_from_checkpoint else None

@@ -1,0 +1,71 @@
+"""Sampling by several processes: each takes its share of the prompts, or the first one asks a server for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from grpo_fast import distributed
+from grpo_fast.rollout.base import Response, Rollout, Sampling
+
+
+class DealtRollout(Rollout):
+    """An engine of each process, or one of the first process alone; all get every response.
+
+    A process samples with random numbers of its own, and with whole weights: a sharded policy is gathered for it.
+
+    Args:
+        build: makes the engine.
+        separate: the engine is a server, which the first process alone connects to.
+        gathered: the context in which every process has all weights of the policy.
+
+    Raises:
+        UserError: the engine cannot be started or reached.
+    """
+
+    def __init__(self, build: Callable[[], Rollout], separate: bool, gathered: Callable[[], AbstractContextManager]):
+        self.separate, self.gathered = separate, gathered
+        self.engine: Rollout | None = None
+        self.group = distributed.new_group()
+        self._each(lambda: setattr(self, "engine", build()))
+        self.copies_weights = distributed.on_main(lambda: self.engine.copies_weights)
+
+    def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
+        with self.gathered():
+            self._each(lambda: self.engine.check(prompt_ids, sampling))
+
+    def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
+        if self.separate:
+            if sampling.seed is None:
+                # Drawn by all, so that their generators stay alike.
+                sampling = replace(sampling, seed=int(torch.randint(2**31, ())))
+            return distributed.on_main(lambda: self.engine.generate(prompt_ids, sampling), self.group)
+        mine = distributed.share(prompt_ids)
+        with self.gathered(), distributed.own_random_numbers():
+            shares = distributed.gather(lambda: self.engine.generate(mine, sampling) if mine else [], self.group)
+        size = sampling.num_generations
+        groups = [[share[at : at + size] for at in range(0, len(share), size)] for share in shares]
+        return [response for group in distributed.join(groups) for response in group]
+
+    def sync(self, model: nn.Module) -> None:
+        with self.gathered():
+            self._each(lambda: self.engine.sync(model))
+
+    def sleep(self) -> None:
+        self._each(lambda: self.engine.sleep())
+
+    def wake(self) -> None:
+        self._each(lambda: self.engine.wake())
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+    def _each(self, call: Callable[[], None]) -> None:
+        """Call it where there is an engine; what fails in one process fails in all."""
+        run = distributed.on_main if self.separate else distributed.gather
+        run(call, self.group)
