@@ -56,19 +56,20 @@ class JsonClient:
         path: str,
         body: Any = None,
         timeout: float | None = 60.0,
-        retries: Sequence[float] = RETRIES,
+        retries: Sequence[float] | None = None,
     ) -> Any:
         """The JSON of the answer (None where it is empty).
 
         Args:
             body: sent as JSON.
             timeout: seconds without a byte from the server; None waits as long as the connection stands.
-            retries: seconds before each further attempt; a request that the server refused (4xx) is not repeated.
+            retries: seconds before each further attempt (default: RETRIES); a request that the server refused (4xx)
+                is not repeated.
 
         Raises:
             ServerError: no connection, an error of the server, or an answer that is not JSON.
         """
-        for pause in (*retries, None):
+        for pause in (*(RETRIES if retries is None else retries), None):
             try:
                 return self._once(method, path, body, timeout)
             except (OSError, http.client.HTTPException, _Broken) as error:

@@ -70,7 +70,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
 
 def server_environment(config: GRPOConfig) -> dict[str, str]:
     """Environment variables of the server: its weights can be renewed over HTTP, which vLLM calls development mode."""
-    quiet_vllm()
+    quiet_vllm("WARNING")
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     if config.use_cpu or not torch.cuda.is_available():
         environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -57,7 +57,8 @@ class VLLMColocate(Rollout):
     def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise UserError("vllm_mode='colocate' goes with one process; several share a server: vllm_mode='server'")
-        quiet_vllm()
+        # What goes wrong is raised.
+        quiet_vllm("CRITICAL")
         # One process, so that weights are handed over instead of sent; sockets on this machine alone.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
@@ -68,6 +69,7 @@ class VLLMColocate(Rollout):
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self.sleeps = config.vllm_enable_sleep_mode and self.device == "cuda"
         self.has_weights = False
+        self.llm = None
         dtype = model.get_input_embeddings().weight.dtype
         length = model_length(config, longest_prompt)
         kv = plan(config, model.config, dtype, self.device, length, self._available(config, model, dtype))
@@ -80,8 +82,10 @@ class VLLMColocate(Rollout):
             name = config.model_name_or_path if config.trust_remote_code else folder
             try:
                 self.llm = self.vllm.LLM(name, **options)
+                self._generate([[0]], Sampling(1, 1, seed=0))
             except Exception as error:
                 # An unknown architecture, a head_dim or a dtype without a kernel, too little memory: of many types.
+                self.close()
                 raise UserError(f"vLLM cannot sample from {type(model).__name__}: {one_line(error)}") from None
 
     @staticmethod
@@ -125,7 +129,11 @@ class VLLMColocate(Rollout):
         """Responses to every prompt, `num_generations` side by side, in the order of the prompts."""
         if not self.has_weights:
             raise RuntimeError("VLLMColocate.generate: the engine has no weights yet; sync comes first")
-        return self._generate(prompt_ids, sampling)
+        try:
+            return self._generate(prompt_ids, sampling)
+        except (RuntimeError, AssertionError) as error:
+            # Out of memory, say: the run can be saved, though nothing more is sampled.
+            raise UserError(f"vLLM failed while it sampled: {one_line(error)}") from error
 
     def sync(self, model: nn.Module) -> None:
         """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on.
@@ -155,7 +163,7 @@ class VLLMColocate(Rollout):
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
-            self.vllm.distributed.cleanup_dist_env_and_memory()
+        self.vllm.distributed.cleanup_dist_env_and_memory()
 
     def _generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
         arguments = sampling_arguments(sampling, self.eos_token_ids)

@@ -135,10 +135,10 @@ def save_config(model: nn.Module, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
 
 
-def quiet_vllm() -> None:
-    """No reports to vLLM's makers, and no log of its own beside the run's lines."""
+def quiet_vllm(level: str) -> None:
+    """No reports to vLLM's makers, and no log below `level`, unless the environment says otherwise."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
 
 
 def engine_options(config: GRPOConfig, dtype: torch.dtype, device: str, length: int, kv: KVPlan) -> dict[str, Any]:

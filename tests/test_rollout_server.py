@@ -1,0 +1,340 @@
+"""The client of a vLLM server against a small server that misbehaves in every way; no vLLM here."""
+
+import json
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError
+from grpo_fast.rollout import Sampling, build_rollout, json_client
+from grpo_fast.rollout.vllm_server import in_files
+from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION, read_folder
+from tiny import tiny_model
+
+PROMPTS = [[5, 9, 11], [7], [3, 4, 5]]
+OPTIONS = {
+    "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 20},
+    "parallel_config": {"worker_extension_cls": WORKER_EXTENSION},
+}
+
+
+class FakeServer:
+    """Answers as vLLM does: each completion repeats its seed's last digit; `hook(path, body)` may answer instead."""
+
+    def __init__(self, hook=lambda path, body: None, options=OPTIONS):
+        self.hook, self.options = hook, options
+        self.version = "default"
+        self.calls, self.loaded = [], {}
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.answer(self, None)
+
+            def do_POST(self):
+                outer.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, handler, body):
+        path = handler.path.split("?")[0]
+        with self.lock:
+            self.calls.append((path, body))
+        status, content = self.hook(path, body) or (200, self.content(path, body))
+        if status == "drop":
+            handler.close_connection = True
+            return
+        content = content if isinstance(content, str) else json.dumps(content)
+        with suppress(BrokenPipeError):
+            handler.send_response(status)
+            handler.end_headers()
+            handler.wfile.write(content.encode())
+
+    def content(self, path, body):
+        if path == "/server_info":
+            return {"vllm_config": self.options}
+        if path == "/inference/v1/generate":
+            return {"choices": [self.choice(index, body) for index in range(body["sampling_params"]["n"])]}
+        if path == "/collective_rpc" and body["method"] == "load_folder":
+            self.loaded = dict(read_folder(Path(body["args"][0])))
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        return {"success": True, "weight_version": self.version}
+
+    def choice(self, index, body):
+        ids = [*body["token_ids"], body["sampling_params"]["seed"] % 10 + index, 1]
+        return {
+            "index": index,
+            "token_ids": ids,
+            "finish_reason": "stop",
+            "logprobs": {"content": [{"token_id": i, "logprob": -i / 10} for i in ids]},
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],
+        }
+
+    def called(self, path):
+        return [body for called, body in self.calls if called == path]
+
+
+@pytest.fixture
+def start():
+    servers = []
+
+    def start(*args, **kwargs):
+        servers.append(FakeServer(*args, **kwargs))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(json_client, "RETRIES", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(json_client, "WATCH_EVERY", 0.1)
+    monkeypatch.setattr(json_client, "WATCH_TIMEOUT", 0.2)
+
+
+def connect(url, model=None, **fields):
+    config = GRPOConfig(
+        model_name_or_path="random-llama", dataset_name="sort_digits", reward_funcs=["exact_answer"], use_vllm=True,
+        vllm_mode="server", vllm_server_base_url=url, max_completion_length=8, vllm_server_timeout=0.3, **fields,
+    )  # fmt: skip
+    return build_rollout(config, model or tiny_model(torch.float32), SimpleNamespace(eos_token_id=1), 12)
+
+
+def test_completions_in_the_order_of_the_prompts(start):
+    server = start()
+    rollout = connect(server.url)
+    torch.manual_seed(3)
+    responses = rollout.generate(PROMPTS, Sampling(2, 8, temperature=0.7, top_p=0.9, top_k=4, min_p=0.1))
+    assert [r.token_ids[:-2] for r in responses] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert all(r.logprobs == [-i / 10 for i in r.token_ids] and r.finish_reason == "stop" for r in responses)
+    sent = [body["sampling_params"] for body in server.called("/inference/v1/generate")]
+    assert len({params.pop("seed") for params in sent}) == len(PROMPTS)
+    wanted = {"n": 2, "max_tokens": 8, "temperature": 0.7, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "logprobs": 0}
+    wanted |= {"ignore_eos": True, "stop_token_ids": [1], "detokenize": False}
+    assert sent == [wanted] * len(PROMPTS)
+    torch.manual_seed(3)
+    assert rollout.generate(PROMPTS, Sampling(2, 8)) == responses
+    assert rollout.generate(PROMPTS, Sampling(2, 8)) != responses
+
+
+def test_a_sync_hands_over_the_weights_and_forgets_old_prefixes(start):
+    server = start()
+    model = tiny_model(torch.float32)
+    rollout = connect(server.url, model)
+    rollout.sync(model)
+    assert server.loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in server.loaded.items())
+    steps = [body.get("method", path) for path, body in server.calls if body is not None]
+    assert steps == ["load_folder", "repack_head", "/reset_prefix_cache", "/update_weight_version"]
+    (folder,) = server.called("/collective_rpc")[0]["args"]
+    assert not Path(folder).exists()
+    assert rollout.generate(PROMPTS, Sampling(1, 8))
+
+
+def test_files_of_weights_are_bounded():
+    tensors = {f"t{i}": torch.zeros(n) for i, n in enumerate((2, 2, 9, 1, 1, 1, 1, 1))}
+    groups = [list(group) for group in in_files(iter(tensors.items()), most=16)]
+    assert groups == [["t0", "t1"], ["t2"], ["t3", "t4", "t5", "t6"], ["t7"]]
+
+
+def test_lost_connections_and_errors_are_repeated_with_the_same_seed(start):
+    failures = iter([("drop", ""), (500, "busy"), (200, "<html>")])
+    server = start(lambda path, body: next(failures, None) if "generate" in path else None)
+    rollout = connect(server.url)
+    torch.manual_seed(0)
+    (response,) = rollout.generate([[5]], Sampling(1, 8))
+    bodies = server.called("/inference/v1/generate")
+    assert len(bodies) == 4
+    assert all(body == bodies[0] for body in bodies)
+    torch.manual_seed(0)
+    assert rollout.generate([[5]], Sampling(1, 8)) == [response]
+
+
+def test_errors_are_repeated_a_bounded_number_of_times(start):
+    server = start(lambda path, body: (500, "engine is dead") if "generate" in path else None)
+    rollout = connect(server.url)
+    with pytest.raises(UserError) as error:
+        rollout.generate([[5]], Sampling(1, 8))
+    assert str(error.value) == (
+        f"the vLLM server at {server.url} no longer answers (status 500: engine is dead); "
+        "start it again and --resume this run"
+    )
+    assert len(server.called("/inference/v1/generate")) == 4
+
+
+def test_a_refused_request_is_not_repeated(start):
+    server = start(lambda path, body: (400, {"error": "top_k is odd"}) if "generate" in path else None)
+    rollout = connect(server.url)
+    with pytest.raises(UserError, match="top_k is odd"):
+        rollout.generate(PROMPTS, Sampling(1, 8))
+    assert len(server.called("/inference/v1/generate")) <= len(PROMPTS)
+
+
+def test_a_server_that_dies_while_it_samples(start):
+    server = start()
+    asked = threading.Event()
+
+    def die(path, body):
+        if "generate" in path:
+            asked.set()
+            time.sleep(0.2)
+            return "drop", ""
+
+    rollout = connect(server.url)
+    server.hook = die
+
+    def stop():
+        asked.wait()
+        server.http.shutdown()
+        server.http.socket.close()
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(UserError, match=r"no longer answers .*; start it again and --resume this run$") as error:
+        rollout.generate(PROMPTS * 10, Sampling(2, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_hangs_is_left(start):
+    hung = threading.Event()
+
+    def hang(path, body):
+        if "generate" in path:
+            hung.set()
+        if hung.is_set():
+            time.sleep(5)
+
+    server = start(hang)
+    rollout = connect(server.url)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="no longer answers"):
+        rollout.generate(PROMPTS, Sampling(1, 8))
+    assert time.monotonic() - begin < 4
+
+
+def test_a_slow_server_is_waited_for(start):
+    server = start(lambda path, body: time.sleep(1.0) if "generate" in path else None)
+    assert len(connect(server.url).generate(PROMPTS, Sampling(1, 8))) == 3
+
+
+def edited(**changes):
+    """An answer with one completion that has these fields."""
+    ids = [4, 1]
+    choice = {"index": 0, "token_ids": ids, "finish_reason": "stop"}
+    choice["logprobs"] = {"content": [{"token_id": i, "logprob": -1.0} for i in ids]}
+    choice["weight_versions"] = [{"version": "default"}]
+    return {"choices": [{**choice, **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({}, "KeyError: 'choices'"),
+        ([], "TypeError"),
+        (None, "TypeError"),
+        ({"choices": []}, "0 completions instead of 1"),
+        (edited(logprobs=None), "TypeError"),
+        (edited(logprobs={"content": [{"token_id": 4, "logprob": -1.0}]}), "log-probabilities of other tokens"),
+        (edited(token_ids=[], logprobs={"content": []}), "0 tokens with 0 log-probabilities"),
+        (edited(finish_reason="abort"), "ended by 'abort'"),
+        (edited(weight_versions=None), "TypeError"),
+    ],
+)
+def test_nonsense_is_one_line(start, answer, message):
+    server = start(lambda path, body: (200, answer) if "generate" in path else None)
+    rollout = connect(server.url)
+    with pytest.raises(UserError, match=message) as error:
+        rollout.generate([[5]], Sampling(1, 8))
+    assert "\n" not in str(error.value)
+
+
+def test_other_weights_are_noticed(start):
+    """A server that was started anew, or that another run has synced."""
+    server = start()
+    model = tiny_model(torch.float32)
+    rollout, other = connect(server.url, model), connect(server.url, model)
+    rollout.sync(model)
+    assert rollout.generate(PROMPTS, Sampling(1, 8))
+    other.sync(model)
+    with pytest.raises(UserError, match="sampled from other weights than this run's"):
+        rollout.generate(PROMPTS, Sampling(1, 8))
+    assert other.generate(PROMPTS, Sampling(1, 8))
+
+
+def test_no_server(start):
+    with pytest.raises(UserError, match=r"no vLLM server answers at http://127.0.0.1:9 within vllm_server_timeout=0.3"):
+        connect("http://127.0.0.1:9")
+    for address in ("127.0.0.1:8000", "http://", "ftp://host", "http://host:port"):
+        with pytest.raises(UserError, match="is not a server's address; it must be like http://127.0.0.1:8000"):
+            connect(address)
+
+
+def test_a_server_that_starts_late_is_waited_for(start):
+    ready = time.monotonic() + 0.2
+    server = start(lambda path, body: (503, "") if time.monotonic() < ready else None)
+    connect(server.url)
+    assert len(server.called("/health")) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({**OPTIONS, "parallel_config": {"worker_extension_cls": ""}}, r"--worker-extension-cls \(none\), but needs"),
+        (
+            {**OPTIONS, "model_config": {"logprobs_mode": "raw_logprobs", "max_model_len": 20}},
+            "--logprobs-mode raw_logprobs, but needs processed_logprobs",
+        ),
+        (
+            {**OPTIONS, "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 19}},
+            "takes 19 tokens, but the longest prompt and completion have 20",
+        ),
+        ({}, "does not tell its options"),
+    ],
+)
+def test_a_server_with_other_options_is_refused(start, options, message):
+    with pytest.raises(UserError, match=f"{message}.*; start one with: grpo-fast serve CONFIG.yaml$"):
+        connect(start(options=options).url)
+
+
+def test_a_server_that_cannot_be_synced_is_refused(start):
+    server = start(lambda path, body: (404, "Not Found") if path == "/server_info" else None)
+    with pytest.raises(UserError, match=r"started without VLLM_SERVER_DEV_MODE=1; start one with: grpo-fast serve"):
+        connect(server.url)
+
+
+def test_a_folder_that_the_server_does_not_see(start):
+    server = start(lambda path, body: (500, "there are no weights in /tmp/x") if path == "/collective_rpc" else None)
+    model = tiny_model(torch.float32)
+    with pytest.raises(UserError, match=r"cannot read /.*grpo-fast-weights-.*; set TMPDIR"):
+        connect(server.url, model).sync(model)
+
+
+def test_a_prefix_cache_that_stays_is_an_error(start, monkeypatch):
+    server = start(lambda path, body: (200, {"success": False}) if path == "/reset_prefix_cache" else None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    model = tiny_model(torch.float32)
+    with pytest.raises(UserError, match="keeps its prefix cache"):
+        connect(server.url, model).sync(model)
+
+
+def test_proxies_of_the_environment_are_not_used(start, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert connect(start().url).generate(PROMPTS, Sampling(1, 8))
