@@ -9,7 +9,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
-	bench-race bench-gpu bench-gpu-memory bench-ops plots lint clean
+	bench-race bench-trl bench-gpu bench-gpu-memory bench-ops plots lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
@@ -19,7 +19,7 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
 	@echo "make test-long   more of the same: settings of the memory plan, the longest answer"
-	@echo "make test-peers  the losses against TRL's and Liger's own code"
+	@echo "make test-peers  the losses and the drop-ins against TRL's and Liger's own code"
 	@echo "make test-vllm   sampling and training with vLLM on this CPU, in an environment of its own"
 	@echo "make test-gpu    the operations' tests on this machine's GPU"
 	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"
@@ -27,6 +27,7 @@ help:
 	@echo "make sanitize    the kernels under compute-sanitizer's memcheck (NVIDIA)"
 	@echo "make bench       benchmarks against TRL, Liger and PyTorch on this CPU (under 15 minutes)"
 	@echo "make bench-race  seconds until 75% of additions are right, ours and TRL's, three seeds (CPU)"
+	@echo "make bench-trl   seconds and memory of a step of TRL's trainer, with our loss in it and without"
 	@echo "make bench-gpu   the benchmarks on one GPU (under 9 minutes)"
 	@echo "make bench-gpu-memory  memory of real steps against the plan, and the longest answer under caps (one GPU)"
 	@echo "make bench-ops   pytest-benchmark's timings of each operation"
@@ -98,8 +99,8 @@ $(VENV)/.peers: $(VENV)/.dev
 	@touch $@
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_benchmark_suite.py \
-		tests/test_benchmark_memory.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_integration_trl.py \
+		tests/test_integration_liger.py tests/test_benchmark_suite.py tests/test_benchmark_memory.py $(ARGS)
 
 # vLLM pins torch and more, so it has an environment of its own: its lock first, then what it lacks for training.
 VLLM_VENV ?= .venv-vllm
@@ -127,6 +128,9 @@ bench: $(VENV)/.bench
 
 bench-race: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.race --device cpu $(ARGS)
+
+bench-trl: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.trl_subclass $(ARGS)
 
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -81,12 +81,14 @@ class Setting:
         return self.prompts * self.group
 
 
-# Llamas with random weights: a small body under SmolLM2's vocabulary, and one of the size of Qwen3-0.6B.
+# Llamas with random weights: small bodies under SmolLM2's vocabulary, one of its width, and one of Qwen3-0.6B's size.
 RANDOM = {
     "llama-tiny": {"vocab_size": 509, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                    "num_attention_heads": 2, "num_key_value_heads": 2},
     "llama-16m": {"vocab_size": 49152, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
                   "num_attention_heads": 4, "num_key_value_heads": 4},
+    "llama-45m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4,
+                  "num_attention_heads": 9, "num_key_value_heads": 3},
     "llama-0.6b": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
 }  # fmt: skip

@@ -22,6 +22,8 @@ from transformers import (
     TrainerCallback,
 )
 
+from benchmarks import trl_subclass
+from benchmarks.measure import Run, read_csv
 from grpo_fast.data.tasks import sort_digits
 from grpo_fast.errors import UserError
 from grpo_fast.integrations import trl as integration
@@ -335,3 +337,13 @@ def test_a_model_with_other_logits_is_refused(folder, tmp_path):
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
     with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):
         build(FusedGRPOTrainer, folder, tmp_path, model=model)
+
+
+def test_benchmark(tmp_path):
+    """The gate passes, and both trainers are timed."""
+    run = Run(torch.device("cpu"), quick=True, repeats=1, output=tmp_path)
+    trl_subclass.run_subclass(run, ["full"])
+    rows = read_csv(run.folder / "trl_subclass.csv")
+    assert [(row["trainer"], row["status"]) for row in rows] == [("FusedGRPOTrainer", "ok"), ("TRL", "ok")]
+    assert all(float(row["seconds"]) > 0 and float(row["peak_bytes"]) > 0 for row in rows)
+    assert 0 < float(rows[0]["gradient_difference"]) < 1e-5
