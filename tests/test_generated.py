@@ -102,7 +102,7 @@ def gradients(arguments: dict):
     return {f"d {name}": arguments[name].grad for name in LEAVES if name in arguments}
 
 
-@examples(150)
+@examples(100)
 @given(heads(), st.sampled_from(["logprobs", "both"]))
 def test_linear_logprob(case, used):
     arguments, _, dtype = case
@@ -170,7 +170,7 @@ def term_size(arguments: dict, logprobs: torch.Tensor) -> float:
     return max(((1 + arguments["weights"]) * per_token).sum().item(), 1.0)
 
 
-@examples(150)
+@examples(100)
 @given(heads(), objectives(), st.data())
 def test_linear_policy_loss(case, objective, data):
     arguments, lengths, dtype = case
@@ -194,7 +194,7 @@ def test_linear_policy_loss(case, objective, data):
     compare(run, arguments, dtype)
 
 
-@examples(150)
+@examples(100)
 @given(st.lists(st.integers(0, 40), max_size=9), objectives(), st.integers(0, 2**16), st.booleans(), st.data())
 def test_policy_loss(lengths, objective, seed, padded, data):
     torch.manual_seed(seed)
@@ -226,7 +226,7 @@ def test_policy_loss(lengths, objective, seed, padded, data):
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
 
-@examples(60)
+@examples(50)
 @given(
     SHAPES, st.sampled_from(["k1", "k2", "k3"]), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 99)
 )
@@ -243,7 +243,7 @@ def test_kl_estimate(shape, estimator, dtype, ref_dtype, seed):
     compare(run, arguments, None)
 
 
-@examples(60)
+@examples(50)
 @given(SHAPES, st.data(), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
 def test_masked_mean(shape, data, dtype, share, seed):
     torch.manual_seed(seed)

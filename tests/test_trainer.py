@@ -358,8 +358,9 @@ def test_too_small_a_disk_is_told_before_anything_is_sampled(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_the_demo_learns_to_sort(tmp_path):
-    """The recipe of `make demo`: a wrong sign or mask anywhere in the step would show here."""
+    """The recipe of `make demo` in half of its steps: a wrong sign or mask anywhere in the step would show here."""
     recipe = str(Path(__file__).parent.parent / "examples" / "sort.yaml")
-    summary = GRPOTrainer(parse_config([recipe, "--output_dir", str(tmp_path), "--seed", "11"])).train()
+    options = ["--output_dir", str(tmp_path), "--seed", "11", "--max_steps", "150"]
+    summary = GRPOTrainer(parse_config([recipe, *options])).train()
     assert summary.before < 0.02
-    assert summary.after >= 0.8
+    assert summary.after >= 0.6
