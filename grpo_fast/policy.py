@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from grpo_fast.attention import install
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.head_weight import head_weight
+from grpo_fast.head_weight import head_group, head_weight
 from grpo_fast.heads import body, logit_transform, output_head, router_loss, within, wrappers
 from grpo_fast.layout import IGNORE_INDEX, Layout, lay_out
 from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
@@ -225,10 +225,13 @@ class FusedPolicy(nn.Module):
         router: Tensor | None = None,
     ) -> PolicyLoss | Tensor | tuple[Tensor, Tensor]:
         """From the hidden states that predict `targets` to log-probabilities, or to the loss."""
-        weight, bias = head_weight(self.causal_lm.get_output_embeddings())
-        options = {"bias": bias, "return_entropy": with_entropy, **self.head_options}
+        head = self.causal_lm.get_output_embeddings()
+        weight, bias = head_weight(head)
+        options = {"bias": bias, "return_entropy": with_entropy, "process_group": head_group(head), **self.head_options}
         if loss is None:
-            return linear_logprob(hidden, weight, targets, **options)
+            found = linear_logprob(hidden, weight, targets, **options)
+            # A view would lose the hook that FSDP2 puts on it if a caller changed it in place.
+            return tuple(part.clone() for part in found) if with_entropy else found.clone()
         old_logprobs, correction = loss.old_logprobs, loss.correction
         folds = loss.objective.kind == "vespo" and (correction is not None or loss.correct is not None)
         if loss.correct is not None or (folds and old_logprobs is None):
