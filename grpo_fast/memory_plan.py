@@ -22,6 +22,8 @@ from grpo_fast.attention import Group
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.memory_trace import Setup, Traced, Tracer, weights_dtype
+from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
+from grpo_fast.rollout.transformers import continuous
 from grpo_kernels._common import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
 from grpo_kernels._head import CPU_BLOCK_BYTES, NARROW_COPIES, equal_parts
 
@@ -35,10 +37,11 @@ BLOCK_4BIT, BLOCK_SCALES, BLOCK_8BIT = 64, 256, 256
 LEAST_8BIT = 4096
 # Layers whose inputs are on the device while the others' are in host memory: in use, and on their way.
 LAYERS_IN_FLIGHT = 2
-# float32 copies of the sampled tokens' logits: upcast, divided by the temperature, probabilities.
-LOGIT_COPIES = 3
-# Filters sort: values, int64 indices, cumulated probabilities.
-SORTED_BYTES = 16
+# Of each logit that a token is being sampled from: float32 logits, filtered ones, log-probabilities, probabilities, and
+# float64 cumulated ones. Filters that sort take no more: values, int64 indices, cumulated probabilities.
+SAMPLED_BYTES = 24
+# The same in transformers' own loop, which samples all rows at once; and with a filter that sorts.
+LOGIT_COPIES, SORTED_BYTES = 3, 16
 # Lengths at which activations are traced to find the longest answer; in between they are interpolated.
 LENGTHS = [1024 << (2 * step) for step in range(6)]
 
@@ -54,7 +57,7 @@ class MemoryPlan:
         parameters: number of weights.
         trained: number of those, or of the adapters', that are trained.
         tokens: positions of one microbatch.
-        sequences: completions sampled at once.
+        sequences: completions sampled at once, at most.
     """
 
     moments: dict[str, dict[str, int]]
@@ -180,6 +183,7 @@ class _Planner:
         self.text = tracer.model_config.get_text_config()
         self.weights = count_weights(tracer.model(config), config)
         self.itemsize = weights_dtype(self.model_config, config).itemsize
+        self.continuous = continuous(tracer.model(config))
 
     def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
         config, weights = self.config, self.weights
@@ -205,8 +209,11 @@ class _Planner:
             scored = {"reference": weights.bytes, "head workspace": workspace}
             forward = trace(replace(setup, training=False)).peak
             moments["reference"] = {**fixed, **scored, **self.named(forward, tokens)}
-        sequences = self.sequences(answer)
-        moments["rollout"] = {**fixed, **self.sampling(sequences, self.prompt_tokens + answer)}
+        states = self.sampled(answer) if self.continuous else [self.padded(answer)]
+        sequences = max(rows for rows, _ in states)
+        moments["rollout"] = {**fixed, **self.sampling(states, sequences)}
+        if self.continuous:
+            moments["rollout"]["prompts"] = self.prompts(setup, answer)
         moments = {name: {part: int(n) for part, n in parts.items() if n >= 1} for name, parts in moments.items()}
         return MemoryPlan(
             moments, {part: int(n) for part, n in host.items()}, weights.parameters, weights.trained, tokens, sequences
@@ -272,38 +279,76 @@ class _Planner:
         rows = equal_parts(predicted, (budget - (2 * CPU_BLOCK_BYTES if budget > 4 * CPU_BLOCK_BYTES else 0)) // row)
         return row * rows + 2 * 4 * vocab * equal_parts(rows, CPU_BLOCK_BYTES // (4 * vocab))
 
-    def sequences(self, answer: int) -> int:
-        """Completions sampled at once: whole groups under the token budget, at least one."""
+    def padded(self, answer: int) -> tuple[int, int]:
+        """Rows and columns of a batch that `generate` runs: whole groups under the token budget, at least one."""
         config = self.config
         tokens = self.prompt_tokens + answer
         groups = config.max_tokens_per_generation_batch // (config.num_generations * tokens)
         training = min(max(groups, 1), config.prompts_per_step) * config.num_generations
         groups = config.max_tokens_per_generation_batch // (config.num_generations_eval * tokens)
         evaluation = min(max(groups, 1), config.max_eval_samples or math.inf) * config.num_generations_eval
-        return int(max(training, evaluation))
+        return int(max(training, evaluation)), tokens
 
-    def sampling(self, sequences: int, length: int) -> dict[str, float]:
-        """The KV cache when all answers are at their longest, and the logits of one token each.
+    def sampled(self, answer: int) -> list[tuple[int, int]]:
+        """Rows and columns of the decoder's cache when it may be largest: before the budget takes rows away, and after.
+
+        A cache that stops growing at a window is smaller with few wide rows than with many narrow ones.
+        """
+        config, budget, longest = self.config, self.config.max_tokens_per_generation_batch, self.prompt_tokens + answer
+        evaluation = (config.max_eval_samples or math.inf) * config.num_generations_eval
+        most = int(min(max(config.generation_batch_size, evaluation), max(STEP_LOGITS // self.text.vocab_size, 1)))
+        fullest = min(max(budget // most, self.prompt_tokens), longest)
+        return [(max(min(most, budget // width), 1), width) for width in (fullest, longest)]
+
+    def sampling(self, states: list[tuple[int, int]], sequences: int) -> dict[str, float]:
+        """The KV cache in the largest of `states`, rows and columns, and the logits of one token of each sequence.
 
         While a layer works, its cache exists twice, since it grows by copying, and once more with a key and value head
         for each query head, which masked attention needs.
         """
         text, config = self.text, self.config
         heads = text.num_attention_heads
-        key_heads = getattr(text, "num_key_value_heads", None) or heads
-        dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        window = getattr(text, "sliding_window", None) or length
-        lengths = [min(window, length) if kind == "sliding_attention" else length for kind in types]
-        token = 2 * sequences * dim * self.itemsize
-        filters = config.top_p < 1 or config.top_k > 0 or config.min_p
+        token = 2 * self.head_dim() * self.itemsize
+        wide = max(rows * max(self.cached(width)) for rows, width in states)
+        logits = sequences * text.vocab_size
+        if self.continuous:
+            sampled = min(logits, max(CHUNK_LOGITS, text.vocab_size)) * SAMPLED_BYTES
+        else:
+            filters = config.top_p < 1 or config.top_k > 0 or config.min_p
+            sampled = logits * (4 * LOGIT_COPIES + (SORTED_BYTES if filters else 0))
+        keys = self.key_heads()
         return {
-            "KV cache": token * key_heads * sum(lengths),
-            "KV cache of a layer, copied": token * max(lengths) * (key_heads / 2 + (heads if heads > key_heads else 0)),
-            "logits of a token": sequences
-            * text.vocab_size
-            * (self.itemsize + 4 * LOGIT_COPIES + (SORTED_BYTES if filters else 0)),
+            "KV cache": token * keys * max(rows * sum(self.cached(width)) for rows, width in states),
+            "KV cache of a layer, copied": token * wide * (keys / 2 + (heads if heads > keys else 0)),
+            "logits of a token": logits * self.itemsize + sampled,
         }
+
+    def prompts(self, setup: Setup, answer: int) -> float:
+        """What computing prompts takes: their cache and one forward.
+
+        A sequence that gave way under the budget comes back as a prompt of nearly its full length.
+        """
+        config, longest = self.config, self.prompt_tokens + answer
+        room = config.max_tokens_per_generation_batch // max(config.generation_batch_size, config.num_generations_eval)
+        alone = longest if longest > room else self.prompt_tokens
+        tokens = max(min(PREFILL_TOKENS, config.prompts_per_step * self.prompt_tokens), alone)
+        at_once = replace(
+            setup, tokens=min(tokens, PREFILL_TOKENS), predicted=1, gathered=1.0, masked=0, training=False
+        )  # fmt: skip
+        cache = 2 * self.head_dim() * self.itemsize * self.key_heads() * tokens * self.text.num_hidden_layers
+        return cache + sum(self.tracer.trace(at_once).peak.values())
+
+    def cached(self, width: int) -> list[int]:
+        """Columns that each layer keeps of `width`."""
+        types = getattr(self.text, "layer_types", None) or ["full_attention"] * self.text.num_hidden_layers
+        window = getattr(self.text, "sliding_window", None) or width
+        return [min(window, width) if kind == "sliding_attention" else width for kind in types]
+
+    def key_heads(self) -> int:
+        return getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+
+    def head_dim(self) -> int:
+        return getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
 
     def longest(self, vram: int, shortest: int = 0) -> int:
         """The longest answer, in tokens, with which the plan fits: 0 where none does, at most the model's positions."""

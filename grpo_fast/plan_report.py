@@ -91,7 +91,7 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Conso
     console.print(
         f"{config.model_name_or_path}: {plan.parameters:,} parameters, {plan.trained:,} trained. Prompts of "
         f"{prompt_tokens:,} tokens, answers of {config.max_completion_length:,}; microbatches of "
-        f"{plan.tokens:,} tokens; {plan.sequences:,} completions are sampled at once."
+        f"{plan.tokens:,} tokens; at most {plan.sequences:,} completions are sampled at once."
     )
     console.print(_parts(plan))
     if plan.host:

@@ -210,8 +210,20 @@ def test_cache_stops_growing_at_the_window():
     half = Gemma2Config(**{**SMALL, "head_dim": 8, "sliding_window": 100, "num_hidden_layers": 4})
     config = settings(max_completion_length=900, max_tokens_per_generation_batch=1, generation_batch_size=8)
     caches = [plan_memory(config, model_config, 100).rollout["KV cache"] for model_config in (full, half)]
-    # 8 sequences, 2 key heads of 8 numbers, keys and values in float32.
-    assert caches == [4 * 8 * 1000 * 2 * 8 * 2 * 4, 2 * 8 * (1000 + 100) * 2 * 8 * 2 * 4]
+    # The budget is for one sequence; 2 key heads of 8 numbers, keys and values in float32.
+    assert caches == [4 * 1000 * 2 * 8 * 2 * 4, 2 * (1000 + 100) * 2 * 8 * 2 * 4]
+
+
+@pytest.mark.parametrize(("budget", "rows", "width"), [(100_000, 8, 1000), (4000, 8, 500), (900, 1, 1000)])
+def test_cache_is_bounded_by_the_budget(budget, rows, width):
+    """It is full with all sequences where they fit, and with fewer longer ones else; one always has its room."""
+    config = settings(max_completion_length=900, max_tokens_per_generation_batch=budget, generation_batch_size=8,
+                      max_eval_samples=1)  # fmt: skip
+    plan = plan_memory(config, medium(), 100)
+    text = medium()
+    token = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4 * text.num_hidden_layers
+    assert plan.rollout["KV cache"] == token * rows * width
+    assert plan.sequences == min(8, budget // 100)
 
 
 @pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)
