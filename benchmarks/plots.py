@@ -27,6 +27,7 @@ COLORS = {
     "Liger Triton loss": "#4ac26b", "QuACK": "#6e7781", "PyTorch": "#0969da", "PyTorch, compiled": "#54aeff",
 }  # fmt: skip
 ORDER = [FLOOR, *(contender.name for contender in CONTENDERS)]
+PAGES = ("README.md", "docs/drop-in.md")
 
 
 def color(name: str) -> str:
@@ -81,6 +82,22 @@ def time_and_ratio(row: dict[str, str]) -> str:
 
 def memory_cell(row: dict[str, str]) -> str:
     return show_bytes(number(row, "beyond_gradients_bytes"))
+
+
+def both_cells(row: dict[str, str]) -> str:
+    return f"{show_seconds(number(row, 'seconds'))}, {memory_cell(row)}"
+
+
+def subclass_table(rows: Rows) -> str:
+    rows = measured(rows)
+    lines = [
+        [
+            f"{row['model']}, {row['case']}, {row['trainer']}", show_seconds(number(row, "seconds")),
+            show_bytes(number(row, "peak_bytes")), f"{number(row, 'speedup'):.2f}x" if row.get("speedup") else "-",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(["step", "time", "memory that a step adds", "speed"], lines) + caption(rows)
 
 
 def accuracy_table(rows: Rows) -> str:
@@ -151,12 +168,16 @@ def growth_table(rows: Rows) -> str:
     return markdown(header, lines) + caption(rows)
 
 
+# What nobody has in the place that a drop-in takes.
+OTHERS = [name for name in ORDER if name not in (OURS, "full logits", "TRL", "Liger")]
 # Name of a table -> (its CSV, how it is made).
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "head": ("head", lambda rows: head_table(rows, time_and_ratio)),
     "head-memory": ("head", lambda rows: head_table(rows, memory_cell, [FLOOR])),
     "accuracy": ("accuracy", accuracy_table),
+    "head-drop-in": ("head", lambda rows: head_table(rows, both_cells, OTHERS)),
     "step": ("step", step_table),
+    "trl-subclass": ("trl_subclass", subclass_table),
     "race": ("race", race_table),
     "loss": ("loss", loss_table),
     "growth": ("growth_fit", growth_table),
@@ -378,14 +399,14 @@ def fill_tables(text: str, results: Path) -> str:
 def body() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder for each device")
-    arguments.add_argument("--readme", type=Path, action="append", help="file with marked tables (default: README.md)")
+    arguments.add_argument("--readme", type=Path, action="append", help=f"page (default: {', '.join(PAGES)})")
     chosen = arguments.parse_args()
     if not chosen.results.is_dir():
         raise UserError(f"--results: there is no folder {chosen.results}; run a benchmark first")
     for folder in sorted(path for path in chosen.results.iterdir() if path.is_dir()):
         for path in draw(folder):
             print(f"drew {path}")
-    for readme in chosen.readme or [ROOT / "README.md"]:
+    for readme in chosen.readme or [ROOT / name for name in PAGES]:
         if not readme.is_file():
             raise UserError(f"--readme: there is no file {readme}")
         before = readme.read_text(encoding="utf-8")
