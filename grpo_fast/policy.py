@@ -168,9 +168,11 @@ class FusedPolicy(nn.Module):
             row = layout.input_ids[0] if mask is None else layout.input_ids[0][mask[0] != 0]
             self._check_head(row[:CHECKED_LENGTH].tolist())
             self.unchecked.discard("head")
-        if layout.segments is not None and "packed" in self.unchecked:
-            self._check_packed(layout.input_ids[0, :CHECKED_LENGTH])
-            self.unchecked.discard("packed")
+        if layout.segments is not None:
+            self._require_packing("its attention cannot be replaced", install(self.causal_lm))
+            if "packed" in self.unchecked:
+                self._check_packed(layout.input_ids[0, :CHECKED_LENGTH])
+                self.unchecked.discard("packed")
         if with_router and not self.routes:
             raise UserError("return_aux_loss needs a mixture of experts with output_router_logits in its config")
         routed = self.routes and (loss is not None or with_router)
@@ -278,33 +280,33 @@ class FusedPolicy(nn.Module):
                 f"log-probabilities differ by {difference:.3g}"
             )
 
+    def _require_packing(self, reason: str, possible: bool) -> None:
+        if not possible:
+            name, attention = type(self.causal_lm).__name__, self.causal_lm.config._attn_implementation
+            raise UserError(
+                f"packed input is not possible with {name} and attention {attention!r}, pad instead: {reason}"
+            )
+
     @torch.no_grad()
     def _check_packed(self, ids: Tensor) -> None:
         """Compare two sequences, packed, with the same two in rows of their own.
 
         Raises:
-            UserError: the model's attention cannot be packed, or gives something else.
+            UserError: the model cannot take the packed ones, or gives something else.
         """
-        model = self.causal_lm
-        name, attention = type(model).__name__, model.config._attn_implementation
-        reason = "its attention cannot be replaced"
-        if install(model):
-            rows = torch.stack([ids, ids.flip(0)])
-            starts = torch.arange(3, device=ids.device) * len(ids)
-            layouts = lay_out(rows), lay_out(rows.view(1, -1), cu_seqlens=starts)
-            try:
-                with exactly(model, ids.device):
-                    hidden = [self._hidden_states(layout, False, {})[0].view(2, len(ids), -1) for layout in layouts]
-                    rows_apart, packed = (self._head(h[:, :-1], rows[:, 1:]) for h in hidden)
-            except Exception as error:
-                # Models that keep a state along the row fail in many ways.
-                reason = one_line(error)
-            else:
-                difference = (rows_apart - packed).abs().max().item()
-                if difference <= HEAD_TOLERANCE.get(hidden[0].dtype, HEAD_TOLERANCE_16_BIT):
-                    return
-                reason = f"log-probabilities differ by {difference:.3g} from those of separate rows"
-        raise UserError(f"packed input is not possible with {name} and attention {attention!r}, pad instead: {reason}")
+        rows = torch.stack([ids, ids.flip(0)])
+        starts = torch.arange(3, device=ids.device) * len(ids)
+        layouts = lay_out(rows), lay_out(rows.view(1, -1), cu_seqlens=starts)
+        try:
+            with exactly(self.causal_lm, ids.device):
+                hidden = [self._hidden_states(layout, False, {})[0].view(2, len(ids), -1) for layout in layouts]
+                apart, packed = (self._head(h[:, :-1], rows[:, 1:]) for h in hidden)
+        except Exception as error:
+            # Models that keep a state along the row fail in many ways.
+            self._require_packing(one_line(error), False)
+        difference = (apart - packed).abs().max().item()
+        reason = f"log-probabilities differ by {difference:.3g} from those of separate rows"
+        self._require_packing(reason, difference <= HEAD_TOLERANCE.get(hidden[0].dtype, HEAD_TOLERANCE_16_BIT))
 
 
 def _flat(loss: LossInputs, layout: Layout) -> LossInputs:

@@ -200,6 +200,43 @@ def test_router_loss_equals_transformers_own(name):
     assert policy(ids, mask, advantages=zeros).loss == 0
 
 
+TEXT = {**SMALL, "vocab_size": VOCAB}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "patch_size": 14}
+IMAGE = 258
+MULTIMODAL = {
+    "Gemma 3": transformers.Gemma3Config(
+        text_config={**TEXT, **HEADS, **WINDOW},
+        vision_config={**VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+        mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=256, eoi_token_index=257,
+    ),
+    "Qwen2.5-VL": transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        vision_config={**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+        image_token_id=IMAGE, video_token_id=257, vision_start_token_id=256, vision_end_token_id=255,
+        bos_token_id=None, eos_token_id=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_images_are_passed_on(name, images):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(MULTIMODAL[name]).eval()
+    ids = torch.randint(2, 250, (2, WIDTH))
+    inputs = {}
+    if images:
+        ids[:, 2], ids[:, 3:7] = 256, IMAGE
+        inputs = {"pixel_values": torch.randn(2, 3, 28, 28), "token_type_ids": (ids == IMAGE).long()}
+        if name == "Qwen2.5-VL":
+            inputs = {"pixel_values": torch.randn(32, 3 * 2 * 14 * 14), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    mask = torch.ones_like(ids)
+    log_p = model(input_ids=ids, attention_mask=mask, **inputs).logits[:, :-1].log_softmax(-1)
+    expected = log_p.gather(2, ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(FusedPolicy(model)(ids, mask, **inputs), expected, rtol=1e-5, atol=1e-5)
+
+
 UNKNOWN = {
     "a layer behind the head's": Case(
         "ModernBertDecoder", {"bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1, "global_attn_every_n_layers": 1}

@@ -6,13 +6,22 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from grpo_fast.collect import build_step_batch
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
+from grpo_fast.learner import Learner
 from grpo_fast.policy import FusedPolicy
 from grpo_kernels import PRESETS, policy_loss, token_weights
-from tiny import VOCAB, tiny_model
+from test_architectures import ROUTER
+from test_trainer import SMALL
+from tiny import VOCAB, random_samples, tiny_model
 
 PROMPTS, KEPT = [3, 5, 1], 6
 COMPLETIONS = [6, 2, 4]
@@ -125,6 +134,37 @@ def test_weights_of_a_step_add_up_over_calls():
             ).loss.backward()  # fmt: skip
         found.append(weight_gradients(model))
     torch.testing.assert_close(*found)
+
+
+@pytest.fixture
+def accelerator():
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("packing", ["always", "never"])
+def test_the_trainer_weighs_router_losses_by_tokens(accelerator, packing):
+    """A step's is the mean over its microbatches, weighted by their tokens."""
+    model = tiny_model(torch.float32, Qwen3MoeConfig, head_dim=8, num_experts=4, moe_intermediate_size=16, **ROUTER)
+    config = GRPOConfig(**{**SMALL, "max_tokens_per_microbatch": 32, "padding_free": packing})
+    learner = Learner(model, config, accelerator, [3, 4, 5], 0)
+    samples = random_samples(groups=3, per_group=4)
+    batch = build_step_batch(samples, torch.ones(12, dtype=torch.bool), learner.objective, learner.config)
+    batch.set_advantages(torch.zeros_like(batch.weights), learner.objective)
+    batch.active = list(range(12))
+    expected, sizes = 0.0, []
+    for microbatch in learner.microbatches(batch):
+        inputs = {"input_ids": microbatch.input_ids, "position_ids": microbatch.position_ids}
+        mask = {"attention_mask": microbatch.attention_mask}
+        if microbatch.segments is not None:
+            mask = {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool), "segments": microbatch.segments}
+        gates = model.model(**inputs, **mask, output_router_logits=True).router_logits
+        balance = load_balancing_loss_func(gates, 4, 2, microbatch.attention_mask)
+        expected += 0.1 * balance * len(microbatch.tokens)
+        sizes.append(len(microbatch.tokens))
+    assert len(sizes) > 1
+    figures = learner.accumulate_gradients(batch)
+    assert figures["loss"] == pytest.approx((expected / sum(sizes)).item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
