@@ -100,7 +100,7 @@ $(VENV)/.peers: $(VENV)/.dev
 
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_integration_trl.py \
-		tests/test_integration_liger.py tests/test_benchmark_suite.py tests/test_benchmark_memory.py $(ARGS)
+		tests/test_integration_liger.py tests/test_drop_in.py tests/test_benchmark_suite.py tests/test_benchmark_memory.py $(ARGS)
 
 # vLLM pins torch and more, so it has an environment of its own: its lock first, then what it lacks for training.
 VLLM_VENV ?= .venv-vllm

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import socket
 
 import pytest
 import torch
@@ -337,6 +338,26 @@ def test_a_model_with_other_logits_is_refused(folder, tmp_path):
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
     with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):
         build(FusedGRPOTrainer, folder, tmp_path, model=model)
+
+
+def two_processes(rank, port, folder, out):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    fields = {"num_iterations": 2, "beta": 0.1, "ddp_backend": "gloo", "per_device_train_batch_size": 4}
+    for loss_type in ("dapo", "grpo"):
+        compare(folder, out / f"{loss_type}-{rank}", loss_type=loss_type, max_steps=4, **fields)
+    assert torch.distributed.get_world_size() == 2
+
+
+def test_two_processes(folder, tmp_path):
+    """DDP: the normaliser of "dapo" spans the processes, and the gradients are reduced over them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes, args=(port, folder, tmp_path), nprocs=2)
 
 
 def test_benchmark(tmp_path):
