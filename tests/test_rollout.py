@@ -205,10 +205,10 @@ def test_what_has_no_probability_is_never_drawn():
     torch.manual_seed(0)
     scores = torch.full((100_000, 6), -torch.inf)
     scores[:, [1, 4]] = torch.tensor([0.0, -20.0])
-    tokens, logprobs = decode.sample(scores, greedy=False).unbind(1)
-    assert set(tokens.tolist()) <= {1.0, 4.0}
+    tokens, logprobs = decode.sample(scores, greedy=False)
+    assert set(tokens.tolist()) <= {1, 4}
     assert (tokens == 1).float().mean() > 0.999
-    assert torch.allclose(logprobs[tokens == 1], torch.zeros(()).double(), atol=1e-6)
+    assert torch.allclose(logprobs[tokens == 1], torch.zeros(()), atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_samples():
@@ -239,7 +239,7 @@ def test_filters_are_those_that_generate_applies():
         "suppress_tokens": [30],
         "bad_words_ids": [[25, 26]],
     }
-    responses = sampler.generate(PROMPTS, Sampling(50, 12, generation_kwargs=rules))
+    responses = sampler.generate(PROMPTS, Sampling(25, 12, generation_kwargs=rules))
     drawn = [r.token_ids for r in responses]
     assert min(map(len, drawn)) == 6  # the end comes after five others
     assert not {ids[0] for ids in drawn} & {20, 21, 22}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +25,19 @@ PREFILL_TOKENS = 4096
 GROWTH, LEAST_GROWTH = 64, 16
 
 
-@dataclass
 class Sequence:
-    """A completion on its way; those of one prompt have the same `group`."""
+    """A completion on its way; those of one prompt have the same `group`.
 
-    place: int
-    group: int
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    `last` is its last token, and `cached` the number of those before, whose keys and values are needed for the next.
+    """
 
-    @property
-    def cached(self) -> int:
-        """Tokens whose keys and values are needed for the next one."""
-        return len(self.prompt) + len(self.tokens) - 1
+    __slots__ = ("cached", "group", "last", "logprobs", "place", "prompt", "tokens")
 
-    @property
-    def last(self) -> int:
-        return self.tokens[-1] if self.tokens else self.prompt[-1]
+    def __init__(self, place: int, group: int, prompt: list[int]):
+        self.place, self.group, self.prompt = place, group, prompt
+        self.cached, self.last = len(prompt) - 1, prompt[-1]
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
 
 
 class Decoder:
@@ -186,10 +181,11 @@ class Decoder:
 
     def step(self) -> None:
         """One more token for every row."""
-        ids = torch.tensor([[sequence.last] for sequence in self.live], device=self.device)
-        positions = torch.tensor([[sequence.cached] for sequence in self.live], device=self.device)
+        lengths = [sequence.cached for sequence in self.live]
+        ids = torch.tensor([sequence.last for sequence in self.live], device=self.device)[:, None]
+        positions = torch.tensor(lengths, device=self.device)[:, None]
         mask = None
-        if any(sequence.cached < self.width for sequence in self.live):
+        if min(lengths) < self.width:
             mask = (torch.arange(self.width + 1, device=self.device) >= self.width - positions).long()
         logits = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
@@ -197,49 +193,46 @@ class Decoder:
         self.width += 1
         self.steps += 1
         self.rows_computed += len(self.live)
+        tokens, logprobs = self.choose(logits)
         done = []
-        for row, (token, logprob) in enumerate(self.choose(logits)):
-            sequence = self.live[row]
+        for row, (sequence, token, logprob) in enumerate(zip(self.live, tokens, logprobs, strict=True)):
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
-            ended = token in self.eos_token_ids
-            if ended or len(sequence.tokens) == self.max_new_tokens:
-                reason = "stop" if ended else "length"
+            sequence.last = token
+            sequence.cached += 1
+            if token in self.eos_token_ids or len(sequence.tokens) == self.max_new_tokens:
+                reason = "stop" if token in self.eos_token_ids else "length"
                 self.responses[sequence.place] = Response(sequence.tokens, reason, sequence.logprobs)
                 done.append(row)
         if done:
             self.drop(done)
 
-    def choose(self, logits: Tensor) -> list[tuple[int, float]]:
-        """A token for every row of ``[rows, vocab]`` and its log-probability after the filters."""
-        chosen: list[tuple[int, float]] = [(0, 0.0)] * len(logits)
-        parts, order = [], []
-        for rows in self.alike():
-            for first in range(0, len(rows), self.chunk_rows):
-                part = rows[first : first + self.chunk_rows]
-                order += part
-                whole = len(part) == len(logits)
-                scores = (logits if whole else logits[torch.tensor(part, device=self.device)]).float()
-                parts.append(sample(self.filtered(part, scores), self.greedy))
-        for row, (token, logprob) in zip(order, torch.cat(parts).tolist(), strict=True):
-            if logprob != logprob:
-                raise not_finite()
-            chosen[row] = int(token), logprob
-        return chosen
+    def choose(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """A token for every row of ``[rows, vocab]``, and their log-probabilities after the filters."""
+        tokens = torch.empty(len(logits), dtype=torch.long, device=self.device)
+        logprobs = torch.empty(len(logits), device=self.device)
+        for alike in self.alike():
+            for rows in alike.split(self.chunk_rows):
+                scores = (logits if len(rows) == len(logits) else logits[rows]).float()
+                tokens[rows], logprobs[rows] = sample(self.filtered(rows, scores), self.greedy)
+        drawn = logprobs.tolist()
+        if any(map(math.isnan, drawn)):
+            raise not_finite()
+        return tokens.tolist(), drawn
 
-    def alike(self) -> list[list[int]]:
+    def alike(self) -> list[Tensor]:
         """Rows whose logits can be filtered together: all, or those of equal prompt and completion length."""
         if not self.reads_tokens:
-            return [list(range(len(self.live)))]
+            return [torch.arange(len(self.live), device=self.device)]
         groups: dict[tuple[int, int], list[int]] = {}
         for row, sequence in enumerate(self.live):
             groups.setdefault((len(sequence.prompt), len(sequence.tokens)), []).append(row)
-        return list(groups.values())
+        return [torch.tensor(rows, device=self.device) for rows in groups.values()]
 
-    def filtered(self, rows: list[int], scores: Tensor) -> Tensor:
+    def filtered(self, rows: Tensor, scores: Tensor) -> Tensor:
         if not self.reads_tokens:
-            return self.filters(1)(scores.new_zeros((len(rows), 1), dtype=torch.long), scores)
-        sequences = [self.live[row] for row in rows]
+            return self.filters(1)(rows[:, None], scores)
+        sequences = [self.live[row] for row in rows.tolist()]
         ids = torch.tensor([sequence.prompt + sequence.tokens for sequence in sequences], device=self.device)
         return self.filters(len(sequences[0].prompt))(ids, scores)
 
@@ -248,8 +241,8 @@ def not_finite() -> UserError:
     return UserError("the policy's probabilities are not finite any more; try a smaller learning_rate")
 
 
-def sample(scores: Tensor, greedy: bool) -> Tensor:
-    """A token of each row of ``[rows, vocab]`` float32 scores and its log-probability: ``[rows, 2]`` float64.
+def sample(scores: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+    """A token of each row of ``[rows, vocab]`` float32 scores, and its log-probability: ``[rows]`` each.
 
     The token is where the cumulated probabilities, in float64, reach a random number, which needs one of them a row.
     """
@@ -261,4 +254,4 @@ def sample(scores: Tensor, greedy: bool) -> Tensor:
         # In (0, total]: a token without probability is never where that is first reached.
         reached = (1 - torch.rand_like(cumulated[:, :1])) * cumulated[:, -1:]
         tokens = torch.searchsorted(cumulated, reached).clamp(max=scores.shape[1] - 1)
-    return torch.cat([tokens.double(), logprobs.gather(1, tokens).double()], 1)
+    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
