@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import trl_subclass
+from benchmarks import plots, trl_subclass
 from benchmarks.measure import Run, read_csv
 from grpo_fast.data.tasks import sort_digits
 from grpo_fast.errors import UserError
@@ -333,6 +333,13 @@ def test_refusals(message, folder, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_fsdp_by_its_launcher_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    with pytest.raises(UserError, match="does not support FSDP"):
+        FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
+
+
 def test_a_model_with_other_logits_is_refused(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
@@ -368,3 +375,5 @@ def test_benchmark(tmp_path):
     assert [(row["trainer"], row["status"]) for row in rows] == [("FusedGRPOTrainer", "ok"), ("TRL", "ok")]
     assert all(float(row["seconds"]) > 0 and float(row["peak_bytes"]) > 0 for row in rows)
     assert 0 < float(rows[0]["gradient_difference"]) < 1e-5
+    table = plots.fill_tables("<!-- table: trl-subclass cpu -->\n<!-- /table -->", tmp_path)
+    assert "llama-tiny, full, FusedGRPOTrainer" in table

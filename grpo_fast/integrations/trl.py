@@ -16,10 +16,11 @@ import types
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from grpo_fast.errors import UserError, import_extra
-from grpo_fast.head_weight import head_weight
+from grpo_fast.head_weight import head_group, head_weight
 from grpo_fast.heads import body, logit_transform, output_head
 from grpo_fast.policy import FusedPolicy
 from grpo_kernels import PRESETS, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
@@ -128,7 +129,8 @@ def check_arguments(args: Any) -> None:
     plugin, parallel = args.deepspeed_plugin, getattr(args, "parallelism_config", None)
     refused = {
         "DeepSpeed ZeRO-3": plugin is not None and plugin.zero_stage == 3,
-        "FSDP": bool(args.fsdp) or args.distributed_state.distributed_type == "FSDP",
+        # By the arguments, or by accelerate launch.
+        "FSDP": bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
         "context parallelism": parallel is not None and (parallel.cp_enabled or parallel.sp_enabled),
         "torch_compile=True": args.torch_compile,
     }
@@ -199,11 +201,12 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         output = body(self)(*args, use_cache=False, **kwargs)
-        weight, bias = head_weight(self.get_output_embeddings())
+        layer = self.get_output_embeddings()
+        weight, bias = head_weight(layer)
         hidden, labels = output.last_hidden_state.to(weight.device), labels.to(weight.device)
         enabled = torch.is_autocast_enabled(hidden.device.type) and not in_float32
         with torch.autocast(hidden.device.type, enabled=enabled):
-            head = {"weight": weight, "bias": bias, **options}
+            head = {"weight": weight, "bias": bias, "process_group": head_group(layer), **options}
             found = _run_head(hidden.float() if in_float32 else hidden, labels, policy_loss, with_entropy, head)
         aux_loss = None
         if kwargs.get("output_router_logits"):
