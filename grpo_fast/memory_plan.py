@@ -6,12 +6,14 @@
 
 Parameters are counted on the model itself, built without storage; activations are those that autograd keeps
 (`memory_trace`); the head, the optimizer and the KV cache follow from their shapes. Sampling uses the policy's own
-weights, so the optimizer's state stays beside it, while gradients and activations are gone.
+weights, or vLLM's copy in this process, so the optimizer's state stays beside it, while gradients and activations are
+gone.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +25,9 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.memory_trace import Setup, Traced, Tracer, weights_dtype
 from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
+from grpo_fast.rollout.kv_plan import kv_bytes_per_token, plan_kv_cache
 from grpo_fast.rollout.transformers import continuous
+from grpo_fast.rollout.vllm_common import BLOCK
 from grpo_kernels._common import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
 from grpo_kernels._head import CPU_BLOCK_BYTES, NARROW_COPIES, equal_parts
 
@@ -209,11 +213,17 @@ class _Planner:
             scored = {"reference": weights.bytes, "head workspace": workspace}
             forward = trace(replace(setup, training=False)).peak
             moments["reference"] = {**fixed, **scored, **self.named(forward, tokens)}
-        states = self.sampled(answer) if self.continuous else [self.padded(answer)]
-        sequences = max(rows for rows, _ in states)
-        moments["rollout"] = {**fixed, **self.sampling(states, sequences)}
-        if self.continuous:
-            moments["rollout"]["prompts"] = self.prompts(setup, answer)
+        if config.use_vllm:
+            engine, sequences = self.engine(answer)
+            moments["rollout"] = {**fixed, **engine}
+            if not config.vllm_enable_sleep_mode:
+                moments = {name: {**parts, **engine} for name, parts in moments.items()}
+        else:
+            states = self.sampled(answer) if self.continuous else [self.padded(answer)]
+            sequences = max(rows for rows, _ in states)
+            moments["rollout"] = {**fixed, **self.sampling(states, sequences)}
+            if self.continuous:
+                moments["rollout"]["prompts"] = self.prompts(setup, answer)
         moments = {name: {part: int(n) for part, n in parts.items() if n >= 1} for name, parts in moments.items()}
         return MemoryPlan(
             moments, {part: int(n) for part, n in host.items()}, weights.parameters, weights.trained, tokens, sequences
@@ -299,6 +309,21 @@ class _Planner:
         most = int(min(max(config.generation_batch_size, evaluation), max(STEP_LOGITS // self.text.vocab_size, 1)))
         fullest = min(max(budget // most, self.prompt_tokens), longest)
         return [(max(min(most, budget // width), 1), width) for width in (fullest, longest)]
+
+    def engine(self, answer: int) -> tuple[dict[str, int], int]:
+        """vLLM's weights, keys and values in this process (a server has memory of its own), and its sequences.
+
+        All that may be sampled at once; with less memory vLLM samples fewer side by side. Its workspace is not counted.
+        """
+        config, length = self.config, self.prompt_tokens + answer
+        sequences = max(1, min(config.generation_batch_size, config.max_tokens_per_generation_batch // length))
+        if config.vllm_mode == "server":
+            return {}, sequences
+        token = kv_bytes_per_token(self.model_config, weights_dtype(self.model_config, config))
+        cache = plan_kv_cache(token, length, sequences, sys.maxsize, BLOCK["cuda"])
+        # Adapters come merged.
+        merged = self.weights.parameters - (self.weights.trained if config.use_peft else 0)
+        return {"vLLM's weights": merged * self.itemsize, "vLLM's KV cache": cache.bytes}, sequences
 
     def sampling(self, states: list[tuple[int, int]], sequences: int) -> dict[str, float]:
         """The KV cache in the largest of `states`, rows and columns, and the logits of one token of each sequence.

@@ -226,6 +226,33 @@ def test_cache_is_bounded_by_the_budget(budget, rows, width):
     assert plan.sequences == min(8, budget // 100)
 
 
+def test_vllm_has_weights_and_keys_of_its_own():
+    """Asleep while training, always there without sleep, elsewhere on a server; adapters come merged."""
+    fields = {"max_completion_length": 900, "generation_batch_size": 8, "use_vllm": True, "use_peft": True}
+    model_config = medium()
+    plans = {
+        name: plan_memory(settings(**fields, **more), model_config, 100)
+        for name, more in {
+            "asleep": {},
+            "awake": {"vllm_enable_sleep_mode": False},
+            "server": {"vllm_mode": "server"},
+            "fewer": {"max_tokens_per_generation_batch": 3000},
+        }.items()
+    }
+    asleep, awake, server = plans["asleep"], plans["awake"], plans["server"]
+    engine = {"vLLM's weights", "vLLM's KV cache"}
+    assert engine <= asleep.rollout.keys()
+    assert not engine & (asleep.training.keys() | server.rollout.keys())
+    assert engine <= awake.training.keys()
+    assert awake.peak > asleep.peak > server.peak - 1
+    assert asleep.rollout["vLLM's weights"] == 4 * (asleep.parameters - asleep.trained)
+    token = 2 * model_config.num_key_value_heads * (model_config.hidden_size // model_config.num_attention_heads) * 4
+    token *= model_config.num_hidden_layers
+    # 1,000 tokens are 63 blocks of 16, and one block stays empty.
+    assert asleep.rollout["vLLM's KV cache"] == token * 16 * (8 * 63 + 1)
+    assert plans["fewer"].rollout["vLLM's KV cache"] == token * 16 * (3 * 63 + 1)
+
+
 @pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)
 def test_recipes_fit(recipe, model, vram):
     config = parse_config([str(ROOT / "examples" / f"{recipe}.yaml")])
