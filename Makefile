@@ -9,7 +9,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
-	bench-race bench-trl bench-gpu bench-gpu-memory bench-ops plots lint clean
+	bench-race bench-rollout bench-trl bench-gpu bench-gpu-memory bench-ops plots lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench       benchmarks against TRL, Liger and PyTorch on this CPU (under 15 minutes)"
 	@echo "make bench-race  seconds until 75% of additions are right, ours and TRL's, three seeds (CPU)"
 	@echo "make bench-trl   seconds and memory of a step of TRL's trainer, with our loss in it and without"
+	@echo "make bench-rollout  tokens a second of sampling, ours and transformers' own ways (CPU)"
 	@echo "make bench-gpu   the benchmarks on one GPU (under 9 minutes)"
 	@echo "make bench-gpu-memory  memory of real steps against the plan, and the longest answer under caps (one GPU)"
 	@echo "make bench-ops   pytest-benchmark's timings of each operation"
@@ -131,6 +132,9 @@ bench-race: $(VENV)/.bench
 
 bench-trl: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.trl_subclass $(ARGS)
+
+bench-rollout: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.rollout --device cpu $(ARGS)
 
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

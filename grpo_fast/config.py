@@ -94,7 +94,8 @@ class GRPOConfig:
             trainer's (default: 1e-3 in float32, 0.3 in bfloat16).
         sample_ahead: sample the next batch on a vLLM server while training on this one; completions are then one step
             old, which the correction accounts for.
-        max_tokens_per_generation_batch: tokens (prompts and longest completions) that are sampled at once.
+        max_tokens_per_generation_batch: tokens whose keys and values sampling with transformers may keep at once, of
+            prompts and completions; sequences wait where it is used up.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
             dual_clip, reinforce or unclipped (docs/objectives.md).
         epsilon: lower clip distance (default: the preset's).
