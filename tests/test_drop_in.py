@@ -1,12 +1,15 @@
 """docs/drop-in.md: every block of Python runs or, where a peer is missing, parses; both sides of a change agree."""
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.plots import TABLES
+from grpo_fast.errors import UserError
 from tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +73,16 @@ def test_trl(tmp_path):
     assert issubclass(type(built[1]), trl.GRPOTrainer)
     assert type(built[1]) is not trl.GRPOTrainer
     built[1].train()
+
+
+def test_trl_that_is_not_installed(monkeypatch):
+    monkeypatch.delitem(sys.modules, "grpo_fast.integrations.trl", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match=r"pip install 'grpo-fast\[trl\]'") as caught:
+        importlib.import_module("grpo_fast.integrations.trl")
+    assert "\n" not in str(caught.value)
 
 
 def test_links_and_tables():

@@ -114,6 +114,21 @@ def test_items_of_the_step(loss_type, items):
     compare({**make(), "num_items_in_batch": items}, loss_type=loss_type, beta=0.0)
 
 
+@pytest.mark.parametrize("items", [None, 90])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_several_processes(loss_type, items, monkeypatch):
+    """Two processes, of which the other one has twice as many tokens."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.mul_(3))
+    torch.manual_seed(0)
+    loss, *_ = compare({**make(), "num_items_in_batch": items}, loss_type=loss_type, beta=0.0)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    alone, *_ = compare({**make(), "num_items_in_batch": items}, loss_type=loss_type, beta=0.0)
+    assert torch.equal(loss, alone) == (loss_type == "grpo")
+
+
 def test_reference_from_its_hidden_states():
     arguments = make()
     arguments["ref_per_token_logps"] = None
