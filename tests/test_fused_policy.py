@@ -235,8 +235,38 @@ def test_ddp_around_the_policy_reduces(alone):
             return future
 
         ddp.register_comm_hook(None, hook)
-        policy(ids, mask, completion_mask=completion).sum().backward()
-        assert sum(seen) == sum(p.numel() for p in model.parameters())
+        for times in (1, 2, 3):
+            policy(ids, mask, completion_mask=completion).sum().backward()
+            assert sum(seen) == times * sum(p.numel() for p in model.parameters())
+
+
+def _two_processes(rank, store):
+    """Each has some of the rows; DDP's and FSDP2's means of the gradients are half of the whole batch's."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    ids, mask, completion = batch()
+    rows = [[0, 2], [1]][rank]
+    coefficients = torch.arange(1, completion.numel() + 1, dtype=torch.float64).view(completion.shape)
+    for form in ("DDP of the policy", "policy of DDP", "FSDP2 of the policy", "policy of FSDP2"):
+        model = tiny_model(tie_word_embeddings=True)
+        expected = own_logprobs(model)
+        (expected * coefficients).sum().backward()
+        expected_grad = weight_gradients(model)
+        model.zero_grad()
+        policy = FORMS[form](model)
+        for times in (1, 2):
+            got = policy(ids[rows], mask[rows], completion_mask=completion[rows])
+            torch.testing.assert_close(got, expected[rows])
+            (got * coefficients[rows]).sum().backward()
+            found = [p.grad for p in model.parameters()]
+            found = torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in found])
+            torch.testing.assert_close(found, times * expected_grad / 2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.long
+def test_forms_of_a_model_on_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "store"),), nprocs=2)
 
 
 def test_adapters():
@@ -285,6 +315,16 @@ def test_an_unknown_logit_transform_is_refused_at_the_first_forward():
     policy = FusedPolicy(model, check=False)
     policy.head_options["logit_scale"] = 1.5
     assert policy(ids, mask).shape == (3, WIDTH - 1)
+
+
+def test_logits_are_made_for_the_first_comparison_alone():
+    ids, mask, completion = batch()
+    model = tiny_model()
+    policy, calls = FusedPolicy(model), []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: calls.append(inputs[0].shape[:2].numel()))
+    for _ in range(3):
+        policy(ids, mask, completion_mask=completion, advantages=torch.ones(3)).loss.backward()
+    assert calls == [PROMPTS[0] + COMPLETIONS[0] + 1]
 
 
 def test_a_copy_has_weights_of_its_own():
