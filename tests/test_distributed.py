@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import grpo_fast.trainer
+from grpo_fast import distributed
 from grpo_fast.collect import StepBatch, build_step_batch
 from grpo_fast.config import GRPOConfig
 from grpo_fast.distributed import connect, gather, on_main
@@ -34,6 +35,7 @@ from grpo_fast.packing import Row, deal_microbatches, fill_microbatches
 from grpo_fast.policy import FusedPolicy
 from grpo_fast.report import Summary, write_json
 from grpo_fast.rollout import Response, Rollout
+from grpo_fast.rollout.weights import engine_weights
 from grpo_fast.sharding import check_processes, ddp_arguments, is_sharded, whole
 from grpo_fast.trainer import GRPOTrainer
 from runs import assert_same_run, figures, saved_weights
@@ -44,9 +46,13 @@ MODES = {"ddp": {}, "fsdp": {"fsdp": True}}
 CASES = {
     "full": {"beta": 0.1, "top_entropy_quantile": 0.5, "max_grad_norm": 0.1},
     "padded": {"padding_free": "never", "loss_type": "gspo", "gradient_checkpointing": True},
+    "bfloat16": {"dtype": "bfloat16", "tiled_mlp": True},
     "lora": {"use_peft": True, "lora_r": 4, "beta": 0.1, "kl_in_reward": True},
     "moving reference": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "tie": True},
 }
+# In 16 bits the order of a sum shows.
+ALLOWED = {"bfloat16": (1e-2, 0.1)}
+SERVED = {"use_vllm": True, "vllm_mode": "server", "sample_ahead": True, "beta": 0.0}
 STEPS = 5
 # What is said of the whole step, rounding apart.
 FIGURES = ("loss", "entropy", "grad_norm", "kl")
@@ -76,7 +82,8 @@ def trajectory(fields: dict) -> dict:
     tied = fields.pop("tie", False)
     config = GRPOConfig("x", **fields)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[ddp_arguments()])
-    learner = Learner(tiny_model(tie_word_embeddings=tied), config, accelerator, [4, 5, 6], 0)
+    model = tiny_model(torch.bfloat16 if config.dtype == "bfloat16" else torch.float64, tie_word_embeddings=tied)
+    learner = Learner(model, config, accelerator, [4, 5, 6], 0)
     if config.use_peft:
         learner.model.double()
         torch.manual_seed(3)
@@ -126,6 +133,26 @@ class Given(Rollout):
         draw = random.Random(f"{prompt} {number}")
         ids = [draw.randrange(2, 12) for _ in range(draw.randrange(1, 4))]
         return Response(ids if len(ids) == 3 else [*ids, 0], "length" if len(ids) == 3 else "stop")
+
+
+class Served(Given):
+    """As a server does, it samples from a copy of the weights, for the first process, beside the training."""
+
+    copies_weights = separate = True
+
+    def __init__(self):
+        assert distributed.is_main()
+        self.copy = tiny_model()
+
+    def sync(self, model):
+        self.copy.load_state_dict(dict(engine_weights(model)), strict=False)
+
+    @torch.no_grad()
+    def respond(self, prompt, number):
+        response = super().respond(prompt, number)
+        logits = self.copy(torch.tensor([[*prompt, *response.token_ids]])).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response.token_ids)[:, None]).squeeze(1)
+        return response._replace(logprobs=logprobs.tolist())
 
 
 class Killed(Given):
@@ -199,6 +226,7 @@ def work(rank: int, port: int, folder: Path) -> None:
                 AcceleratorState._reset_state()
             train(folder / mode / "two then one", Given, max_steps=2, **fields)
             train(folder / mode / "one then two", Given, resume=True, **fields)
+            train(folder / mode / "served", Served, **SERVED, **fields)
             train(folder / mode / "sampled", None, **fields)
             train(folder / mode / "resumed", None, max_steps=2, **fields)
             train(folder / mode / "resumed", None, resume=True, **fields)
@@ -263,6 +291,7 @@ def runs(tmp_path_factory) -> tuple[dict, list[dict], Path]:
         alone[case] = trajectory(fields)
         AcceleratorState._reset_state(reset_partial_state=True)
     train(folder / "whole", Given)
+    train(folder / "served", Served, **SERVED)
     while not processes.join():
         pass
     return alone, [torch.load(folder / f"found{rank}.pt", weights_only=True) for rank in range(2)], folder
@@ -274,30 +303,42 @@ def test_gradients_weights_and_figures_are_those_of_one_process(runs, mode, case
     alone, found, _ = runs
     one, *two = alone[case], *(each[f"{mode} {case}"] for each in found)
     assert one["gradient"].norm() > 1e-3
-    assert len({weights.norm().item() for weights in one["weights"]}) == STEPS
+    assert len({weights.double().sum().item() for weights in one["weights"]}) == STEPS
+    first, last = ALLOWED.get(case, (1e-12, 1e-9))
     for other in two:
-        assert (other["gradient"] - one["gradient"]).norm() <= 1e-12 * one["gradient"].norm()
+        assert (other["gradient"] - one["gradient"]).norm() <= first * one["gradient"].norm()
         for mine, theirs in zip(other["weights"], one["weights"], strict=True):
-            assert (mine - theirs).norm() <= 1e-9 * theirs.norm()
+            assert (mine - theirs).norm() <= last * theirs.norm()
         for mine, theirs in zip(other["figures"], one["figures"], strict=True):
             # Advantages, weights and log-probabilities of the trainer are float32.
-            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+            assert case in ALLOWED or mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    # However they round, the processes never drift apart.
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(two[0]["weights"], two[1]["weights"], strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_runs_that_go_on_with_another_number_of_processes(runs, mode):
     *_, folder = runs
-    (kept,) = saved_weights(folder / "whole").values()
     one_again = folder / mode / "two then one"
     train(one_again, Given, resume=True)
     for run in (one_again, folder / mode / "one then two"):
-        (weights,) = saved_weights(run).values()
-        assert weights.keys() == kept.keys()
-        for name, weight in kept.items():
-            assert (weights[name] - weight).norm() <= 1e-9 * weight.norm(), (run, name)
-        for mine, theirs in zip(figures(run), figures(folder / "whole"), strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert_same_but_for_rounding(run, folder / "whole")
         assert json.loads((run / "summary.json").read_text())["steps"] == 4
+
+
+def assert_same_but_for_rounding(run: Path, other: Path) -> None:
+    (weights,), (theirs,) = saved_weights(run).values(), saved_weights(other).values()
+    assert weights.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert (weights[name] - weight).norm() <= 1e-9 * weight.norm(), name
+    for mine, others in zip(figures(run), figures(other), strict=True):
+        assert mine == pytest.approx(others, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_process_samples_ahead_from_a_server(runs, mode):
+    assert_same_but_for_rounding(runs[2] / mode / "served", runs[2] / "served")
+    assert figures(runs[2] / mode / "served")[-1]["sampling/importance_sampling_ratio/mean"] != 1
 
 
 @pytest.mark.parametrize("mode", MODES)
