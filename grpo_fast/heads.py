@@ -133,7 +133,7 @@ def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_m
         attention_mask: ``[B, T]``, or None where every position counts.
 
     Raises:
-        UserError: the model has no such function or coefficient.
+        UserError: the model has no such function or coefficient, or gives no router logits.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
@@ -145,5 +145,8 @@ def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_m
     if balance is None or coefficient is None:
         missing = "router_aux_loss_coef" if balance else "load_balancing_loss_func"
         raise UserError(f"output_router_logits is on, but {name} has no {missing}; switch it off in the config")
+    if not router_logits:
+        # In transformers 5.17 Granite's mixtures give none, and their router loss is silently 0.
+        raise UserError(f"output_router_logits is on, but {name} gives no router logits; switch it off in the config")
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     return coefficient * balance(router_logits, experts, config.num_experts_per_tok, attention_mask)
