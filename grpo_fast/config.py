@@ -335,7 +335,9 @@ class GRPOConfig:
             )
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low > high:
-            raise UserError(f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}")
+            raise UserError(
+                f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}"
+            )
         if self.activation_offloading and not self.gradient_checkpointing:
             raise UserError("activation_offloading goes with gradient_checkpointing: it keeps the layers' inputs")
         if self.share_prompts == "always" and self.padding_free == "never":

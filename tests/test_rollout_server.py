@@ -14,8 +14,8 @@ import torch
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout import Sampling, build_rollout, json_client
-from grpo_fast.rollout.vllm_server import in_files
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION, read_folder
+from grpo_fast.rollout.weights import in_files
 from tiny import tiny_model
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5]]

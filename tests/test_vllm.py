@@ -278,7 +278,7 @@ def test_adapters_come_merged(rslora):
         assert all(torch.equal(parameter, kept[name]) for name, parameter in adapted.named_parameters())
         with adapted.disable_adapter():
             assert largest_difference(model, rollout.generate(PROMPTS, Sampling(4, 16))) > 0.1
-        check_sync(rollout, model)
+        check_sync(rollout, adapted)
 
 
 def test_a_model_that_vllm_cannot_run_is_refused():

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, one_line, writing
+from grpo_fast.errors import UserError, one_line
 from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.json_client import JsonClient, ServerError
 from grpo_fast.rollout.vllm_common import (
@@ -27,11 +26,9 @@ from grpo_fast.rollout.vllm_common import (
     sampling_arguments,
 )
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION
-from grpo_fast.rollout.weights import engine_weights
+from grpo_fast.rollout.weights import engine_weights, write_weights
 
 START = "start one with: grpo-fast serve CONFIG.yaml"
-# Bytes of weights that are gathered in memory for one file.
-FILE_BYTES = 1 << 30
 # Seconds that the server may take to read new weights.
 LOAD_TIMEOUT = 1800.0
 
@@ -107,12 +104,12 @@ class VLLMServer(Rollout):
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         first = ranks == 1 or torch.distributed.get_rank() == 0
         with tempfile.TemporaryDirectory(prefix="grpo-fast-weights-") as folder:
-            for number, tensors in enumerate(in_files(engine_weights(model))):
-                if first:
-                    with writing(Path(folder)):
-                        save_file(tensors, Path(folder) / f"weights-{number:05d}.safetensors")
             if first:
+                write_weights(model, Path(folder))
                 self._load(folder)
+            else:
+                for _ in engine_weights(model):
+                    pass
         self.syncs += 1
         if first:
             version = f"{self.run}:{self.syncs}"
@@ -244,17 +241,3 @@ class VLLMServer(Rollout):
             f"the vLLM server at {self.client.base_url} no longer answers ({one_line(error, 160)}); "
             "start it again and --resume this run"
         )
-
-
-def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> Iterator[dict[str, Tensor]]:
-    """The tensors in groups of at most `most` bytes, or one tensor where it is larger."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > most:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.contiguous()
-        size += tensor.nbytes
-    if group:
-        yield group

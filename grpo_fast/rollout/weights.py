@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from grpo_fast.errors import UserError
+from grpo_fast.errors import UserError, writing
+
+# Bytes of weights that are gathered in memory for one file.
+FILE_BYTES = 1 << 30
 
 
 @torch.no_grad()
@@ -40,6 +45,31 @@ def engine_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             layer = {}
         layer[name] = tensor
     yield from revert_weight_conversion(model, layer).items()
+
+
+def write_weights(model: nn.Module, folder: Path) -> None:
+    """Write what `engine_weights` gives to safetensors files of about a GiB.
+
+    Raises:
+        UserError: the disk is full, or cannot be written to.
+    """
+    for number, tensors in enumerate(in_files(engine_weights(model))):
+        with writing(folder):
+            save_file(tensors, folder / f"weights-{number:05d}.safetensors", {"format": "pt"})
+
+
+def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most `most` bytes, or one tensor where it is larger."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > most:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.contiguous()
+        size += tensor.nbytes
+    if group:
+        yield group
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
