@@ -38,8 +38,10 @@ from grpo_fast.rollout import Response, Rollout
 from grpo_fast.rollout.weights import engine_weights
 from grpo_fast.sharding import check_processes, ddp_arguments, is_sharded, whole
 from grpo_fast.trainer import GRPOTrainer
+from grpo_kernels import PRESETS, linear_policy_loss
 from runs import assert_same_run, figures, saved_weights
 from test_trainer import SMALL
+from test_vocab_parallel import CountCollectives
 from tiny import random_samples, tiny_model
 
 MODES = {"ddp": {}, "fsdp": {"fsdp": True}}
@@ -235,9 +237,27 @@ def work(rank: int, port: int, folder: Path) -> None:
             except SystemExit as error:
                 found[f"{mode} killed"] = error.code
             AcceleratorState._reset_state()
+        found["gathers"] = gathers_of_a_microbatch()
         found["errors"] = errors(folder)
     torch.save(found, folder / f"found{rank}.pt")
     dist.destroy_process_group()
+
+
+def gathers_of_a_microbatch() -> list[int]:
+    """How often weights are gathered in a forward and in its backward."""
+    config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], fsdp=True, use_cpu=True)
+    learner = Learner(tiny_model(), config, Accelerator(cpu=True), [4, 5, 6], 0)
+    batch, counts = step_batch(config, 0), []
+    (microbatch,) = learner.microbatches(batch)
+    inputs = learner.loss_inputs(batch, microbatch.tokens)
+    learner.policy.train()
+    with CountCollectives() as count:
+        loss = learner.policy(microbatch, inputs).loss
+        counts.append(sum(calls for name, calls in count.items() if "allgather" in name))
+        loss.backward()
+        counts.append(sum(calls for name, calls in count.items() if "allgather" in name) - counts[0])
+    AcceleratorState._reset_state()
+    return counts
 
 
 def errors(folder: Path) -> dict[str, str]:
@@ -372,6 +392,11 @@ def test_what_fails_in_one_process_ends_all(runs):
     }
 
 
+def test_the_head_is_gathered_once_for_a_microbatch(runs):
+    # Two layers, and once what lies outside of them; the backward gathers the layers again.
+    assert all(found["gathers"] == [3, 2] for found in runs[1])
+
+
 def test_a_head_in_parts_of_the_vocabulary_equals_the_whole_one(runs):
     assert all(found["parts"] <= 1e-12 for found in runs[1])
 
@@ -397,6 +422,23 @@ def test_microbatches_are_dealt_evenly():
     assert deal_microbatches(rows[:1], 100, True, 3) == [[[rows[0]]], [[]], [[]]]
     assert deal_microbatches([], 100, True, 2) == [[], []]
     assert fill_microbatches([], 100, True) == []
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
+    """What a process computes that has less to do than the others."""
+    hidden, nothing = torch.randn(0, 16, requires_grad=True), torch.zeros(0)
+    weight = torch.randn(37, 16, requires_grad=not frozen)
+    objective = dataclasses.replace(PRESETS[preset], beta=0.1, entropy_coef=0.1)
+    result = linear_policy_loss(
+        hidden, weight, nothing.long(), nothing, nothing, objective, old_logprobs=nothing, ref_logprobs=nothing,
+        cu_seqlens=torch.tensor([0]),
+    )  # fmt: skip
+    result.loss.backward()
+    assert hidden.grad.shape == (0, 16)
+    assert frozen or weight.grad.abs().sum() == 0
+    assert not any(result.stats.values())
 
 
 def test_one_process_is_not_sharded():
