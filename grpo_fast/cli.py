@@ -315,8 +315,11 @@ def evaluate(argv: Sequence[str]) -> int:
     config = parse_config(argv)
     quiet_libraries()
     import_extra("accelerate", "train")
+    from grpo_fast.distributed import launched
     from grpo_fast.eval_run import EvalOptions, EvalRun
 
+    if launched() > 1:
+        raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (Path(path) if path else None for path in (output, compare))
     EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)).run()
     return 0

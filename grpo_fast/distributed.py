@@ -40,14 +40,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launched_rank() -> int:
-    """As `rank`, but before the processes are connected."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+def launched() -> int:
+    """How many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def connect(use_cpu: bool) -> None:
     """Connect the processes of a launcher; without one nothing is to be done."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launched() > 1:
         PartialState(cpu=use_cpu)
 
 
