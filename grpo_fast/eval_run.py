@@ -30,7 +30,7 @@ from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
 from grpo_fast.report.run import read_lines
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rollout import Rollout, Sampling, TransformersRollout
+from grpo_fast.rollout import Sampling, build_rollout
 
 SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
 
@@ -94,7 +94,8 @@ class EvalRun:
         check_vocabulary(model, self.prompts, self.tokenizer)
         if not config.load_in_4bit:
             model.to(device)
-        self.rollout: Rollout = TransformersRollout(model, self.tokenizer, config.max_tokens_per_generation_batch)
+        self.rollout = build_rollout(config, model, self.tokenizer, max(map(len, self.prompts)))
+        self.rollout.sync(model)
         self.rollout.check(self.prompts[0], self.sampling)
         self.settings = {
             "model": config.model_name_or_path,

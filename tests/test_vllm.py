@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
+from grpo_fast.eval_run import EvalOptions, EvalRun
 from grpo_fast.metrics import read_metrics
 from grpo_fast.models import load_model
 from grpo_fast.rollout import Sampling, build_rollout
@@ -422,6 +423,15 @@ def test_three_steps_of_the_sorting_recipe(server, tmp_path, mode):
     trainer.train()
     first, second, third = rewards(tmp_path)
     assert first < second < third
+
+
+def test_an_evaluation_in_process(tmp_path, server):
+    """Greedy completions are those that transformers gives."""
+    fields = {**RECIPE, "vllm_mode": "colocate"}
+    for name, use_vllm in (("vllm", True), ("transformers", False)):
+        EvalRun(server.config(**fields, use_vllm=use_vllm), EvalOptions(greedy=True, output=tmp_path / name)).run()
+    ours, theirs = ((tmp_path / name / "samples.jsonl").read_text() for name in ("vllm", "transformers"))
+    assert ours == theirs
 
 
 def test_a_server_killed_while_a_run_samples(servers, tmp_path):
