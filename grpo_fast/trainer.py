@@ -266,6 +266,8 @@ class GRPOTrainer:
     def restore(self, folder: Path, state: TrainerState) -> None:
         """Go on where the checkpoint was written."""
         check_same(folder, state.fixed, self.fixed)
+        # The engine was tried out with the weights that the run began with.
+        self.rollout.weights_change()
         self.learner.restore(folder, state.step)
         self.rng = load_tensors(folder, "rng")
         self.step = self.saved_step = self.evaluated_step = state.step

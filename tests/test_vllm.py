@@ -1,6 +1,7 @@
 """Real vLLM on a CPU, in process and as a server: `make test-vllm`."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from grpo_fast.models import load_model
 from grpo_fast.rollout import Sampling, build_rollout
 from grpo_fast.rollout.probe import Probe
 from grpo_fast.trainer import GRPOTrainer
+from runs import assert_same_run
 
 pytestmark = pytest.mark.vllm
 
@@ -423,6 +425,18 @@ def test_three_steps_of_the_sorting_recipe(server, tmp_path, mode):
     trainer.train()
     first, second, third = rewards(tmp_path)
     assert first < second < third
+
+
+def test_a_resumed_run_samples_what_a_whole_one_does(server, tmp_path):
+    """Bit for bit: from the checkpoint's weights and not from those that the engine was started with."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    fields = {**RECIPE, "vllm_mode": "colocate", "max_steps": 3, "save_total_limit": 9, "max_eval_samples": 16}
+    GRPOTrainer(server.config(**fields, output_dir=str(whole))).train()
+    shutil.copytree(whole, part)
+    for step in (2, 3):
+        shutil.rmtree(part / f"checkpoint-{step}")
+    GRPOTrainer(server.config(**fields, output_dir=str(part), resume_from_checkpoint=True)).train()
+    assert_same_run(part, whole)
 
 
 def test_an_evaluation_in_process(tmp_path, server):
