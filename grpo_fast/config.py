@@ -1,17 +1,15 @@
 """The configuration of a run: one flat dataclass, with TRL's names where TRL has one.
 
-`grpo-fast train CONFIG.yaml --field value` fills it; every field is checked here, before anything is loaded.
+`grpo-fast train CONFIG.yaml --field value` fills it; `config_checks` checks every field, before anything is loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from grpo_fast.advantages import UNCENTRED
-from grpo_fast.errors import UserError
+from grpo_fast.config_checks import check_config
 from grpo_kernels import PRESETS, PolicyObjective
 
 
@@ -302,87 +300,7 @@ class GRPOConfig:
     resume_from_checkpoint: bool = False
 
     def __post_init__(self):
-        for name, hint in get_type_hints(type(self)).items():
-            value, allowed = getattr(self, name), _literals(hint)
-            if allowed and not set(value if get_origin(hint) is list else [value]) <= set(allowed):
-                _refuse(
-                    name, value, f"{'made of' if get_origin(hint) is list else 'one of'} {', '.join(map(str, allowed))}"
-                )
-            if value is None and type(None) not in get_args(hint):
-                _refuse(name, value, "set; leave the field out for its default")
-        for names, holds, allowed in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not (math.isfinite(value) and holds(value)):
-                    _refuse(name, value, f"a finite number, {allowed}")
-        if not self.dataset_name:
-            raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
-        if not self.reward_funcs:
-            raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
-        if self.keep_best and not self.eval_steps:
-            raise UserError("keep_best goes with eval_steps: the best score is among those measured while training")
-        if self.load_in_4bit and not self.use_peft:
-            raise UserError("load_in_4bit goes with use_peft: 4-bit weights are not trained, adapters beside them are")
-        if self.sample_ahead and not (self.corrects_sampler and self.vllm_mode == "server"):
-            raise UserError(
-                "sample_ahead goes with use_vllm, vllm_mode='server' and vllm_importance_sampling_correction: only a "
-                "server samples beside an update, and its completions are a step old"
-            )
-        if self.corrects_sampler and self.loss_type == "vespo" and "token" not in self.vllm_importance_sampling_mode:
-            raise UserError(
-                "loss_type='vespo' goes with vllm_importance_sampling_mode token_truncate or token_mask, not "
-                f"{self.vllm_importance_sampling_mode!r}: its own ratio is the sequence's"
-            )
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low > high:
-            raise UserError(
-                f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}"
-            )
-        if self.activation_offloading and not self.gradient_checkpointing:
-            raise UserError("activation_offloading goes with gradient_checkpointing: it keeps the layers' inputs")
-        if self.share_prompts == "always" and self.padding_free == "never":
-            raise UserError("share_prompts='always' goes with padding_free: prompts are shared in packed sequences")
-        for name in ("kl_in_reward", "sync_ref_model"):
-            if getattr(self, name) and not self.uses_reference:
-                raise UserError(f"{name} goes with beta above 0: without, there is no reference policy")
-        if self.sync_ref_model and self.use_peft:
-            raise UserError("sync_ref_model goes without use_peft: the reference is the model without its adapters")
-        if self.reward_baseline in UNCENTRED and self.scale_rewards != "none":
-            raise UserError(
-                f"reward_baseline={self.reward_baseline!r} goes with scale_rewards='none', not "
-                f"{self.scale_rewards!r}: rewards that are not centred are not scaled"
-            )
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            for name, value in (("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False)):
-                if getattr(self, name) != value:
-                    raise UserError(
-                        f"multi_objective_aggregation='normalize_then_sum' goes with {name}={value!r}, "
-                        f"not {getattr(self, name)!r}"
-                    )
-        if self.generation_batch_size % self.num_generations:
-            _refuse(
-                "generation_batch_size", self.generation_batch_size,
-                f"a multiple of num_generations={self.num_generations}",
-            )  # fmt: skip
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise UserError(
-                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward_funcs"
-            )
-        if self.prompt_template is not None and self.prompt_file is not None:
-            raise UserError("prompt_template and prompt_file both make the prompt; set one of them")
-        if self.prompt_template is self.prompt_file is None and (self.system_prompt or self.apply_chat_template):
-            name = "system_prompt" if self.system_prompt else "apply_chat_template"
-            raise UserError(f"{name} goes with prompt_template or prompt_file; a prompt column is taken as it is")
-        if self.run_name is not None and (not self.run_name or "/" in self.run_name):
-            _refuse("run_name", self.run_name, "a name without '/'; output_dir takes a path")
-        if not all(map(math.isfinite, self.reward_weights or [])):
-            _refuse("reward_weights", self.reward_weights, "finite numbers")
-        if self.loss_type not in PRESETS:
-            _refuse("loss_type", self.loss_type, f"one of {', '.join(PRESETS)}")
-        try:
-            self.objective()
-        except ValueError as error:
-            raise UserError(str(error).removeprefix("PolicyObjective: ")) from None
+        check_config(self)
 
     @property
     def uses_reference(self) -> bool:
@@ -433,47 +351,3 @@ TRL_FIELDS_INSTEAD = {
     "warmup_ratio": "warmup_steps (below 1, it is a share of max_steps)",
     "log_completions": "log_completions_steps",
 }
-
-_RANGES = [
-    (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
-    (
-        (
-            "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
-            "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
-            "max_train_samples", "max_eval_samples", "lora_r", "lora_alpha", "save_total_limit",
-            "max_num_gen_batches", "ref_model_sync_steps", "vllm_max_model_length",
-        ),
-        lambda v: v >= 1,
-        "at least 1",
-    ),
-    (
-        ("temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance", "vllm_server_timeout"),
-        lambda v: v > 0,
-        "above 0",
-    ),
-    (
-        (
-            "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
-            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
-        ),
-        lambda v: v >= 0,
-        "at least 0",
-    ),
-    (("top_entropy_quantile",), lambda v: 0 <= v <= 1, "from 0 to 1"),
-    (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
-    (("vllm_server_port",), lambda v: 1 <= v <= 65535, "from 1 to 65535"),
-    (("top_p", "ref_model_mixup_alpha", "vllm_gpu_memory_utilization"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    (("min_p", "adam_beta1", "adam_beta2", "lora_dropout"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
-]  # fmt: skip
-
-
-def _literals(hint: Any) -> tuple:
-    """The values that a ``Literal`` (or an optional one) allows; empty for other types."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    values = [value for part in get_args(hint) for value in _literals(part)]
-    return (*values, None) if values and type(None) in get_args(hint) else tuple(values)
-
-
-def _refuse(name: str, value: object, allowed: str) -> None:
-    raise UserError(f"{name}={value!r} is not allowed: it must be {allowed}")
