@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
@@ -26,7 +25,7 @@ from grpo_fast.rollout.vllm_common import (
     sampling_arguments,
 )
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION
-from grpo_fast.rollout.weights import engine_weights, write_weights
+from grpo_fast.rollout.weights import write_weights
 
 START = "start one with: grpo-fast serve CONFIG.yaml"
 # Seconds that the server may take to read new weights.
@@ -96,27 +95,17 @@ class VLLMServer(Rollout):
         """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on.
 
         They are written to a temporary folder, a file of about a GiB at a time, read by the server's workers, and
-        removed. With several processes each of them calls this, since sharded weights are gathered by all.
+        removed. Of several processes the first one alone calls this, with whole weights.
 
         Raises:
             UserError: the folder cannot be written, or the server cannot read it or does not answer.
         """
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        first = ranks == 1 or torch.distributed.get_rank() == 0
         with tempfile.TemporaryDirectory(prefix="grpo-fast-weights-") as folder:
-            if first:
-                write_weights(model, Path(folder))
-                self._load(folder)
-            else:
-                for _ in engine_weights(model):
-                    pass
+            write_weights(model, Path(folder))
+            self._load(folder)
         self.syncs += 1
-        if first:
-            version = f"{self.run}:{self.syncs}"
-            self._post("/update_weight_version", {"new_version": version})
-        if ranks > 1:
-            torch.distributed.barrier()
-        self.version = self._weights() if ranks > 1 else version
+        self.version = f"{self.run}:{self.syncs}"
+        self._post("/update_weight_version", {"new_version": self.version})
 
     def close(self) -> None:
         """End requests under way; the server goes on, for the next run."""
@@ -159,12 +148,6 @@ class VLLMServer(Rollout):
         try:
             return self.client.request("POST", path, body)
         except ServerError as error:
-            raise self._gone(error) from None
-
-    def _weights(self) -> str:
-        try:
-            return str(self.client.request("GET", "/weight_info")["weight_version"])
-        except (ServerError, TypeError, KeyError) as error:
             raise self._gone(error) from None
 
     def _completions(self, answer: Any, sampling: Sampling) -> Iterator[Response]:
