@@ -127,6 +127,19 @@ def step_table(rows: Rows) -> str:
     return markdown(["step", "time", "tokens/s", "peak memory", "speed"], lines) + caption(rows)
 
 
+def rollout_table(rows: Rows) -> str:
+    rows = measured(rows)
+    lines = [
+        [
+            f"{row['model']}, {row['sequences']} responses of up to {row['longest_tokens']} tokens, {row['contender']}",
+            f"{number(row, 'tokens_per_second'):,.0f}", show_bytes(number(row, "peak_bytes")),
+            f"{number(row, 'mean_tokens'):.0f}", f"{number(row, 'speedup'):.2f}x",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(["sampling", "tokens/s", "peak memory", "mean length", "speed"], lines) + caption(rows)
+
+
 def race_table(rows: Rows) -> str:
     lines = [
         [
@@ -177,6 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "accuracy": ("accuracy", accuracy_table),
     "head-drop-in": ("head", lambda rows: head_table(rows, both_cells, OTHERS)),
     "step": ("step", step_table),
+    "rollout": ("rollout", rollout_table),
     "trl-subclass": ("trl_subclass", subclass_table),
     "race": ("race", race_table),
     "loss": ("loss", loss_table),
