@@ -155,7 +155,8 @@ class FusedPolicy(nn.Module):
         if advantages is not None:
             loss = LossInputs(objective, advantages, weights, old_logprobs, ref_logprobs, correction, share=share)
             loss = _flat(loss, layout)
-        for name, value in {"weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}.items():
+        given = {"weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+        for name, value in {**given, "correction": correction}.items():
             if loss is None and value is not None:
                 raise UserError(f"{name} belongs to the loss, which needs advantages as well")
         return within(self.model, partial(self._run, layout, loss, return_entropy, return_aux_loss, model_inputs))
@@ -164,8 +165,9 @@ class FusedPolicy(nn.Module):
         self, layout: Layout, loss: LossInputs | None, with_entropy: bool, with_router: bool, model_inputs: dict
     ) -> PolicyLoss | Tensor | tuple[Tensor, ...]:
         if "head" in self.unchecked:
-            mask = layout.attention_mask
-            row = layout.input_ids[0] if mask is None else layout.input_ids[0][mask[0] != 0]
+            row, mask = layout.input_ids[0], layout.attention_mask
+            if mask is not None and mask[0].any():
+                row = row[mask[0] != 0]
             self._check_head(row[:CHECKED_LENGTH].tolist())
             self.unchecked.discard("head")
         if layout.segments is not None:
@@ -318,6 +320,9 @@ def _flat(loss: LossInputs, layout: Layout) -> LossInputs:
         offsets = {"cu_seqlens": layout.cu_seqlens} if packed else {}
         loss.weights = token_weights(mask.flatten() if packed else mask, loss.objective.aggregation, **offsets)
     if packed:
+        if loss.advantages.shape == (len(layout.cu_seqlens) - 1,):
+            # As many sequences as tokens would be taken for tokens.
+            loss.advantages = loss.advantages.repeat_interleave(layout.cu_seqlens.diff())
         for name, value in vars(loss).items():
             if isinstance(value, Tensor) and value.shape == mask.shape:
                 setattr(loss, name, value.flatten())

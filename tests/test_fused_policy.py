@@ -327,6 +327,33 @@ def test_logits_are_made_for_the_first_comparison_alone():
     assert calls == [PROMPTS[0] + COMPLETIONS[0] + 1]
 
 
+def test_a_batch_of_nothing():
+    """A first row without tokens, and a batch without any: the loss is 0, and so are its gradients."""
+    model = tiny_model()
+    ids, mask, completion = batch()
+    expected = own_logprobs(model).detach()
+    mask[0] = completion[0] = 0
+    got = FusedPolicy(model)(ids, mask, completion_mask=completion)
+    assert not got[0].any()
+    torch.testing.assert_close(got[1:], expected[1:])
+    none = FusedPolicy(model)(ids, 0 * mask, completion_mask=completion, advantages=torch.ones(3))
+    none.loss.backward()
+    assert none.loss == 0
+    assert not weight_gradients(model).any()
+
+
+def test_advantages_of_as_many_sequences_as_tokens():
+    """Packed, one of them has two of the scored tokens and one has none."""
+    model = tiny_model()
+    ids, offsets = torch.tensor([[5, 9, 7, 8, 6]]), torch.tensor([0, 2, 5])
+    advantages, found = torch.tensor([0.3, -0.8], dtype=torch.float64), []
+    for given in (advantages, advantages[[1, 1]][None]):
+        model.zero_grad()
+        FusedPolicy(model)(ids, cu_seqlens=offsets, logits_to_keep=2, advantages=given).loss.backward()
+        found.append(weight_gradients(model))
+    assert torch.equal(*found)
+
+
 def test_a_copy_has_weights_of_its_own():
     ids, mask, _ = batch()
     policy = FusedPolicy(tiny_model())
@@ -356,6 +383,7 @@ WRONG = {
         "takes no attention_mask",
     ),
     "no advantages": ({"old_logprobs": torch.zeros(3, 10)}, "old_logprobs belongs to the loss.*advantages"),
+    "no loss to correct": ({"correction": torch.ones(3, 10)}, "correction belongs to the loss.*advantages"),
     "no experts": ({"return_aux_loss": True}, "return_aux_loss needs a mixture of experts"),
     "no length": (
         {"advantages": torch.zeros(3), "objective": PRESETS["dr_grpo"]},
