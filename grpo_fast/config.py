@@ -89,7 +89,7 @@ class GRPOConfig:
         vllm_importance_sampling_clip_max: upper bound of the ratio; None for none.
         vllm_importance_sampling_clip_min: lower bound of the ratio; None for none.
         sync_tolerance: stop when after a sync the sampler's log-probabilities of a probe differ by more from the
-            trainer's (default: 1e-3 in float32, 0.3 in bfloat16).
+            trainer's (default: 1e-3 in float32, 0.3 in bfloat16, also that of `bf16`).
         sample_ahead: sample the next batch on a vLLM server while training on this one; completions are then one step
             old, which the correction accounts for.
         max_tokens_per_generation_batch: tokens whose keys and values sampling with transformers may keep at once, of
@@ -350,4 +350,6 @@ TRL_FIELDS_INSTEAD = {
     "repetition_penalty": "generation_kwargs",
     "warmup_ratio": "warmup_steps (below 1, it is a share of max_steps)",
     "log_completions": "log_completions_steps",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+    "vllm_tensor_parallel_size": "it on the server (grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2)",
 }

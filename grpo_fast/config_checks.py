@@ -78,6 +78,11 @@ def check_config(config: GRPOConfig) -> None:
             "loss_type='vespo' goes with vllm_importance_sampling_mode token_truncate or token_mask, not "
             f"{config.vllm_importance_sampling_mode!r}: its own ratio is the sequence's"
         )
+    address, host = config.vllm_server_base_url, config.vllm_server_host
+    if address is not None and not address.startswith(("http://", "https://")):
+        _refuse("vllm_server_base_url", address, "an address like http://127.0.0.1:8000")
+    if not host or "/" in host or ":" in host:
+        _refuse("vllm_server_host", host, "a name or an IPv4 address; vllm_server_base_url takes any other")
     low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
     if low is not None and high is not None and low > high:
         raise UserError(f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     match = [other for other in known if name in other] or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def require_extra(module: str, extra: str) -> None:
+    """As :func:`import_extra`, but without importing it."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{module} is not installed; install it with: pip install 'grpo-fast[{extra}]'")
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

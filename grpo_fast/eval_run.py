@@ -30,7 +30,7 @@ from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
 from grpo_fast.report.run import read_lines
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rollout import Sampling, build_rollout
+from grpo_fast.rollout import Sampling, build_rollout, check_engine
 
 SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
 
@@ -77,6 +77,7 @@ class EvalRun:
                 made = "--greedy" if options.greedy else f"num_generations_eval={count}"
                 raise UserError(f"--k: {k} is not allowed: it must be from 1 to {count}, the completions of {made}")
         self.folder = choose_folder(config, options)
+        check_engine(config)
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
         )

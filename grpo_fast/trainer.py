@@ -49,7 +49,7 @@ from grpo_fast.optimizers import (
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rollout import Sampling, build_rollout
+from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import TOLERANCE, TOLERANCE_16_BIT, Probe
 from grpo_fast.rollout.sampler import Sampler
@@ -87,6 +87,7 @@ class GRPOTrainer:
             **trackers,
         )  # fmt: skip
         check_processes(config, self.accelerator)
+        check_engine(config)
         check_optimizer(config, self.accelerator.device)
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
@@ -126,8 +127,9 @@ class GRPOTrainer:
         """The engine that `config` names, synced with the policy and probed whenever it has changed."""
         config = self.config
         longest = max(map(len, self.train_prompts + self.eval_prompts)) + config.max_completion_length
-        tolerance = config.sync_tolerance or TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
-        probe = Probe(self.train_prompts[0], longest, config.temperature, tolerance)
+        # Under autocast the trainer's log-probabilities are bfloat16's, whatever the weights are.
+        exact = TOLERANCE_16_BIT if config.bf16 else TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
+        probe = Probe(self.train_prompts[0], longest, config.temperature, config.sync_tolerance or exact)
         build = partial(build_rollout, config, self.model, self.tokenizer, longest - config.max_completion_length)
         gathered = partial(whole_weights, self.learner.policy)
         engine = build() if size() == 1 else DealtRollout(build, config.use_vllm, gathered)

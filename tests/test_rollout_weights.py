@@ -209,5 +209,5 @@ def test_the_servers_command(tmp_path, monkeypatch):
 
 def test_vllm_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vLLM is not installed; install it with: pip install 'grpo-fast\[vllm\]'"):
+    with pytest.raises(UserError, match=r"vllm is not installed; install it with: pip install 'grpo-fast\[vllm\]'"):
         server_command(make_config(), tmp_path)

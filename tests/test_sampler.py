@@ -1,6 +1,7 @@
 """The trainer and a sampling engine with weights of its own: always in sync, proven by a probe, corrected."""
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -70,6 +71,7 @@ def use(monkeypatch):
     """Make the trainer sample from an engine of this class."""
 
     def choose(engine):
+        monkeypatch.setattr("grpo_fast.trainer.check_engine", lambda config: None)
         monkeypatch.setattr(
             "grpo_fast.trainer.build_rollout", lambda config, model, tokenizer, _: engine(model, tokenizer)
         )
@@ -130,6 +132,13 @@ def test_the_tolerance_is_the_users(tmp_path, use, monkeypatch):
     made = trainer(tmp_path, sync_tolerance=50.0, **FIELDS)
     made.train()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["sampling/sampling_logp_difference/max"] > 1e-3
+
+
+def test_the_tolerance_is_that_of_mixed_precision(tmp_path, use):
+    """The weights are float32, but the trainer's log-probabilities are bfloat16's."""
+    use(CopyEngine)
+    trainer(tmp_path / "bf16", bf16=True, **FIELDS).train()
+    assert read_metrics(tmp_path / "bf16" / "metrics.jsonl")[0]["sampling/sampling_logp_difference/max"] > 1e-3
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "cispo", "vespo"])
@@ -268,8 +277,18 @@ def test_a_resumed_run_draws_each_prompt_once(tmp_path, use):
         ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' goes with vllm_importance_sampling_mode token"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "clip_min=4.0 is above vllm_importance_sampling_clip_max=3.0"),
         ({"sync_tolerance": 0.0}, "sync_tolerance=0.0 is not allowed"),
+        ({"vllm_server_base_url": "127.0.0.1:8000"}, "base_url='127.0.0.1:8000' is not allowed.*like http://127.0.0.1"),
+        ({"vllm_server_base_url": ""}, "vllm_server_base_url='' is not allowed"),
+        ({"vllm_server_host": "http://127.0.0.1"}, "vllm_server_host='http://127.0.0.1' is not allowed.*IPv4"),
+        ({"vllm_server_host": "::1"}, "vllm_server_host='::1' is not allowed"),
     ],
 )
 def test_bad_fields_are_named(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **fields)
+
+
+def test_an_engine_that_is_not_installed_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"vllm is not installed; install it with: pip install 'grpo-fast\[vllm\]'"):
+        trainer(tmp_path, use_vllm=True, model_name_or_path=str(tmp_path / "none"))

@@ -1,6 +1,7 @@
 """The correction for the difference between a sampler's and the trainer's log-probabilities."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def definition(logprobs, sampled, mode, low, high):
     """One sequence at a time, in Python's floats."""
     level, bound = mode.split("_")
     found = []
-    for first, last in zip(OFFSETS[:-1], OFFSETS[1:], strict=True):
+    for first, last in pairwise(OFFSETS):
         differences = [a - b for a, b in zip(logprobs[first:last].tolist(), sampled[first:last].tolist(), strict=True)]
         differences = [0.0 if math.isnan(d) else d for d in differences]
         sums = {"token": differences, "sequence": [sum(differences)] * len(differences)}
@@ -57,7 +58,7 @@ def test_padded_rows_equal_packed_ones(mode):
 
 
 def test_the_geometric_form_does_not_grow_with_the_length():
-    """A steady difference of 1% a token: over 4,096 of them the product masks the answer, the geometric mean does not."""
+    """A steady 1% a token: over 4,096 of them the product masks the answer, the geometric mean does not."""
     logprobs = torch.zeros(4096)
     offsets = torch.tensor([0, 4096])
     product = sampling_ratio(logprobs, logprobs - 0.01, "sequence_mask", cu_seqlens=offsets)

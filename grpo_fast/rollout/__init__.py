@@ -5,8 +5,19 @@ from typing import Any
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import require_extra
 from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.transformers import TransformersRollout
+
+
+def check_engine(config: GRPOConfig) -> None:
+    """Refuse, before a model is loaded, an engine that is not installed.
+
+    Raises:
+        UserError: it says how to install it.
+    """
+    if config.use_vllm and config.vllm_mode == "colocate":
+        require_extra("vllm", "vllm")
 
 
 def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int) -> Rollout:
@@ -31,4 +42,4 @@ def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_
     return VLLMColocate(config, model, tokenizer, longest_prompt)
 
 
-__all__ = ["Response", "Rollout", "Sampling", "TransformersRollout", "build_rollout"]
+__all__ = ["Response", "Rollout", "Sampling", "TransformersRollout", "build_rollout", "check_engine"]

@@ -37,12 +37,13 @@ class JsonClient:
     """
 
     def __init__(self, base_url: str):
-        parts = urlsplit(base_url)
         try:
-            port = parts.port
+            parts = urlsplit(base_url)
+            port, known = parts.port, parts.scheme in ("http", "https") and parts.hostname
         except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+            # Brackets, or a port, that are none.
+            known = None
+        if not known:
             raise UserError(f"{base_url!r} is not a server's address; it must be like http://127.0.0.1:8000")
         self.base_url = base_url.rstrip("/")
         self._parts, self._port = parts, port

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_prompts, load_rows
-from grpo_fast.errors import UserError
+from grpo_fast.errors import require_extra
 from grpo_fast.models import load_model
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
@@ -39,8 +38,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     Raises:
         UserError: vLLM is not installed, or something of the model or the data is wrong.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("vLLM is not installed; install it with: pip install 'grpo-fast[vllm]'")
+    require_extra("vllm", "vllm")
     device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"
     train, held_out = load_rows(config)
     model, tokenizer = load_model(dataclasses.replace(config, load_in_4bit=False, use_peft=False))
