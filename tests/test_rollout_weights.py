@@ -52,10 +52,11 @@ def test_names_and_tensors_are_those_of_the_checkpoint(tmp_path, name, more, tie
 
 
 def adapt(model, **fields):
-    lora = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **fields)
-    adapted = peft.get_peft_model(model, lora)
+    lora = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**lora))
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
+        # Those of the two that begin with zeros.
+        if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted
 
@@ -77,6 +78,15 @@ def test_adapters_are_merged_as_peft_merges_them(rslora, dtype):
         torch.testing.assert_close(tensor, merged[name], atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
 
 
+def test_an_adapter_of_the_embedding_is_merged():
+    adapted = adapt(make_model("Llama", tie_word_embeddings=False), target_modules=["embed_tokens", "q_proj"])
+    before = adapted.get_input_embeddings().weight.clone()
+    given, merged = dict(engine_weights(adapted)), adapted.merge_and_unload().state_dict()
+    assert (given["model.embed_tokens.weight"] - before).abs().max() > 0.01
+    for name, tensor in given.items():
+        torch.testing.assert_close(tensor, merged[name], atol=1e-6, rtol=0)
+
+
 def test_one_layer_exists_twice_at_most():
     """Merged tensors are made one by one, as they are taken."""
     adapted = adapt(make_model("Llama", num_hidden_layers=8))
@@ -92,6 +102,9 @@ def test_one_layer_exists_twice_at_most():
 def test_other_adapters_are_refused():
     with pytest.raises(UserError, match=r"the adapter of .*q_proj is not a plain LoRA"):
         dict(engine_weights(adapt(make_model("Llama"), use_dora=True)))
+    for fields in ({"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": {"embed_tokens": [3]}}):
+        with pytest.raises(UserError, match=r"the adapter of .*embed_tokens is not a plain LoRA"):
+            dict(engine_weights(adapt(make_model("Llama"), target_modules=["q_proj"], **fields)))
 
 
 def test_four_bit_weights_are_widened():

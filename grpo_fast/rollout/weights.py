@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -81,6 +83,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         # The parts of an adapted layer, which come with the layer itself.
         if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
             continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise _other_adapter(path)
         adapted = hasattr(module, "base_layer")
         source = module.base_layer if adapted else module
         buffers = {k: v for k, v in source._buffers.items() if k not in source._non_persistent_buffers_set}
@@ -104,15 +108,26 @@ def _gather(tensor: Tensor) -> Tensor:
 
 def _merge(weight: Tensor, layer: nn.Module, path: str) -> Tensor:
     """The weight of an adapted layer with its active adapters."""
+    if not isinstance(layer, LoraLayer):
+        raise _other_adapter(path)
     merged = weight.float()
     for adapter in layer.active_adapters:
-        if adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "lora_bias", {}).get(adapter):
-            raise UserError(f"the adapter of {path} is not a plain LoRA, and others are not merged for vLLM")
+        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+            raise _other_adapter(path)
         if adapter in layer.lora_A:
-            down, up = (_gather(part[adapter].weight).float() for part in (layer.lora_A, layer.lora_B))
-            delta = layer.scaling[adapter] * (up @ down)
-            merged = merged + (delta.T if layer.fan_in_fan_out else delta)
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            transposed = layer.fan_in_fan_out
+        elif adapter in layer.lora_embedding_A:
+            down, up, transposed = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
+        else:
+            continue
+        delta = layer.scaling[adapter] * (_gather(up).float() @ _gather(down).float())
+        merged = merged + (delta.T if transposed else delta)
     return merged.to(weight.dtype)
+
+
+def _other_adapter(path: str) -> UserError:
+    return UserError(f"the adapter of {path} is not a plain LoRA, and others are not merged for vLLM")
 
 
 def _layer(name: str) -> str:
