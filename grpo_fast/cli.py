@@ -151,7 +151,7 @@ def quiet_libraries() -> None:
     # Its variable TQDM_DISABLE is read when tqdm is imported, which torch may have done.
     tqdm = import_extra("tqdm", "train").tqdm
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torchao)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torchao|vllm)\.")
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers = import_extra("transformers", "train")

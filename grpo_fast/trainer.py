@@ -43,9 +43,7 @@ from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
 from grpo_fast.models import check_vocabulary, load_model
-from grpo_fast.optimizers import (
-    check_optimizer,
-)
+from grpo_fast.optimizers import check_optimizer
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import nn
@@ -39,6 +39,11 @@ class Sampling:
             generation_kwargs=config.generation_kwargs or {},
         )
 
+    def one_token(self) -> Sampling:
+        """The same for a single token of a single completion, to try it out."""
+        filters = {name: value for name, value in self.generation_kwargs.items() if name != "min_new_tokens"}
+        return replace(self, num_generations=1, max_completion_length=1, generation_kwargs=filters, seed=self.seed or 0)
+
 
 class Response(NamedTuple):
     """A completion's tokens, its end-of-text token included, and whether it ended by itself or was cut off.
@@ -49,6 +54,12 @@ class Response(NamedTuple):
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[float] | None = None
+
+
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
+    """The tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
+    eos = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
 class Rollout(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
 
 from grpo_fast.errors import UserError, nearest, one_line
-from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.decode import Decoder, not_finite
 from grpo_fast.rollout.rows import plain_layers
 
@@ -32,7 +31,7 @@ FILTERS = {
 }
 
 
-class TransformersRollout:
+class TransformersRollout(Rollout):
     """Samples with continuous batching (:class:`~grpo_fast.rollout.decode.Decoder`) where the model allows it.
 
     That is where all layers of its cache are full attention or a sliding window. Other models (state spaces, linear or
@@ -45,15 +44,11 @@ class TransformersRollout:
         max_tokens: cached tokens at any time; with `generate`, prompts and longest completions of a batch.
     """
 
-    copies_weights = False
-    separate = False
-
     def __init__(self, model: nn.Module, tokenizer, max_tokens: int):
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        eos = model.generation_config.eos_token_id
-        self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
@@ -99,33 +94,19 @@ class TransformersRollout:
         Raises:
             UserError: the sampling arguments are refused.
         """
-        filters = dict(sampling.generation_kwargs)
-        shortest, longest = filters.pop("min_new_tokens", 0), sampling.max_completion_length
+        shortest, longest = sampling.generation_kwargs.get("min_new_tokens", 0), sampling.max_completion_length
         if not isinstance(shortest, int) or not 0 <= shortest <= longest:
             raise UserError(
                 f"generation_kwargs: min_new_tokens={shortest!r} is not allowed: it must be from 0 to {longest}"
             )
-        one_token = replace(sampling, num_generations=1, max_completion_length=1, generation_kwargs=filters)
         with torch.random.fork_rng():
             try:
-                self.generate([prompt_ids], one_token)
+                self.generate([prompt_ids], sampling.one_token())
             except (TypeError, ValueError) as error:
                 if isinstance(error, UserError):
                     raise
                 given = sampling.generation_kwargs
                 raise UserError(f"generation_kwargs={given!r} is not allowed: {one_line(error)}") from None
-
-    def sync(self, model: nn.Module) -> None:
-        """Nothing to do: the policy's own module is sampled."""
-
-    def sleep(self) -> None:
-        """Nothing to do: there is no memory of its own."""
-
-    def wake(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
 
     def _batches(self, prompt_ids: list[list[int]], sampling: Sampling) -> Iterator[list[int]]:
         """Indices of prompts to be sampled together: similar lengths, within the token budget."""

@@ -7,7 +7,6 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, one_line
-from grpo_fast.rollout.base import Response, Rollout, Sampling
+from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
     TRAINING_BYTES,
     engine_options,
-    eos_token_ids,
     free_memory,
     model_length,
     plan,
@@ -114,12 +112,8 @@ class VLLMColocate(Rollout):
             UserError: the sampling arguments are refused.
         """
         sampling_arguments(sampling, self.eos_token_ids)
-        filters = {k: v for k, v in sampling.generation_kwargs.items() if k != "min_new_tokens"}
-        one_token = replace(
-            sampling, num_generations=1, max_completion_length=1, generation_kwargs=filters, seed=sampling.seed or 0
-        )
         try:
-            self._generate([prompt_ids], one_token)
+            self._generate([prompt_ids], sampling.one_token())
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

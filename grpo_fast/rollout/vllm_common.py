@@ -78,12 +78,6 @@ def prompt_seeds(sampling: Sampling, prompts: int) -> list[int]:
     return torch.randint(2**62, (prompts,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def eos_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
-    """The tokens that end a completion: the tokenizer's, and those of the model's generation_config."""
-    eos = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-
-
 def response(token_ids: list[int], logprobs: list[float], finish_reason: str | None) -> Response:
     """A completion as vLLM gives it.
 

@@ -7,7 +7,6 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.rollout.base import Response, Rollout, Sampling
+from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.json_client import JsonClient, ServerError
 from grpo_fast.rollout.vllm_common import (
-    eos_token_ids,
     model_length,
     prompt_seeds,
     response,
@@ -68,11 +66,7 @@ class VLLMServer(Rollout):
             UserError: the sampling arguments are refused, or the engine does not answer.
         """
         sampling_arguments(sampling, self.eos_token_ids)
-        filters = {k: v for k, v in sampling.generation_kwargs.items() if k != "min_new_tokens"}
-        one_token = replace(
-            sampling, num_generations=1, max_completion_length=1, generation_kwargs=filters, seed=sampling.seed or 0
-        )
-        self.generate([prompt_ids], one_token)
+        self.generate([prompt_ids], sampling.one_token())
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
         """Responses to every prompt, `num_generations` side by side, in the order of the prompts.
