@@ -90,9 +90,9 @@ def test_a_plan_that_is_off_is_refused(monkeypatch, tmp_path):
 
 def test_one_microbatch_takes_as_much_as_a_step():
     trials = Trials(Job(OURS, "qwen3-tiny", "cpu", {**SMALL, "max_buffer_mib": 8}, group=3))
-    # The head is the fullest moment here, when the microbatch before is gone.
+    # The head is the fullest moment here, when the microbatch before is gone; the next one's ids are there already.
     some, every = trials.trial(400), trials.trial(400, whole=True)
-    assert some["peak_bytes"] == pytest.approx(every["peak_bytes"], rel=0.001)
+    assert some["peak_bytes"] == pytest.approx(every["peak_bytes"], rel=0.003)
     assert some["seconds"] < 0.7 * every["seconds"]
     trials.stop()
 
