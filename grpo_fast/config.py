@@ -91,7 +91,8 @@ class GRPOConfig:
         sync_tolerance: stop when after a sync the sampler's log-probabilities of a probe differ by more from the
             trainer's (default: 1e-3 in float32, 0.3 in bfloat16, also that of `bf16`).
         sample_ahead: sample the next batch on a vLLM server while training on this one; completions are then one step
-            old, which the correction accounts for.
+            old, which the correction accounts for. A resumed run samples its first batch anew, so it is not the same
+            bit for bit.
         max_tokens_per_generation_batch: tokens whose keys and values sampling with transformers may keep at once, of
             prompts and completions; sequences wait where it is used up.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
