@@ -64,6 +64,7 @@ FREE_FIELDS = frozenset(
         "share_prompts",
         "use_cpu",
         "trust_remote_code",
+        "vllm_mode",
         "vllm_server_base_url",
         "vllm_server_host",
         "vllm_server_port",

@@ -248,8 +248,8 @@ def plan(argv: Sequence[str]) -> int:
 
 SERVE_USAGE = """usage: grpo-fast serve CONFIG.yaml [--field value ...] [-- VLLM OPTIONS]
 
-Start a vLLM server with what the run of that configuration needs, at its vllm_server_host and vllm_server_port. The
-run brings the weights. Ctrl-C ends it.
+Start a vLLM server with what the run of that configuration needs, at its vllm_server_base_url, or vllm_server_host and
+vllm_server_port. The run brings the weights. Ctrl-C ends it.
 
   --field value        any field of the configuration, as for train
   -- VLLM OPTIONS      further options of vLLM's server, as in: -- --tensor-parallel-size 2"""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo_fast.checkpoint import checkpoints, fingerprint
 from grpo_fast.config import GRPOConfig
@@ -26,11 +26,13 @@ from grpo_fast.evaluate import own_generators, sample_and_score
 from grpo_fast.files import replace_text
 from grpo_fast.metrics import LinesFile, json_ready
 from grpo_fast.models import check_vocabulary, load_trained
+from grpo_fast.policy import FusedPolicy
 from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
 from grpo_fast.report.run import read_lines
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
+from grpo_fast.rollout.probe import Probe, tolerance
 
 SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
 
@@ -97,6 +99,8 @@ class EvalRun:
             model.to(device)
         self.rollout = build_rollout(config, model, self.tokenizer, max(map(len, self.prompts)))
         self.rollout.sync(model)
+        if self.rollout.copies_weights:
+            self.probe(model)
         self.rollout.check(self.prompts[0], self.sampling)
         self.settings = {
             "model": config.model_name_or_path,
@@ -110,6 +114,19 @@ class EvalRun:
         if options.resume:
             check_settings(self.folder, self.settings)
         self.others = read_scores(options.compare, self.settings["prompts"]) if options.compare else {}
+
+    def probe(self, model: nn.Module) -> None:
+        """Prove that the engine has the weights of `model`; see `rollout.probe`."""
+        config, policy = self.config, FusedPolicy(model, self.config.temperature)
+        longest = max(map(len, self.prompts)) + config.max_completion_length
+        probe = Probe(self.prompts[0], longest, config.temperature, tolerance(config, model.dtype))
+
+        @torch.no_grad()
+        def score(prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
+            ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
+            return policy(ids, logits_to_keep=len(completion_ids))[0]
+
+        probe.check(self.rollout, score)
 
     def run(self) -> dict[str, Any]:
         """Sample, score and write what is not yet there, and return the summary."""

@@ -55,6 +55,13 @@ class LossInputs:
     share: float = 1.0
 
 
+# A transformers model takes any keyword, so that these would be passed on to it and change nothing.
+ELSEWHERE = {
+    "temperature": "give it to FusedPolicy(model, temperature=...)",
+    "labels": "the tokens that are scored are those of input_ids, by completion_mask or logits_to_keep",
+}
+
+
 class FusedPolicy(nn.Module):
     """Computes per-token log-probabilities, entropies or the policy loss inside its forward, without logits.
 
@@ -72,13 +79,17 @@ class FusedPolicy(nn.Module):
 
     Raises:
         UserError: the model has no linear output head, or the head carries an adapter or is quantised; it is wrapped
-            in something that is not supported.
+            in something that is not supported, or is no module; `temperature` is not above 0.
     """
 
     def __init__(
         self, model: nn.Module, temperature: float = 1.0, max_buffer_bytes: int | None = None, check: bool = True
     ):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise UserError(f"FusedPolicy needs a loaded transformers model, got {model!r:.60}")
+        if not temperature > 0:
+            raise UserError(f"temperature must be above 0, got {temperature}")
         self.model = model
         output_head(self.causal_lm)
         self.head_options = {
@@ -130,7 +141,7 @@ class FusedPolicy(nn.Module):
             advantages: ``[B]`` or ``[B, K]``; of packed sequences ``[S]`` or ``[1, K]``.
             weights: ``[B, K]``, mask and normaliser by `grpo_kernels.token_weights`. By default those of this call
                 alone; give them where several calls make up one optimizer step.
-            objective: what is minimised, `grpo_kernels.PRESETS` by name.
+            objective: what is minimised, such as ``grpo_kernels.PRESETS["dapo"]``.
             old_logprobs, ref_logprobs, correction: ``[B, K]``, as in `grpo_kernels.policy_loss`.
             share: factor of a mixture of experts' router loss, which is a mean over the tokens of this call: 1 / calls,
                 or the call's share of the tokens, where several make up one optimizer step.
@@ -150,6 +161,11 @@ class FusedPolicy(nn.Module):
                 take packed input.
             ValueError: a loss argument has a wrong shape, or one that `objective` needs is missing.
         """
+        for name, instead in ELSEWHERE.items():
+            if name in model_inputs:
+                raise UserError(f"{name} is no argument of this call: {instead}")
+        if not isinstance(objective, PolicyObjective):
+            raise UserError(f"objective must be a PolicyObjective, such as PRESETS['dapo'], got {objective!r:.60}")
         layout = lay_out(input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens)
         loss = None
         if advantages is not None:

@@ -49,7 +49,7 @@ from grpo_fast.report import Summary, plot_run, write_config, write_json, write_
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.dealt import DealtRollout
-from grpo_fast.rollout.probe import TOLERANCE, TOLERANCE_16_BIT, Probe
+from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.trackers import Trackers, tracker_arguments
@@ -125,9 +125,8 @@ class GRPOTrainer:
         """The engine that `config` names, synced with the policy and probed whenever it has changed."""
         config = self.config
         longest = max(map(len, self.train_prompts + self.eval_prompts)) + config.max_completion_length
-        # Under autocast the trainer's log-probabilities are bfloat16's, whatever the weights are.
-        exact = TOLERANCE_16_BIT if config.bf16 else TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT)
-        probe = Probe(self.train_prompts[0], longest, config.temperature, config.sync_tolerance or exact)
+        allowed = tolerance(config, self.model.dtype)
+        probe = Probe(self.train_prompts[0], longest, config.temperature, allowed)
         build = partial(build_rollout, config, self.model, self.tokenizer, longest - config.max_completion_length)
         gathered = partial(whole_weights, self.learner.policy)
         engine = build() if size() == 1 else DealtRollout(build, config.use_vllm, gathered)

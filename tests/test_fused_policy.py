@@ -416,3 +416,18 @@ def test_wrong_models():
     ):
         with pytest.raises(UserError, match=message):
             FusedPolicy(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "message"),
+    [
+        ({"model": "gpt2"}, {}, "needs a loaded transformers model, got 'gpt2'"),
+        ({"temperature": 0}, {}, "temperature must be above 0, got 0"),
+        ({}, {"temperature": 0.7}, r"temperature is no argument of this call: give it to FusedPolicy"),
+        ({}, {"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels is no argument of this call"),
+        ({}, {"advantages": torch.ones(1), "objective": "dapo"}, "objective must be a PolicyObjective.*got 'dapo'"),
+    ],
+)
+def test_what_a_trl_user_may_try_is_refused_in_one_line(make, call, message):
+    with pytest.raises(UserError, match=message):
+        FusedPolicy(**{"model": tiny_model(), **make})(torch.tensor([[3, 4, 5, 6]]), **call)

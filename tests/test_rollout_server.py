@@ -13,7 +13,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rollout import Sampling, build_rollout, json_client
+from grpo_fast.rollout import Sampling, build_rollout, json_client, serve
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION, read_folder
 from grpo_fast.rollout.weights import in_files
 from tiny import tiny_model
@@ -338,3 +338,21 @@ def test_proxies_of_the_environment_are_not_used(start, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert connect(start().url).generate(PROMPTS, Sampling(1, 8))
+
+
+def test_the_server_is_started_where_the_run_looks_for_it(monkeypatch, tmp_path):
+    """By its address, or by host and port; nothing is left behind where it cannot be started."""
+    monkeypatch.setattr(serve, "require_extra", lambda *_: None)
+    fields = {"reward_funcs": ["exact_answer"], "dataset_name": "sort_digits", "use_vllm": True, "use_cpu": True}
+    for address, expected in (
+        ({"vllm_server_base_url": "http://127.0.0.1:9123/"}, ["127.0.0.1", "9123"]),
+        ({"vllm_server_host": "localhost", "vllm_server_port": 8123}, ["localhost", "8123"]),
+    ):
+        command = serve.server_command(GRPOConfig("random-llama", **fields, **address), tmp_path)
+        place = command.index("--host")
+        assert [command[place + 1], command[place + 3]] == expected
+    folder = tmp_path / "made"
+    monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: folder.mkdir() or str(folder))
+    with pytest.raises(UserError, match="no_such_model"):
+        serve.serve(GRPOConfig("no_such_model", **fields))
+    assert not folder.exists()

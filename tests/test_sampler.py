@@ -9,11 +9,13 @@ import torch
 from accelerate.state import AcceleratorState
 
 from grpo_fast.checkpoint import checkpoints
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
+from grpo_fast.eval_run import EvalOptions, EvalRun
 from grpo_fast.metrics import read_metrics
 from grpo_fast.rollout import Response, TransformersRollout
 from grpo_kernels import sampling_ratio
-from test_trainer import trainer, weights
+from test_trainer import SMALL, trainer, weights
 
 FIELDS = {"use_vllm": True, "learning_rate": 1e-2}
 
@@ -292,3 +294,21 @@ def test_an_engine_that_is_not_installed_is_named_before_a_model_is_loaded(tmp_p
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"vllm is not installed; install it with: pip install 'grpo-fast\[vllm\]'"):
         trainer(tmp_path, use_vllm=True, model_name_or_path=str(tmp_path / "none"))
+
+
+def test_an_evaluation_is_probed(tmp_path, monkeypatch):
+    """An engine that was handed the weights and has others does not evaluate."""
+    config = GRPOConfig(**{**SMALL, "output_dir": str(tmp_path)}, use_vllm=True)
+    options = EvalOptions(output=tmp_path / "eval")
+    monkeypatch.setattr("grpo_fast.eval_run.check_engine", lambda config: None)
+    monkeypatch.setattr(
+        "grpo_fast.eval_run.build_rollout", lambda _, model, tokenizer, __: CopyEngine(model, tokenizer)
+    )
+    EvalRun(config, options)
+
+    def lost(engine, model):
+        torch.nn.init.normal_(engine.model.get_output_embeddings().weight)
+
+    monkeypatch.setattr(CopyEngine, "sync", lost)
+    with pytest.raises(UserError, match="does not have the trainer's weights"):
+        EvalRun(config, options)

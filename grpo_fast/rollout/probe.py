@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Rollout, Sampling
 
@@ -15,6 +16,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 TOLERANCE_16_BIT = 0.3
 # Tokens of the probe: several of an engine's prefix blocks (16 to 128 tokens), so that stale ones are seen.
 PROMPT_TOKENS, SAMPLED_TOKENS = 520, 8
+
+
+def tolerance(config: GRPOConfig, dtype: torch.dtype) -> float:
+    """The run's own, or what the trainer's precision allows: under autocast its scores are bfloat16's."""
+    exact = TOLERANCE_16_BIT if config.bf16 else TOLERANCE.get(dtype, TOLERANCE_16_BIT)
+    return config.sync_tolerance or exact
 
 
 class Probe:

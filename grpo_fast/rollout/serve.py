@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -15,6 +17,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_prompts, load_rows
 from grpo_fast.errors import require_extra
 from grpo_fast.models import load_model
+from grpo_fast.rollout.json_client import JsonClient
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
     engine_options,
@@ -23,6 +26,7 @@ from grpo_fast.rollout.vllm_common import (
     plan,
     quiet_vllm,
     save_config,
+    server_address,
 )
 
 
@@ -54,7 +58,8 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     elif config.vllm_gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
     model_path = config.model_name_or_path if config.trust_remote_code else str(folder)
-    address = ["--host", config.vllm_server_host, "--port", str(config.vllm_server_port)]
+    parts = urlsplit(JsonClient(server_address(config)).base_url)
+    address = ["--host", parts.hostname, "--port", str(parts.port or (443 if parts.scheme == "https" else 80))]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, *address]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -78,6 +83,10 @@ def server_environment(config: GRPOConfig) -> dict[str, str]:
 def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
     """Become the server; it ends with Ctrl-C. See `server_command` for what is raised."""
     folder = Path(tempfile.mkdtemp(prefix="grpo-fast-serve-"))
-    command = server_command(config, folder, more)
-    print(f"starting vLLM at http://{config.vllm_server_host}:{config.vllm_server_port}", flush=True)
+    try:
+        command = server_command(config, folder, more)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    print(f"starting vLLM at {server_address(config)}", flush=True)
     os.execve(command[0], command, server_environment(config))

@@ -115,6 +115,11 @@ def plan(config: GRPOConfig, model_config: Any, dtype: torch.dtype, device: str,
     return plan_kv_cache(kv_bytes_per_token(model_config, dtype), length, sequences, available, BLOCK[device])
 
 
+def server_address(config: GRPOConfig) -> str:
+    """Where the run looks for its server, and where ``grpo-fast serve`` starts it."""
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
 def free_memory(device: str) -> int:
     """Bytes that are free on the GPU, or on the machine."""
     if device == "cuda":

@@ -21,6 +21,7 @@ from grpo_fast.rollout.vllm_common import (
     prompt_seeds,
     response,
     sampling_arguments,
+    server_address,
 )
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION
 from grpo_fast.rollout.weights import write_weights
@@ -50,8 +51,7 @@ class VLLMServer(Rollout):
     separate = True
 
     def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int):
-        address = config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
-        self.client = JsonClient(address)
+        self.client = JsonClient(server_address(config))
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self.run = secrets.token_hex(8)
         self.syncs = 0
