@@ -317,7 +317,7 @@ def flat(tensors):
 REFUSED = {
     "loss_type='ppo'": {"loss_type": "ppo"},
     "importance_sampling_level='turn'": {"importance_sampling_level": "turn"},
-    "torch_compile=True": {"torch_compile": True},
+    "torch_compile=True; leave it out": {"torch_compile": True},
     "FSDP": {"fsdp": True},
 }
 
