@@ -1,6 +1,7 @@
 """The client of a vLLM server against a small server that misbehaves in every way; no vLLM here."""
 
 import json
+import socket
 import threading
 import time
 from contextlib import suppress
@@ -286,11 +287,12 @@ def test_no_server(start):
             connect(address)
 
 
-def test_a_server_that_starts_late_is_waited_for(start):
+def test_a_server_that_starts_late_is_waited_for(start, capsys):
     ready = time.monotonic() + 0.2
     server = start(lambda path, body: (503, "") if time.monotonic() < ready else None)
     connect(server.url)
     assert len(server.called("/health")) > 1
+    assert capsys.readouterr().out.count(f"for a vLLM server at {server.url} ...\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -353,6 +355,10 @@ def test_the_server_is_started_where_the_run_looks_for_it(monkeypatch, tmp_path)
         assert [command[place + 1], command[place + 3]] == expected
     folder = tmp_path / "made"
     monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: folder.mkdir() or str(folder))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        fields["vllm_server_port"] = taken.getsockname()[1]
+        with pytest.raises(UserError, match=r"no server can be started at http://127.0.0.1:\d+: Address already"):
+            serve.serve(GRPOConfig("no_such_model", **fields))
     with pytest.raises(UserError, match="no_such_model"):
         serve.serve(GRPOConfig("no_such_model", **fields))
     assert not folder.exists()

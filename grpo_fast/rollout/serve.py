@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_prompts, load_rows
-from grpo_fast.errors import require_extra
+from grpo_fast.errors import UserError, require_extra
 from grpo_fast.models import load_model
 from grpo_fast.rollout.json_client import JsonClient
 from grpo_fast.rollout.vllm_common import (
@@ -58,8 +59,8 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     elif config.vllm_gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
     model_path = config.model_name_or_path if config.trust_remote_code else str(folder)
-    parts = urlsplit(JsonClient(server_address(config)).base_url)
-    address = ["--host", parts.hostname, "--port", str(parts.port or (443 if parts.scheme == "https" else 80))]
+    host, port = listening_at(config)
+    address = ["--host", host, "--port", str(port)]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, *address]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -80,8 +81,24 @@ def server_environment(config: GRPOConfig) -> dict[str, str]:
     return {**environment, **os.environ}
 
 
+def listening_at(config: GRPOConfig) -> tuple[str, int]:
+    """The server's host and port."""
+    parts = urlsplit(JsonClient(server_address(config)).base_url)
+    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
-    """Become the server; it ends with Ctrl-C. See `server_command` for what is raised."""
+    """Become the server; it ends with Ctrl-C.
+
+    Raises:
+        UserError: the address is taken, or is none of this machine's; see also `server_command`.
+    """
+    require_extra("vllm", "vllm")
+    host, port = listening_at(config)
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(f"no server can be started at {server_address(config)}: {error.strerror or error}") from None
     folder = Path(tempfile.mkdtemp(prefix="grpo-fast-serve-"))
     try:
         command = server_command(config, folder, more)

@@ -183,6 +183,8 @@ class VLLMServer(Rollout):
                         f"no vLLM server answers at {self.client.base_url} within vllm_server_timeout={timeout:g} s "
                         f"({error}); {START}"
                     ) from None
+            if attempt == 0:
+                print(f"waiting up to {timeout:g} s for a vLLM server at {self.client.base_url} ...", flush=True)
             time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
 
     def _check_options(self, length: int) -> None:
