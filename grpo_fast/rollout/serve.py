@@ -69,7 +69,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
         elif value is not False:
             command += [flag, str(value)]
     # Token ids in, token ids out.
-    return [*command, "--enable-scale-out", *more]
+    return [*command, "--enable-scale-out", "--disable-uvicorn-access-log", *more]
 
 
 def server_environment(config: GRPOConfig) -> dict[str, str]:
