@@ -185,7 +185,8 @@ FILTERED = [
 def test_logprobs_are_those_of_the_full_logits(name, filters):
     """To 1e-5, after temperature and filters, with sequences that join later; what is filtered out is never drawn."""
     config_class, overrides = {**MODELS, **PADDED}[name]
-    sampler, model = rollout(200, config_class, **overrides)
+    # Sharper attention rounds by more than 1e-5 in float32, whoever computes it.
+    sampler, model = rollout(200, config_class, **{**overrides, "initializer_range": 0.2})
     sampler.eos_token_ids = {2, 3}
     torch.manual_seed(1)
     own = {key: value for key, value in filters.items() if key != "repetition_penalty"}
