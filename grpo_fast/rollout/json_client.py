@@ -120,6 +120,9 @@ class JsonClient:
             self._open.add(connection)
         try:
             connection.connect()
+            if self._hung_up and timeout is None:
+                # It was on its way when the others were ended, and nobody would end it.
+                raise ServerError("given up with the other requests")
             connection.sock.settimeout(timeout)
             content = None if body is None else json.dumps(body).encode()
             path = self._parts.path.rstrip("/") + path
