@@ -53,6 +53,8 @@ def check_config(config: GRPOConfig) -> None:
             _refuse(
                 name, value, f"{'made of' if get_origin(hint) is list else 'one of'} {', '.join(map(str, allowed))}"
             )
+        if hint is bool and value is not None and not isinstance(value, bool):
+            _refuse(name, value, "true or false")
         if value is None and type(None) not in get_args(hint):
             _refuse(name, value, "set; leave the field out for its default")
     for names, holds, allowed in _RANGES:

@@ -167,11 +167,21 @@ class FusedPolicy(nn.Module):
         if not isinstance(objective, PolicyObjective):
             raise UserError(f"objective must be a PolicyObjective, such as PRESETS['dapo'], got {objective!r:.60}")
         layout = lay_out(input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens)
+        if not model_inputs and input_ids.device.type == "cpu":
+            # Images may have ids of their own, and on a GPU looking at values would stall the stream.
+            vocab = self.causal_lm.config.get_text_config().vocab_size
+            wrong = input_ids[(input_ids < 0) | (input_ids >= vocab)]
+            if wrong.numel():
+                raise UserError(f"input_ids holds {wrong[0].item()}; allowed are token ids from 0 to {vocab - 1}")
+        if advantages is not None and advantages.device.type == "cpu" and not advantages.isfinite().all():
+            value = advantages[~advantages.isfinite()][0].item()
+            raise UserError(f"advantages holds {value}; allowed are finite numbers")
         loss = None
         if advantages is not None:
             loss = LossInputs(objective, advantages, weights, old_logprobs, ref_logprobs, correction, share=share)
             loss = _flat(loss, layout)
         given = {"weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+        given["objective"] = None if objective == PolicyObjective() else objective
         for name, value in {**given, "correction": correction}.items():
             if loss is None and value is not None:
                 raise UserError(f"{name} belongs to the loss, which needs advantages as well")

@@ -1,6 +1,7 @@
 """FusedPolicy in a stranger's loop: its arguments, its loss, and the forms a model may come in."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -426,8 +427,16 @@ def test_wrong_models():
         ({}, {"temperature": 0.7}, r"temperature is no argument of this call: give it to FusedPolicy"),
         ({}, {"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels is no argument of this call"),
         ({}, {"advantages": torch.ones(1), "objective": "dapo"}, "objective must be a PolicyObjective.*got 'dapo'"),
+        ({}, {"objective": PRESETS["dapo"]}, "objective belongs to the loss, which needs advantages"),
+        ({}, {"advantages": torch.tensor([math.nan])}, "advantages holds nan; allowed are finite numbers"),
+        (
+            {},
+            {"input_ids": torch.tensor([[3, 4, -1]])},
+            f"input_ids holds -1; allowed are token ids from 0 to {VOCAB - 1}",
+        ),
+        ({}, {"input_ids": torch.tensor([[3, VOCAB, 4]])}, f"input_ids holds {VOCAB}; allowed"),
     ],
 )
 def test_what_a_trl_user_may_try_is_refused_in_one_line(make, call, message):
     with pytest.raises(UserError, match=message):
-        FusedPolicy(**{"model": tiny_model(), **make})(torch.tensor([[3, 4, 5, 6]]), **call)
+        FusedPolicy(**{"model": tiny_model(), **make})(**{"input_ids": torch.tensor([[3, 4, 5, 6]]), **call})

@@ -279,6 +279,7 @@ def test_a_resumed_run_draws_each_prompt_once(tmp_path, use):
         ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' goes with vllm_importance_sampling_mode token"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "clip_min=4.0 is above vllm_importance_sampling_clip_max=3.0"),
         ({"sync_tolerance": 0.0}, "sync_tolerance=0.0 is not allowed"),
+        ({"use_vllm": "yes"}, "use_vllm='yes' is not allowed: it must be true or false"),
         ({"vllm_server_base_url": "127.0.0.1:8000"}, "base_url='127.0.0.1:8000' is not allowed.*like http://127.0.0.1"),
         ({"vllm_server_base_url": ""}, "vllm_server_base_url='' is not allowed"),
         ({"vllm_server_host": "http://127.0.0.1"}, "vllm_server_host='http://127.0.0.1' is not allowed.*IPv4"),
