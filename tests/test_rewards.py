@@ -1,7 +1,11 @@
 import json
 import math
+import pickle
+import sys
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy
 import pytest
 
 from grpo_fast.errors import UserError
@@ -157,18 +161,74 @@ def test_signatures_and_columns_are_checked_before_anything_is_sampled():
         model.check_columns(["answer", "completions"])
 
 
-def test_functions_cannot_change_what_others_see():
-    def greedy(prompts, completions, completion_ids, **columns):
-        completion_ids[0].append(9)
-        completions[0][0]["content"] = "changed"
-        prompts.clear()
-        return [1.0]
+class Opaque:
+    """What is neither JSON nor immutable, such as an image."""
 
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+
+COLUMNS = {
+    "a list": [1, 2],
+    "a dictionary": {"inputs": 1},
+    "lists in lists": [[1, 2], [3, [4, [5]]]],
+    "lists in dictionaries": {"inputs": [1, {"value": [2]}], "outputs": {"first": {"second": [3]}}},
+    "a set in a tuple": ({1, 2}, [3]),
+    "a dictionary of a kind of its own": OrderedDict(cases=[1]),
+    "an array": numpy.arange(3),
+    "an object": Opaque([[1, 2]]),
+}
+
+
+def spoil(value):
+    """Change everything in `value`, from the inside out."""
+    if isinstance(value, dict):
+        for part in value.values():
+            spoil(part)
+        value["spoilt"] = True
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            spoil(part)
+        if isinstance(value, list):
+            value.append("spoilt")
+    elif isinstance(value, set):
+        value.add("spoilt")
+    elif isinstance(value, numpy.ndarray):
+        value += 1
+    elif isinstance(value, Opaque):
+        spoil(value.pixels)
+
+
+@pytest.mark.parametrize("value", COLUMNS.values(), ids=COLUMNS)
+def test_reward_functions_get_copies_at_any_depth(value):
+    """Neither another function, nor another sample of the group, nor the next batch sees what a function changes."""
+    seen = []
+
+    def spoiling(prompts, completions, column, completion_ids, **columns):
+        for index, given in enumerate(column):
+            seen.append(pickle.dumps((given, prompts[index], completions[index], completion_ids[index])))
+            for part in (given, prompts[index], completions[index], completion_ids[index]):
+                spoil(part)
+        prompts.clear()
+        return [1.0] * len(column)
+
+    model = RewardModel(["exact_answer", "final_number"], None)
+    model.functions = [spoiling, spoiling]
+    prompts = [[{"role": "user", "content": [{"type": "text", "text": "q"}]}]] * 2
+    arguments = prompts, ["a", "b"], {"column": [value] * 2, "completion_ids": [[1, 2]] * 2}
+    before = pickle.dumps(arguments)
+    for _ in range(2):
+        assert model(*arguments).total.tolist() == [2, 2]
+    assert len(seen) == 8
+    assert len(set(seen)) == 2  # those of the two samples
+    assert pickle.dumps(arguments) == before
+
+
+def test_a_column_that_cannot_be_copied_is_named():
     model = RewardModel(["exact_answer"], None)
-    model.functions = [greedy]
-    prompts, completions, ids = [[{"role": "user", "content": "q"}]], [[{"content": "a"}]], [[1, 2]]
-    model(prompts, completions, {"completion_ids": ids})
-    assert (len(prompts), completions[0][0]["content"], ids) == (1, "a", [[1, 2]])
+    model.functions = [lambda prompts, **columns: [1.0] * len(prompts)]
+    with pytest.raises(UserError, match="'exact_answer' could not be given a copy of column 'file': cannot pickle"):
+        model(["q"], ["a"], {"file": [sys.stdout]})
 
 
 def test_all_none_is_no_reward():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 
 from grpo_fast.errors import one_line
 from grpo_fast.rewards.base import RewardFunction
+
+
+_IMMUTABLE = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 class Outcome(NamedTuple):
@@ -24,7 +28,7 @@ class Outcome(NamedTuple):
 
 
 class WrongReturn(Exception):
-    """A function returned something other than a value for each sample."""
+    """A function could not be called, or returned something other than a value for each sample."""
 
 
 def failed(size: int, message: str) -> Outcome:
@@ -39,7 +43,7 @@ def call(function: RewardFunction, arguments: dict[str, list], size: int, timeou
 
     Args:
         function: sync or async.
-        arguments: lists of `size` values, by name; the function gets lists of its own.
+        arguments: lists of `size` values, by name; each call gets deep copies of them.
         timeout: seconds after which an async call is cancelled.
     """
     try:
@@ -65,7 +69,7 @@ def call(function: RewardFunction, arguments: dict[str, list], size: int, timeou
 
 
 def _values(function: RewardFunction, arguments: dict[str, list], indices: Sequence[int], timeout: float) -> list:
-    chosen = {name: [_copied(values[index]) for index in indices] for name, values in arguments.items()}
+    chosen = {name: _copies(name, values, indices) for name, values in arguments.items()}
     values = function(**chosen)
     if inspect.isawaitable(values):
         values = asyncio.run(_within(values, timeout))
@@ -81,11 +85,24 @@ async def _within(values: Any, timeout: float) -> Any:
     return await asyncio.wait_for(values, timeout)
 
 
-def _copied(value: Any) -> Any:
-    """A list that a function may change without changing the trainer's: token ids, or chat messages."""
-    if not isinstance(value, list):
+def _copies(name: str, values: list, indices: Sequence[int]) -> list:
+    """Copies that a function may change at any depth: samples of a group share the values of their row."""
+    try:
+        return [copied(values[index]) for index in indices]
+    except Exception as error:
+        raise WrongReturn(f"could not be given a copy of column {name!r}: {one_line(error)}") from None
+
+
+def copied(value: Any) -> Any:
+    """A deep copy, much faster than `copy.deepcopy` for what JSON holds, and for long lists of numbers above all."""
+    kind = type(value)
+    if kind in _IMMUTABLE:
         return value
-    return [dict(part) if isinstance(part, dict) else part for part in value]
+    if kind is list:
+        return value.copy() if _IMMUTABLE.issuperset(map(type, value)) else [copied(part) for part in value]
+    if kind is dict:
+        return {key: copied(part) for key, part in value.items()}
+    return copy.deepcopy(value)
 
 
 def _reason(error: BaseException) -> str:
