@@ -106,7 +106,8 @@ class Groups:
         size = len(self.responses) // len(self.prompts)
         for index, (text, advantage) in enumerate(zip(self.texts, firsts, strict=True)):
             rewards = dict(zip(names, self.rewards.each[index].tolist(), strict=True))
-            entry = {"step": step, "prompt": self.rows[index // size]["prompt"], "completion": text}
+            group = index // size
+            entry = {"step": step, "group": group, "prompt": self.rows[group]["prompt"], "completion": text}
             yield {**entry, "rewards": rewards, "advantage": advantage}
 
     def replaced(self, places: list[int], others: Groups) -> Groups:

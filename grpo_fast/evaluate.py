@@ -36,12 +36,13 @@ def score_responses(
     """The same for responses that are there, those of a row side by side."""
     ids = [list(response.token_ids) for response in responses]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    repeated = [row for row in rows for _ in range(len(responses) // len(rows))]
+    size = len(responses) // len(rows)
+    repeated = [row for row in rows for _ in range(size)]
     turns = [as_scored(row["prompt"], text) for row, text in zip(repeated, texts, strict=True)]
     prompts, completions = map(list, zip(*turns, strict=True))
     columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}
     # Once, wherever there are several processes: a reward function may count, or cost.
-    return responses, texts, on_main(lambda: rewards(prompts, completions, {**columns, "completion_ids": ids}))
+    return responses, texts, on_main(lambda: rewards(prompts, completions, {**columns, "completion_ids": ids}, size))
 
 
 @contextmanager

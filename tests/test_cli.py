@@ -53,7 +53,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--seed", str(2**63)], "it must be a finite number, at least 0 and below 2**63"),
         ([SORT, "--reward_weights", "[.nan, 1, 1]"], "reward_weights"),
         ([SORT, "--eval_dataset_name", "x.jsonl"], "brings its own held-out rows"),
-        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "2 functions are named 'exact_answer'"),
+        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "'exact_answer' is there 2 times"),
         ([SORT, "--attn_implementation", "bogus"], "could not be loaded"),
         ([SORT, "--model_init_kwargs", "{vocab_size: 3}"], "'vocab_size' is not a field to set"),
         ([SORT, "--model_init_kwargs", "{hidden_size: -3}"], "could not be loaded"),

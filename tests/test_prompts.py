@@ -145,7 +145,7 @@ def test_rewards_get_whole_turns(tokenizer):
     rollout = SimpleNamespace(generate=lambda prompts, sampling: [Response(tokenizer.encode("x</think>"), "stop")])
     seen = []
     sample_and_score(
-        rollout, lambda prompts, completions, columns: seen.append((prompts, completions, columns)),
+        rollout, lambda prompts, completions, columns, size: seen.append((prompts, completions, columns)),
         SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: ["x</think>"] * len(ids)),
         rows, [[1]], Sampling(1, 9),
     )  # fmt: skip

@@ -181,6 +181,15 @@ def test_completions_best_and_worst(folder):
     assert "answer 1" not in page(folder).words
 
 
+def test_neighbouring_groups_of_one_prompt_are_kept_apart(folder):
+    lines = [completion(10, "twice", f"{i}", float(i), right=0.0) | {"group": i // 2} for i in range(4)]
+    write_lines(folder / "completions" / "completions_00010.jsonl", lines)
+    ((_, groups),) = read_completions(folder)
+    assert [(group.count, group.samples[0].text, group.samples[1].text) for group in groups] == [
+        (2, "1", "0"), (2, "3", "2"),
+    ]  # fmt: skip
+
+
 def test_completions_of_long_runs_are_few(folder):
     for step in range(100):
         lines = [completion(step, f"p{i}", "x", float(j), right=0.0) for i in range(9) for j in range(2)]

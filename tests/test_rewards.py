@@ -152,6 +152,35 @@ def test_a_reward_file_imports_its_neighbours(tmp_path):
     assert model(["a"], ["b"], {}).total.item() == 2
 
 
+def reward_file(path, value):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"def score(prompts, **columns):\n    return [{value}] * len(prompts)\n")
+    return f"{path}:score"
+
+
+def test_two_reward_files_may_have_functions_of_one_name(tmp_path):
+    maths, code = reward_file(tmp_path / "maths.py", 1.0), reward_file(tmp_path / "code.py", 2.0)
+    model = RewardModel([maths, "exact_answer", code, "kimi_length(maths.score)"], None)
+    assert model.names == ["maths.score", "exact_answer", "code.score", "kimi_length"]
+    assert model(["q"], ["a"], {"answer": ["b"], "completion_ids": [[1]]}, 1).each.tolist() == [[1, 0, 2, 0]]
+    assert RewardModel([maths], None).names == ["score"]
+
+
+def test_reward_names_take_as_much_of_their_source_as_tells_them_apart(tmp_path):
+    sources = [reward_file(tmp_path / folder / "rewards.py", 1.0) for folder in ("easy", "hard")]
+    assert RewardModel(sources, None).names == ["easy.rewards.score", "hard.rewards.score"]
+    (tmp_path / "mine.py").write_text("def exact_answer(prompts, **columns):\n    return [0.5] * len(prompts)\n")
+    mine = f"{tmp_path / 'mine.py'}:exact_answer"
+    assert RewardModel(["exact_answer", mine], None).names == ["exact_answer", "mine.exact_answer"]
+    lengths = ["exact_answer", "final_number", "kimi_length(exact_answer)", "kimi_length(final_number)"]
+    assert RewardModel(lengths, None).names == lengths
+
+
+def test_a_reward_function_that_is_there_twice_is_refused():
+    with pytest.raises(UserError, match="'exact_answer' is there 2 times; its weight is in reward_weights"):
+        RewardModel(["exact_answer", "exact_answer"], None)
+
+
 def test_signatures_and_columns_are_checked_before_anything_is_sampled():
     model = RewardModel(["exact_answer"], None)
     model.check_columns(["answer", "level"])
@@ -343,15 +372,23 @@ def test_gsm8k_answer_needs_the_mark():
 
 
 def test_kimi_length():
-    """By hand: lengths 2, 4, 10 make 0.5, 0.25, -0.5; the second prompt's lengths are equal."""
+    """By hand: lengths 2, 4, 10 make 0.5, 0.25, -0.5; the third group's lengths are equal."""
     model = RewardModel(["exact_answer", "kimi_length(exact_answer)"], [1.0, 0.5])
     model.check_columns(["answer"])
-    ids = [[0] * length for length in (2, 4, 10, 2, 4, 10, 5, 5)]
-    completions = ["1", "1", "1", "2", "2", "2", "1", "2"]
-    prompts = ["q"] * 3 + ["r"] * 3 + ["s"] * 2
-    got = model(prompts, completions, {"answer": ["1"] * 8, "completion_ids": ids})
-    assert got.each[:, 1].tolist() == [0.5, 0.25, -0.5, 0, 0, -0.5, 0, 0]
-    assert got.total.tolist() == [1.25, 1.125, 0.75, 0, 0, -0.25, 1, 0]
+    ids = [[0] * length for length in (2, 4, 10, 2, 4, 10, 5, 5, 5)]
+    completions = ["1", "1", "1", "2", "2", "2", "1", "2", "1"]
+    prompts = ["q"] * 3 + ["r"] * 3 + ["s"] * 3
+    got = model(prompts, completions, {"answer": ["1"] * 9, "completion_ids": ids}, 3)
+    assert got.each[:, 1].tolist() == [0.5, 0.25, -0.5, 0, 0, -0.5, 0, 0, 0]
+    assert got.total.tolist() == [1.25, 1.125, 0.75, 0, 0, -0.25, 1, 0, 1]
+
+
+def test_kimi_length_keeps_neighbouring_groups_of_one_prompt_apart():
+    """A prompt that comes twice in a batch, as it does at the end of a pass over the data."""
+    model = RewardModel(["exact_answer", "kimi_length(exact_answer)"], None)
+    ids = [[0] * length for length in (2, 4, 20, 40)]
+    got = model(["q"] * 4, ["1"] * 4, {"answer": ["1"] * 4, "completion_ids": ids}, 2)
+    assert got.each[:, 1].tolist() == [0.5, -0.5, 0.5, -0.5]
 
 
 def test_kimi_length_needs_its_judge():
@@ -362,7 +399,7 @@ def test_kimi_length_needs_its_judge():
 def test_kimi_length_has_no_value_where_its_judge_has_none():
     model = RewardModel(["exact_answer", "kimi_length(exact_answer)"], None)
     model.functions[0] = lambda prompts, completions, **columns: [None, 1.0]
-    got = model(["q", "q"], ["a", "b"], {"completion_ids": [[1], [1, 2, 3]]})
+    got = model(["q", "q"], ["a", "b"], {"completion_ids": [[1], [1, 2, 3]]}, 2)
     assert got.each[:, 1].tolist() == pytest.approx([math.nan, -0.5], nan_ok=True)
 
 

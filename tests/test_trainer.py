@@ -79,7 +79,7 @@ def test_run_folder(tmp_path, capsys):
 
     lines = [json.loads(line) for line in (folder / "completions" / "completions_00002.jsonl").open()]
     assert len(lines) == 32
-    assert set(lines[0]) == {"step", "prompt", "completion", "rewards", "advantage"}
+    assert set(lines[0]) == {"step", "group", "prompt", "completion", "rewards", "advantage"}
     assert sorted(p.name for p in (folder / "completions").iterdir()) == [
         "completions_00001.jsonl", "completions_00002.jsonl",
     ]  # fmt: skip

@@ -109,8 +109,9 @@ def _spread(items: list, count: int) -> list:
 
 def _groups(lines: list[dict[str, Any]]) -> list[Group]:
     """The prompts on whose completions the advantages differ most."""
-    by_prompt = [list(group) for _, group in groupby(lines, key=lambda line: line.get("prompt"))]
-    ranked = [sorted(group, key=_advantage, reverse=True) for group in by_prompt]
+    # A prompt may have several groups side by side; older runs have no numbers for them.
+    groups = [list(group) for _, group in groupby(lines, key=lambda line: (line.get("group"), line.get("prompt")))]
+    ranked = [sorted(group, key=_advantage, reverse=True) for group in groups]
     widest = sorted(ranked, key=lambda group: _advantage(group[0]) - _advantage(group[-1]), reverse=True)
     return [_group(group) for group in widest[:SHOWN_PROMPTS]]
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from grpo_fast.errors import one_line
 from grpo_fast.rewards.base import RewardFunction
 
-
 _IMMUTABLE = frozenset({str, bytes, int, float, bool, type(None)})
 
 

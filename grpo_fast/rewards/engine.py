@@ -7,7 +7,6 @@ import math
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -18,10 +17,12 @@ from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 from grpo_fast.rewards.base import RewardFunction, text_of
 from grpo_fast.rewards.calls import Outcome, call, failed
 from grpo_fast.rewards.pool import WorkerPool
-from grpo_fast.rewards.registry import load_reward
+from grpo_fast.rewards.registry import load_reward, metric_names
 
 # What the trainer passes by name beside the data's own columns.
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
+# And to functions with a judge: whether a completion is right, and a number for each group of completions.
+JUDGED_COLUMNS = ("correct", "groups")
 
 
 class Rewards(NamedTuple):
@@ -54,13 +55,13 @@ class RewardModel:
             first batch is a mistake, and raises in any case.
 
     Raises:
-        UserError: a function cannot be loaded or cannot work here, or two have the same name.
+        UserError: a function cannot be loaded or cannot work here, or is there twice.
     """
 
     def __init__(self, names: list[str], weights: list[float] | None, timeout: float = 10.0, on_error: str = "none"):
         self.sources = names
         self.functions = [load_reward(name) for name in names]
-        self.names = [getattr(function, "__name__", name) for function, name in zip(self.functions, names, strict=True)]
+        self.names = metric_names(self.functions, names)
         self.weights = torch.tensor(weights or [1.0] * len(names))
         self.timeout, self.on_error = timeout, on_error
         self.pool = WorkerPool()
@@ -68,9 +69,6 @@ class RewardModel:
         self.worked: set[str] = set()
         self.warned: set[str] = set()
         self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
-        for name, count in Counter(self.names).items():
-            if count > 1:
-                raise UserError(f"reward_funcs: {count} functions are named {name!r}; metrics need a name for each")
         for name, function in zip(self.names, self.functions, strict=True):
             judge = getattr(function, "judge", None)
             if judge is not None and (judge not in self.names or judge == name):
@@ -100,7 +98,7 @@ class RewardModel:
             if name in columns:
                 raise UserError(f"the dataset has a column {name!r}, which rewards get from the trainer; rename it")
         for name, function in zip(self.names, self.functions, strict=True):
-            judged = ["correct"] if hasattr(function, "judge") else []
+            judged = JUDGED_COLUMNS if hasattr(function, "judge") else ()
             arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns, *judged])
             try:
                 signature = inspect.signature(function)
@@ -114,8 +112,17 @@ class RewardModel:
                     f"it is called with {', '.join(arguments)}"
                 ) from None
 
-    def __call__(self, prompts: list, completions: list, columns: dict[str, list[Any]]) -> Rewards:
+    def __call__(
+        self, prompts: list, completions: list, columns: dict[str, list[Any]], num_generations: int | None = None
+    ) -> Rewards:
         """Score a batch.
+
+        Args:
+            prompts: B texts or lists of chat messages.
+            completions: B texts or lists of chat messages.
+            columns: B values by name.
+            num_generations: size of the groups, which lie side by side. Functions with a judge need it, since equal
+                prompts may belong to different groups.
 
         Raises:
             UserError: a function failed, and `on_error` is ``"raise"`` or it failed for all of its first batch.
@@ -123,6 +130,8 @@ class RewardModel:
         arguments = {"prompts": prompts, "completions": completions, **columns}
         indices = range(len(self.names))
         judged = [index for index in indices if hasattr(self.functions[index], "judge")]
+        if judged and num_generations is None:
+            raise ValueError(f"{self.names[judged[0]]} compares completions of one group: num_generations is needed")
         outcomes = self._call_all([index for index in indices if index not in judged], arguments)
         texts = [text_of(completion) for completion in completions]
         read = {index: self._read(index, outcome, texts) for index, outcome in outcomes.items()}
@@ -130,7 +139,8 @@ class RewardModel:
             # One after the other: a judge has no judge, and these need no time.
             values = read[self.names.index(self.functions[index].judge)].values
             correct = [None if math.isnan(value := _mean(each)) else value >= 1 for each in values]
-            outcome = self._call_all([index], {**arguments, "correct": correct})[index]
+            groups = [sample // num_generations for sample in range(len(prompts))]
+            outcome = self._call_all([index], {**arguments, "correct": correct, "groups": groups})[index]
             read[index] = self._read(index, outcome, texts)
         for index in indices:
             self._report(index, read[index].errors, prompts)

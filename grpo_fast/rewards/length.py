@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections import defaultdict
 
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.base import RewardFunction
@@ -11,7 +11,7 @@ from grpo_fast.rewards.base import RewardFunction
 def kimi_length(judge: str) -> RewardFunction:
     """Shorter is better when right, and no better than the middle of the group's range when wrong.
 
-    With the lengths of a prompt's completions, ``x = 0.5 - (length - min) / (max - min)``: the reward is x where the
+    With the lengths of the group's completions, ``x = 0.5 - (length - min) / (max - min)``: the reward is x where the
     completion is right and ``min(0, x)`` where it is wrong; 0 where all lengths are equal (Kimi k1.5, arXiv 2501.12599,
     section 2.3.3).
 
@@ -20,16 +20,15 @@ def kimi_length(judge: str) -> RewardFunction:
             neither has this one.
     """
 
-    def length_reward(prompts, completions, completion_ids, correct, **columns) -> list[float | None]:
+    def length_reward(prompts, completions, completion_ids, correct, groups, **columns) -> list[float | None]:
+        lengths = defaultdict(list)
+        for group, ids in zip(groups, completion_ids, strict=True):
+            lengths[group].append(len(ids))
         rewards: list[float | None] = []
-        for _, group in groupby(range(len(prompts)), key=lambda index: prompts[index]):
-            indices = list(group)
-            lengths = [len(completion_ids[index]) for index in indices]
-            shortest, spread = min(lengths), max(lengths) - min(lengths)
-            for index, length in zip(indices, lengths, strict=True):
-                x = 0.5 - (length - shortest) / spread if spread else 0.0
-                right = correct[index]
-                rewards.append(None if right is None else x if right else min(0.0, x))
+        for group, ids, right in zip(groups, completion_ids, correct, strict=True):
+            shortest, spread = min(lengths[group]), max(lengths[group]) - min(lengths[group])
+            x = 0.5 - (len(ids) - shortest) / spread if spread else 0.0
+            rewards.append(None if right is None else x if right else min(0.0, x))
         return rewards
 
     length_reward.judge = judge

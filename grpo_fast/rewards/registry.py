@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -70,6 +71,42 @@ def load_reward(name: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f"reward_funcs: {name!r} names no function: {module.__name__} has no callable {attribute!r}")
     return function
+
+
+def metric_names(functions: list[RewardFunction], sources: list[str]) -> list[str]:
+    """A name for each function's metrics: its own, or where several share that one, as in two files, the shortest end
+    of what `load_reward` got that tells them apart: ``maths.score`` and ``code.score``.
+
+    Raises:
+        UserError: a function is there twice.
+    """
+    for source, count in Counter(sources).items():
+        if count > 1:
+            raise UserError(f"reward_funcs: {source!r} is there {count} times; its weight is in reward_weights")
+    names = {source: getattr(function, "__name__", source) for function, source in zip(functions, sources, strict=True)}
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            alike = [source for source in sources if names[source] == name]
+            names |= _shortest_ends(alike, taken=set(names.values()) - {name})
+    return [names[source] for source in sources]
+
+
+def _shortest_ends(sources: list[str], taken: set[str]) -> dict[str, str]:
+    """By source, as many of its last parts as tell all of them, and what is `taken`, apart."""
+    parts = {source: _parts(source) for source in sources}
+    for length in range(1, max(map(len, parts.values())) + 1):
+        ends = {source: ".".join(found[-length:]) for source, found in parts.items()}
+        if len(taken.union(ends.values())) == len(taken) + len(ends):
+            return ends
+    return {source: source for source in sources}
+
+
+def _parts(source: str) -> list[str]:
+    """Folders, module and attribute. One with arguments is a single part."""
+    path, colon, attribute = source.rpartition(":")
+    if colon:
+        return [*Path(path).with_suffix("").parts, attribute]
+    return [source] if "(" in source else source.split(".")
 
 
 def _make(name: str, text: str) -> RewardFunction:
