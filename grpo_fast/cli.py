@@ -18,6 +18,7 @@ from typing import get_args, get_type_hints
 from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.startup import leaving_at_once
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        for argument in argv:
+            if not _is_unicode(argument):
+                raise UserError(f"{argument!r} is not allowed: it must be UTF-8 text")
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
             return 0
@@ -61,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ngrpo-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written; bytes that are not UTF-8 come from the system as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tell(error: str) -> None:
@@ -161,10 +174,11 @@ def quiet_libraries() -> None:
 
 def train(argv: Sequence[str]) -> int:
     config = parse_config(argv)
-    quiet_libraries()
-    import_extra("accelerate", "train")
-    from grpo_fast.distributed import disconnect
-    from grpo_fast.trainer import GRPOTrainer
+    with leaving_at_once():
+        quiet_libraries()
+        import_extra("accelerate", "train")
+        from grpo_fast.distributed import disconnect
+        from grpo_fast.trainer import GRPOTrainer
 
     GRPOTrainer(config).train()
     disconnect()
@@ -181,7 +195,8 @@ def report(argv: Sequence[str]) -> int:
         arguments = parser.parse_args(list(argv))
     except jsonargparse.ArgumentError as error:
         raise UserError(f"grpo-fast report RUN [--output FILE.html]: {one_line(error)}") from None
-    from grpo_fast.report import write_report
+    with leaving_at_once():
+        from grpo_fast.report import write_report
 
     print(write_report(Path(arguments.run), Path(arguments.output) if arguments.output else None))
     return 0
@@ -198,7 +213,8 @@ def compare(argv: Sequence[str]) -> int:
         arguments = parser.parse_args(list(argv))
     except jsonargparse.ArgumentError as error:
         raise UserError(f"grpo-fast compare RUN RUN ... [--metric NAME] [--output FILE]: {one_line(error)}") from None
-    from grpo_fast.report.compare import plot_curves, print_curves, read_curves
+    with leaving_at_once():
+        from grpo_fast.report.compare import plot_curves, print_curves, read_curves
 
     metric, curves = read_curves([Path(run) for run in arguments.runs], arguments.metric)
     output = Path(arguments.output)
@@ -232,10 +248,11 @@ def plan(argv: Sequence[str]) -> int:
         raise UserError(f"--prompt_tokens={prompt_tokens!r} is not allowed: it must be a number of tokens, at least 1")
     # A plan needs no data and no rewards; their fields have to hold something.
     config = parse_config([*argv, "--dataset_name=any", "--reward_funcs=[any]", "--reward_weights=null"])
-    quiet_libraries()
-    import torch
+    with leaving_at_once():
+        quiet_libraries()
+        import torch
 
-    from grpo_fast.plan_report import parse_size, print_plan
+        from grpo_fast.plan_report import parse_size, print_plan
 
     if vram is not None:
         size = parse_size(vram)
@@ -263,8 +280,9 @@ def serve(argv: Sequence[str]) -> int:
         print(SERVE_USAGE)
         return 0
     config = parse_config(argv[:cut])
-    quiet_libraries()
-    from grpo_fast.rollout.serve import serve as start
+    with leaving_at_once():
+        quiet_libraries()
+        from grpo_fast.rollout.serve import serve as start
 
     start(config, argv[cut + 1 :])
     return 0
@@ -313,10 +331,11 @@ def evaluate(argv: Sequence[str]) -> int:
     if model and not (argv and not argv[0].startswith("-")) and (Path(model).parent / "config.yaml").is_file():
         argv = [str(Path(model).parent / "config.yaml"), *argv]
     config = parse_config(argv)
-    quiet_libraries()
-    import_extra("accelerate", "train")
-    from grpo_fast.distributed import launched
-    from grpo_fast.eval_run import EvalOptions, EvalRun
+    with leaving_at_once():
+        quiet_libraries()
+        import_extra("accelerate", "train")
+        from grpo_fast.distributed import launched
+        from grpo_fast.eval_run import EvalOptions, EvalRun
 
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
