@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-4
+# Of a reward, a weight and an advantage: the largest number of float32, in which the loss takes advantages. In float64
+# the squares of their products are finite, too.
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Advantages(NamedTuple):
@@ -32,6 +35,8 @@ def group_advantages(
 ) -> Advantages:
     """``(r - baseline of the group) / (std + 1e-4)``, as in TRL (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
 
+    Computed in float64: the square of a reward of 1e20 is no number of float32.
+
     Args:
         rewards: ``[B]`` float, the completions of a prompt side by side; NaN for a completion without a reward, which
             counts in no mean and gets advantage 0.
@@ -41,8 +46,8 @@ def group_advantages(
         baseline: one of `BASELINES`, see there.
 
     Returns:
-        :class:`Advantages`. A group of equal rewards has advantages of exactly 0, but with the baselines ``"none"``
-        and ``"best_only"``.
+        :class:`Advantages` in the dtype of `rewards`. A group of equal rewards has advantages of exactly 0, but with
+        the baselines ``"none"`` and ``"best_only"``.
 
     Raises:
         ValueError: G does not divide B or is below 2, a reward is infinite, or `scale_rewards` or `baseline` is
@@ -54,7 +59,7 @@ def group_advantages(
         raise ValueError("rewards must be finite")
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r} is unknown; choose one of {', '.join(BASELINES)}")
-    groups = rewards.view(-1, num_generations)
+    groups = rewards.double().view(-1, num_generations)
     equal = _equal(groups)
     # The mean of equal numbers may differ from them by rounding, which the division would blow up.
     nothing = groups.isnan() | (equal if baseline not in UNCENTRED else False)
@@ -62,10 +67,10 @@ def group_advantages(
     if scale_rewards == "group":
         values = values / (nanstd(groups, 1, keepdim=True) + EPSILON)
     elif scale_rewards == "batch":
-        values = values / (nanstd(rewards) + EPSILON)
+        values = values / (nanstd(groups) + EPSILON)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; choose 'group', 'batch' or 'none'")
-    return Advantages(values.flatten(), equal.expand_as(groups).flatten())
+    return Advantages(values.flatten().to(rewards.dtype), equal.expand_as(groups).flatten())
 
 
 def apart_advantages(each: Tensor, weights: Tensor, num_generations: int) -> Advantages:
@@ -80,14 +85,14 @@ def apart_advantages(each: Tensor, weights: Tensor, num_generations: int) -> Adv
         num_generations: G, which divides B and is at least 2.
 
     Returns:
-        :class:`Advantages`; a group is equal where every function's rewards are.
+        :class:`Advantages` in the dtype of `each`; a group is equal where every function's rewards are.
     """
-    apart = [group_advantages(column.contiguous(), num_generations) for column in each.T]
+    apart = [group_advantages(column.double().contiguous(), num_generations) for column in each.T]
     total = (torch.stack([found.values for found in apart], 1) * weights).sum(1)
     total = total.masked_fill(each.isnan().all(1), torch.nan)
     equal = torch.stack([found.equal for found in apart]).all(0)
     values = (total - total.nanmean()) / (nanstd(total) + EPSILON)
-    return Advantages(values.masked_fill(equal | total.isnan(), 0.0), equal)
+    return Advantages(values.masked_fill(equal | total.isnan(), 0.0).to(each.dtype), equal)
 
 
 def _equal(groups: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_fast.advantages import Advantages, apart_advantages, group_advantages
 from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError
 from grpo_fast.packing import Sample, token_offsets
 from grpo_fast.process_rewards import normalise_steps, spread_steps
 from grpo_fast.rewards import Rewards
@@ -161,7 +162,8 @@ def reward_advantages(
     process = sorted({index for found in rewards.steps for index in found})
     each = rewards.each.clone()
     # A completion whose steps were rewarded is not without a reward.
-    each[:, process] = torch.where(each[:, process].isnan() | (len(process) < each.shape[1]), torch.nan, 0.0)
+    nothing = each[:, process].isnan() | (len(process) < each.shape[1])
+    each[:, process] = torch.zeros_like(each[:, process]).masked_fill(nothing, torch.nan)
     if config.multi_objective_aggregation == "normalize_then_sum":
         outcome = apart_advantages(each, weights, size)
     else:
@@ -175,14 +177,23 @@ def reward_advantages(
 
 
 def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: Any) -> Tensor:
-    """The advantage of every token ``[N]``: the outcome's, and those of the steps that end at or after it."""
+    """The advantage of every token ``[N]`` float32: the outcome's, and those of the steps that end at or after it.
+
+    Raises:
+        UserError: one is beyond float32.
+    """
     tokens = []
     for place, (response, steps) in enumerate(zip(groups.responses, groups.rewards.steps, strict=True)):
-        values = torch.full((len(response.token_ids),), advantages.outcome[place].item())
+        values = torch.full((len(response.token_ids),), advantages.outcome[place].item(), dtype=torch.float64)
         for index, pairs in steps.items():
             spread_steps(values, pairs, advantages.steps[index][place].tolist(), tokenizer, response.token_ids)
         tokens.append(values)
-    return torch.cat(tokens)
+    advantage = torch.cat(tokens).float()
+    if not bool(advantage.isfinite().all()):
+        raise UserError(
+            "an advantage is beyond the numbers of float32; set smaller reward_weights, or scale_rewards: group"
+        )
+    return advantage
 
 
 def sample_groups(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from grpo_fast.advantages import UNCENTRED
+from grpo_fast.advantages import LARGEST, UNCENTRED
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS
 
@@ -125,8 +125,8 @@ def check_config(config: GRPOConfig) -> None:
         raise UserError(f"{name} goes with prompt_template or prompt_file; a prompt column is taken as it is")
     if config.run_name is not None and (not config.run_name or "/" in config.run_name):
         _refuse("run_name", config.run_name, "a name without '/'; output_dir takes a path")
-    if not all(map(math.isfinite, config.reward_weights or [])):
-        _refuse("reward_weights", config.reward_weights, "finite numbers")
+    if not all(abs(weight) <= LARGEST for weight in config.reward_weights or []):
+        _refuse("reward_weights", config.reward_weights, f"made of numbers within +-{LARGEST:.1e}")
     if config.loss_type not in PRESETS:
         _refuse("loss_type", config.loss_type, f"one of {', '.join(PRESETS)}")
     try:

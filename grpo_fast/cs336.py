@@ -162,7 +162,7 @@ def compute_group_normalized_rewards(
     if group_size < 1 or count % group_size:
         raise UserError(f"group_size={group_size} is not allowed: it must divide the {count} responses")
     scored = [reward_fn(*pair) for pair in zip(rollout_responses, repeated_ground_truths, strict=True)]
-    rewards = torch.tensor([float(entry["reward"]) for entry in scored])
+    rewards = torch.tensor([float(entry["reward"]) for entry in scored], dtype=torch.float64)
     groups = rewards.view(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_by_std:
@@ -171,7 +171,7 @@ def compute_group_normalized_rewards(
         f"mean_{name}": sum(float(entry[name]) for entry in scored) / count for name in REWARDS if name in scored[0]
     }
     metadata |= {"std_reward": rewards.std().item(), "min_reward": rewards.min().item()}
-    return advantages.flatten(), rewards, metadata | {"max_reward": rewards.max().item()}
+    return advantages.flatten().float(), rewards.float(), metadata | {"max_reward": rewards.max().item()}
 
 
 def _token_loss(log_probs: Tensor, factor: Tensor, objective: PolicyObjective, ratio: Tensor) -> Tensor:

@@ -239,7 +239,8 @@ def scores(lines: list[dict[str, Any]], num_prompts: int) -> dict[str, Tensor]:
     """Every reward function's values ``[P, n]`` from the lines of ``samples.jsonl``; NaN where it abstained."""
     return {
         name: torch.tensor(
-            [math.nan if line["rewards"][name] is None else line["rewards"][name] for line in lines]
+            [math.nan if line["rewards"][name] is None else line["rewards"][name] for line in lines],
+            dtype=torch.float64,
         ).reshape(num_prompts, -1)
         for name in lines[0]["rewards"]
     }

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.advantages import Advantages, group_advantages
+from grpo_fast.advantages import LARGEST, Advantages, group_advantages
 from grpo_fast.errors import UserError
 
 Steps = list[tuple[int, float]]
@@ -45,8 +45,8 @@ def read_steps(name: str, value: object, index: int, text: str) -> Steps | float
             end, reward = operator.index(end), float(reward)
         except (TypeError, ValueError, OverflowError):
             raise UserError(f"{place}: {pair!r:.80} must be a pair of a step's end and its reward") from None
-        if not abs(reward) <= torch.finfo(torch.float32).max:
-            raise UserError(f"{place}: the reward in {pair!r:.80} must be a finite number")
+        if not abs(reward) <= LARGEST:
+            raise UserError(f"{place}: the reward in {pair!r:.80} must be a number within +-{LARGEST:.1e}")
         lowest = steps[-1][0] + 1 if steps else 1
         if not lowest <= end <= len(text):
             raise UserError(
@@ -88,13 +88,13 @@ def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str
         scale_rewards, baseline: see :func:`grpo_fast.advantages.group_advantages`.
 
     Returns:
-        ``[B, M]`` values for at most M steps, 0 where there is none, and ``[B]`` whether all steps of a completion's
-        group have the same reward.
+        ``[B, M]`` float64 values for at most M steps, 0 where there is none, and ``[B]`` whether all steps of a
+        completion's group have the same reward.
     """
     longest = max(1, *map(len, steps))
-    rewards = torch.full((len(steps), longest), math.nan)
+    rewards = torch.full((len(steps), longest), math.nan, dtype=torch.float64)
     for line, pairs in zip(rewards, steps, strict=True):
-        line[: len(pairs)] = torch.tensor([reward for _, reward in pairs])
+        line[: len(pairs)] = torch.tensor([reward for _, reward in pairs], dtype=torch.float64)
     found = group_advantages(rewards.flatten(), num_generations * longest, scale_rewards, baseline)
     return Advantages(found.values.view(-1, longest), found.equal.view(-1, longest)[:, 0])
 

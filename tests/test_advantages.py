@@ -103,6 +103,22 @@ def test_equal_rewards_give_exactly_zero(scale, value, baseline):
     assert got.values[7:].abs().sum() > 0 or value == 1e20
 
 
+@pytest.mark.parametrize("baseline", CENTRED)
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_rewards_are_normalised_as_others(scale, baseline, dtype):
+    """The squares of rewards of 1e20 are beyond float32: their spread was infinite, and every advantage 0."""
+    rewards = torch.tensor([1.0, 2.0, 3.0, 3.0, 0.0, 5.0, 5.0, 5.0], dtype=dtype)
+    expected = group_advantages(rewards, 4, scale, baseline).values
+    got = group_advantages(rewards * 1e20, 4, scale, baseline).values
+    assert got.dtype == dtype
+    # Beside rewards of about 1, the 1e-4 that is added to the deviation shows.
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=0)
+    apart = apart_advantages(torch.stack([rewards, rewards * 1e20], 1), torch.tensor([1.0, 1e30]), 4)
+    assert apart.values.isfinite().all()
+    assert apart.values.abs().max() > 0.1
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="divide 8"):
         group_advantages(REWARDS, 3)

@@ -52,6 +52,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--max_eval_samples", "4", SORT], "the configuration file goes first"),
         ([SORT, "--seed", str(2**63)], "it must be a finite number, at least 0 and below 2**63"),
         ([SORT, "--reward_weights", "[.nan, 1, 1]"], "reward_weights"),
+        ([SORT, "--reward_weights", "[1e39, 1, 1]"], "it must be made of numbers within +-3.4e+38"),
         ([SORT, "--eval_dataset_name", "x.jsonl"], "brings its own held-out rows"),
         ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "'exact_answer' is there 2 times"),
         ([SORT, "--attn_implementation", "bogus"], "could not be loaded"),

@@ -1,14 +1,17 @@
 """What a step trains on: dynamic sampling, and the KL to a reference in the reward."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from grpo_fast.collect import Groups, reward_advantages, sample_groups
+from grpo_fast.advantages import group_advantages
+from grpo_fast.collect import Groups, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import Rewards
+from grpo_fast.metrics import reward_metrics
+from grpo_fast.rewards import RewardModel, Rewards
 from grpo_fast.rollout import Response
 from runs import assert_same_run, figures
 from runs import trainer as run_trainer
@@ -37,11 +40,15 @@ def sampler(rewards: dict[int, list[float]]):
         rows = [{"prompt": str(next(numbers))} for _ in range(count)]
         values = torch.tensor([r for row in rows for r in rewards.get(int(row["prompt"]), [1.0] * 4)])
         texts = [f"{row['prompt']}.{index}" for row in rows for index in range(4)]
-        scored = rewards_of(values)
-        prompts = [[int(row["prompt"])] for row in rows]
-        return Groups(rows, prompts, [Response([len(text)], "stop") for text in texts], texts, scored)
+        return groups_of(rows, texts, values)
 
     return sample, calls
+
+
+def groups_of(rows: list[dict], texts: list[str], values: torch.Tensor) -> Groups:
+    """Completions of a token each."""
+    prompts = [[int(row["prompt"])] for row in rows]
+    return Groups(rows, prompts, [Response([len(text)], "stop") for text in texts], texts, rewards_of(values))
 
 
 MIXED = [0.0, 1.0, 1.0, 0.0]
@@ -149,7 +156,7 @@ def test_the_kl_in_the_reward(tmp_path):
     groups = (seen["groups"].rewards.total - 0.3 * sums).view(-1, 4)
     expected = (groups - groups.mean(1, keepdim=True)) * 4 / 3
     got = batch.advantages[batch.offsets[:-1]]
-    torch.testing.assert_close(got, expected.flatten(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected.flatten().float(), rtol=1e-4, atol=1e-5)
     assert batch.ref_logprobs is None
     assert not made.objective.uses_reference
     # The logged reward is the task's.
@@ -162,6 +169,30 @@ def test_the_kl_in_the_reward_with_adapters(tmp_path):
     metrics, _, _ = run(tmp_path, **fields)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics[-1]["kl"] != pytest.approx(0, abs=1e-5)
+
+
+def test_huge_rewards_and_weights_are_summed_and_normalised():
+    """Their sum is beyond float32; the advantages are not."""
+    model = RewardModel(["exact_answer", "final_number"], [3e38, 1.0])
+    model.functions = [lambda **columns: [1e20, 2e20, 3e20, 3e20], lambda **columns: [0.5] * 4]
+    scored = model(["q"] * 4, ["a"] * 4, {})
+    got = reward_advantages(scored, model.weights, config())
+    expected = group_advantages(torch.tensor([1.0, 2.0, 3.0, 3.0]), 4).values
+    torch.testing.assert_close(got.outcome.float(), expected, rtol=2e-4, atol=0)
+    figures = reward_metrics(model.names, scored, got.equal)
+    assert figures["reward"] == pytest.approx(2.25e20 * 3e38)
+    assert math.isfinite(figures["reward_std"])
+
+
+def test_advantages_beyond_float32_are_refused():
+    groups = groups_of([{"prompt": "1"}], ["a", "b"], torch.tensor([0.0, 1.0]))
+    model = RewardModel(["exact_answer"], [3e38])
+    model.functions = [lambda **columns: [0.0, 1e20]]
+    found = reward_advantages(
+        model(["q"] * 2, ["a", "b"], {}), model.weights, config(num_generations=2, scale_rewards="none")
+    )
+    with pytest.raises(UserError, match="an advantage is beyond the numbers of float32; set smaller reward_weights"):
+        token_advantages(groups, found, None)
 
 
 def test_a_penalty_moves_groups_of_equal_rewards():

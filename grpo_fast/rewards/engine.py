@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grpo_fast.advantages import LARGEST
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 from grpo_fast.rewards.base import RewardFunction, text_of
@@ -26,7 +27,7 @@ JUDGED_COLUMNS = ("correct", "groups")
 
 
 class Rewards(NamedTuple):
-    """Rewards of a batch: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None).
+    """Rewards of a batch, float64: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None).
 
     A completion for which every function returned None has the sum NaN. Where a function rewarded steps, its value is
     their mean, and `steps` holds them: for each completion, by the function's index. `errors` ``[B, F]`` is true where
@@ -62,7 +63,7 @@ class RewardModel:
         self.sources = names
         self.functions = [load_reward(name) for name in names]
         self.names = metric_names(self.functions, names)
-        self.weights = torch.tensor(weights or [1.0] * len(names))
+        self.weights = torch.tensor(weights or [1.0] * len(names), dtype=torch.float64)
         self.timeout, self.on_error = timeout, on_error
         self.pool = WorkerPool()
         self.threads: dict[str, threading.Thread] = {}
@@ -144,7 +145,8 @@ class RewardModel:
             read[index] = self._read(index, outcome, texts)
         for index in indices:
             self._report(index, read[index].errors, prompts)
-        each = torch.tensor([[_mean(value) for value in read[index].values] for index in indices]).T.contiguous()
+        means = [[_mean(value) for value in read[index].values] for index in indices]
+        each = torch.tensor(means, dtype=torch.float64).T.contiguous()
         steps = [
             {index: read[index].values[sample] for index in indices if isinstance(read[index].values[sample], list)}
             for sample in range(len(prompts))
@@ -235,8 +237,8 @@ def _number(value: object, index: int) -> float:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= torch.finfo(torch.float32).max:
+    if not abs(number) <= LARGEST:
         raise UserError(
-            f"returned {value!r:.80} for completion {index}; it must be a finite number, or None to abstain"
+            f"returned {value!r:.80} for completion {index}; it must be a number within +-{LARGEST:.1e}, or None"
         )
     return number
