@@ -52,6 +52,7 @@ from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
+from grpo_fast.signals import LearningSignals, Warnings
 from grpo_fast.trackers import Trackers, tracker_arguments
 
 
@@ -103,6 +104,7 @@ class GRPOTrainer:
         self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
         self.rollout.check(self.train_prompts[0], self.sampling)
+        self.signals, self.warnings = LearningSignals(config), Warnings(self.run_folder / "warnings.jsonl")
         # The rows whose completions are being sampled while this step's are trained on.
         self.ahead: list[int] = []
         self.fixed = fixed_fields(config) | {
@@ -142,7 +144,8 @@ class GRPOTrainer:
         metric = self.rewards.names[self.metric]
         history = on_main(self.open_folder)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
-        self.rewards.warn = progress.warn
+        on_main(partial(self.warnings.start, self.step, progress.warn))
+        self.rewards.warn = lambda text: self.warnings.warn(self.step + 1, text, text)
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
         lines = LinesFile(folder / "metrics.jsonl", append=True)
         with progress, trackers, closing(self.rollout), lines as metrics_file:
@@ -228,6 +231,10 @@ class GRPOTrainer:
             interrupt.exit()
         return checkpoint
 
+    def warn(self, name: str, text: str) -> None:
+        """Say `text` in the step that is being taken, unless there was a warning of that name in this run."""
+        on_main(partial(self.warnings.warn, self.step + 1, name, f"step {self.step + 1}: {text}"))
+
     def save_is_due(self) -> bool:
         every = self.config.save_steps
         return bool(every) and not self.updates_left and self.step // every != self.saved_step // every
@@ -279,6 +286,8 @@ class GRPOTrainer:
         while self.step < self.config.max_steps:
             start = time.perf_counter()
             batch, figures = self.collect()
+            for name, text in self.signals.observe(figures).items():
+                self.warn(name, text)
             tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in batch.samples)
             updates = min(self.config.num_iterations, self.config.max_steps - self.step)
             if self.config.sample_ahead and self.step + updates < self.config.max_steps:

@@ -46,7 +46,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
         curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
-        completions=read_completions(folder), changed=changed, unchanged=unchanged,
+        warnings=run.warnings, completions=read_completions(folder), changed=changed, unchanged=unchanged,
     )  # fmt: skip
     output = output or folder / "report.html"
     with writing(output):

@@ -18,13 +18,14 @@ LONGEST_TEXT = 8000
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder holds; `summary` and `plan` are empty where there is no such file (yet)."""
+    """What the folder holds; `summary`, `plan` and `warnings` are empty where there is no such file (yet)."""
 
     folder: Path
     config: dict[str, Any]
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     plan: dict[str, dict[str, float]]
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def read_run(folder: Path) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold fields and values")
     history = [entry for entry in read_lines(folder / "metrics.jsonl") if isinstance(entry.get("step"), int)]
-    return Run(
-        folder, config, history, _read_object(folder / "summary.json"), _read_object(folder / "memory_plan.json")
-    )
+    warnings = [str(entry.get("text")) for entry in read_lines(folder / "warnings.jsonl")]
+    summary, plan = (_read_object(folder / name) for name in ("summary.json", "memory_plan.json"))
+    return Run(folder, config, history, summary, plan, warnings)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
