@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from grpo_fast.rewards import RewardModel, final_number, isolated, math_answer
-from grpo_fast.rewards.answers import final_part, same_answer
+from grpo_fast.rewards.answer_text import final_answer
+from grpo_fast.rewards.answers import same_answer
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "answer_pairs.jsonl").open(encoding="utf-8")]
 
@@ -21,29 +22,42 @@ def test_answer_pairs(kind):
         assert same_answer(pair["completion"], pair["reference"]) is pair["right"], pair
 
 
+KINDS = ("decimal", "minus sign", "exponent", "choice", "chinese", "degrees", "units", "percent", "mixed number")
+KINDS += ("commas", "part of an expression", "clock", "long digits", "several boxes", "hedge")
+
+
 def test_the_table_is_large_and_has_no_doubles():
-    assert len(PAIRS) >= 400
+    assert len(PAIRS) >= 1000
+    counts = Counter(pair["kind"] for pair in PAIRS)
+    assert min(counts[kind] for kind in KINDS) >= 30
     assert len({(pair["reference"], pair["completion"]) for pair in PAIRS}) == len(PAIRS)
     assert min(Counter(pair["right"] for pair in PAIRS).values()) > 150
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "items", "bare", "claim"),
     [
-        ("<think>1</think> <answer> 2 </answer>", ("2", True)),
-        ("1 #### 2", ("2", True)),
-        ("<answer>#### 2</answer>", ("#### 2", True)),
-        (r"1, no, \boxed{2}.", ("2", True)),
-        (r"\boxed{1} and $\boxed{2}$", ("1, 2", True)),
-        (r"\boxed{1}, no: \boxed{2}", ("2", True)),
-        (r"\boxed{\boxed{1}}", (r"\boxed{1}", True)),
-        (r"\boxed{1} \boxed{2", ("1", True)),
-        ("it is 2", ("it is 2", False)),
-        ("", ("", False)),
+        ("<think>1</think> <answer> 2 </answer>", ["2"], True, None),
+        ("1 #### 2", ["2"], True, None),
+        ("<answer>#### 2</answer>", ["#### 2"], True, None),
+        (r"1, no, \boxed{2}.", ["2"], True, None),
+        (r"\boxed{1} and $\boxed{2}$", ["1", "2"], True, None),
+        (r"\boxed{1}, or maybe $\boxed{2}$", ["1", "2"], True, None),
+        (r"\boxed{1}, no: \boxed{2}", ["2"], True, None),
+        (r"\boxed{\boxed{1}}", [r"\boxed{1}"], True, None),
+        (r"\boxed{1} \boxed{2", ["1"], True, None),
+        (r"\boxed{\{1, 2\}} is \boxed{[0, 1\}}", [r"[0, 1\}"], True, None),
+        (r"$\boxed 5$", ["5"], True, None),
+        (r"\boxed{1 or 2}", ["1", "2"], True, None),
+        ("it is 2", ["it is 2"], False, None),
+        ("The answer is 2. Or so.", ["The answer is 2. Or so."], False, "2"),
+        ("The answer is 1, 2 or 3", ["1", "2", "3"], False, "1, 2 or 3"),
+        ("There are 3 or 4, so 7", ["There are 3 or 4, so 7"], False, None),
+        ("", [""], False, None),
     ],
 )
-def test_final_part(text, part):
-    assert final_part(text) == part
+def test_final_answer(text, items, bare, claim):
+    assert final_answer(text) == (items, bare, claim)
 
 
 HARM = {
@@ -63,6 +77,11 @@ HARM = {
     "a power to expand": r"\boxed{(a+b+c+d+e+f+g)^{200}}",
     "an integral": r"\boxed{\int_0^{100} \sin(x^x) e^{x^{x}} dx}",
     "a long sum": r"\boxed{" + "+".join(map(str, range(500))) + "}",
+    "words for a unit": "5 " + "a" * 1500 + "!",
+    "space for a unit": "5" + " " * 1900 + "!",
+    "bait for alternatives": "1 or " + "9" * 1900,
+    "more bait for alternatives": "9," * 900 + " or 1 and 1",
+    "answers without end": "the answer is " * 100_000,
     "nulls and surrogates": "\0\ud800" * 500 + r"\boxed{\0}",
 }
 
