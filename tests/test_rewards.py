@@ -99,6 +99,8 @@ def test_partial_rewards_of_sorting(prompt, completion, included, ordered):
         ("\uff17\uff12", "72", 1),
         ("a 5-year-old", "5", 1),
         ("1/0", "0", 0),
+        ("so 72 " + "and no other number " * 200, "72", 1),
+        ("5" + "7" * 3000, "7" * 1999, 0),
     ],
 )
 def test_final_number(completion, answer, reward):

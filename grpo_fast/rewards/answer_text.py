@@ -189,7 +189,7 @@ def final_answer(text: str) -> Answer:
     """
     answer = between(text, "<answer>", "</answer>")
     bare = answer is not None or "####" in text
-    part = (text.rpartition("####")[2] if answer is None else answer).strip()[-LONGEST_ANSWER:]
+    part = plain((text.rpartition("####")[2] if answer is None else answer).strip()[-LONGEST_ANSWER:])
     found = boxes(part)
     contents = [content for _, _, content in found[-1:]]
     for (_, end, content), (start, _, _) in reversed(list(pairwise(found))):
@@ -251,7 +251,9 @@ def _value(match: re.Match) -> Fraction | None:
 
 def last_number(text: str) -> Fraction | str | None:
     """The last number in a text; what it is a part of, as in ``10-3``, ``12:30`` or ``3,4``, is returned as it is."""
-    tied = _TIED.findall(unlatex(text))
+    # Without a word that is cut in two. Most texts have a number near their end.
+    end = text[-LONGEST_ANSWER:].partition(" ")[2] if len(text) > LONGEST_ANSWER else text
+    tied = _TIED.findall(unlatex(plain(end))) or _TIED.findall(unlatex(plain(text)))
     if not tied:
         return None
     found = re.fullmatch(_LITERAL, tied[-1]) if len(tied[-1]) < LONGEST_NUMBER else None

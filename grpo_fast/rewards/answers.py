@@ -44,7 +44,7 @@ def parse_final_number(text: str) -> Fraction | None:
 
     A part of something else, as in ``10-3``, ``12:30`` or ``3,4``, is no number; ``1/2`` and ``2 1/2`` are.
     """
-    value = last_number(plain(text.rpartition("####")[2]))
+    value = last_number(text.rpartition("####")[2])
     return value if isinstance(value, Fraction) else None
 
 
@@ -56,7 +56,7 @@ def final_number(prompts, completions, answer, **columns) -> list[float]:
     rewards = []
     for completion, reference in zip(completions, answer, strict=True):
         texts = (str(reference), text_of(completion))
-        expected, given = (last_number(plain(text.rpartition("####")[2])) for text in texts)
+        expected, given = (last_number(text.rpartition("####")[2]) for text in texts)
         rewards.append(float(given is not None and given == expected))
     return rewards
 
@@ -116,7 +116,7 @@ def math_answer(prompts, completions, answer, **columns) -> list[float]:
 
 def same_answer(completion: str, reference: str) -> bool:
     """Whether two texts give the same answer. Has no time limit of its own: see :func:`isolated`."""
-    expected, given = final_answer(plain(reference)), final_answer(plain(completion))
+    expected, given = final_answer(reference), final_answer(completion)
     return _judged(RULES, expected, given)
 
 
