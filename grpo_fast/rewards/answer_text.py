@@ -56,14 +56,22 @@ _LITERAL = (
     rf"|(?P<over>{_DIGITS})(?:\s*/\s*(?P<under>\d+))?)"
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
-# Single letters are more often variables; these are units. The words are arithmetic, or make several answers of one.
+_SCALE = "|".join(rf"{word}s?\b" if word.isascii() else word for word in _SCALES)
+# Letters right behind a number, or short ones, are variables, but for these.
+_SHORT_UNITS = "mm|cm|dm|km|mi|ft|in|yd|mg|kg|lbs?|oz|ml|cl|dl|hrs?|min|sec|ms|mph|kph|kmh|rpm|Hz|kHz|kW|kWh|kJ|kcal"
+_SHORT_UNITS += "|am|pm|rad|USD|EUR"
+# Words that go on with the number, or with the sentence.
+_NO_UNITS = (
+    "or|and|to|plus|minus|times|over|squared|cubed|factorial|pi|sqrt|point|half|dozen|more|less|fewer|greater|than"
+    "|halves|thirds|quarters|fourths|fifths|(?:ten|hundred|thousand|million)ths?"
+)
+# Possessive: a long text is cut into words in one way only.
 _UNIT = (
-    r"(?:(?!(?:or|and|to|plus|minus|times|over|factorial|pi|sqrt|dozen)\b)"
-    # Possessive: a long text is cut into words in one way only.
-    rf"(?:[A-Za-z]{{2,}}+|[mgshLVWNJKtCF€£¥₹]|[{_CJK}]++)(?:\s?\^\{{?\d\}}?)?+[\s/.·-]*+)++"
+    rf"(?:(?!(?:{_NO_UNITS})\b)(?:(?<=[\s/])[A-Za-z]{{3,}}+|[A-Za-z]{{4,}}+|(?:{_SHORT_UNITS})(?![A-Za-z])|(?<=[\s/])[mgshLVWNJKCF](?!\w)"
+    rf"|[€£¥₹]|[{_CJK}]++)(?:\s?\^\{{?\d\}}?)?+[\s/.·-]*+)++"
 )
 _NUMBER = re.compile(
-    rf"\s*[€£¥₹]?\s*{_LITERAL}\s*(?P<percent>%|[Pp]er\s?cent\b)?\s*(?P<scale>{'|'.join(_SCALES)})?\s*(?:{_UNIT})?[\s.]*"
+    rf"\s*[€£¥₹]?\s*{_LITERAL}\s*(?P<percent>%|[Pp]er\s?cent\b)?\s*(?P<scale>{_SCALE})?\s*(?:{_UNIT})?[\s.]*"
 )
 # A number in a sentence, with what is tied to it: of "10-3" or "12:30" no part is a number by itself.
 _TIED = re.compile(
@@ -82,7 +90,7 @@ _FIRST_ITEM = re.compile(_ITEM)
 _AND = re.compile(rf"{_ITEM}(?:,\s*{_ITEM})*,?\s+and\s+{_ITEM}\.?")
 
 _CLAIM = re.compile(
-    r"(?:\banswers?\b[\s*]*(?:is|are|:|=)|\b(?:solutions|roots)\s+are\b|答案?\s*[是为选:]|答案|选)"
+    r"(?:\banswers?\b[\s*]*(?:is|are|:|=)|\b(?:solutions|roots)\s+are\b|答案?\s*[是为选:]|答案|选(?=[\s(]*[A-J]\b))"
     r"[\s:*是为选]*(?:\b(?:option|choice|equal to)\b)?[\s:*]*",
     re.IGNORECASE,
 )
@@ -235,7 +243,8 @@ def read_number(text: str) -> Quantity | None:
     value = _value(found) if found else None
     if value is None:
         return None
-    return Quantity(value * 10 ** _SCALES.get(found["scale"], 0), found["percent"] is not None)
+    scale = _SCALES.get((found["scale"] or "").removesuffix("s"), 0)
+    return Quantity(value * 10**scale, found["percent"] is not None)
 
 
 def _value(match: re.Match) -> Fraction | None:

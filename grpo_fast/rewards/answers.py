@@ -28,6 +28,8 @@ _TEXT = re.compile(rf"[\s()$.]*\\(?:{FONTS})\s*{{[^{{}}\\\d]*}}[\s()$.]*")
 _WORDS = re.compile(r"no|(?=.*[a-z]{3})[a-z][a-z' -]*|[\u4e00-\u9fff]+")
 _CHOICES = re.compile(r"[(\[]?[A-J][)\]]?|[(\[]?[A-J][).\]:]+\s.*")
 _PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,} [a-zA-Z]{2,}")
+# A number with a letter or two behind it that are no unit; longer words may be prose.
+_VARIABLE = re.compile(r"(?!.*[a-zA-Z]{4}).*\d ?[a-zA-Z].*", re.DOTALL)
 # Digits that math-verify, which compares at float64's precision, tells apart.
 _EXACT_DIGITS = 15
 
@@ -134,16 +136,13 @@ def _same_words(expected: Answer, given: Answer) -> bool | None:
     words = _plain_words(expected.text)
     if not _TEXT.fullmatch(expected.text) and not _WORDS.fullmatch(words):
         return None
-    if _CHOICES.fullmatch(unlatex(expected.text)):
-        return None
     # As mathematics, a word is the product of its letters, in any order.
     return words in (_plain_words(given.text), _plain_words(given.stated))
 
 
 def _same_choice(expected: Answer, given: Answer) -> bool | None:
-    if not _CHOICES.fullmatch(unlatex(expected.text)):
-        return None
-    return read_choice(given) == read_choice(expected._replace(bare=True))
+    wanted = read_choice(expected._replace(bare=True)) if _CHOICES.fullmatch(unlatex(expected.text)) else None
+    return None if wanted is None else read_choice(given) == wanted
 
 
 def _same_several(expected: Answer, given: Answer) -> bool | None:
@@ -171,6 +170,9 @@ def _same_number(expected: Answer, given: Answer) -> bool | None:
         return None
     if given_number is not None:
         return number.equals(given_number)
+    if (given.bare or " " not in given.text) and _VARIABLE.fullmatch(unlatex(given.text)):
+        # To math-verify "2t" is two tons.
+        return False
     last = None if given.bare else last_number(given.stated)
     if isinstance(last, str) and "," in last:
         # Of "1,2001" math-verify reads 1,200. A single comma may be a decimal one.
