@@ -35,14 +35,12 @@ def head_tensors(head: nn.Linear) -> HeadTensors:
 
     Raises:
         UserError: FSDP2 has sharded the head by itself, so that it is not gathered in that forward; it is cut
-            otherwise; or its weight is quantised or has no values (meta).
+            otherwise; or its weight is quantised.
     """
     weight, bias = head.weight, head.bias
     group = weight.device_mesh.get_group() if isinstance(weight, DTensor) else None
     weight, bias = _local(head, weight), None if bias is None else _local(head, bias)
     require_plain("the output head", weight)
-    if weight.is_meta:
-        raise UserError("the output head is on the meta device, without values; load or move it before the call")
     return HeadTensors(weight, bias, group)
 
 
@@ -56,6 +54,16 @@ def require_plain(name: str, weight: Tensor) -> None:
     if wrapped or weight.dtype not in DTYPES:
         kind = type(weight).__name__ if wrapped else weight.dtype
         raise UserError(f"{name} is quantised ({kind}); leave it in 16 or 32 bits")
+
+
+def require_values(head: nn.Linear) -> None:
+    """Refuse a head that is still, or again, on the meta device.
+
+    Raises:
+        UserError: it is.
+    """
+    if next(head.parameters()).is_meta:
+        raise UserError("the output head is on the meta device, without values; load or move the model before the call")
 
 
 def _local(head: nn.Module, tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from grpo_fast.attention import REQUIRE_CAUSAL, install
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.head_weight import head_tensors
+from grpo_fast.head_weight import head_tensors, require_values
 from grpo_fast.heads import (
     body,
     logit_transform,
@@ -97,7 +97,9 @@ class FusedPolicy(nn.Module):
         self.head_options = {"temperature": require_temperature(temperature), "max_buffer_bytes": max_buffer_bytes}
         # What was compared with the model's own logits: the head with its transform, packed rows, kinds of images.
         self.compared: set[tuple] = set()
-        self._inspect()
+        # It may be on the meta device now, to get its weights later.
+        output_head(self.causal_lm)
+        require_no_skipped_hooks(self.model)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -110,7 +112,10 @@ class FusedPolicy(nn.Module):
         now; what the log-probabilities depend on beside weights is returned."""
         model = self.causal_lm
         head, transform = output_head(model), logit_transform(model.config)
+        require_values(head)
         require_no_skipped_hooks(self.model)
+        if not getattr(model.config, "return_dict", True):
+            raise UserError("the model's config has return_dict=False; set model.config.return_dict = True")
         self.head_options |= transform
         return head, vars(model).get("forward"), *transform.values()
 
@@ -179,6 +184,8 @@ class FusedPolicy(nn.Module):
         check_keywords(model_inputs, self.causal_lm, inner, (*forward_arguments(self), *PACKING))
         if not isinstance(objective, PolicyObjective):
             raise UserError(f"objective must be a PolicyObjective, such as PRESETS['dapo'], got {objective!r:.60}")
+        if isinstance(share, bool) or not isinstance(share, int | float | Tensor):
+            raise UserError(f"share must be a number, got {share!r:.60}")
         check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             completion_mask=completion_mask, cu_seqlens=cu_seqlens, advantages=advantages, weights=weights,
@@ -280,8 +287,6 @@ class FusedPolicy(nn.Module):
         model = self.causal_lm
         if routed:
             options["output_router_logits"] = True
-        if not getattr(model.config, "return_dict", True):
-            options["return_dict"] = True
         output = body(model)(input_ids=input_ids, **options)
         return output.last_hidden_state, router_loss(model, output.router_logits, padding_mask) if routed else None
 
@@ -334,7 +339,7 @@ class FusedPolicy(nn.Module):
         ids = torch.tensor([[*prompt_ids, prompt_ids[-1]][:CHECKED_LENGTH]], device=weight.device)
         with exactly(model, weight.device):
             # Not by calling the model, which may have hooks that expect one call.
-            output = model.forward(input_ids=ids, use_cache=False, return_dict=True)
+            output = model.forward(input_ids=ids, use_cache=False)
             logits = output.logits[0, :-1].to(torch.promote_types(weight.dtype, torch.float32))
             expected = (logits / self.head_options["temperature"]).log_softmax(-1)
             expected = expected.gather(1, ids[0, 1:, None]).squeeze(1)

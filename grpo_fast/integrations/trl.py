@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from grpo_fast.errors import UserError, import_extra
-from grpo_fast.head_weight import head_tensors
+from grpo_fast.head_weight import head_tensors, require_values
 from grpo_fast.heads import body, logit_transform, output_head, require_no_skipped_hooks, require_temperature
 from grpo_fast.model_inputs import check_keywords
 from grpo_fast.policy import FusedPolicy
@@ -207,6 +207,7 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         layer, inner = output_head(self), body(self)
+        require_values(layer)
         require_no_skipped_hooks(self)
         # TRL asks for router logits, which make the auxiliary loss.
         check_keywords({name: x for name, x in kwargs.items() if name != "output_router_logits"}, self, inner)
