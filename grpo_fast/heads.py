@@ -160,8 +160,9 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
             raise UserError("the model is in FullyShardedDataParallel; use fully_shard (FSDP2) instead")
         elif hasattr(model, "get_base_model"):
             _require_layers_alone(model)
+            # A PeftMixedModel takes its tuner for the base model.
             yield model.base_model
-            model = model.get_base_model()
+            model = model.base_model.model
         else:
             return
 
@@ -174,10 +175,10 @@ def _require_layers_alone(model: nn.Module) -> None:
         raise UserError(f"{kind.peft_type.value} adds virtual tokens to the input, which is not supported")
     if getattr(kind, "alora_invocation_tokens", None):
         raise UserError("an activated LoRA (alora_invocation_tokens) is not supported; use a LoRA without them")
-    base = sys.modules["peft.tuners.tuners_utils"].BaseTuner
     tuner = type(model.base_model)
+    own = next(kind for kind in tuner.__mro__ if "forward" in vars(kind)).__name__
     # AdaLoRA's adds a term to the loss that a model makes of labels, which is no part of its logits.
-    if isinstance(model.base_model, base) and tuner.forward is not base.forward and tuner.__name__ != "AdaLoraModel":
+    if own not in ("BaseTuner", "AdaLoraModel"):
         raise UserError(f"{tuner.__name__} does more than its layers do, which is not supported; use LoRA")
 
 

@@ -100,8 +100,10 @@ def function_arguments(function: Callable) -> frozenset[str]:
 
 
 def check_tensors(**arguments: Any) -> None:
-    """Raises:
-    UserError: one of them is neither a tensor nor None.
+    """Refuse lists, numbers and the like where a tensor is needed.
+
+    Raises:
+        UserError: one of them is neither a tensor nor None.
     """
     for name, value in arguments.items():
         if value is None or isinstance(value, Tensor):
@@ -127,7 +129,7 @@ def check_token_ids(input_ids: Tensor, config: Any, with_inputs: bool) -> None:
     wrong = input_ids[(input_ids < 0) | (input_ids >= vocab)].tolist()
     if wrong and with_inputs:
         ends = ("_token_id", "_token_index")
-        placeholders = {value for name, value in config.to_dict().items() if name.endswith(ends)}
+        placeholders = [value for name, value in config.to_dict().items() if name.endswith(ends)]
         wrong = [token for token in wrong if token not in placeholders]
     if wrong:
         raise UserError(f"input_ids holds {wrong[0]}; allowed are token ids from 0 to {vocab - 1}")

@@ -95,8 +95,9 @@ class FusedPolicy(nn.Module):
             raise UserError(f"FusedPolicy needs a loaded transformers model, got {model!r:.60}")
         self.model, self.check = model, check
         self.head_options = {"temperature": require_temperature(temperature), "max_buffer_bytes": max_buffer_bytes}
-        # What was compared with the model's own logits: the head with its transform, packed rows, kinds of images.
-        self.compared: set[tuple] = set()
+        # What was compared with the model's own logits last, and the inputs beside which packed rows were.
+        self.compared_head: tuple | None = None
+        self.compared_packed: set[tuple[str, ...]] = set()
         # It may be on the meta device now, to get its weights later.
         output_head(self.causal_lm)
         require_no_skipped_hooks(self.model)
@@ -212,33 +213,34 @@ class FusedPolicy(nn.Module):
             raise UserError("return_aux_loss needs a mixture of experts with output_router_logits in its config")
         if layout.segments is not None:
             self._require_packing("its attention cannot be replaced", install(self.causal_lm))
-        compare = partial(self._compare, layout, fingerprint, model_inputs)
-        run = partial(self._run, layout, loss, return_entropy, return_aux_loss, model_inputs)
-        return within(self.model, lambda: (compare(), run())[1])
+
+        def compute() -> PolicyLoss | Tensor | tuple[Tensor, ...]:
+            if self.check:
+                self._compare(layout, fingerprint, model_inputs)
+            return self._run(layout, loss, return_entropy, return_aux_loss, model_inputs)
+
+        return within(self.model, compute)
 
     def _compare(self, layout: Layout, fingerprint: tuple, model_inputs: dict) -> None:
         """Compare what has not been compared yet: the head with the model's own logits, packed rows with separate
         ones, and packed rows with each kind of images with separate ones that have the same."""
-        if not self.check:
-            return
+        row, mask = layout.input_ids[0], layout.attention_mask
         # Placeholders of images may lie outside of the vocabulary.
-        ids = layout.input_ids.clamp(0, self.causal_lm.config.get_text_config().vocab_size - 1)
-        if fingerprint not in self.compared:
-            row, mask = ids[0], layout.attention_mask
-            if mask is not None and mask[0].any():
-                row = row[mask[0] != 0]
-            self._check_head(row[:CHECKED_LENGTH].tolist())
-            self.compared.add(fingerprint)
+        highest = self.causal_lm.config.get_text_config().vocab_size - 1
+        if fingerprint != self.compared_head:
+            real = row if mask is None or not mask[0].any() else row[mask[0] != 0]
+            self._check_head(real[:CHECKED_LENGTH].clamp(0, highest).tolist())
+            self.compared_head = fingerprint
         if layout.segments is None:
             return
-        if ("packed",) not in self.compared:
-            row = ids[0, :CHECKED_LENGTH]
-            self._check_packed(torch.stack([row, row.flip(0)]))
-            self.compared.add(("packed",))
-        kind = ("packed", *sorted(name for name, value in model_inputs.items() if isinstance(value, Tensor | list)))
-        if kind not in self.compared:
-            self._check_packed(layout.input_ids.expand(2, -1), model_inputs)
-            self.compared.add(kind)
+        if () not in self.compared_packed:
+            ids = row[:CHECKED_LENGTH].clamp(0, highest)
+            self._check_packed(torch.stack([ids, ids.flip(0)]))
+            self.compared_packed.add(())
+        names = tuple(sorted(name for name, value in model_inputs.items() if isinstance(value, Tensor | list)))
+        if names not in self.compared_packed:
+            self._check_packed(torch.stack([row, row]), {name: model_inputs[name] for name in names})
+            self.compared_packed.add(names)
 
     def _run(
         self, layout: Layout, loss: LossInputs | None, with_entropy: bool, with_router: bool, model_inputs: dict
@@ -376,7 +378,7 @@ class FusedPolicy(nn.Module):
         inputs: list[dict] = [{}, {}]
         if model_inputs:
             names = f" with {', '.join(sorted(model_inputs))}"
-            # What says something of each token lies behind in the packed row; images are two as many either way.
+            # One number a token makes two rows or a longer one; images are twice as many either way.
             inputs = [{key: twice(x, length, axis) for key, x in model_inputs.items()} for axis in (0, 1)]
             inputs[0]["segments"] = REQUIRE_CAUSAL
         # Placeholders of images may lie outside of the vocabulary.

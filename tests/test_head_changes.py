@@ -263,6 +263,12 @@ def test_another_head_is_compared_again():
     assert other(IDS).shape == (2, 8)
 
 
+def test_mixed_adapters_are_followed():
+    model = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj"]), mixed=True)
+    expected = model(input_ids=IDS).logits[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(FusedPolicy(model)(IDS), expected, rtol=1e-8, atol=1e-8)
+
+
 def test_peft_methods_that_need_the_peft_model_are_refused():
     activated = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj"], alora_invocation_tokens=[3, 4]))
     with pytest.raises(UserError, match="activated LoRA"):
