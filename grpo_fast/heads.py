@@ -158,9 +158,8 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
             model = model.module
         elif isinstance(model, FullyShardedDataParallel):
             raise UserError("the model is in FullyShardedDataParallel; use fully_shard (FSDP2) instead")
-        elif hasattr(model, "get_base_model"):
+        elif hasattr(model, "get_base_model") or type(model).__name__ == "PeftMixedModel":
             _require_layers_alone(model)
-            # A PeftMixedModel takes its tuner for the base model.
             yield model.base_model
             model = model.base_model.model
         else:

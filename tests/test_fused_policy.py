@@ -184,12 +184,20 @@ def in_fsdp(model, outside):
     return fully_shard(outside)
 
 
+def in_groups(model):
+    """The head in a group with the last norm, which is gathered where the body calls the norm."""
+    tied = [model.model.embed_tokens] if model.config.tie_word_embeddings else []
+    fully_shard([*tied, model.model.norm, model.lm_head])
+    return fully_shard(model)
+
+
 FORMS = {
     "compiled": lambda model: FusedPolicy(torch.compile(model)),
     "DDP of the policy": lambda model: DistributedDataParallel(FusedPolicy(model)),
     "policy of DDP": lambda model: FusedPolicy(DistributedDataParallel(model)),
     "FSDP2 of the policy": lambda model: in_fsdp(model, FusedPolicy(model)),
     "policy of FSDP2": lambda model: FusedPolicy(in_fsdp(model, model)),
+    "policy of FSDP2 in groups": lambda model: FusedPolicy(in_groups(model)),
 }
 
 
