@@ -38,6 +38,8 @@ SHORT = 16
 # mask is small.
 MASK_WASTE = 2
 LONGEST_MASKED = 4096
+# In the place of `segments`: the model's own attention, which must not look ahead.
+REQUIRE_CAUSAL = "causal"
 # What some models add to the scores, and packed attention does not know.
 UNKNOWN = ("s_aux", "position_bias")
 
@@ -385,10 +387,15 @@ def install(model: nn.Module) -> bool:
 
 def _forward(
     own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    segments: Segments | None = None, **options: Any,
+    segments: Segments | str | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' attention function: packed rows here, others by the model's `own` implementation."""
-    if segments is None:
+    """transformers' attention function: packed rows here, others by the model's `own` implementation.
+
+    Vision towers, whose attention is not causal, may be handed the text's segments; they have sequences of their own.
+    """
+    if segments is None or segments is REQUIRE_CAUSAL or not getattr(module, "is_causal", True):
+        if segments is REQUIRE_CAUSAL and _looks_ahead(attention_mask):
+            raise UserError(f"{type(module).__name__} looks ahead within images, which packed attention does not")
         if own == "eager":
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -409,3 +416,10 @@ def _forward(
         softcap=None if own == "sdpa" else options.get("softcap"),
     )  # fmt: skip
     return out[None], None
+
+
+def _looks_ahead(mask: Tensor | None) -> bool:
+    """Whether an attention mask ``[..., T, T]``, True or 0 where a query sees a key, has a later key seen."""
+    if mask is None or mask.dim() != 4 or mask.shape[-2] != mask.shape[-1]:
+        return False
+    return bool((mask if mask.dtype == torch.bool else mask == 0).triu(1).any())

@@ -82,7 +82,7 @@ def get_response_log_probs(
         ``log_probs`` (and ``token_entropy``), ``[B, T]`` float32 in nats, differentiable; prompts and padding are not
         masked out.
     """
-    policy = MicrobatchPolicy(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    policy = MicrobatchPolicy(model)
     rows, length = input_ids.shape
     positions = torch.arange(length, device=input_ids.device)
     places = torch.arange(rows * length, device=input_ids.device)

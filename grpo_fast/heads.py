@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 from grpo_fast.errors import UserError
+from grpo_fast.head_weight import require_plain
 
 T = TypeVar("T")
+
+# A module's hooks, which run when the module is called; the output head and what lies around the model's body are not.
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+# Whose hooks may be there all the same: FSDP2 and tensor parallelism (`head_tensors` follows them), and TRL's float32
+# product, which is exact here anyway.
+FOLLOWED = ("torch.distributed.", "trl.")
 
 # What a model's config calls the factor of its logits, and how it becomes one.
 LOGIT_SCALES: dict[str, Callable[[float, Any], float]] = {
@@ -38,26 +52,82 @@ def logit_transform(config: Any) -> dict[str, float | None]:
     return {"logit_scale": scale, "softcap": next((cap for cap in caps if cap), None)}
 
 
-def output_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes a transformers model's logits.
+def require_temperature(temperature: Any) -> float:
+    """The temperature as a number.
 
     Raises:
-        UserError: there is none, it carries an adapter, or its weight is quantised.
+        UserError: it is no number, or outside of 1e-6 to 1e6, where logits divided by it mean nothing in float32.
+    """
+    value = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
+        raise UserError(f"temperature must be a number from 1e-6 to 1e6, got {value!r:.60}")
+    return value
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """The linear layer that makes a transformers model's logits; cheap enough to be called in every forward.
+
+    Raises:
+        UserError: there is none, or it does more than multiply by its weight: it carries an adapter or a hook, has a
+            forward of its own, or is quantised.
     """
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
         raise UserError(f"{name} is not a transformers model: it has no get_output_embeddings()")
     head = model.get_output_embeddings()
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+    # peft's layers have a base_layer, its wrappers of whole modules and of single tokens an original_module.
+    if "base_layer" in getattr(head, "_modules", ()) or hasattr(head, "original_module"):
         raise UserError(
-            f"the output head of {name} carries an adapter, but the fused loss multiplies the head as it is; leave it "
-            "out of target_modules and modules_to_save"
+            f"the output head of {name} carries an adapter, but the fused loss multiplies the head as it is; leave the "
+            "head and embeddings tied to it out of target_modules, modules_to_save and trainable_token_indices, or "
+            "merge the adapter with merge_and_unload()"
         )
     if not isinstance(head, nn.Linear):
         raise UserError(f"{name} has no linear output head, but {type(head).__name__}")
-    if not head.weight.is_floating_point():
-        raise UserError(f"the output head of {name} is quantised ({head.weight.dtype}); leave it in 16 or 32 bits")
+    weight = head._parameters.get("weight")
+    if weight is not None:
+        require_plain(f"the output head of {name}", weight)
+    elif not is_parametrized(head, "weight"):
+        raise UserError(f"the weight of {name}'s output head is no parameter; make it one, or use torch's parametrize")
+    if type(head).forward is not nn.Linear.forward or not _is_linear(vars(head).get("forward"), head):
+        raise UserError(f"the output head of {name} has a forward of its own, which would not run; restore nn.Linear's")
+    _require_no_hooks(head, f"the output head of {name}")
     return head
+
+
+def _is_linear(forward: Callable | None, head: nn.Linear) -> bool:
+    """Whether an instance's own `forward`, or None, computes what nn.Linear's does."""
+    if type(getattr(head, "_hf_hook", None)).__name__ == "AlignDevicesHook" and not head._hf_hook.offload:
+        # accelerate's, which moves the input to the head's device.
+        forward = head._old_forward
+    return forward is None or getattr(forward, "__func__", None) is nn.Linear.forward or _is_followed(forward)
+
+
+def _is_followed(function: Callable) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").startswith(FOLLOWED)
+
+
+def _require_no_hooks(module: nn.Module, name: str) -> None:
+    for attribute, kind in HOOKS.items():
+        for hook in getattr(module, attribute).values():
+            if not _is_followed(hook):
+                hook_name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise UserError(
+                    f"{name} has a {kind} ({hook_name}), which would not run, since the hidden states go to the loss "
+                    "without logits; remove it, or put it on the model's base_model"
+                )
+
+
+def require_no_skipped_hooks(model: nn.Module) -> None:
+    """Refuse hooks on what lies around the model's body, which is called without it; see :func:`wrappers`.
+
+    Raises:
+        UserError: there is one.
+    """
+    for module in wrappers(model):
+        _require_no_hooks(module, type(module).__name__)
 
 
 def body(model: nn.Module) -> nn.Module:
@@ -88,13 +158,27 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
             model = model.module
         elif isinstance(model, FullyShardedDataParallel):
             raise UserError("the model is in FullyShardedDataParallel; use fully_shard (FSDP2) instead")
-        elif hasattr(model, "get_base_model"):
-            kind = model.active_peft_config
-            if kind.is_prompt_learning:
-                raise UserError(f"{kind.peft_type.value} adds virtual tokens to the input, which is not supported")
-            model = model.get_base_model()
+        elif hasattr(model, "get_base_model") or type(model).__name__ == "PeftMixedModel":
+            _require_layers_alone(model)
+            yield model.base_model
+            model = model.base_model.model
         else:
             return
+
+
+def _require_layers_alone(model: nn.Module) -> None:
+    """Refuse peft's methods that need the forward of the PeftModel, which is not called, and not only that of its
+    layers."""
+    kind = getattr(model, "active_peft_config", None)
+    if getattr(kind, "is_prompt_learning", False):
+        raise UserError(f"{kind.peft_type.value} adds virtual tokens to the input, which is not supported")
+    if getattr(kind, "alora_invocation_tokens", None):
+        raise UserError("an activated LoRA (alora_invocation_tokens) is not supported; use a LoRA without them")
+    tuner = type(model.base_model)
+    own = next(kind for kind in tuner.__mro__ if "forward" in vars(kind)).__name__
+    # AdaLoRA's adds a term to the loss that a model makes of labels, which is no part of its logits.
+    if own not in ("BaseTuner", "AdaLoraModel"):
+        raise UserError(f"{tuner.__name__} does more than its layers do, which is not supported; use LoRA")
 
 
 def within(model: nn.Module, compute: Callable[[], T]) -> T:

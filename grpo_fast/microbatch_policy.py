@@ -26,6 +26,7 @@ class MicrobatchPolicy(FusedPolicy):
         A mixture of experts' router loss is a mean over the microbatch's positions, in which a shared prompt counts
         once; `LossInputs.share` weights it among the step's microbatches.
         """
+        self._inspect()
         return within(self.model, partial(self._score, microbatch, inputs, with_entropy))
 
     def _score(

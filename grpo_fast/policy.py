@@ -10,7 +10,6 @@ before.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.attention import install
+from grpo_fast.attention import REQUIRE_CAUSAL, install
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.head_weight import head_group, head_weight
-from grpo_fast.heads import body, logit_transform, output_head, router_loss, within, wrappers
-from grpo_fast.layout import IGNORE_INDEX, Layout, lay_out
+from grpo_fast.head_weight import head_tensors, require_values
+from grpo_fast.heads import (
+    body,
+    logit_transform,
+    output_head,
+    require_no_skipped_hooks,
+    require_temperature,
+    router_loss,
+    within,
+    wrappers,
+)
+from grpo_fast.images import has_images, image_positions, places_images, twice
+from grpo_fast.layout import IGNORE_INDEX, PACKING, Layout, lay_out
+from grpo_fast.model_inputs import check_keywords, check_tensors, check_token_ids, forward_arguments
 from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
 
 # Largest difference between the head's and the model's own log-probabilities in the check before training.
@@ -55,31 +65,26 @@ class LossInputs:
     share: float = 1.0
 
 
-# A transformers model takes any keyword, so that these would be passed on to it and change nothing.
-ELSEWHERE = {
-    "temperature": "give it to FusedPolicy(model, temperature=...)",
-    "labels": "the tokens that are scored are those of input_ids, by completion_mask or logits_to_keep",
-}
-
-
 class FusedPolicy(nn.Module):
     """Computes per-token log-probabilities, entropies or the policy loss inside its forward, without logits.
 
-    Tied heads, biases, and the logit scale or softcap of the model's config are heeded. On the first forward a short
-    sequence's log-probabilities are compared with those of the model's own logits, and on the first packed one with
-    those of separate rows, so that a model that does something else cannot go unnoticed.
+    Tied heads, biases, and the logit scale or softcap of the model's config are part of it; each call looks at them
+    again, and refuses a head that has got an adapter or a hook since. On the first forward, and whenever the head is
+    another one, a short sequence's log-probabilities are compared with those of the model's own logits; on the first
+    packed one, and the first with images, with those of separate rows. So a model that does something else cannot go
+    unnoticed.
 
     Args:
         model: a transformers causal LM, or its PeftModel, compiled, DDP or FSDP2 (`fully_shard`) form. DDP and FSDP2
             may as well be put around the FusedPolicy; they find everything inside its forward. Of a model compiled as
             a whole the original is run; compile its layers, or `model.base_model`, in place.
-        temperature: sampling temperature, which divides the logits.
+        temperature: sampling temperature, which divides the logits; from 1e-6 to 1e6.
         max_buffer_bytes: temporary memory of the head; see `linear_logprob`.
         check: compare on the first forwards, as above.
 
     Raises:
-        UserError: the model has no linear output head, or the head carries an adapter or is quantised; it is wrapped
-            in something that is not supported, or is no module; `temperature` is not above 0.
+        UserError: the model has no linear output head, or the head carries an adapter or a hook, or is quantised; it
+            is wrapped in something that is not supported, or is no module; `temperature` is out of range.
     """
 
     def __init__(
@@ -88,22 +93,32 @@ class FusedPolicy(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise UserError(f"FusedPolicy needs a loaded transformers model, got {model!r:.60}")
-        if not temperature > 0:
-            raise UserError(f"temperature must be above 0, got {temperature}")
-        self.model = model
+        self.model, self.check = model, check
+        self.head_options = {"temperature": require_temperature(temperature), "max_buffer_bytes": max_buffer_bytes}
+        # What was compared with the model's own logits last, and the inputs beside which packed rows were.
+        self.compared_head: tuple | None = None
+        self.compared_packed: set[tuple[str, ...]] = set()
+        # It may be on the meta device now, to get its weights later.
         output_head(self.causal_lm)
-        self.head_options = {
-            "temperature": temperature,
-            "max_buffer_bytes": max_buffer_bytes,
-            **logit_transform(self.causal_lm.config),
-        }
-        self.unchecked = {"head", "packed"} if check else set()
+        require_no_skipped_hooks(self.model)
 
     @property
     def causal_lm(self) -> nn.Module:
         """The transformers model inside its wrappers."""
         *_, model = wrappers(self.model)
         return model
+
+    def _inspect(self) -> tuple:
+        """Refuse a head that does more than multiply, and take the logit transform from the model's config as it is
+        now; what the log-probabilities depend on beside weights is returned."""
+        model = self.causal_lm
+        head, transform = output_head(model), logit_transform(model.config)
+        require_values(head)
+        require_no_skipped_hooks(self.model)
+        if not getattr(model.config, "return_dict", True):
+            raise UserError("the model's config has return_dict=False; set model.config.return_dict = True")
+        self.head_options |= transform
+        return head, vars(model).get("forward"), *transform.values()
 
     def forward(
         self,
@@ -132,9 +147,12 @@ class FusedPolicy(nn.Module):
 
         Args:
             input_ids: ``[B, T]`` int64, padded on either side or on both; or packed, ``[1, T]``: sequences one behind
-                another, as `cu_seqlens` or a `position_ids` that starts anew says.
+                another. `cu_seqlens`, a `position_ids` that starts again, an `attention_mask` that numbers sequences
+                (1 1 2 2 2), or transformers' `cu_seq_lens_q`, `cu_seq_lens_k` and `seq_idx` say where they begin;
+                several of these have to agree.
             attention_mask: ``[B, T]``, 0 where there is padding.
-            position_ids: ``[B, T]``; by default padding is not counted, as in `model.generate`.
+            position_ids: ``[B, T]``, or ``[3, B, T]`` (``[4, B, T]`` with the text's) for models that place images; by
+                default padding is not counted, as in `model.generate`.
             completion_mask: ``[B, K]`` for the last K tokens, 0 where one is not scored.
             logits_to_keep: K, where there is no `completion_mask`; by default T - 1.
             cu_seqlens: ``[S + 1]`` int offsets of packed sequences, from 0 to T.
@@ -147,7 +165,7 @@ class FusedPolicy(nn.Module):
                 or the call's share of the tokens, where several make up one optimizer step.
             return_entropy: entropies (nats) as well.
             return_aux_loss: without `advantages`, the router loss as well (times its coefficient, not `share`).
-            **model_inputs: passed on to the model, images for instance.
+            **model_inputs: passed on to the model, images for instance; names that its forward has.
 
         Returns:
             ``logprobs [B, K]``, or a tuple of it with ``entropy [B, K]`` and the 0-dim router loss, as asked for;
@@ -157,22 +175,28 @@ class FusedPolicy(nn.Module):
             its router loss is part of ``loss``, as in transformers.
 
         Raises:
-            UserError: arguments do not fit together, the model transforms its logits in an unknown way, or it cannot
-                take packed input.
+            UserError: arguments do not fit together or are unknown, the head has changed into one that is not
+                supported, the model transforms its logits in an unknown way, or it cannot take packed input.
             ValueError: a loss argument has a wrong shape, or one that `objective` needs is missing.
         """
-        for name, instead in ELSEWHERE.items():
-            if name in model_inputs:
-                raise UserError(f"{name} is no argument of this call: {instead}")
+        fingerprint = self._inspect()
+        packing = {name: model_inputs.pop(name) for name in PACKING if name in model_inputs}
+        inner = body(self.causal_lm)
+        check_keywords(model_inputs, self.causal_lm, inner, (*forward_arguments(self), *PACKING))
         if not isinstance(objective, PolicyObjective):
             raise UserError(f"objective must be a PolicyObjective, such as PRESETS['dapo'], got {objective!r:.60}")
-        layout = lay_out(input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens)
-        if not model_inputs and input_ids.device.type == "cpu":
-            # Images may have ids of their own, and on a GPU looking at values would stall the stream.
-            vocab = self.causal_lm.config.get_text_config().vocab_size
-            wrong = input_ids[(input_ids < 0) | (input_ids >= vocab)]
-            if wrong.numel():
-                raise UserError(f"input_ids holds {wrong[0].item()}; allowed are token ids from 0 to {vocab - 1}")
+        if isinstance(share, bool) or not isinstance(share, int | float | Tensor):
+            raise UserError(f"share must be a number, got {share!r:.60}")
+        check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            completion_mask=completion_mask, cu_seqlens=cu_seqlens, advantages=advantages, weights=weights,
+            old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction,
+            **{name: value for name, value in packing.items() if not name.startswith("max_length")},
+        )  # fmt: skip
+        layout = lay_out(input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens, packing)
+        check_token_ids(input_ids, self.causal_lm.config, bool(model_inputs))
+        if position_ids is not None and position_ids.dim() == 3 and not places_images(inner):
+            raise UserError(f"{type(inner).__name__} takes position_ids [B, T], got {list(position_ids.shape)}")
         if advantages is not None and advantages.device.type == "cpu" and not advantages.isfinite().all():
             value = advantages[~advantages.isfinite()][0].item()
             raise UserError(f"advantages holds {value}; allowed are finite numbers")
@@ -185,24 +209,42 @@ class FusedPolicy(nn.Module):
         for name, value in {**given, "correction": correction}.items():
             if loss is None and value is not None:
                 raise UserError(f"{name} belongs to the loss, which needs advantages as well")
-        return within(self.model, partial(self._run, layout, loss, return_entropy, return_aux_loss, model_inputs))
+        if return_aux_loss and not self.routes:
+            raise UserError("return_aux_loss needs a mixture of experts with output_router_logits in its config")
+        if layout.segments is not None:
+            self._require_packing("its attention cannot be replaced", install(self.causal_lm))
+
+        def compute() -> PolicyLoss | Tensor | tuple[Tensor, ...]:
+            if self.check:
+                self._compare(layout, fingerprint, model_inputs)
+            return self._run(layout, loss, return_entropy, return_aux_loss, model_inputs)
+
+        return within(self.model, compute)
+
+    def _compare(self, layout: Layout, fingerprint: tuple, model_inputs: dict) -> None:
+        """Compare what has not been compared yet: the head with the model's own logits, packed rows with separate
+        ones, and packed rows with each kind of images with separate ones that have the same."""
+        row, mask = layout.input_ids[0], layout.attention_mask
+        # Placeholders of images may lie outside of the vocabulary.
+        highest = self.causal_lm.config.get_text_config().vocab_size - 1
+        if fingerprint != self.compared_head:
+            real = row if mask is None or not mask[0].any() else row[mask[0] != 0]
+            self._check_head(real[:CHECKED_LENGTH].clamp(0, highest).tolist())
+            self.compared_head = fingerprint
+        if layout.segments is None:
+            return
+        if () not in self.compared_packed:
+            ids = row[:CHECKED_LENGTH].clamp(0, highest)
+            self._check_packed(torch.stack([ids, ids.flip(0)]))
+            self.compared_packed.add(())
+        names = tuple(sorted(name for name, value in model_inputs.items() if isinstance(value, Tensor | list)))
+        if names not in self.compared_packed:
+            self._check_packed(torch.stack([row, row]), {name: model_inputs[name] for name in names})
+            self.compared_packed.add(names)
 
     def _run(
         self, layout: Layout, loss: LossInputs | None, with_entropy: bool, with_router: bool, model_inputs: dict
     ) -> PolicyLoss | Tensor | tuple[Tensor, ...]:
-        if "head" in self.unchecked:
-            row, mask = layout.input_ids[0], layout.attention_mask
-            if mask is not None and mask[0].any():
-                row = row[mask[0] != 0]
-            self._check_head(row[:CHECKED_LENGTH].tolist())
-            self.unchecked.discard("head")
-        if layout.segments is not None:
-            self._require_packing("its attention cannot be replaced", install(self.causal_lm))
-            if "packed" in self.unchecked:
-                self._check_packed(layout.input_ids[0, :CHECKED_LENGTH])
-                self.unchecked.discard("packed")
-        if with_router and not self.routes:
-            raise UserError("return_aux_loss needs a mixture of experts with output_router_logits in its config")
         routed = self.routes and (loss is not None or with_router)
         hidden, router = self._hidden_states(layout, routed, model_inputs)
         hidden = hidden.index_select(1, layout.sources)
@@ -225,16 +267,19 @@ class FusedPolicy(nn.Module):
 
     def _hidden_states(self, layout: Layout, routed: bool, model_inputs: dict) -> tuple[Tensor, Tensor | None]:
         """``[B, T, H]`` and the router loss, if `routed`."""
-        model = self.causal_lm
+        inner = body(self.causal_lm)
         options: dict[str, Any] = {"attention_mask": layout.attention_mask, "use_cache": False, **model_inputs}
         if layout.segments is not None:
             # A mask of four dimensions is passed through: none is made, and packed attention needs none.
             mask = layout.input_ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)
             options |= {"attention_mask": mask, "segments": layout.segments}
-        # Some models know no positions, and those of images are numbered by the model.
-        numbered = "position_ids" in inspect.signature(body(model).forward).parameters and not model_inputs
-        if layout.position_ids is not None and (numbered or layout.given_positions):
-            options["position_ids"] = layout.position_ids
+        positions = layout.position_ids
+        if not layout.given_positions and has_images(model_inputs, layout.input_ids):
+            # The model numbers images itself, where each row is one sequence.
+            positions = None if layout.segments is None else image_positions(inner, layout, model_inputs)
+        # Some models know no positions.
+        if positions is not None and (layout.given_positions or "position_ids" in forward_arguments(inner)):
+            options["position_ids"] = positions
         return self._body(layout.input_ids, options, routed, layout.attention_mask)
 
     def _body(
@@ -242,7 +287,9 @@ class FusedPolicy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The model without its head: ``[B, T, H]`` and the router loss, if `routed`."""
         model = self.causal_lm
-        output = body(model)(input_ids=input_ids, **options, **({"output_router_logits": True} if routed else {}))
+        if routed:
+            options["output_router_logits"] = True
+        output = body(model)(input_ids=input_ids, **options)
         return output.last_hidden_state, router_loss(model, output.router_logits, padding_mask) if routed else None
 
     def _head(
@@ -255,9 +302,8 @@ class FusedPolicy(nn.Module):
         router: Tensor | None = None,
     ) -> PolicyLoss | Tensor | tuple[Tensor, Tensor]:
         """From the hidden states that predict `targets` to log-probabilities, or to the loss."""
-        head = self.causal_lm.get_output_embeddings()
-        weight, bias = head_weight(head)
-        options = {"bias": bias, "return_entropy": with_entropy, "process_group": head_group(head), **self.head_options}
+        weight, bias, group = head_tensors(self.causal_lm.get_output_embeddings())
+        options = {"bias": bias, "return_entropy": with_entropy, "process_group": group, **self.head_options}
         if loss is None:
             found = linear_logprob(hidden, weight, targets, **options)
             # A view would lose the hook that FSDP2 puts on it if a caller changed it in place.
@@ -283,14 +329,15 @@ class FusedPolicy(nn.Module):
         """Compare with the model's own logits on one prompt, so that an unknown logit transform cannot slip through.
 
         Raises:
-            UserError: the log-probabilities differ.
+            UserError: the log-probabilities differ, or the head does more than multiply.
         """
+        self._inspect()
         within(self.model, partial(self._check_head, prompt_ids))
 
     @torch.no_grad()
     def _check_head(self, prompt_ids: list[int]) -> None:
         model = self.causal_lm
-        weight = head_weight(model.get_output_embeddings())[0]
+        weight = next(model.get_output_embeddings().parameters())
         ids = torch.tensor([[*prompt_ids, prompt_ids[-1]][:CHECKED_LENGTH]], device=weight.device)
         with exactly(model, weight.device):
             # Not by calling the model, which may have hooks that expect one call.
@@ -308,33 +355,46 @@ class FusedPolicy(nn.Module):
                 f"log-probabilities differ by {difference:.3g}"
             )
 
-    def _require_packing(self, reason: str, possible: bool) -> None:
+    def _require_packing(self, reason: str, possible: bool, inputs: str = "") -> None:
         if not possible:
             name, attention = type(self.causal_lm).__name__, self.causal_lm.config._attn_implementation
             raise UserError(
-                f"packed input is not possible with {name} and attention {attention!r}, pad instead: {reason}"
+                f"packed input{inputs} is not possible with {name} and attention {attention!r}, pad instead: {reason}"
             )
 
     @torch.no_grad()
-    def _check_packed(self, ids: Tensor) -> None:
-        """Compare two sequences, packed, with the same two in rows of their own.
+    def _check_packed(self, rows: Tensor, model_inputs: dict | None = None) -> None:
+        """Compare two sequences ``[2, n]``, packed, with the same two in rows of their own.
+
+        Args:
+            rows: the tokens; with `model_inputs` the same ones twice.
+            model_inputs: images and the like of one of the rows; both get them.
 
         Raises:
             UserError: the model cannot take the packed ones, or gives something else.
         """
-        rows = torch.stack([ids, ids.flip(0)])
-        starts = torch.arange(3, device=ids.device) * len(ids)
-        layouts = lay_out(rows), lay_out(rows.view(1, -1), cu_seqlens=starts)
+        length, device, names = rows.shape[1], rows.device, ""
+        layouts = lay_out(rows), lay_out(rows.reshape(1, -1), cu_seqlens=torch.arange(3, device=device) * length)
+        inputs: list[dict] = [{}, {}]
+        if model_inputs:
+            names = f" with {', '.join(sorted(model_inputs))}"
+            # One number a token makes two rows or a longer one; images are twice as many either way.
+            inputs = [{key: twice(x, length, axis) for key, x in model_inputs.items()} for axis in (0, 1)]
+            inputs[0]["segments"] = REQUIRE_CAUSAL
+        # Placeholders of images may lie outside of the vocabulary.
+        vocab, targets, found = self.causal_lm.config.get_text_config().vocab_size, rows[:, 1:], []
+        targets = targets.masked_fill((targets < 0) | (targets >= vocab), IGNORE_INDEX)
         try:
-            with exactly(self.causal_lm, ids.device):
-                hidden = [self._hidden_states(layout, False, {})[0].view(2, len(ids), -1) for layout in layouts]
-                apart, packed = (self._head(h[:, :-1], rows[:, 1:]) for h in hidden)
+            with exactly(self.causal_lm, device):
+                for layout, more in zip(layouts, inputs, strict=True):
+                    hidden = self._hidden_states(layout, False, more)[0].view(2, length, -1)
+                    found.append(self._head(hidden[:, :-1], targets))
         except Exception as error:
             # Models that keep a state along the row fail in many ways.
-            self._require_packing(one_line(error), False)
-        difference = (apart - packed).abs().max().item()
+            self._require_packing(one_line(error), False, names)
+        difference = (found[0] - found[1]).abs().max().item()
         reason = f"log-probabilities differ by {difference:.3g} from those of separate rows"
-        self._require_packing(reason, difference <= HEAD_TOLERANCE.get(hidden[0].dtype, HEAD_TOLERANCE_16_BIT))
+        self._require_packing(reason, difference <= HEAD_TOLERANCE.get(hidden.dtype, HEAD_TOLERANCE_16_BIT), names)
 
 
 def _flat(loss: LossInputs, layout: Layout) -> LossInputs:

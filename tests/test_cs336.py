@@ -95,12 +95,17 @@ def test_get_response_log_probs(with_entropy):
         torch.testing.assert_close(parameter.grad, expected_grads[name])
 
 
-def test_get_response_log_probs_builds_no_logits():
+def test_get_response_log_probs_builds_no_logits(monkeypatch):
     """The largest tensor of the head stays under that of the full logits."""
     model = tiny_model(dtype=torch.float32, vocab_size=20_000)
     tokens = torch.randint(0, 20_000, (2, 65))
-    shapes = []
-    model.get_output_embeddings().register_forward_hook(lambda *_: shapes.append("logits"))
+    shapes, linear = [], torch.nn.functional.linear
+
+    def watched(hidden, weight, bias=None):
+        shapes.extend(["logits"] if weight is model.lm_head.weight else [])
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
     cs336.get_response_log_probs(model, tokens[:, :-1], tokens[:, 1:], True)
     assert shapes == []
 

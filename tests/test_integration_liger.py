@@ -178,6 +178,63 @@ def test_refusals(message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["dapo", "kl, grpo", "cispo", "sapo", "sequence", "vespo", "luspo"])
+def test_advantages_of_tokens(name):
+    """One advantage a token gives Liger's loss where a row's are the same."""
+    arguments, shape = make(), (B, T)
+    per_token = {**arguments, "advantages": arguments["advantages"][:, None].expand(shape).contiguous()}
+    expected, metrics, gradients = call(LigerFusedLinearGRPOLoss, arguments, **CASES[name])
+    loss, found, ours = call(FusedLinearGRPOLoss, per_token, **CASES[name])
+    assert relative_error(loss, expected) < LOSS_TOLERANCE
+    assert [m.item() for m in found] == pytest.approx([m.item() for m in metrics], rel=1e-4, abs=1e-7)
+    for key, gradient in gradients.items():
+        assert relative_error(ours[key], gradient) < TOLERANCE, key
+
+
+def test_other_advantages_for_each_token():
+    """The clipped loss, its gradients and the fraction that is clipped, from plain logits in float64."""
+    arguments = {name: x.double() if x.is_floating_point() else x for name, x in make().items()}
+    arguments["advantages"] = advantages = torch.randn(B, T, dtype=torch.float64)
+    leaves = {name: arguments[name].clone().requires_grad_() for name in ("_input", "lin_weight", "bias")}
+    logits = (leaves["_input"] @ leaves["lin_weight"].T + leaves["bias"]) / 0.8
+    targets, mask = arguments["selected_token_ids"], arguments["attention_mask"]
+    logprobs = logits.log_softmax(-1).gather(2, targets[..., None]).squeeze(2)
+    ratio = (logprobs - arguments["old_per_token_logps"]).exp()
+    bounded = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.3) * advantages)
+    expected = -(bounded * mask).sum() / mask.sum()
+    (1.7 * expected).backward()
+    clipped = torch.where(advantages > 0, ratio > 1.3, ratio < 0.9) & (advantages != 0)
+    options = {"epsilon_low": 0.1, "epsilon_high": 0.3, "temperature": 0.8, "beta": 0.0}
+    loss, metrics, gradients = call(FusedLinearGRPOLoss, arguments, **options)
+    torch.testing.assert_close(loss, expected.detach())
+    assert metrics[0].item() == pytest.approx(((clipped * mask).sum() / mask.sum()).item())
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(gradients[name], leaf.grad)
+
+
+WRONG = {
+    "advantages": ([0.5] * B, "advantages must be a tensor, got list"),
+    "attention_mask": ([[1] * T] * B, "attention_mask must be a tensor, got list"),
+    "lin_weight": (torch.zeros(V, H).to(torch.float8_e4m3fn), r"lin_weight is quantised \(torch.float8_e4m3fn\)"),
+}
+
+
+def test_arguments_of_another_type_are_refused_in_one_line():
+    wrong = [(name, *case) for name, case in WRONG.items()]
+    wrong += [
+        ("advantages", torch.ones(B, 1), r"advantages must have shape \[6\] or \[6, 12\], got \[6, 1\]"),
+        ("advantages", torch.ones(B + 1), r"advantages must have shape \[6\] or \[6, 12\], got \[7\]"),
+        ("lin_weight", torch.zeros(V, H, device="meta"), "weight is on meta"),
+    ]
+    for name, value, message in wrong:
+        with pytest.raises(ValueError, match=message) as caught:
+            FusedLinearGRPOLoss()(**{**make(), name: value})
+        assert "\n" not in str(caught.value)
+    for temperature in (0, None, "0.7", float("nan"), float("inf"), 1e-45, True):
+        with pytest.raises(ValueError, match="temperature must be a number from 1e-6 to 1e6"):
+            FusedLinearGRPOLoss(temperature=temperature)
+
+
 def test_refusals_of_a_call():
     arguments = make()
     with pytest.raises(ValueError, match=r"vllm_is_ratio must have shape \[6\]"):

@@ -4,6 +4,7 @@ import copy
 import os
 import socket
 
+import peft
 import pytest
 import torch
 
@@ -294,10 +295,13 @@ def test_no_logits_are_made(folder, tmp_path, monkeypatch):
     trainer.current_gradient_accumulation_steps = 1
     inputs = batch(trainer, 0)
 
-    def refuse(*_):
-        raise AssertionError("logits were made")
+    linear, head = torch.nn.functional.linear, trainer.model.lm_head.weight
 
-    trainer.model.lm_head.register_forward_hook(refuse)
+    def refuse(hidden, weight, bias=None):
+        assert weight is not head, "logits were made"
+        return linear(hidden, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", refuse)
     trainer.compute_loss(trainer.model, inputs).backward()
     assert passes == [1]
 
@@ -342,9 +346,37 @@ def test_fsdp_by_its_launcher_is_refused(tmp_path, monkeypatch):
 
 def test_a_model_with_other_logits_is_refused(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    model.config.logit_scale = 2.0
     with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):
         build(FusedGRPOTrainer, folder, tmp_path, model=model)
+
+
+def test_a_head_that_changes_is_refused_or_followed(folder, tmp_path):
+    """An adapter or a hook that comes after the trainer was built, and keywords that the model would swallow."""
+    trainer = build(FusedGRPOTrainer, folder, tmp_path)
+    model, ids = trainer.model, torch.randint(2, 12, (2, 7))
+    call = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+    logits = model(input_ids=ids).logits[:, :-1] / trainer.temperature
+    expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(model(**call).log_probs, expected, rtol=1e-4, atol=1e-4)
+    for keyword in ("shift_labels", "num_items_in_batch", "cu_seq_lens_q"):
+        with pytest.raises(UserError, match=f"{keyword} is no argument of this call"):
+            model(**call, **{keyword: ids})
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="has a forward hook"):
+        model(**call)
+    hook.remove()
+    peft.get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(UserError, match="carries an adapter"):
+        model(**call)
+
+
+@pytest.mark.parametrize("temperature", [0.0, float("inf"), 1e-45])
+def test_odd_temperatures_are_refused_before_the_model_is_loaded(tmp_path, temperature):
+    args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, temperature=temperature)
+    with pytest.raises(UserError, match="temperature must be a number from 1e-6 to 1e6"):
+        FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
 
 
 def two_processes(rank, port, folder, out):

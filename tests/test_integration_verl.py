@@ -141,3 +141,17 @@ def test_verls_own_forward(monkeypatch):
         found.append((output.log_probs.flatten(), output.entropy.flatten(), grad))
     for a, b in zip(*found, strict=True):
         assert relative_error(a, b) < TOLERANCE
+
+
+def test_arguments_of_another_type_are_refused_in_one_line():
+    hidden, weight, labels = make()
+    wrong = [
+        ((hidden, weight, labels.tolist()), "labels must be a tensor, got list"),
+        ((hidden, weight.detach().to(torch.float8_e4m3fn), labels), r"weight is quantised \(torch.float8_e4m3fn\)"),
+        ((hidden, weight.detach().to("meta"), labels), "weight is on meta"),
+        *(((hidden, weight, labels, t), "temperature must be a number") for t in (0, "0.7", float("inf"), 1e-45, True)),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message) as caught:
+            integration.linear_cross_entropy(*arguments)
+        assert "\n" not in str(caught.value)

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grpo_fast.head_weight import require_plain
+from grpo_fast.heads import require_temperature
+from grpo_fast.model_inputs import check_tensors
 from grpo_kernels import PRESETS, PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, token_weights
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -35,9 +38,9 @@ class FusedLinearGRPOLoss(nn.Module):
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: as in TRL's GRPOConfig.
 
     Raises:
-        ValueError: an option is unknown or out of range, or one of those that are refused: a `delta` below
-            1 + epsilon_high; "luspo" with token ratios or with a KL term, where Liger counts padding; "vespo" with
-            `use_bias_correction_kl`.
+        ValueError: an option is unknown or out of range (`temperature`: 1e-6 to 1e6), or one of those that are
+            refused: a `delta` below 1 + epsilon_high; "luspo" with token ratios or with a KL term, where Liger counts
+            padding; "vespo" with `use_bias_correction_kl`.
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class FusedLinearGRPOLoss(nn.Module):
             loss_type != "vespo" or not (use_bias_correction_kl and beta != 0.0),
             "loss_type='vespo' is not supported with use_bias_correction_kl=True",
         )
-        self.loss_type, self.use_ref_model, self.temperature = loss_type, use_ref_model, temperature
+        self.loss_type, self.use_ref_model = loss_type, use_ref_model
+        self.temperature = require_temperature(temperature)
         self.beta, self.max_completion_length = beta, max_completion_length
         preset = PRESETS[loss_type]
         bounds = {
@@ -130,7 +134,7 @@ class FusedLinearGRPOLoss(nn.Module):
             _input: ``[B, T, H]`` hidden states that predict the selected tokens.
             lin_weight, bias: ``[V, H]`` and ``[V]``, the output head.
             selected_token_ids, attention_mask: ``[B, T]``; the mask is 0 where a token does not count.
-            advantages: ``[B]``.
+            advantages: ``[B]``, or ``[B, T]`` for one a token.
             ref_per_token_logps: ``[B, T]``, or made from `ref_input` ``[B, T, H]``, `ref_weight` and `ref_bias`.
             old_per_token_logps: ``[B, T]``; None: the present ones.
             vllm_is_ratio: ``[B, T]``, ``[B, 1]`` or ``[B]``: the sampler's correction.
@@ -142,14 +146,28 @@ class FusedLinearGRPOLoss(nn.Module):
             clipped tokens; both over the counted tokens.
 
         Raises:
-            ValueError: shapes do not fit, or the reference is missing.
+            ValueError: an argument is no tensor, shapes do not fit, the weight is quantised, or the reference is
+                missing.
         """
+        check_tensors(
+            _input=_input, lin_weight=lin_weight, selected_token_ids=selected_token_ids, attention_mask=attention_mask,
+            advantages=advantages, bias=bias, ref_per_token_logps=ref_per_token_logps,
+            old_per_token_logps=old_per_token_logps, ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias,
+            vllm_is_ratio=vllm_is_ratio,
+        )  # fmt: skip
+        require_plain("lin_weight", lin_weight)
         rows, length = attention_mask.shape
         mask = attention_mask != 0
         _require(
             _input.dim() == 3 and _input.shape[:2] == mask.shape,
             f"_input must have shape [{rows}, {length}, H] like attention_mask, got {tuple(_input.shape)}",
         )
+        _require(
+            tuple(advantages.shape) in ((rows,), (rows, length)),
+            f"advantages must have shape [{rows}] or [{rows}, {length}], got {list(advantages.shape)}",
+        )
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand(rows, length)
         head = {"temperature": self.temperature}
         targets = selected_token_ids.masked_fill(~mask, -100)
         reference = None
@@ -179,11 +197,10 @@ class FusedLinearGRPOLoss(nn.Module):
                 )
                 correction = ratio.float().expand(rows, length)
         found = linear_policy_loss(
-            _input, lin_weight, targets, advantages[:, None].expand(rows, length),
-            self._weights(mask, num_items_in_batch), self.objective, old_logprobs=old, ref_logprobs=reference,
-            correction=correction, bias=bias, **head,
+            _input, lin_weight, targets, advantages, self._weights(mask, num_items_in_batch), self.objective,
+            old_logprobs=old, ref_logprobs=reference, correction=correction, bias=bias, **head,
         )  # fmt: skip
-        return found.loss, self._metrics(found.logprobs, mask, advantages[:, None], old, reference)
+        return found.loss, self._metrics(found.logprobs, mask, advantages, old, reference)
 
     def _weights(self, mask: Tensor, num_items: Tensor | float | None) -> Tensor:
         """Mask and normaliser ``[B, T]``."""

@@ -20,8 +20,9 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from grpo_fast.errors import UserError, import_extra
-from grpo_fast.head_weight import head_group, head_weight
-from grpo_fast.heads import body, logit_transform, output_head
+from grpo_fast.head_weight import head_tensors, require_values
+from grpo_fast.heads import body, logit_transform, output_head, require_no_skipped_hooks, require_temperature
+from grpo_fast.model_inputs import check_keywords
 from grpo_fast.policy import FusedPolicy
 from grpo_kernels import PRESETS, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
 
@@ -38,8 +39,9 @@ class FusedGRPOTrainer(_trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with the same arguments; log-probabilities and losses are made without logits.
 
     Raises:
-        UserError: `loss_type` or `importance_sampling_level` is unknown, the model's head or its logits are of a kind
-            that is not supported, or the run uses DeepSpeed ZeRO-3, FSDP, context parallelism or torch.compile.
+        UserError: `loss_type`, `importance_sampling_level` or `temperature` is not allowed, the model's head or its
+            logits are of a kind that is not supported, or the run uses DeepSpeed ZeRO-3, FSDP, context parallelism or
+            torch.compile.
     """
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **named: Any):
@@ -126,6 +128,7 @@ def check_arguments(args: Any) -> None:
         value = getattr(args, name)
         if value not in allowed:
             raise UserError(f"{name}={value!r} is not supported; choose one of {', '.join(allowed)}")
+    require_temperature(args.temperature)
     plugin, parallel = args.deepspeed_plugin, getattr(args, "parallelism_config", None)
     refused = {
         "DeepSpeed ZeRO-3": plugin is not None and plugin.zero_stage == 3,
@@ -186,13 +189,15 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
         temperature: divides the logits.
         in_float32: run the head in float32 outside of autocast (TRL's `cast_lm_head_to_fp32`).
 
+    The call raises a UserError for keywords that the model's forward does not name, and for a head that has got an
+    adapter or a hook.
+
     Raises:
-        UserError: the model has no linear output head, or the head carries an adapter or is quantised; the model
-            cannot be run without it.
+        UserError: the model has no linear output head, or the head carries an adapter or a hook, or is quantised; the
+            model cannot be run without it.
     """
     output_head(model)
     body(model)
-    options = {"temperature": temperature, **logit_transform(model.config)}
     others, config = model.forward, model.config.get_text_config()
 
     @functools.wraps(type(model).forward)
@@ -201,13 +206,18 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
             return others(*args, **kwargs, **({} if labels is None else {"labels": labels}))
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        output = body(self)(*args, use_cache=False, **kwargs)
-        layer = self.get_output_embeddings()
-        weight, bias = head_weight(layer)
+        layer, inner = output_head(self), body(self)
+        require_values(layer)
+        require_no_skipped_hooks(self)
+        # TRL asks for router logits, which make the auxiliary loss.
+        check_keywords({name: x for name, x in kwargs.items() if name != "output_router_logits"}, self, inner)
+        output = inner(*args, use_cache=False, **kwargs)
+        weight, bias, group = head_tensors(layer)
         hidden, labels = output.last_hidden_state.to(weight.device), labels.to(weight.device)
         enabled = torch.is_autocast_enabled(hidden.device.type) and not in_float32
         with torch.autocast(hidden.device.type, enabled=enabled):
-            head = {"weight": weight, "bias": bias, "process_group": head_group(layer), **options}
+            head = {"weight": weight, "bias": bias, "process_group": group, "temperature": temperature}
+            head |= logit_transform(self.config)
             found = _run_head(hidden.float() if in_float32 else hidden, labels, policy_loss, with_entropy, head)
         aux_loss = None
         if kwargs.get("output_router_logits"):

@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast.errors import import_extra
+from grpo_fast.head_weight import require_plain
+from grpo_fast.heads import require_temperature
+from grpo_fast.model_inputs import check_tensors
 from grpo_kernels import linear_logprob
 
 REDUCTIONS = {"none": lambda values: values, "sum": torch.sum, "mean": torch.mean}
@@ -39,7 +42,7 @@ def linear_cross_entropy(
         hidden: ``[..., H]``.
         weight: ``[V, H]``, or this rank's rows ``[V_local, H]`` with a process group, in rank order.
         labels: ``[...]`` ids in ``[0, V)``; -100 gives log-probability and entropy 0.
-        temperature: divides the logits; one number, or one a token ``[...]``.
+        temperature: divides the logits; one number from 1e-6 to 1e6, or one a token ``[...]``.
         reduction: "none", or "sum" or "mean" of the log-probabilities over all tokens.
         dist_process_group: the ranks that hold the vocabulary in shards. As in verl, the gradients of `hidden` add up
             over them to the whole one, which Megatron's sequence-parallel gather does.
@@ -48,14 +51,16 @@ def linear_cross_entropy(
         ``(logprobs [N], entropy [N])``, float32, flattened as verl's are; ``logprobs`` is a scalar with a reduction.
 
     Raises:
-        ValueError: shapes do not fit, an id is outside of the vocabulary, or `reduction` is unknown.
+        ValueError: an argument is no tensor, shapes do not fit, the weight is quantised, an id is outside of the
+            vocabulary, or `reduction` is unknown.
     """
+    check_tensors(hidden=hidden, weight=weight, labels=labels)
+    require_plain("weight", weight)
     reduction = "none" if reduction is None else reduction.lower()
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r} is unknown; choose one of {list(REDUCTIONS)}")
     temperature = 1.0 if temperature is None else temperature
-    if isinstance(temperature, Tensor):
-        temperature = temperature.reshape(-1)
+    temperature = temperature.reshape(-1) if isinstance(temperature, Tensor) else require_temperature(temperature)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     ranks = 1 if dist_process_group is None else dist.get_world_size(dist_process_group)
     if ranks > 1 and hidden.requires_grad:
