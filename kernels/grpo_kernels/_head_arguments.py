@@ -82,9 +82,6 @@ def make_head(
     rank = 0
     if process_group is not None:
         rank, shards = dist.get_rank(process_group), _gather_sizes(weight, process_group)
-    # A bias's gradient is a plain sum of d, which is owed float32's digits.
-    narrows = device == "cpu" and weight.dtype == operand_dtype == torch.bfloat16
-    narrows = narrows and not (bias is not None and bias.requires_grad)
     head = Head(
         weight=weight.detach(),
         bias=None if bias is None else bias.detach().contiguous(),
@@ -96,7 +93,6 @@ def make_head(
         dtype=dtype,
         vocab_start=sum(shards[:rank]),
         sizing_vocab=max(shards),
-        narrow_weight=weight.detach() if narrows else None,
     )
     require_targets(op, targets, sum(shards))
     return head, temperatures
