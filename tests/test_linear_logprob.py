@@ -309,13 +309,6 @@ def test_log_probabilities_of_16_bit_inputs_are_exact(V):
     assert (linear_logprob(**arguments).double() - truth).abs().max() <= 2e-5
 
 
-def test_global_precision_setting_is_left_alone():
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    linear_logprob(**make(3, 8, 11, torch.bfloat16))
-    assert matmul.fp32_precision == before
-
-
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("trainable", ["hw", "h", ""])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
