@@ -309,13 +309,6 @@ def test_log_probabilities_of_16_bit_inputs_are_exact(V):
     assert (linear_logprob(**arguments).double() - truth).abs().max() <= 2e-5
 
 
-def test_global_precision_setting_is_left_alone():
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    linear_logprob(**make(3, 8, 11, torch.bfloat16))
-    assert matmul.fp32_precision == before
-
-
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("trainable", ["hw", "h", ""])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -393,6 +386,19 @@ def test_weight_changed_before_the_backward_is_refused():
         ({"bias": 0.5}, TypeError, "bias must be a tensor, got float"),
         ({"temperature": 0.0}, ValueError, "temperature .* got 0.0"),
         ({"temperature": float("nan")}, ValueError, "temperature .* got nan"),
+        ({"temperature": -1}, ValueError, "temperature .* got -1"),
+        ({"temperature": float("inf")}, ValueError, "temperature .* got inf"),
+        ({"temperature": 1e-46}, ValueError, "temperature=1e-46 is out of torch.float32's range, 1.18e-38 to 3.4e.38"),
+        ({"temperature": 10**400}, ValueError, "temperature .* got 10000"),
+        ({"temperature": True}, TypeError, "temperature must be a number, got True"),
+        ({"temperature": None}, TypeError, "temperature must be a number or a tensor, got None"),
+        ({"temperature": [1.0]}, TypeError, r"temperature must be a number, got \[1.0\]"),
+        (
+            {"temperature": torch.ones(3).bool()},
+            TypeError,
+            "temperature must be a floating-point tensor, got torch.bool",
+        ),
+        ({"temperature": torch.ones(3, 1)}, ValueError, r"temperature must have shape \(3,\), got \(3, 1\)"),
         ({"temperature": "hot"}, TypeError, "temperature must be a number, got 'hot'"),
         ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, ValueError, r"temperature .* got \[-2.0\]"),
         ({"temperature": torch.tensor([1.0, float("inf"), 1.0])}, ValueError, r"temperature .* got \[inf\]"),
@@ -402,6 +408,33 @@ def test_weight_changed_before_the_backward_is_refused():
         ({"max_buffer_bytes": 0}, ValueError, "max_buffer_bytes .* got 0"),
         ({"backend": "triton2"}, ValueError, "backend='triton2' is unknown"),
         ({"targets": torch.zeros(3, dtype=torch.long, device="meta")}, ValueError, "targets is on meta"),
+        ({"weight": torch.zeros(7, 4, device="meta")}, ValueError, "weight is on meta"),
+        (
+            {
+                "hidden": torch.zeros(3, 4, device="meta"),
+                "weight": torch.zeros(7, 4, device="meta"),
+                "targets": torch.zeros(3, dtype=torch.long, device="meta"),
+            },
+            ValueError,
+            "hidden is on meta, where tensors have no values",
+        ),
+        (
+            {"weight": torch.zeros(7, 4, dtype=torch.float8_e4m3fn)},
+            TypeError,
+            "weight is torch.float8_e4m3fn; convert it",
+        ),
+        ({"hidden": torch.zeros(3, 4, dtype=torch.float8_e5m2)}, TypeError, "hidden is torch.float8_e5m2; convert it"),
+        (
+            {"weight": torch.zeros(7, 4).to_sparse()},
+            TypeError,
+            "weight must be a dense tensor, got layout torch.sparse_coo",
+        ),
+        (
+            {"hidden": torch.zeros(3, 0), "weight": torch.zeros(7, 0)},
+            ValueError,
+            r"V and H of at least 1, got \(7, 0\)",
+        ),
+        ({"weight": torch.zeros(0, 4)}, ValueError, r"V and H of at least 1, got \(0, 4\)"),
     ],
     ids=str,
 )

@@ -346,6 +346,11 @@ def test_outputs_are_detached():
         ({"weights": torch.zeros(4)}, ValueError, "weights must have shape (33,), got (4,)"),
         ({"advantages": torch.zeros(33).to("meta")}, ValueError, "advantages is on meta, but the other tensors are on"),
         ({"weight": torch.zeros(V, H).to("meta")}, ValueError, "weight is on meta"),
+        ({"weight": torch.zeros(V, H, dtype=torch.float8_e4m3fn)}, TypeError, "weight is torch.float8_e4m3fn; convert"),
+        ({"advantages": [0.5] * 33}, TypeError, "advantages must be a tensor, got list"),
+        ({"advantages": None}, TypeError, "advantages must be a tensor, got NoneType"),
+        ({"weights": 1.0}, TypeError, "weights must be a tensor, got float"),
+        ({"old_logprobs": [0.5] * 33}, TypeError, "old_logprobs must be a tensor, got list"),
         ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0, got 0.0"),
         ({"softcap": -1.0}, ValueError, "softcap must be a finite number above 0, got -1.0"),
         ({"max_buffer_bytes": 0}, ValueError, "max_buffer_bytes must be a finite number above 0, got 0"),
@@ -362,3 +367,14 @@ def test_bad_input(change, error, words):
         linear_policy_loss(**{**make(), **change})
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("trainable", ["hw", "h"])
+def test_a_loss_of_no_tokens_is_zero_and_says_so(trainable):
+    arguments = make(trainable=trainable, targets=torch.full((33,), -100))
+    with pytest.warns(UserWarning, match=r"all 33 targets are -100 \(ignored\), so the loss and its gradients are 0"):
+        result = linear_policy_loss(**arguments)
+    result.loss.backward()
+    assert result.loss == 0
+    assert result.stats["tokens"] == 0
+    assert not any(arguments[name].grad.any() for name in ("hidden", "weight") if arguments[name].requires_grad)

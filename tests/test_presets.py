@@ -272,3 +272,11 @@ def test_fields_of_a_run_reach_the_objective():
     for name, value in fields.items():
         assert getattr(objective, names.get(name, name)) == value
     assert (objective.delta, objective.aggregation, objective.kl_bias_correction) == (4.0, "token_mean", True)
+
+
+@pytest.mark.parametrize("name", ["dpo", "GRPO", None])
+def test_an_unknown_preset_names_the_known_ones(name):
+    with pytest.raises(KeyError) as caught:
+        PRESETS[name]
+    assert f"PRESETS has no {name!r}; choose one of grpo, bnpo, dr_grpo, dapo" in str(caught.value)
+    assert PRESETS.get(name) is None

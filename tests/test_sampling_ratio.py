@@ -112,3 +112,44 @@ def test_shapes_must_be_equal():
     logprobs, sampled = draws()
     with pytest.raises(ValueError, match="sampling_logprobs must have shape"):
         sampling_ratio(logprobs, sampled[1:], "token_mask")
+
+
+@pytest.mark.parametrize("mode", SAMPLING_RATIO_MODES)
+def test_an_infinite_log_probability_is_no_ratio_of_one(mode):
+    """Each sequence of two tokens; the policy or the sampler, or both, say that a token cannot be drawn."""
+    level, bound = mode.split("_")
+    never = -math.inf
+
+    def ratios(logprobs, sampled):
+        got = sampling_ratio(torch.tensor(logprobs), torch.tensor(sampled), mode, cu_seqlens=torch.tensor([0, 2]))
+        return got.tolist()
+
+    other = 1.0 if level == "token" else 0.0
+    assert ratios([-1.0, never], [-1.0, -1.0]) == [other, 0.0]
+    assert ratios([-1.0, never], [-1.0, never]) == [other, 0.0]
+    assert ratios([-1.0, never], [-1.0, math.nan]) == [other, 0.0]
+    at_bound = 3.0 if bound == "truncate" else 0.0
+    assert ratios([-1.0, -1.0], [-1.0, never]) == [1.0 if level == "token" else at_bound, at_bound]
+    # One token of ratio 0 makes a sequence impossible under the policy, whatever the others are.
+    assert ratios([never, -1.0], [-1.0, never]) == [0.0, at_bound if level == "token" else 0.0]
+
+
+@pytest.mark.parametrize("mode", SAMPLING_RATIO_MODES)
+def test_unknown_log_probabilities_of_either_count_as_equal(mode):
+    logprobs, sampled = torch.tensor([math.nan, -1.0, -1.0]), torch.tensor([-1.0, math.nan, -1.0])
+    assert sampling_ratio(logprobs, sampled, mode, cu_seqlens=torch.tensor([0, 3])).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"mask": [1, 1]}, TypeError, "mask must be a tensor, got list"),
+        ({"mask": torch.ones(2, device="meta")}, ValueError, "mask is on meta, but the other tensors are on cpu"),
+        ({"sampling_logprobs": torch.ones(2, device="meta")}, ValueError, "sampling_logprobs is on meta"),
+        ({"clip_max": math.nan}, ValueError, "clip_max must be at least 0, got nan"),
+    ],
+)
+def test_unusable_arguments(change, error, words):
+    arguments = {"logprobs": torch.zeros(2), "sampling_logprobs": torch.zeros(2), "mode": "token_mask"}
+    with pytest.raises(error, match=f"sampling_ratio: {words}"):
+        sampling_ratio(**{**arguments, **change})

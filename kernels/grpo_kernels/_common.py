@@ -8,8 +8,8 @@ used or refused, never replaced.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -86,6 +86,22 @@ def require_floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")
 
 
+def require_product_operands(op: str, **tensors: Tensor | None) -> None:
+    """Dense tensors that hold values, of a dtype that needs no scale beside it."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype.itemsize == 1:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}; convert it with its scale to bfloat16, float16 or float32"
+            )
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() first")
+        require(
+            not tensor.is_meta, f"{op}: {name} is on meta, where tensors have no values; load it onto a device first"
+        )
+
+
 def require_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
@@ -105,7 +121,7 @@ def require_number(op: str, name: str, value: float | None) -> None:
 
 def require_finite_positive(op: str, name: str, value: float | None) -> None:
     require_number(op, name, value)
-    if value is not None and not (math.isfinite(value) and value > 0):
+    if value is not None and not 0 < value <= sys.float_info.max:
         raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
 
 

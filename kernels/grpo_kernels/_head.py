@@ -8,8 +8,9 @@ For a chunk of C rows, in float32 whatever the inputs' dtype,
     dH = row_scale * (d @ W)                 one product (1U)
     dW += d.T @ (row_scale * hidden)         one product (1U)
 
-(For a bfloat16 head on a CPU, d is rounded to bfloat16 in the buffer's own memory, and the last two products are
-bfloat16 ones: twice as fast as those with float32 results. dW is still added up in float32.)
+A bfloat16 head on a CPU multiplies float32 copies of its operands in the first product, since torch has no CPU product
+of bfloat16 operands with a float32 result. The last two products take bfloat16 operands, a block of the vocabulary at a
+time, and their results are added up in float32.
 
 The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
 [C, V] buffer is written once by the product and once by the exponential. It is the only buffer of width V. This is the
@@ -19,7 +20,6 @@ portable engine; `triton_kernels.engine.TritonHead` replaces the steps that touc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,15 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_kernels._common import (
-    MIB,
-    chunks,
-)
+from grpo_kernels._common import MIB, chunks
 
-# Rows whose elementwise work is done together on a CPU: the block stays in the last-level cache.
+# What a CPU works on at once, rows of the buffer or copies of operands: it stays in the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB
-# Share of the byte budget for copies of the weight where the products take another dtype than it has.
-WEIGHT_COPY_SHARE = 0.25
+# The most that such a block takes of the byte budget. Two are alive at once.
+BLOCK_SHARE = 0.125
 # [C, H] temporaries alive at once beside the logits: hidden states and gradients, each also scaled or rounded.
 NARROW_COPIES = 3
 
@@ -63,21 +60,6 @@ class RowStatistics(NamedTuple):
         return None if self.weighted is None else torch.log(self.total) - self.weighted / self.total
 
 
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Multiply float32 matrices that hold bfloat16 values by bfloat16 instructions, with float32 sums.
-
-    The setting is torch's global one; it holds for the product alone.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 @dataclass(frozen=True)
 class Head:
     """A (possibly vocabulary-parallel) output head and the transform from products to logits.
@@ -96,16 +78,19 @@ class Head:
     vocab_start: int
     sizing_vocab: int
     """The largest shard's vocabulary: chunk lengths follow from it, so that they agree on all ranks."""
-    narrow_weight: Tensor | None = None
-    """The weight as it is, where gradients are bfloat16 products on a CPU."""
 
     def prepared(self) -> Head:
-        """This head for one forward or backward: the weight cast once, where that takes at most half the budget."""
+        """This head for one forward or backward: on a GPU the weight is cast once, if half the budget holds it."""
         copied = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
-        if not self.copies_weight or 2 * copied > self.max_buffer_bytes:
+        cast = self.weight.dtype == self.product_dtype
+        if cast or self.on_cpu or 2 * copied > self.max_buffer_bytes:
             return self
         cast = self.weight.to(self.operand_dtype).to(self.product_dtype)
         return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - copied)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.weight.device.type == "cpu"
 
     @property
     def vocab_size(self) -> int:
@@ -117,26 +102,17 @@ class Head:
 
         float16 is widened everywhere: the row scale, about 1 / tokens, would underflow in it.
         """
-        return self.weight.device.type != "cpu" and self.operand_dtype == torch.bfloat16
+        return not self.on_cpu and self.operand_dtype == torch.bfloat16
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype in which operands enter a product."""
+        """The dtype in which operands enter the product that makes the logits."""
         return self.operand_dtype if self.mixed_products else self.dtype
 
     @property
-    def narrows(self) -> bool:
-        """Whether d is rounded to bfloat16 for bfloat16 products with bfloat16 results."""
-        return self.narrow_weight is not None and not self.mixed_products
-
-    def narrowed(self, block: Tensor) -> Tensor:
-        """A view of bfloat16 numbers in the memory of float32 rows ``[C, V]``: the left half of each row."""
-        return block.view(torch.bfloat16)[:, : block.shape[1]]
-
-    @property
-    def copies_weight(self) -> bool:
-        """Whether the weight is cast for the products, a block of the vocabulary at a time."""
-        return self.weight.dtype != self.product_dtype
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype in which operands enter the products that make the gradients."""
+        return self.operand_dtype if self.operand_dtype == torch.bfloat16 else self.dtype
 
     def all_reduce(self, tensor: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         if self.process_group is not None:
@@ -168,18 +144,18 @@ class Head:
 
     def row_bytes(self) -> int:
         """Memory of a row of a chunk."""
-        # A 16-bit copy of the gradient lies beside the logits where the products take 16-bit operands.
-        width = self.dtype.itemsize + (self.operand_dtype.itemsize if self.mixed_products else 0)
-        return self.sizing_vocab * width + self.narrow_bytes()
+        return self.sizing_vocab * self.buffer_dtype.itemsize + self.narrow_bytes()
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a block of rows, or of copies of operands, that is worked on at once."""
+        most = int(BLOCK_SHARE * self.max_buffer_bytes)
+        return min(most, CPU_BLOCK_BYTES) if self.on_cpu else most
 
     def rows_per_chunk(self) -> int:
         """Rows that fit the byte budget, the same on every rank of the group."""
-        share = 1 - WEIGHT_COPY_SHARE if self.copies_weight else 1.0
-        if self.weight.device.type == "cpu":
-            # A block being worked on, and its shifted logits where there are entropies.
-            blocks = 2 * CPU_BLOCK_BYTES
-            share -= blocks / self.max_buffer_bytes if self.max_buffer_bytes > 2 * blocks else 0
-        return max(int(share * self.max_buffer_bytes) // max(self.row_bytes(), 1), 1)
+        blocks = 2 * self.block_bytes if self.on_cpu or self.weight.dtype != self.product_dtype else 0
+        return max((int(self.max_buffer_bytes) - blocks) // max(self.row_bytes(), 1), 1)
 
     def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
         """The ``[C, V]`` buffer for chunks of `num_rows` rows; C is such that `copies` of it fit the byte budget."""
@@ -190,35 +166,28 @@ class Head:
         """The buffer for chunks whose logits nobody needs afterwards."""
         return self.buffer(num_rows)
 
-    def products(self):
-        """The context in which float32 copies of bfloat16 operands are multiplied at bfloat16 speed."""
-        fast = self.weight.device.type == "cpu" and self.operand_dtype == torch.bfloat16
-        return _bfloat16_products() if fast else nullcontext()
-
-    def vocab_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as products take it: whole, or in cast blocks of the vocabulary."""
-        if not self.copies_weight:
-            yield slice(None), self.weight
-            return
-        row_bytes = max(self.weight.shape[1], 1) * self.product_dtype.itemsize
-        rows = max(min(int(WEIGHT_COPY_SHARE * self.max_buffer_bytes) // row_bytes, self.vocab_size), 1)
-        # One copy for all blocks: fresh memory for each costs a CPU more than the cast itself.
-        copy = self.weight.new_empty(rows, self.weight.shape[1], dtype=self.product_dtype)
-        for block in chunks(self.vocab_size, rows):
-            yield block, copy[: block.stop - block.start].copy_(self.weight[block].to(self.operand_dtype))
+    def vocab_blocks(self, dtype: torch.dtype, num_rows: int) -> Iterator[slice]:
+        """The vocabulary for products of `num_rows` rows in `dtype`: whole, or in blocks where an operand is cast."""
+        width = self.vocab_size
+        if not self.weight.dtype == self.operand_dtype == self.buffer_dtype == dtype:
+            width = self.block_bytes // (max(num_rows, self.weight.shape[1], 1) * self.dtype.itemsize)
+        return chunks(self.vocab_size, width)
 
     def operand(self, rows: Tensor) -> Tensor:
-        """Hidden states, or gradients, in the dtype that the products take."""
+        """Hidden states, or rows of the weight, in the dtype that the logits' product takes."""
         return rows.to(self.operand_dtype).to(self.product_dtype)
 
     def logits(self, hidden: Tensor, temperature: Tensor | None, out: Tensor) -> Tensor:
         """Transformed logits of ``hidden [C, H]`` (an operand), written into ``out [C, V]``."""
-        with self.products():
-            for block, weight in self.vocab_blocks():
-                if self.mixed_products:
-                    torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out[:, block])
-                else:
-                    torch.mm(hidden, weight.t(), out=out[:, block])
+        for block in self.vocab_blocks(self.product_dtype, hidden.shape[0]):
+            weight = self.operand(self.weight[block])
+            if self.mixed_products:
+                torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out[:, block])
+            elif self.operand_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+                # oneDNN's float32 product. torch.mm takes MKL's, which is half as fast on an AMD processor.
+                out[:, block] = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+            else:
+                torch.mm(hidden, weight.t(), out=out[:, block])
         if self.logit_scale != 1.0:
             out *= self.logit_scale
         if self.bias is not None:
@@ -233,10 +202,8 @@ class Head:
 
     def row_blocks(self, logits: Tensor) -> Iterator[slice]:
         """Rows to be treated together by elementwise work: all on a GPU, a cacheful on a CPU."""
-        if logits.device.type != "cpu":
-            return chunks(logits.shape[0], logits.shape[0])
         row_bytes = max(logits.shape[1], 1) * logits.element_size()
-        return chunks(logits.shape[0], max(CPU_BLOCK_BYTES // row_bytes, 1))
+        return chunks(logits.shape[0], self.block_bytes // row_bytes if self.on_cpu else logits.shape[0])
 
     def forward_(
         self, hidden: Tensor, local_targets: Tensor, temperature: Tensor | None, out: Tensor, with_entropy: bool
@@ -317,26 +284,24 @@ class Head:
             block.scatter_add_(1, index[rows], torch.where(local[rows], at_target[rows], 0.0)[:, None])
             if flattening is not None:
                 block *= flattening
-            if self.narrows:
-                self.narrowed(block).copy_(block.to(torch.bfloat16))
         row_scale = row_scale * self.logit_scale
-        d = self.narrowed(e) if self.narrows else e
-        return d, row_scale if temperature is None else row_scale / temperature
+        return e, row_scale if temperature is None else row_scale / temperature
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        """``out = a @ b``, or added to `out`, with the operands as products of gradients take them."""
+        a, b = a.to(self.gradient_dtype), b.to(self.gradient_dtype)
+        if self.gradient_dtype != self.dtype and not self.mixed_products:
+            product = torch.mm(a, b)
+            out.add_(product) if add else out.copy_(product)
+            return
+        options = {"out_dtype": self.dtype} if self.mixed_products else {}
+        torch.addmm(out, a, b, out=out, **options) if add else torch.mm(a, b, out=out, **options)
 
     def grad_hidden(self, d: Tensor, row_scale: Tensor | None) -> Tensor:
         """``row_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
-        if self.narrows:
-            out = torch.mm(d, self.narrow_weight).to(self.dtype)
-            if row_scale is not None:
-                out *= row_scale[:, None]
-            return self.all_reduce(out)
         out = d.new_zeros(d.shape[0], self.weight.shape[1], dtype=self.dtype)
-        with self.products():
-            for block, weight in self.vocab_blocks():
-                if self.mixed_products:
-                    out += torch.mm(d[:, block].to(self.operand_dtype), weight, out_dtype=self.dtype)
-                else:
-                    out.addmm_(d[:, block], weight)
+        for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
+            self.multiply(d[:, block], self.weight[block].to(self.operand_dtype), out, add=True)
         if row_scale is not None:
             out *= row_scale[:, None]
         return self.all_reduce(out)
@@ -347,26 +312,9 @@ class Head:
         """``grad_weight [V, H] += d.T @ (row_scale * hidden)``; written, not added to, where it is `unwritten` yet."""
         # Not rounded to the operands' float16, where the row scale would underflow.
         scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
-        if self.narrows:
-            scaled = scaled.to(torch.bfloat16)
-            # A block's product is added while it is in the cache.
-            for block in chunks(self.vocab_size, CPU_BLOCK_BYTES // (2 * max(hidden.shape[1], 1))):
-                product = torch.mm(d[:, block].t(), scaled)
-                if unwritten:
-                    grad_weight[block] = product
-                else:
-                    grad_weight[block] += product
-            return
-        scaled = scaled.to(self.product_dtype)
-        if self.mixed_products:
-            d, options = d.to(self.operand_dtype), {"out_dtype": self.dtype}
-        else:
-            options = {}
-        with self.products():
-            if unwritten:
-                torch.mm(d.t(), scaled, out=grad_weight, **options)
-            else:
-                torch.addmm(grad_weight, d.t(), scaled, out=grad_weight, **options)
+        scaled = scaled.to(self.gradient_dtype)
+        for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
+            self.multiply(d[:, block].t(), scaled, grad_weight[block], add=not unwritten)
 
     def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor | None, grad_bias: Tensor) -> None:
         """``grad_bias [V] += d.T @ row_scale``, less the logit scale, which does not act on the bias."""

@@ -16,6 +16,7 @@ from grpo_kernels._common import (
     require_device,
     require_finite_positive,
     require_floating,
+    require_product_operands,
     require_shape,
     require_targets,
     require_tensors,
@@ -40,6 +41,8 @@ def make_head(
     """Check the arguments that both operations take; return the head and per-token temperatures (None for 1)."""
     require_tensors(op, hidden=hidden, weight=weight, targets=targets)
     require_floating(op, hidden=hidden, weight=weight, bias=bias)
+    require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
+    require_product_operands(op, hidden=hidden, weight=weight, bias=bias)
     require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
     require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
     require(
@@ -48,7 +51,10 @@ def make_head(
     )
     require_shape(op, hidden.shape[:-1], targets=targets)
     require_shape(op, weight.shape[:1], bias=bias)
-    require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
+    require(
+        weight.shape[1] > 0 and (weight.shape[0] > 0 or process_group is not None),
+        f"{op}: weight [V, H] must have V and H of at least 1, got {tuple(weight.shape)}",
+    )
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"{op}: process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
     require_finite_positive(op, "softcap", softcap)
@@ -56,6 +62,8 @@ def make_head(
     require_finite_positive(op, "max_buffer_bytes", max_buffer_bytes)
     dtype = accumulation_dtype(hidden, weight)
 
+    if temperature is None:
+        raise TypeError(f"{op}: temperature must be a number or a tensor, got None; leave it out for 1.0")
     if isinstance(temperature, Tensor):
         require_floating(op, temperature=temperature)
         require_device(op, hidden.device, temperature=temperature)
@@ -69,6 +77,11 @@ def make_head(
             require(wrong.numel() == 0, f"{op}: temperature must be finite and above 0, got {wrong[:1].tolist()}")
     else:
         require_finite_positive(op, "temperature", temperature)
+        smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        require(
+            smallest <= temperature <= largest,
+            f"{op}: temperature={temperature} is out of {dtype}'s range, {smallest:.3g} to {largest:.3g}",
+        )
         temperatures = None if temperature == 1.0 else hidden.new_full((targets.numel(),), temperature, dtype=dtype)
 
     device = hidden.device.type
@@ -82,9 +95,6 @@ def make_head(
     rank = 0
     if process_group is not None:
         rank, shards = dist.get_rank(process_group), _gather_sizes(weight, process_group)
-    # A bias's gradient is a plain sum of d, which is owed float32's digits.
-    narrows = device == "cpu" and weight.dtype == operand_dtype == torch.bfloat16
-    narrows = narrows and not (bias is not None and bias.requires_grad)
     head = Head(
         weight=weight.detach(),
         bias=None if bias is None else bias.detach().contiguous(),
@@ -96,7 +106,6 @@ def make_head(
         dtype=dtype,
         vocab_start=sum(shards[:rank]),
         sizing_vocab=max(shards),
-        narrow_weight=weight.detach() if narrows else None,
     )
     require_targets(op, targets, sum(shards))
     return head, temperatures

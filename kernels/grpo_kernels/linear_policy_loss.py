@@ -22,6 +22,7 @@ microbatches.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from grpo_kernels._common import (
     require_shape,
     require_tensors,
     sequence_ids,
+    values_can_be_checked,
 )
 from grpo_kernels._head import local_targets, partition, row_chunks
 from grpo_kernels._head_arguments import make_head
@@ -305,7 +307,9 @@ def linear_policy_loss(
 
     Returns:
         :class:`PolicyLoss`: ``loss`` is differentiable in `hidden`, `weight` and `bias`, once; ``logprobs`` and
-        ``entropy`` (or None) are detached, ``[N]`` or ``[B, T]``, 0 where the weight is 0.
+        ``entropy`` (or None) are detached, ``[N]`` or ``[B, T]``, 0 where the weight is 0. Without any token of
+        non-zero weight the loss and its gradients are 0, so that a microbatch of padding adds nothing to its step;
+        targets that are all -100 also cause a warning (where their values can be checked, as above).
 
     Raises:
         ValueError: shapes, devices or sequence offsets do not fit, a needed argument is missing, a target id is
@@ -330,6 +334,11 @@ def linear_policy_loss(
         if grad_weight_buffer.dtype != head.dtype:
             raise TypeError(f"{op}: grad_weight_buffer must be {head.dtype}, got {grad_weight_buffer.dtype}")
     flat_targets = targets.reshape(-1)
+    if values_can_be_checked(targets.device) and targets.numel() and bool((flat_targets == IGNORE_INDEX).all()):
+        message = (
+            f"{op}: all {targets.numel()} targets are {IGNORE_INDEX} (ignored), so the loss and its gradients are 0"
+        )
+        warnings.warn(message, stacklevel=2)
     tokens = tokens._replace(weights=tokens.weights.masked_fill(flat_targets == IGNORE_INDEX, 0.0))
     with_entropy = return_entropy or objective.entropy_coef != 0.0
     run = choose_backend(op, _IMPLEMENTATIONS, backend, hidden.device, head.dtype)

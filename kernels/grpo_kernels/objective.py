@@ -132,24 +132,31 @@ class PolicyObjective:
         return self.beta == 0.0 and self.entropy_coef == 0.0
 
 
-PRESETS: dict[str, PolicyObjective] = {
-    # TRL's loss_type values, with TRL's meaning.
-    "grpo": PolicyObjective(aggregation="sequence_mean"),
-    "bnpo": PolicyObjective(aggregation="token_mean"),
-    "dr_grpo": PolicyObjective(aggregation="constant_length"),
-    "dapo": PolicyObjective(aggregation="token_mean"),
-    "cispo": PolicyObjective(kind="cispo", epsilon_high=5.0, aggregation="token_mean"),
-    "sapo": PolicyObjective(kind="sapo", aggregation="sequence_mean"),
-    "luspo": PolicyObjective(level="sequence", aggregation="sequence_sum"),
-    "vespo": PolicyObjective(kind="vespo", level="product", aggregation="token_mean"),
-    # Named by their papers. In TRL: importance_sampling_level="sequence", RLOOTrainer, delta.
-    "gspo": PolicyObjective(level="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence_mean"),
-    "rloo": PolicyObjective(level="product", aggregation="sequence_mean"),
-    "dual_clip": PolicyObjective(delta=3.0, aggregation="token_mean"),
-    # The policy gradient with raw rewards (naive) or with a baseline, and its importance-weighted form.
-    "reinforce": PolicyObjective(kind="reinforce", aggregation="token_mean"),
-    "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
-}
+class _Presets(dict):
+    def __missing__(self, name):
+        raise KeyError(f"PRESETS has no {name!r}; choose one of {', '.join(self)}")
+
+
+PRESETS: dict[str, PolicyObjective] = _Presets(
+    {
+        # TRL's loss_type values, with TRL's meaning.
+        "grpo": PolicyObjective(aggregation="sequence_mean"),
+        "bnpo": PolicyObjective(aggregation="token_mean"),
+        "dr_grpo": PolicyObjective(aggregation="constant_length"),
+        "dapo": PolicyObjective(aggregation="token_mean"),
+        "cispo": PolicyObjective(kind="cispo", epsilon_high=5.0, aggregation="token_mean"),
+        "sapo": PolicyObjective(kind="sapo", aggregation="sequence_mean"),
+        "luspo": PolicyObjective(level="sequence", aggregation="sequence_sum"),
+        "vespo": PolicyObjective(kind="vespo", level="product", aggregation="token_mean"),
+        # Named by their papers. In TRL: importance_sampling_level="sequence", RLOOTrainer, delta.
+        "gspo": PolicyObjective(level="sequence", epsilon=3e-4, epsilon_high=4e-4, aggregation="sequence_mean"),
+        "rloo": PolicyObjective(level="product", aggregation="sequence_mean"),
+        "dual_clip": PolicyObjective(delta=3.0, aggregation="token_mean"),
+        # The policy gradient with raw rewards (naive) or with a baseline, and its importance-weighted form.
+        "reinforce": PolicyObjective(kind="reinforce", aggregation="token_mean"),
+        "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
+    }
+)
 
 
 def token_weights(

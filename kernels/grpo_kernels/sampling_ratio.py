@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grpo_kernels._common import (
     require,
+    require_device,
     require_floating,
     require_number,
     require_shape,
@@ -48,7 +49,8 @@ def sampling_ratio(
     Args:
         logprobs: the trainer's log-probabilities when the update began, packed ``[N]`` or padded ``[B, T]``.
         sampling_logprobs: same shape, those that the sampler drew the tokens with, after its temperature and filters;
-            where one is NaN (unknown), its difference counts as 0.
+            where one of either is NaN (unknown, or left out by `skip_inactive`), the difference counts as 0. Where one
+            is -inf, the ratio is infinite before the bounds; where `logprobs` is -inf, the ratio is 0 in any case.
         mode: a level and what is done at the bounds, ``"token_truncate"`` to ``"geometric_mask"``.
         clip_max, clip_min: bounds of the ratio; None for none.
         mask: same shape, non-zero where a token counts; None for all.
@@ -67,7 +69,10 @@ def sampling_ratio(
     )
     require_tensors(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
     require_floating(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
+    if mask is not None:
+        require_tensors(op, mask=mask)
     require_shape(op, logprobs.shape, sampling_logprobs=sampling_logprobs, mask=mask)
+    require_device(op, logprobs.device, sampling_logprobs=sampling_logprobs, mask=mask)
     for name, value in (("clip_max", clip_max), ("clip_min", clip_min)):
         require_number(op, name, value)
         require(value is None or value >= 0, f"{op}: {name} must be at least 0, got {value}")
@@ -76,7 +81,12 @@ def sampling_ratio(
         f"{op}: clip_min={clip_min} is above clip_max={clip_max}",
     )
     level, bound = mode.split("_")
-    difference = (logprobs.float() - sampling_logprobs.float()).nan_to_num(nan=0.0)
+    difference = logprobs.float() - sampling_logprobs.float()
+    difference = difference.masked_fill(logprobs.isnan() | sampling_logprobs.isnan(), 0.0)
+    # What the policy cannot draw has ratio 0; +inf becomes finite, so that it does not cancel a sequence's -inf to NaN.
+    difference = difference.masked_fill(logprobs == float("-inf"), float("-inf")).clamp(
+        max=torch.finfo(torch.float32).max
+    )
     if mask is not None:
         difference = difference.masked_fill(mask == 0, 0.0)
     log_ratio = difference

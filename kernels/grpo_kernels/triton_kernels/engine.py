@@ -40,15 +40,8 @@ class TritonHead(Head):
     """`Head` whose logits live in registers; the row scale is part of the gradient, so `gradient_` returns None."""
 
     @property
-    def narrows(self) -> bool:
-        return False
-
-    @property
     def buffer_dtype(self) -> torch.dtype:
         return self.operand_dtype if self.mixed_products else self.dtype
-
-    def row_bytes(self) -> int:
-        return self.sizing_vocab * self.buffer_dtype.itemsize + super().narrow_bytes()
 
     def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
         """As in `Head`, with rows that start at multiples of 16 bytes, whatever V is: the kernels and cuBLAS ask it."""
