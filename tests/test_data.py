@@ -163,7 +163,7 @@ def test_all_of_gsm8k_is_read():
     train, test = gsm8k(str(GSM8K_DIR))
     assert (len(train), len(test)) == (7473, 1319)
     for split, rows in (("train", train), ("test", test)):
-        raw = [json.loads(line) for line in (GSM8K_DIR / f"{split}.jsonl").read_text().splitlines()]
+        raw = [json.loads(line) for line in (GSM8K_DIR / f"{split}.jsonl").open(encoding="utf-8")]
         assert [row["question"] for row in rows] == [row["question"] for row in raw]
         assert [row["answer"] for row in rows] == [
             row["answer"].rpartition("####")[2].strip().replace(",", "") for row in raw

@@ -11,8 +11,10 @@ from accelerate.state import AcceleratorState
 from grpo_fast.cli import main
 from grpo_fast.errors import UserError
 from grpo_fast.eval_run import EvalOptions, EvalRun
-from grpo_fast.metrics import read_metrics
+from grpo_fast.files import split_lines
+from grpo_fast.metrics import LinesFile, cut_metrics, read_metrics
 from grpo_fast.report import write_report
+from grpo_fast.report.run import read_lines
 from runs import assert_same_run, config, figures, trainer
 from test_resume import NOISE, seed_generators
 from test_trainer import weights
@@ -43,7 +45,7 @@ def evaluate(folder, *arguments) -> dict:
 
 
 def samples(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in split_lines((folder / "samples.jsonl").read_text(encoding="utf-8"))]
 
 
 def grouped(lines: list[dict], size: int) -> list[list[dict]]:
@@ -126,7 +128,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     )
     # As a kill leaves it: a batch that is not whole, and a line without its end.
     path = folder / "samples.jsonl"
-    kept = path.read_text().splitlines(keepends=True)
+    kept = [line + "\n" for line in split_lines(path.read_text())]
     path.write_text("".join(kept[:21]) + kept[21][:9])
     with pytest.raises(UserError, match="already holds an evaluation"):
         EvalRun(config(tmp_path, **fields), options(folder))
@@ -158,6 +160,33 @@ def test_two_evaluations_are_compared_by_prompts(trained, tmp_path, capsys):
     other = ["--max_eval_samples", 19, "--compare", tmp_path / "a", "--output", tmp_path / "c"]
     assert main(["eval", str(trained / "config.yaml"), *map(str, other)]) == 2
     assert re.search(r"--compare='\S+/a' is of 20 prompts \(\w+\), not of", capsys.readouterr().err)
+
+
+def test_lines_end_at_newlines_alone(trained, tmp_path):
+    """A completion may hold what Unicode counts as a line break."""
+    evaluate(tmp_path / "a", trained / "config.yaml")
+    path, text = tmp_path / "a" / "samples.jsonl", "a\u2028b\u2029c\u0085d\x0b\x0ce\x1cf"
+    lines = [{**line, "completion": text} for line in samples(tmp_path / "a")]
+    path.unlink()
+    with LinesFile(path) as file:
+        for line in lines:
+            file.write(line)
+    assert read_lines(path) == lines
+    made = evaluate(tmp_path / "b", trained / "config.yaml", "--compare", tmp_path / "a")
+    assert made["metrics"]["digits_included"]["difference"]["value"] == pytest.approx(0, abs=1e-6)
+    path = tmp_path / "metrics.jsonl"
+    with LinesFile(path) as file:
+        for step in (1, 2):
+            file.write({"step": step, "note": text})
+    assert [line["note"] for line in read_metrics(path)] == [text, text]
+    assert [line["step"] for line in cut_metrics(path, 1)] == [1]
+    assert [split_lines(text) for text in ("", "\n", "a", "a\n", "a\r\n\nb")] == [
+        [],
+        [""],
+        ["a"],
+        ["a"],
+        ["a\r", "", "b"],
+    ]
 
 
 def test_batches_are_sampled_apart(tmp_path):
