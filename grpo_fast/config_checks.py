@@ -63,7 +63,7 @@ def check_config(config: GRPOConfig) -> None:
             if value is not None and not (math.isfinite(value) and holds(value)):
                 _refuse(name, value, f"a finite number, {allowed}")
     if not config.dataset_name:
-        raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
+        raise UserError("dataset_name is missing: a data file, a hub name or a built-in name")
     if not config.reward_funcs:
         raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
     if config.keep_best and not config.eval_steps:
