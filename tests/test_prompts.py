@@ -1,5 +1,6 @@
 """Templates and prompt files, and how a chat that ends in the assistant's turn is encoded and scored."""
 
+import datetime
 import json
 from types import SimpleNamespace
 
@@ -72,6 +73,33 @@ def test_a_file_of_ones_own(tmp_path):
 def test_a_template_may_repeat_a_column_and_format_it():
     assert build(COUNTDOWN, prompt_template="{target:03d} {nums} {target}") == "017 [3, 4, 5] 17"
     assert build({"the-question 2": "a"}, prompt_template="{the-question 2}") == "a"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ([{"role": "user", "content": "Hi"}], "list"),
+        ([["a"]], "list"),
+        (["a", "b"], "list"),
+        ([1, None], "list"),
+        ({"text": "a"}, "dict"),
+        (b"a", "bytes"),
+        (object(), "object"),
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"system_prompt": "Be brief."}], ids=["text", "chat"])
+def test_columns_without_a_text_of_their_own_are_refused(value, kind, fields):
+    message = (
+        rf"prompt_template uses column 'a', which is a {kind} here; it can be text, a number, a date or a list of n"
+    )
+    with pytest.raises(UserError, match=message):
+        build({"a": value}, prompt_template="{a}", **fields)
+
+
+def test_columns_with_a_text_of_their_own_are_filled_in():
+    day = datetime.date(2026, 11, 25)
+    row = {"a": "x", "b": 2, "c": 0.5, "d": [1, 2.5], "e": day, "f": []}
+    assert build(row, prompt_template="{a} {b} {c:.1%} {d} {e:%d.%m.} {f}") == "x 2 50.0% [1, 2.5] 25.11. []"
 
 
 @pytest.mark.parametrize(

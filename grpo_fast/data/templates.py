@@ -6,6 +6,9 @@ last message is the assistant's, the model goes on with it. ``{{`` and ``}}`` st
 
 from __future__ import annotations
 
+import datetime
+import numbers
+import os
 import re
 import string
 from collections.abc import Callable
@@ -28,7 +31,8 @@ PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts"
 def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     """What makes a row's prompt, by `prompt_template`, `prompt_file` or the column ``prompt``.
 
-    The returned function raises UserError for a column that a row lacks, and for a prompt that is none.
+    The returned function raises UserError for a column that a row lacks or that has no text (a chat, an object), and
+    for a prompt that is none.
 
     Raises:
         UserError: a prompt file that is missing or malformed, or placeholders that are not names of columns.
@@ -52,6 +56,12 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
                 raise UserError(f"{name} uses column {column!r}, but there is {', '.join(row)}")
             if row[column] is None:
                 raise UserError(f"{name} uses column {column!r}, which is empty here")
+            if not has_text(row[column]):
+                kind = type(row[column]).__name__
+                raise UserError(
+                    f"{name} uses column {column!r}, which is a {kind} here; it can be text, a number, a date or a "
+                    "list of numbers (chat messages go to the column 'prompt', without a template)"
+                )
         try:
             if isinstance(template, str):
                 return check_prompt(template.format_map(row))
@@ -64,13 +74,20 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     return build
 
 
+def has_text(value: object) -> bool:
+    """Whether a column's value has a text of its own in a prompt, rather than Python's notation of an object."""
+    if isinstance(value, list):
+        return all(isinstance(item, numbers.Number) for item in value)
+    return isinstance(value, (str, numbers.Number, datetime.date, datetime.time))
+
+
 def read_prompt_file(name: str) -> str | list[dict[str, str]]:
     """The text, or the chat messages, of a prompt file or of a built-in one.
 
     Raises:
         UserError: there is no such file, or it is not UTF-8, YAML or a list of messages.
     """
-    path = PROMPTS.get(name) or Path(name).expanduser()
+    path = PROMPTS.get(name) or Path(os.path.expanduser(name))
     if not path.is_file():
         known = ", ".join(PROMPTS)
         raise UserError(f"prompt_file={name!r} is neither a file nor one of {known}{nearest(name, PROMPTS)}")
