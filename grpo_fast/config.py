@@ -39,23 +39,26 @@ class GRPOConfig:
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
         tiled_mlp: compute the MLPs in tiles of 2048 tokens, and again in the backward, which bounds their
             intermediates.
-        dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``,
-            ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the hub or from files).
+        dataset_name: a .jsonl, .json, .csv (each also with .gz) or .parquet file, a hub name, or a built-in:
+            ``sort_digits``, ``addition``, ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the
+            hub or from files).
         dataset_config: configuration of a hub dataset.
         dataset_kwargs: arguments of a built-in dataset, such as ``{digits: 3}`` for arithmetic or
             ``{path: FOLDER}`` for gsm8k and math.
         dataset_train_split: split of a hub dataset to train on.
         dataset_test_split: split of a hub dataset to evaluate on.
-        eval_dataset_name: file to evaluate on; without it, dataset_test_split, or a held-out share of a file's rows.
+        eval_dataset_name: file to evaluate on; without it, dataset_test_split, or about a tenth of a file's rows, at
+            most 200: always the same ones, chosen by their content.
         prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
+            Columns must be text, numbers, dates or lists of numbers.
         prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,
             ``question_only``, ``countdown`` or ``countdown_short`` (two answers shown, the third opened).
         system_prompt: system message put before a templated prompt, which then is a chat.
         apply_chat_template: turn a templated prompt into a chat even without a system message.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
         max_train_samples: use only the first rows of the training split.
-        max_eval_samples: use only the first rows of the evaluation split.
-        shuffle_dataset: draw the training prompts in a random order (by the seed).
+        max_eval_samples: use only the first rows of the evaluation split; it does not change what is held out.
+        shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
         reward_weights: a weight for each of them (default: 1 each).
         reward_timeout: seconds that a reward function may take for a completion.
