@@ -85,7 +85,7 @@ class EvalRun:
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
         _, self.rows = load_rows(config)
-        self.rewards.check_columns(name for name in self.rows[0] if name != "prompt")
+        self.rewards.check_rows(self.rows)
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_trained(config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -73,11 +74,12 @@ class GRPOTrainer:
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
         )
+        self.rewards.warn = self.warn
         self.metric = self.rewards.index(config.eval_metric)
         self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
         self.train_rows, self.eval_rows = load_rows(config)
         for rows in (self.train_rows, self.eval_rows):
-            self.rewards.check_columns(name for name in rows[0] if name != "prompt")
+            self.rewards.check_rows(rows)
 
         trackers = tracker_arguments(config, self.run_folder)
         self.accelerator = Accelerator(
@@ -120,6 +122,11 @@ class GRPOTrainer:
         if found is not None:
             self.restore(*found)
         self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed, self.num_prompts)
+
+    def warn(self, text: str) -> None:
+        """Say something before the run's own lines begin, once for all processes."""
+        if is_main():
+            print(f"warning: {text}", file=sys.stderr)
 
     def build_sampler(self) -> Sampler:
         """The engine that `config` names, synced with the policy and probed whenever it has changed."""
@@ -317,7 +324,7 @@ class GRPOTrainer:
         indices, self.ahead = self.ahead or self.draw(count), []
         rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
         responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
-        return Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, responses))
+        return Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, prompts, responses))
 
     def draw(self, count: int) -> list[int]:
         """The next `count` training rows."""
