@@ -1,10 +1,11 @@
-"""Prompts as tokens, and the order in which they are drawn."""
+"""Prompts as tokens, the order in which they are drawn, and completions as text."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data.templates import Prompt, Row
@@ -14,12 +15,14 @@ from grpo_fast.errors import UserError, one_line
 def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[int]]:
     """Token ids of every row's prompt, by the model's chat template where the prompt is a chat.
 
-    The template opens the assistant's turn; where the chat ends in one, it is left open instead.
+    The template opens the assistant's turn; where the chat ends in one, it is left open instead. Text begins with what
+    the tokenizer puts before it (BOS), once; what it would put after it (EOS) is left out, since the model goes on.
     """
-    encoded = []
+    encoded, first = [], tokens_before(tokenizer)
     for prompt in (row["prompt"] for row in rows):
         if isinstance(prompt, str):
-            encoded.append(tokenizer(prompt)["input_ids"])
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            encoded.append(ids if ids[: len(first)] == first else [*first, *ids])
             continue
         if tokenizer.chat_template is None:
             raise UserError(f"{config.model_name_or_path!r} has no chat template, but the prompts are chats")
@@ -32,6 +35,37 @@ def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[
             raise UserError(f"the chat template refuses {prompt!r:.80}: {one_line(error)}") from None
         encoded.append(list(ids))
     return encoded
+
+
+def tokens_before(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text."""
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start]
+    return []
+
+
+def completion_text(tokenizer: Any, token_ids: list[int], ended: bool) -> str:
+    """A completion as rewards and files have it: without pad, BOS and EOS, and the token that `ended` it.
+
+    Other special tokens, which may be tags such as ``<think>`` or ``<tool_call>``, are text.
+    """
+    silent = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    ids = token_ids[:-1] if ended else token_ids
+    return tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
+
+
+def rendered_prompt(tokenizer: Any, prompt_ids: list[int], prompt: Prompt) -> str:
+    """A prompt as the model got it, special tokens included, up to where the completion that is scored begins.
+
+    A chat that ends in the assistant's turn is cut before that turn's content; see `as_scored`.
+    """
+    text = tokenizer.decode(prompt_ids, skip_special_tokens=False)
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return text
+    content = prompt[-1]["content"].strip()
+    return text.rpartition(content)[0] if content and content in text else text
 
 
 def as_scored(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, str]]]:
