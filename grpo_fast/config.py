@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +59,8 @@ class GRPOConfig:
         chat_template_kwargs: more arguments for the tokenizer's chat template.
         max_train_samples: use only the first rows of the training split.
         max_eval_samples: use only the first rows of the evaluation split; it does not change what is held out.
+        long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
+            max_tokens_per_microbatch ends the run before it begins (error), or its row is left out (drop).
         shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
         reward_weights: a weight for each of them (default: 1 each).
@@ -195,6 +198,7 @@ class GRPOConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    long_prompts: Literal["error", "drop"] = "error"
     shuffle_dataset: bool = True
 
     reward_funcs: list[str] = field(default_factory=list)
@@ -304,6 +308,10 @@ class GRPOConfig:
     resume_from_checkpoint: bool = False
 
     def __post_init__(self):
+        for name in _PATH_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
         check_config(self)
 
     @property
@@ -340,6 +348,9 @@ class GRPOConfig:
             **{name: getattr(self, name) for name in _OBJECTIVE_FIELDS},
         )
 
+
+# Fields that may hold a path, in which ``~`` is the home folder; functions of reward_funcs are found likewise.
+_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
 
 # What has the same name in `PolicyObjective`.
 _OBJECTIVE_FIELDS = ("entropy_coef", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 
 from grpo_fast.checkpoint import checkpoints, fingerprint
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import check_lengths, encode_prompts, load_rows
+from grpo_fast.data import encode_rows, load_rows
 from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
 from grpo_fast.files import replace_text
 from grpo_fast.metrics import LinesFile, json_ready
-from grpo_fast.models import check_vocabulary, load_trained
+from grpo_fast.models import check_vocabulary, load_trained, max_positions
 from grpo_fast.policy import FusedPolicy
 from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
@@ -89,11 +90,11 @@ class EvalRun:
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_trained(config)
-        self.prompts = encode_prompts(self.rows, self.tokenizer, config)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Nothing is trained, so no microbatch has to hold a prompt.
         endless = dataclasses.replace(config, max_tokens_per_microbatch=2**62)
-        check_lengths(self.prompts, self.rows, positions, endless)
+        self.rows, self.prompts = encode_rows(
+            self.rows, self.tokenizer, endless, max_positions(model.config), "held-out", warn
+        )
         check_vocabulary(model, self.prompts, self.tokenizer)
         if not config.load_in_4bit:
             model.to(device)
@@ -233,6 +234,10 @@ class EvalRun:
             "mean_length": sum(line["length"] for line in lines) / len(lines),
             "clipped_ratio": sum(line["finish_reason"] == "length" for line in lines) / len(lines),
         }
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def scores(lines: list[dict[str, Any]], num_prompts: int) -> dict[str, Tensor]:

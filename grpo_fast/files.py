@@ -9,6 +9,11 @@ from pathlib import Path
 from grpo_fast.errors import writing
 
 
+def user_path(text: str) -> Path:
+    """The path that a user wrote; ``~`` is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
 def split_lines(text: str) -> list[str]:
     """The lines of `text`, split at ``\\n`` alone.
 

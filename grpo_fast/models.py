@@ -110,6 +110,11 @@ def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
     return adapted
 
 
+def max_positions(model_config: Any) -> int | None:
+    """Positions that a model has, where its configuration sets a limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_vocabulary(model: nn.Module, encoded: list[list[int]], tokenizer: Any) -> None:
     """Every token of the prompts, and those that pad and end, must have an embedding.
 

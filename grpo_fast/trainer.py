@@ -35,7 +35,7 @@ from grpo_fast.checkpoint import (
 )
 from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
+from grpo_fast.data import encode_rows, load_rows, prompt_order
 from grpo_fast.distributed import connect, is_main, on_main, size
 from grpo_fast.errors import CheckpointError, UserError, writing
 from grpo_fast.evaluate import evaluate, score_responses
@@ -43,7 +43,7 @@ from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
-from grpo_fast.models import check_vocabulary, load_model
+from grpo_fast.models import check_vocabulary, load_model, max_positions
 from grpo_fast.optimizers import check_optimizer
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
@@ -92,11 +92,9 @@ class GRPOTrainer:
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_model(config)
-        self.train_prompts = encode_prompts(self.train_rows, self.tokenizer, config)
-        self.eval_prompts = encode_prompts(self.eval_rows, self.tokenizer, config)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        check_lengths(self.train_prompts, self.train_rows, positions, config)
-        check_lengths(self.eval_prompts, self.eval_rows, positions, config)
+        arguments = (self.tokenizer, config, max_positions(model.config))
+        self.train_rows, self.train_prompts = encode_rows(self.train_rows, *arguments, "training", self.warn)
+        self.eval_rows, self.eval_prompts = encode_rows(self.eval_rows, *arguments, "held-out", self.warn)
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
         self.learner = Learner(model, config, self.accelerator, self.train_prompts[0], self.tokenizer.pad_token_id)
         self.adapter, self.model = self.learner.adapter, model

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import itertools
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_fast.cli import main, parse_config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import (
     BUILT_IN,
@@ -15,6 +17,7 @@ from grpo_fast.data import (
     arithmetic,
     check_lengths,
     countdown,
+    encode_rows,
     load_rows,
     prompt_order,
     read_file,
@@ -22,6 +25,8 @@ from grpo_fast.data import (
 )
 from grpo_fast.data.questions import gsm8k, last_boxed, math
 from grpo_fast.errors import UserError
+from grpo_fast.models import digit_tokenizer
+from grpo_fast.rewards import RewardModel
 
 # GSM8K's train.jsonl and test.jsonl.
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR", Path(__file__).parent.parent / "data" / "gsm8k"))
@@ -335,6 +340,58 @@ def test_lengths():
         check_lengths(encoded, rows, None, config("x", max_completion_length=10, max_tokens_per_microbatch=25))
     with pytest.raises(UserError, match="no tokens"):
         check_lengths([[]], rows, None, config("x"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({}, "the model's 50 positions"),
+        ({"max_tokens_per_microbatch": 50}, "max_tokens_per_microbatch=50"),
+        ({"use_vllm": True, "vllm_max_model_length": 50}, "vllm_max_model_length=50"),
+    ],
+)
+def test_long_prompts_can_be_dropped(fields, limit):
+    tokenizer = digit_tokenizer()
+    rows = [{"prompt": "1" * length} for length in (3, 40, 41, 5, 60)]
+    run = config("x", max_completion_length=10, **fields)
+    positions, said = None if fields else 50, []
+    message = rf"a prompt of 60 tokens and max_completion_length=10 do not fit {limit}; .*; long_prompts=drop leaves"
+    with pytest.raises(UserError, match=message):
+        encode_rows(rows, tokenizer, run, positions, "training", said.append)
+    drop = dataclasses.replace(run, long_prompts="drop")
+    kept, encoded = encode_rows(rows, tokenizer, drop, positions, "training", said.append)
+    assert kept == [rows[0], rows[1], rows[3]]
+    assert [len(ids) for ids in encoded] == [3, 40, 5]
+    reason = f"longer than 40 tokens, which is what max_completion_length=10 leaves of {limit}"
+    assert said == [f"long_prompts='drop' leaves out 2 of 5 training prompts, {reason}"]
+    with pytest.raises(UserError, match="would leave out 2 of 2 held-out prompts: all are longer than 40 tokens"):
+        encode_rows([rows[2], rows[4]], tokenizer, drop, positions, "held-out", said.append)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", *GSM8K_ROWS)
+    (tmp_path / "prompt.txt").write_text("Q: {question}")
+    (tmp_path / "mine.py").write_text("def mine(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+    write(tmp_path / "run.yaml", {"model_name_or_path": "~/model", "dataset_name": "~/train.jsonl"})
+    run = parse_config(["~/run.yaml", "--eval_dataset_name=~/train.jsonl", "--prompt_file=~/prompt.txt",
+                        "--output_dir=~/out", "--reward_funcs=[~/mine.py:mine]"])  # fmt: skip
+    home = str(tmp_path)
+    assert (run.model_name_or_path, run.output_dir) == (f"{home}/model", f"{home}/out")
+    train, test = load_rows(run)
+    assert [row["prompt"] for row in train] == [row["prompt"] for row in test]
+    assert train[0]["prompt"] == "Q: How many?"
+    assert RewardModel(run.reward_funcs, None).names == ["mine"]
+    assert len(gsm8k("~")[0]) == len(gsm8k("~/train.jsonl")[0]) == 3
+    for arguments in (["report", "~/nothing"], ["compare", "~/nothing"]):
+        assert main(arguments) == 2
+        assert f"{home}/nothing" in capsys.readouterr().err
+    options = ["--model_name_or_path=~/train.jsonl", "--output=~/train.jsonl"]
+    assert main(["eval", "~/run.yaml", "--reward_funcs=[exact_answer]", *options]) == 2
+    assert f"--output='{home}/train.jsonl' is not a folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such file: ~nobody-here/a"):
+        load_rows(config("~nobody-here/a.jsonl"))
 
 
 def test_rows_get_every_column(tmp_path):

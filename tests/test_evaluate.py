@@ -197,6 +197,27 @@ def test_batches_are_sampled_apart(tmp_path):
     assert len({line["completion"] for line in samples(tmp_path / "eval")}) > 1
 
 
+def test_long_prompts_are_dropped_by_training_and_evaluation(tmp_path, capsys):
+    rows = [{"prompt": "1" * length + ">", "answer": "1"} for length in (2, 70, 3, 80, 4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fields = dict.fromkeys(("dataset_name", "eval_dataset_name"), str(tmp_path / "rows.json")) | {
+        "dataset_kwargs": None
+    }
+    message = "a prompt of 81 tokens and max_completion_length=3 do not fit the model's 64 positions"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", **fields)
+    made = trainer(tmp_path / "run", **fields, long_prompts="drop")
+    said, printed = "warning: long_prompts='drop' leaves out 2 of 5 {} prompts, longer than 61", capsys.readouterr().err
+    assert [printed.count(said.format(kind)) for kind in ("training", "held-out")] == [1, 1]
+    for rows, prompts in ((made.train_rows, made.train_prompts), (made.eval_rows, made.eval_prompts)):
+        assert [len(row["prompt"]) for row in rows] == [len(ids) for ids in prompts] == [3, 4, 5]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = EvalRun(config(tmp_path, **fields, long_prompts="drop"), options(tmp_path / "eval"))
+    assert said.format("held-out") in capsys.readouterr().err
+    found.run()
+    assert [len(line["prompt"]) for line in samples(tmp_path / "eval")] == [3, 4, 5]
+
+
 @pytest.mark.parametrize("folder_model", [False, True], ids=["built-in", "folder"])
 def test_adapters_are_put_into_their_base(tmp_path, folder_model):
     fields = {"use_peft": True, "lora_r": 4, "learning_rate": 0.05, "max_steps": 2, "eval_metric": "digits_included"}

@@ -5,6 +5,7 @@ from grpo_fast.data.encoding import (
     check_lengths,
     completion_text,
     encode_prompts,
+    encode_rows,
     prompt_order,
     rendered_prompt,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "completion_text",
     "countdown",
     "encode_prompts",
+    "encode_rows",
     "load_rows",
     "load_template",
     "prompt_order",

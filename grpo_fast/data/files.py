@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from grpo_fast.data.templates import Row
 from grpo_fast.errors import UserError, import_extra, one_line
+from grpo_fast.files import user_path
 
 # What errors call a data file.
 DATA_FILE = ".jsonl, .json, .csv (each also with .gz) or .parquet file"
@@ -44,7 +44,7 @@ def read_file(name: str) -> list[Row]:
     Raises:
         UserError: there is no such file, or its content is malformed; a line that is wrong is named by its number.
     """
-    path = Path(os.path.expanduser(name))
+    path = user_path(name)
     if not path.is_file():
         raise UserError(f"no such file: {name} (looked for {path.resolve()})")
     suffix, compressed = _suffix(name)

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from grpo_fast.data.files import DATA_FILE, is_file, load_hub, read_file
 from grpo_fast.data.templates import Row
 from grpo_fast.errors import UserError
+from grpo_fast.files import user_path
 
 GSM8K = "openai/gsm8k"
 MATH = "DigitalLearningGmbH/MATH-lighteval"
@@ -104,7 +103,7 @@ def _questions(
 
 def _read(task: str, path: str, hub_config: str | None) -> dict[str, list[Row]]:
     """The training rows and, where there are some, the test rows."""
-    folder = Path(os.path.expanduser(path))
+    folder = user_path(path)
     if is_file(path):
         return {"train": read_file(path)}
     if not folder.is_dir():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import numbers
-import os
 import re
 import string
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.files import user_path
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
@@ -87,7 +87,7 @@ def read_prompt_file(name: str) -> str | list[dict[str, str]]:
     Raises:
         UserError: there is no such file, or it is not UTF-8, YAML or a list of messages.
     """
-    path = PROMPTS.get(name) or Path(os.path.expanduser(name))
+    path = PROMPTS.get(name) or user_path(name)
     if not path.is_file():
         known = ", ".join(PROMPTS)
         raise UserError(f"prompt_file={name!r} is neither a file nor one of {known}{nearest(name, PROMPTS)}")
