@@ -20,15 +20,18 @@ class GRPOConfig:
 
     Args:
         model_name_or_path: a folder or hub name for `from_pretrained`, or a built-in: ``smollm2-135m-instruct``
-            (extra `smollm2`) or ``random-llama`` (random weights for digit tasks).
+            (extra `smollm2`) or ``random-llama`` (random weights for digit tasks). It may name an adapter saved by
+            peft, such as ``RUN/checkpoint-N``, whose adapter_config.json names the base model; with use_peft, training
+            goes on with that adapter.
         dtype: dtype of the weights.
         attn_implementation: attention of the model; None leaves the choice to transformers.
         trust_remote_code: run code that comes with the model.
         model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
-        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without.
-        lora_r: rank of the adapters.
-        lora_alpha: their scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
-        lora_dropout: dropout before the adapters.
+        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without
+            them, or with the adapter of model_name_or_path as it was.
+        lora_r: rank of a new adapter; one that model_name_or_path names keeps its own, and its own of the next four fields.
+        lora_alpha: its scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
+        lora_dropout: dropout before the adapter.
         lora_target_modules: names of the modules that get an adapter (default: all linear ones but the head).
         use_rslora: rank-stabilised scale.
         load_in_4bit: quantise the frozen weights to 4 bits (QLoRA, extra `lowbit`).

@@ -43,7 +43,7 @@ from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
-from grpo_fast.models import check_vocabulary, load_model, max_positions
+from grpo_fast.models import LORA_FIELDS, adapter_fields, check_vocabulary, find_adapter, load_model, max_positions
 from grpo_fast.optimizers import check_optimizer
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
@@ -67,8 +67,8 @@ class GRPOTrainer:
     """
 
     def __init__(self, config: GRPOConfig):
-        self.config = config
         connect(config.use_cpu)
+        self.config = config = adapter_fields(config)
         self.run_folder, found = on_main(partial(choose_run_folder, config))
         self.objective = config.objective()
         self.rewards = RewardModel(
@@ -156,6 +156,9 @@ class GRPOTrainer:
                 progress.started(self.before)
             else:
                 start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
+                if (adapter := find_adapter(config)) is not None:
+                    own = ", ".join(f"{name} {getattr(config, name)}" for name in LORA_FIELDS)
+                    progress.phase(f"training the adapter {adapter.name} of {adapter.base} further, with its own {own}")
                 progress.phase(f"{start}measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
                 figures = self.evaluate()
                 self.before = figures[self.score_name]
