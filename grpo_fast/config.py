@@ -29,7 +29,7 @@ class GRPOConfig:
         model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
         use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without
             them, or with the adapter of model_name_or_path as it was.
-        lora_r: rank of a new adapter; one that model_name_or_path names keeps its own, and its own of the next four fields.
+        lora_r: rank of a new adapter; one that was there keeps its own, and its own of the next four fields.
         lora_alpha: its scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
         lora_dropout: dropout before the adapter.
         lora_target_modules: names of the modules that get an adapter (default: all linear ones but the head).
