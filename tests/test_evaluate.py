@@ -197,6 +197,31 @@ def test_batches_are_sampled_apart(tmp_path):
     assert len({line["completion"] for line in samples(tmp_path / "eval")}) > 1
 
 
+def test_a_run_is_measured_on_its_own_held_out_rows(tmp_path, capsys):
+    rows = [{"prompt": f"{a}{b}>", "answer": f"{min(a, b)}{max(a, b)}"} for a in range(10) for b in range(10)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fields = {"dataset_name": str(tmp_path / "rows.json"), "dataset_kwargs": None}
+    made = trainer(tmp_path / "run", **fields, max_steps=1, max_eval_samples=5)
+    made.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trained_on = {row["prompt"] for row in made.train_rows}
+    capsys.readouterr()
+    model = ["--model_name_or_path", tmp_path / "run" / "checkpoint-1", "--greedy"]
+    for name, more in (("a", ["--seed", 7]), ("b", ["--seed", 7, "--max_eval_samples", 100])):
+        evaluate(tmp_path / name, *model, *more)
+        prompts = [line["prompt"] for line in samples(tmp_path / name)]
+        assert len(prompts) >= 5
+        assert prompts[:5] == [row["prompt"] for row in made.eval_rows]
+        assert not trained_on & set(prompts)
+        assert "warning" not in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text(json.dumps(rows[: len(rows) // 4]))
+    evaluate(tmp_path / "c", *model)
+    error = capsys.readouterr().err
+    assert f"warning: the held-out prompts of {tmp_path / 'rows.json'} are not those of the run that made" in error
+    evaluate(tmp_path / "d", *model, "--prompt_template", "{prompt}")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_long_prompts_are_dropped_by_training_and_evaluation(tmp_path, capsys):
     rows = [{"prompt": "1" * length + ">", "answer": "1"} for length in (2, 70, 3, 80, 4)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
