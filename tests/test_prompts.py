@@ -77,7 +77,9 @@ def test_a_file_of_ones_own(tmp_path):
 
 def test_a_template_may_repeat_a_column_and_format_it():
     assert build(COUNTDOWN, prompt_template="{target:03d} {nums} {target}") == "017 [3, 4, 5] 17"
-    assert build({"the-question 2": "a"}, prompt_template="{the-question 2}") == "a"
+    row = {"the-question 2": "a", "2nd": "b", "q.text": "c", "Question (en)": "d", "self": "e", "args[0]": "f", "題": 1}
+    template = "{the-question 2} {2nd} {q.text} {Question (en)} {self} {args[0]} {題:02d}"
+    assert build(row, prompt_template=template) == "a b c d e f 01"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +115,13 @@ def test_columns_with_a_text_of_their_own_are_filled_in():
         ({"prompt_file": "r1_zer"}, "is neither a file nor one of .*did you mean 'r1_zero'"),
         ({"prompt_file": "countdown"}, "prompt_file='countdown' uses column 'target', but there is question, answer"),
         ({"prompt_file": "countdown", "system_prompt": "a"}, "brings its own messages; leave system_prompt out"),
-        ({"prompt_template": r"\boxed{}"}, r"cannot be filled: {} is not the name of a column; {{ and }} stand for"),
-        ({"prompt_template": "{0}"}, r"\{0\} is not the name of a column"),
-        ({"prompt_template": "{question.x}"}, "cannot be filled: {question.x} is not the name"),
-        ({"prompt_template": "{question[0]}"}, "is not the name of a column"),
+        ({"prompt_template": r"\boxed{}"}, r"cannot be filled: {} names no column; {{ and }} stand for braces"),
+        (
+            {"prompt_template": r"\frac{1}{2}"},
+            r"uses column '1', but there is .* \({{ and }} stand for braces",
+        ),
+        ({"prompt_template": "{question.__class__}"}, "uses column 'question.__class__', but there is question"),
+        ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but there is question"),
         ({"prompt_template": "{question!x}"}, "cannot be filled"),
         ({"prompt_template": "{question:d}"}, "cannot be filled: Unknown format code 'd'"),
         ({"prompt_template": "{question:{width}}"}, "cannot be filled: 'width'"),

@@ -212,7 +212,12 @@ def test_rendered_prompts_go_to_the_functions_that_take_them():
 
 @pytest.mark.parametrize(
     ("name", "row"),
-    [("exact_answer", {"answer": None}), ("countdown_equation", {"nums": [1], "target": None}), ("math_answer", {})],
+    [
+        ("exact_answer", {"answer": None}),
+        ("countdown_equation", {"nums": [1], "target": None}),
+        ("math_answer", {}),
+        ("final_number", {"answer": math.nan}),
+    ],
 )
 def test_a_missing_answer_is_named_before_anything_is_sampled(name, row):
     column = "target" if "nums" in row else "answer"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import numbers
-import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,15 @@ from grpo_fast.files import user_path
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
 
-# What a placeholder may be: no position, attribute or index.
-_COLUMN = re.compile(r"[^\W\d][\w -]*")
+
+class _Columns(string.Formatter):
+    """`str.format` whose placeholders are columns by their whole names: never an attribute, an index or a position."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
+_fill = _Columns().vformat
 
 # The prompt files that come with the package, by name.
 PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts").iterdir())}
@@ -53,8 +59,10 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     def build(row: Row) -> Prompt:
         for column in used:
             if column not in row:
-                raise UserError(f"{name} uses column {column!r}, but there is {', '.join(row)}")
-            if row[column] is None:
+                raise UserError(
+                    f"{name} uses column {column!r}, but there is {', '.join(row)} ({{{{ and }}}} stand for braces)"
+                )
+            if is_missing(row[column]):
                 raise UserError(f"{name} uses column {column!r}, which is empty here")
             if not has_text(row[column]):
                 kind = type(row[column]).__name__
@@ -64,14 +72,19 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
                 )
         try:
             if isinstance(template, str):
-                return check_prompt(template.format_map(row))
-            return check_prompt([*system, *({**m, "content": m["content"].format_map(row)} for m in template)])
+                return check_prompt(_fill(template, (), row))
+            return check_prompt([*system, *({**m, "content": _fill(m["content"], (), row)} for m in template)])
         except (ValueError, TypeError, LookupError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{name} cannot be filled: {one_line(error)}") from None
 
     return build
+
+
+def is_missing(value: object) -> bool:
+    """Whether a row has no value in a column; a number that is not one (NaN) is none."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def has_text(value: object) -> bool:
@@ -147,9 +160,6 @@ def _placeholders(name: str, text: str) -> list[str]:
         columns = [column for _, column, _, _ in string.Formatter().parse(text) if column is not None]
     except ValueError as error:
         raise UserError(f"{name} cannot be filled: {one_line(error)}; {{{{ and }}}} stand for braces") from None
-    for column in columns:
-        if not _COLUMN.fullmatch(column):
-            raise UserError(
-                f"{name} cannot be filled: {{{column}}} is not the name of a column; {{{{ and }}}} stand for braces"
-            )
+    if "" in columns:
+        raise UserError(f"{name} cannot be filled: {{}} names no column; {{{{ and }}}} stand for braces")
     return columns

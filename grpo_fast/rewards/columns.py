@@ -45,7 +45,8 @@ def check_values(functions: Iterable[RewardFunction], rows: list[dict[str, Any]]
             if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
                 continue
             for row in rows if name not in RESERVED_COLUMNS else ():
-                if row.get(name) is None:
+                value = row.get(name)
+                if value is None or value != value:
                     prompt = one_line(text_of(row["prompt"]), 60)
                     raise UserError(
                         f"the row with the prompt {prompt!r} has no {name!r}, which the reward function "
