@@ -225,6 +225,12 @@ def test_tags_that_are_special_tokens_reach_the_rewards(tagged):
     assert completions == ["<think>a</think><tool_call>b", "c", "<think>d<|im_end|>"]
 
 
+def test_a_token_that_only_pads_is_text(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.pad_token = "a"
+    assert completion_text(made, made.encode("banana"), False) == "banana"
+
+
 def test_steps_of_a_text_with_tags_have_their_tokens(tagged):
     ids = tagged.encode("<think>ab</think>c</s>", add_special_tokens=False)
     text = completion_text(tagged, ids, True)

@@ -95,7 +95,10 @@ def completion_text(tokenizer: Any, token_ids: list[int], ended: bool) -> str:
 
     Other special tokens, which may be tags such as ``<think>`` or ``<tool_call>``, are text.
     """
-    silent = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if tokenizer.eos_token_id is not None:
+        # Without EOS, what pads may be any token of the vocabulary.
+        silent.add(tokenizer.pad_token_id)
     ids = token_ids[:-1] if ended else token_ids
     return tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
 
