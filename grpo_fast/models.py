@@ -115,9 +115,18 @@ def base_config(config: GRPOConfig) -> GRPOConfig:
         base.model_init_kwargs = {"revision": adapter.config.revision, **(base.model_init_kwargs or {})}
     state = Path(adapter.name) / "trainer_state.json"
     if adapter.base == "random-llama" and state.is_file():
-        # Its weights follow from the seed of the run that made the adapter.
-        base.seed = json.loads(state.read_text(encoding="utf-8"))["fixed"]["seed"]
+        # Its weights are nowhere but in the fields of the run that made them.
+        fixed = json.loads(state.read_text(encoding="utf-8")).get("fixed", {})
+        return dataclasses.replace(base, **fixed.get("random-llama", {}))
     return base
+
+
+def random_base(config: GRPOConfig) -> dict[str, Any]:
+    """For a checkpoint: what the weights of ``random-llama`` follow from, where that is the model or the base."""
+    base = base_config(config)
+    if base.model_name_or_path != "random-llama":
+        return {}
+    return {"random-llama": {"seed": base.seed, "model_init_kwargs": base.model_init_kwargs}}
 
 
 def adapter_fields(config: GRPOConfig) -> GRPOConfig:
@@ -167,16 +176,15 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
     except UserError as error:
         raise UserError(f"the base model of the adapter {adapter.name}: {error}") from None
     transformers = import_extra("transformers", "train")
-    absent = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)
-    absent = {f"_raise_exceptions_for_{name}": value for name, value in absent.items()}
-    if transformers.utils.cached_file(adapter.name, "tokenizer_config.json", **absent) is not None:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                adapter.name, trust_remote_code=config.trust_remote_code
-            )
-        except Exception as error:
-            raise UserError(f"the tokenizer of the adapter {adapter.name}: {one_line(error)}") from None
-    return model, _with_padding(tokenizer)
+    try:
+        transformers.utils.cached_file(adapter.name, "tokenizer_config.json")
+    except OSError:
+        return model, tokenizer
+    try:
+        own = transformers.AutoTokenizer.from_pretrained(adapter.name, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer of the adapter {adapter.name}: {one_line(error)}") from None
+    return model, _with_padding(own)
 
 
 def _with_padding(tokenizer: Any) -> Any:

@@ -43,7 +43,15 @@ from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
-from grpo_fast.models import LORA_FIELDS, adapter_fields, check_vocabulary, find_adapter, load_model, max_positions
+from grpo_fast.models import (
+    LORA_FIELDS,
+    adapter_fields,
+    check_vocabulary,
+    find_adapter,
+    load_model,
+    max_positions,
+    random_base,
+)
 from grpo_fast.optimizers import check_optimizer
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
@@ -105,11 +113,15 @@ class GRPOTrainer:
         self.rollout.check(self.train_prompts[0], self.sampling)
         # The rows whose completions are being sampled while this step's are trained on.
         self.ahead: list[int] = []
-        self.fixed = fixed_fields(config) | {
-            "number of parameters": sum(p.numel() for p in model.parameters()),
-            "training data": fingerprint(self.train_prompts),
-            "held-out data": fingerprint(self.eval_prompts),
-        }
+        self.fixed = (
+            fixed_fields(config)
+            | random_base(config)
+            | {
+                "number of parameters": sum(p.numel() for p in model.parameters()),
+                "training data": fingerprint(self.train_prompts),
+                "held-out data": fingerprint(self.eval_prompts),
+            }
+        )
         # Where the run is between two updates; `updates_left` are those to come on the same generation batch.
         self.step = self.saved_step = self.updates_left = self.num_tokens = self.num_prompts = 0
         self.train_seconds, self.before = 0.0, math.nan

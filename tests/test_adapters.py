@@ -15,6 +15,7 @@ from grpo_fast.cli import main, parse_config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.models import adapter_fields, add_adapter, base_config, digit_tokenizer, load_model, load_trained
+from grpo_fast.rollout import serve
 from grpo_fast.trainer import GRPOTrainer
 from test_trainer import SMALL, weights
 from tiny import tiny_model
@@ -262,9 +263,7 @@ def test_training_goes_on_with_anybodys_adapter(begun, tmp_path, kind):
     theirs = foreign(begun, tmp_path / "theirs", KINDS[kind]).eval()
     fields = base_fields(tmp_path / "theirs", tmp_path / "run", learning_rate=0.05, max_steps=2)
     if kind == "ranks":
-        with pytest.raises(
-            UserError, match=r"beta=0.1 needs a copy of the adapter .* peft refuses: .*1 adapter"
-        ):
+        with pytest.raises(UserError, match=r"beta=0.1 needs a copy of the adapter .* peft refuses: .*1 adapter"):
             GRPOTrainer(config(**fields, beta=0.1))
     made = GRPOTrainer(config(**fields, beta=0.0 if kind == "ranks" else 0.1))
     ids = torch.tensor([[3, 4, 1, 4, 3]])
@@ -344,10 +343,16 @@ def test_an_adapter_brings_its_tokenizer(begun, tmp_path):
 
 
 def test_an_adapter_of_random_weights_finds_them_whatever_the_seed(tmp_path):
-    made = GRPOTrainer(config(output_dir=str(tmp_path / "run"), lora_r=4, learning_rate=0.05, max_steps=1))
-    made.train()
-    found, _ = load_trained(config(model_name_or_path=str(tmp_path / "run" / "checkpoint-1"), seed=7))
-    assert torch.equal(weights(found), weights(made.model))
+    name, fields = "random-llama", {"learning_rate": 0.05, "max_steps": 1}
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        made = GRPOTrainer(config(**fields, model_name_or_path=name, seed=number, output_dir=str(folder)))
+        made.train()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        name = str(folder / "checkpoint-1")
+        fields["model_init_kwargs"] = None
+        found, _ = load_trained(config(**fields, model_name_or_path=name, seed=7))
+        assert torch.equal(weights(found), weights(made.model))
 
 
 def test_an_adapter_is_planned_with_its_base(begun, capsys):
@@ -360,3 +365,13 @@ def test_an_adapter_is_planned_with_its_base(begun, capsys):
     assert base_config(config(**base_fields(begun / "run" / "checkpoint-2", begun))).model_name_or_path == str(
         begun / "model"
     )
+
+
+def test_a_server_gets_the_base_of_an_adapter(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "require_extra", lambda *_: None)
+    fields = base_fields(begun / "run" / "checkpoint-2", tmp_path, use_vllm=True, vllm_mode="server")
+    command = serve.server_command(config(**fields, trust_remote_code=True), tmp_path)
+    assert command[command.index("--model") + 1] == str(begun / "model")
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 64
+    with pytest.raises(UserError, match="set use_peft to go on with it"):
+        serve.server_command(config(**fields | {"use_peft": False}), tmp_path)
