@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import string
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,8 @@ def adapter_fields(config: GRPOConfig) -> GRPOConfig:
         default = GRPOConfig.__dataclass_fields__[name].default
         given, value = getattr(config, name), getattr(adapter.config, theirs, default)
         if isinstance(value, (set, list, tuple)):
-            value, given = sorted(value), given and sorted(given)
+            # peft writes the whole path of every module where it was told "all-linear".
+            value, given = _last_names(value), given and _last_names(given)
         if given not in (default, value):
             raise UserError(
                 f"{name}={given!r} is not that of the adapter {adapter.name}, {value!r}; leave it out: training goes "
@@ -157,6 +159,10 @@ def adapter_fields(config: GRPOConfig) -> GRPOConfig:
         # A pattern of names has no place in the field.
         own[name] = default if isinstance(value, str) else value
     return dataclasses.replace(config, **own)
+
+
+def _last_names(modules: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in modules})
 
 
 def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:

@@ -302,6 +302,15 @@ def test_fields_that_repeat_the_adapter_are_taken(begun, tmp_path):
     assert adapter_fields(config()) == config()
 
 
+def test_an_adapter_of_all_linear_layers_is_told_by_their_names(begun, tmp_path):
+    """peft writes the path of every single one."""
+    foreign(begun, tmp_path / "theirs", LoraConfig(r=2, target_modules="all-linear"))
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    for given in (None, names[::-1]):
+        run = adapter_fields(config(**base_fields(tmp_path / "theirs", tmp_path), lora_target_modules=given))
+        assert run.lora_target_modules == names
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
