@@ -130,7 +130,8 @@ def save_checkpoint(
     try:
         if hasattr(model, "get_base_model"):
             # Otherwise peft asks the hub whether the embeddings were resized.
-            model.save_pretrained(partial, save_embedding_layers=False, state_dict=weights)
+            options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+            model.save_pretrained(partial, state_dict=weights, **options)
         else:
             model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)

@@ -18,6 +18,7 @@ from typing import get_args, get_type_hints
 from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.files import user_path
 from grpo_fast.startup import leaving_at_once
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
@@ -99,7 +100,7 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     argv = ["--resume_from_checkpoint=true" if argument == "--resume" else argument for argument in argv]
     path = None
     if argv and not argv[0].startswith("-"):
-        path = Path(argv[0])
+        path = user_path(argv[0])
         _check_file(path)
         argv = [f"--config={path}", *argv[1:]]
     _check_options(argv)
@@ -198,7 +199,7 @@ def report(argv: Sequence[str]) -> int:
     with leaving_at_once():
         from grpo_fast.report import write_report
 
-    print(write_report(Path(arguments.run), Path(arguments.output) if arguments.output else None))
+    print(write_report(user_path(arguments.run), user_path(arguments.output) if arguments.output else None))
     return 0
 
 
@@ -216,8 +217,8 @@ def compare(argv: Sequence[str]) -> int:
     with leaving_at_once():
         from grpo_fast.report.compare import plot_curves, print_curves, read_curves
 
-    metric, curves = read_curves([Path(run) for run in arguments.runs], arguments.metric)
-    output = Path(arguments.output)
+    metric, curves = read_curves([user_path(run) for run in arguments.runs], arguments.metric)
+    output = user_path(arguments.output)
     if output.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--output={arguments.output!r} is not allowed: it must end in .png, .svg or .pdf")
     plot_curves({metric: curves}, metric, output)
@@ -328,8 +329,9 @@ def evaluate(argv: Sequence[str]) -> int:
     if not math.isfinite(least):
         raise UserError(f"--threshold={threshold!r} is not allowed: it must be a finite number")
     model, _ = _take(argv, "--model_name_or_path")
-    if model and not (argv and not argv[0].startswith("-")) and (Path(model).parent / "config.yaml").is_file():
-        argv = [str(Path(model).parent / "config.yaml"), *argv]
+    if model and not (argv and not argv[0].startswith("-")):
+        own = user_path(model).parent / "config.yaml"
+        argv = [str(own), *argv] if own.is_file() else argv
     config = parse_config(argv)
     with leaving_at_once():
         quiet_libraries()
@@ -339,7 +341,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
-    folder, other = (Path(path) if path else None for path in (output, compare))
+    folder, other = (user_path(path) if path else None for path in (output, compare))
     EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)).run()
     return 0
 

@@ -14,7 +14,7 @@ from grpo_fast.advantages import Advantages, apart_advantages, group_advantages
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.packing import Sample, token_offsets
-from grpo_fast.process_rewards import normalise_steps, spread_steps
+from grpo_fast.process_rewards import normalise_steps, spread_steps, step_tokens
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_kernels import PolicyObjective, token_weights
@@ -186,7 +186,9 @@ def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: An
     for place, (response, steps) in enumerate(zip(groups.responses, groups.rewards.steps, strict=True)):
         values = torch.full((len(response.token_ids),), advantages.outcome[place].item(), dtype=torch.float64)
         for index, pairs in steps.items():
-            spread_steps(values, pairs, advantages.steps[index][place].tolist(), tokenizer, response.token_ids)
+            ends, ended = [end for end, _ in pairs], response.finish_reason == "stop"
+            counts = step_tokens(tokenizer, response.token_ids, ends, ended)
+            spread_steps(values, counts, advantages.steps[index][place].tolist())
         tokens.append(values)
     advantage = torch.cat(tokens).float()
     if not bool(advantage.isfinite().all()):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,15 +20,18 @@ class GRPOConfig:
 
     Args:
         model_name_or_path: a folder or hub name for `from_pretrained`, or a built-in: ``smollm2-135m-instruct``
-            (extra `smollm2`) or ``random-llama`` (random weights for digit tasks).
+            (extra `smollm2`) or ``random-llama`` (random weights for digit tasks). It may name an adapter saved by
+            peft, such as ``RUN/checkpoint-N``, whose adapter_config.json names the base model; with use_peft, training
+            goes on with that adapter.
         dtype: dtype of the weights.
         attn_implementation: attention of the model; None leaves the choice to transformers.
         trust_remote_code: run code that comes with the model.
         model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
-        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without.
-        lora_r: rank of the adapters.
-        lora_alpha: their scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
-        lora_dropout: dropout before the adapters.
+        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without
+            them, or with the adapter of model_name_or_path as it was.
+        lora_r: rank of a new adapter; one that was there keeps its own, and its own of the next four fields.
+        lora_alpha: its scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
+        lora_dropout: dropout before the adapter.
         lora_target_modules: names of the modules that get an adapter (default: all linear ones but the head).
         use_rslora: rank-stabilised scale.
         load_in_4bit: quantise the frozen weights to 4 bits (QLoRA, extra `lowbit`).
@@ -39,23 +43,28 @@ class GRPOConfig:
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
         tiled_mlp: compute the MLPs in tiles of 2048 tokens, and again in the backward, which bounds their
             intermediates.
-        dataset_name: a .jsonl, .json or .parquet file, a hub name, or a built-in: ``sort_digits``, ``addition``,
-            ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the hub or from files).
+        dataset_name: a .jsonl, .json, .csv (each also with .gz) or .parquet file, a hub name, or a built-in:
+            ``sort_digits``, ``addition``, ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the
+            hub or from files).
         dataset_config: configuration of a hub dataset.
         dataset_kwargs: arguments of a built-in dataset, such as ``{digits: 3}`` for arithmetic or
             ``{path: FOLDER}`` for gsm8k and math.
         dataset_train_split: split of a hub dataset to train on.
         dataset_test_split: split of a hub dataset to evaluate on.
-        eval_dataset_name: file to evaluate on; without it, dataset_test_split, or a held-out share of a file's rows.
+        eval_dataset_name: file to evaluate on; without it, dataset_test_split, or about a tenth of a file's rows, at
+            most 200: always the same ones, chosen by their content.
         prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
+            Columns must be text, numbers, dates or lists of numbers.
         prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,
             ``question_only``, ``countdown`` or ``countdown_short`` (two answers shown, the third opened).
         system_prompt: system message put before a templated prompt, which then is a chat.
         apply_chat_template: turn a templated prompt into a chat even without a system message.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
         max_train_samples: use only the first rows of the training split.
-        max_eval_samples: use only the first rows of the evaluation split.
-        shuffle_dataset: draw the training prompts in a random order (by the seed).
+        max_eval_samples: use only the first rows of the evaluation split; it does not change what is held out.
+        long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
+            max_tokens_per_microbatch ends the run before it begins (error), or its row is left out (drop).
+        shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
         reward_weights: a weight for each of them (default: 1 each).
         reward_timeout: seconds that a reward function may take for a completion.
@@ -192,6 +201,7 @@ class GRPOConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    long_prompts: Literal["error", "drop"] = "error"
     shuffle_dataset: bool = True
 
     reward_funcs: list[str] = field(default_factory=list)
@@ -301,6 +311,10 @@ class GRPOConfig:
     resume_from_checkpoint: bool = False
 
     def __post_init__(self):
+        for name in _PATH_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
         check_config(self)
 
     @property
@@ -337,6 +351,9 @@ class GRPOConfig:
             **{name: getattr(self, name) for name in _OBJECTIVE_FIELDS},
         )
 
+
+# Fields that may hold a path, in which ``~`` is the home folder; functions of reward_funcs are found likewise.
+_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
 
 # What has the same name in `PolicyObjective`.
 _OBJECTIVE_FIELDS = ("entropy_coef", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos")

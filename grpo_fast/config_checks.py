@@ -63,7 +63,7 @@ def check_config(config: GRPOConfig) -> None:
             if value is not None and not (math.isfinite(value) and holds(value)):
                 _refuse(name, value, f"a finite number, {allowed}")
     if not config.dataset_name:
-        raise UserError("dataset_name is missing: a .jsonl, .json or .parquet file, a hub name or a built-in name")
+        raise UserError("dataset_name is missing: a data file, a hub name or a built-in name")
     if not config.reward_funcs:
         raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
     if config.keep_best and not config.eval_steps:
@@ -96,7 +96,7 @@ def check_config(config: GRPOConfig) -> None:
         if getattr(config, name) and not config.uses_reference:
             raise UserError(f"{name} goes with beta above 0: without, there is no reference policy")
     if config.sync_ref_model and config.use_peft:
-        raise UserError("sync_ref_model goes without use_peft: the reference is the model without its adapters")
+        raise UserError("sync_ref_model goes without use_peft: the reference is the model that the adapter began from")
     if config.reward_baseline in UNCENTRED and config.scale_rewards != "none":
         raise UserError(
             f"reward_baseline={config.reward_baseline!r} goes with scale_rewards='none', not "

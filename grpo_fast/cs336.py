@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.data.encoding import completion_text
 from grpo_fast.errors import UserError
 from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.packing import Microbatch
@@ -348,7 +349,7 @@ def grpo_train_loop(
         chosen = order.choices(range(len(prompts)), k=rollout_batch_size // group_size)
         prompt_ids = [tokenizer(prompts[index], add_special_tokens=False)["input_ids"] for index in chosen]
         responses = [
-            _up_to(tokenizer.decode(response.token_ids, skip_special_tokens=True), stop)
+            _up_to(completion_text(tokenizer, response.token_ids, response.finish_reason == "stop"), stop)
             for response in rollout.generate(prompt_ids, sampling)
         ]
         chosen = [index for index in chosen for _ in range(group_size)]

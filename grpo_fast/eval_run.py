@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +17,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from grpo_fast.checkpoint import checkpoints, fingerprint
+from grpo_fast.checkpoint import STATE_FILE, checkpoints, fingerprint
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import check_lengths, encode_prompts, load_rows
+from grpo_fast.data import Row, encode_prompts, encode_rows, load_rows
 from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
 from grpo_fast.files import replace_text
 from grpo_fast.metrics import LinesFile, json_ready
-from grpo_fast.models import check_vocabulary, load_trained
+from grpo_fast.models import check_vocabulary, load_trained, max_positions
 from grpo_fast.policy import FusedPolicy
 from grpo_fast.progress import command
 from grpo_fast.report import write_config, write_json
@@ -33,6 +34,11 @@ from grpo_fast.report.run import read_lines
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.probe import Probe, tolerance
+
+# What decides which prompts a run holds out, besides the data.
+_DATA_FIELDS = ("dataset_name", "dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split")
+_DATA_FIELDS += ("eval_dataset_name", "prompt_template", "prompt_file", "system_prompt", "apply_chat_template")
+_DATA_FIELDS += ("chat_template_kwargs",)
 
 SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
 
@@ -84,16 +90,18 @@ class EvalRun:
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
-        _, self.rows = load_rows(config)
-        self.rewards.check_columns(name for name in self.rows[0] if name != "prompt")
+        _, held_out = load_rows(dataclasses.replace(config, max_eval_samples=None))
+        self.rows = held_out[: config.max_eval_samples]
+        self.rewards.check_rows(self.rows)
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_trained(config)
-        self.prompts = encode_prompts(self.rows, self.tokenizer, config)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Nothing is trained, so no microbatch has to hold a prompt.
         endless = dataclasses.replace(config, max_tokens_per_microbatch=2**62)
-        check_lengths(self.prompts, self.rows, positions, endless)
+        self.rows, self.prompts = encode_rows(
+            self.rows, self.tokenizer, endless, max_positions(model.config), "held-out", warn
+        )
+        check_split(config, held_out, self.tokenizer)
         check_vocabulary(model, self.prompts, self.tokenizer)
         if not config.load_in_4bit:
             model.to(device)
@@ -233,6 +241,29 @@ class EvalRun:
             "mean_length": sum(line["length"] for line in lines) / len(lines),
             "clipped_ratio": sum(line["finish_reason"] == "length" for line in lines) / len(lines),
         }
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def check_split(config: GRPOConfig, held_out: list[Row], tokenizer: Any) -> None:
+    """Warn where a checkpoint is measured on its own run's data, but on other rows than that run held out.
+
+    The data may have changed since, or an earlier release made the split, which followed from the seed.
+    """
+    path = Path(config.model_name_or_path) / STATE_FILE
+    if not path.is_file() or config.eval_dataset_name is not None:
+        return
+    run = json.loads(path.read_text(encoding="utf-8")).get("fixed", {})
+    if any(getattr(config, name) != run.get(name) for name in _DATA_FIELDS) or config.long_prompts == "drop":
+        return
+    theirs = fingerprint(encode_prompts(held_out[: run["max_eval_samples"]], tokenizer, config))
+    if theirs != run["held-out data"]:
+        warn(
+            f"the held-out prompts of {config.dataset_name} are not those of the run that made "
+            f"{config.model_name_or_path}: {theirs}, not {run['held-out data']}; it may have been trained on some"
+        )
 
 
 def scores(lines: list[dict[str, Any]], num_prompts: int) -> dict[str, Tensor]:

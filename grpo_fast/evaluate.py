@@ -11,7 +11,7 @@ import numpy
 import torch
 
 from grpo_fast.checkpoint import rng_state, set_rng_state
-from grpo_fast.data import Row, as_scored
+from grpo_fast.data import Row, as_scored, completion_text, rendered_prompt
 from grpo_fast.distributed import on_main
 from grpo_fast.metrics import completion_metrics
 from grpo_fast.rewards import RewardModel, Rewards
@@ -27,22 +27,24 @@ def sample_and_score(
     sampling: Sampling,
 ) -> tuple[list[Response], list[str], Rewards]:
     """Sample `num_generations` responses to each row and score them: (responses, their texts, rewards)."""
-    return score_responses(rewards, tokenizer, rows, rollout.generate(prompt_ids, sampling))
+    return score_responses(rewards, tokenizer, rows, prompt_ids, rollout.generate(prompt_ids, sampling))
 
 
 def score_responses(
-    rewards: RewardModel, tokenizer: Any, rows: list[Row], responses: list[Response]
+    rewards: RewardModel, tokenizer: Any, rows: list[Row], prompt_ids: list[list[int]], responses: list[Response]
 ) -> tuple[list[Response], list[str], Rewards]:
     """The same for responses that are there, those of a row side by side."""
     ids = [list(response.token_ids) for response in responses]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = [completion_text(tokenizer, r.token_ids, r.finish_reason == "stop") for r in responses]
     size = len(responses) // len(rows)
     repeated = [row for row in rows for _ in range(size)]
+    rendered = [rendered_prompt(tokenizer, i, row["prompt"]) for i, row in zip(prompt_ids, rows, strict=True)]
     turns = [as_scored(row["prompt"], text) for row, text in zip(repeated, texts, strict=True)]
     prompts, completions = map(list, zip(*turns, strict=True))
     columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}
+    columns |= {"completion_ids": ids, "rendered_prompts": [text for text in rendered for _ in range(size)]}
     # Once, wherever there are several processes: a reward function may count, or cost.
-    return responses, texts, on_main(lambda: rewards(prompts, completions, {**columns, "completion_ids": ids}, size))
+    return responses, texts, on_main(lambda: rewards(prompts, completions, columns, size))
 
 
 @contextmanager

@@ -9,6 +9,19 @@ from pathlib import Path
 from grpo_fast.errors import writing
 
 
+def user_path(text: str) -> Path:
+    """The path that a user wrote; ``~`` is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of `text`, split at ``\\n`` alone.
+
+    `str.splitlines` also splits at U+2028, U+2029 and U+0085, which JSON leaves inside a line.
+    """
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write `path` beside itself, synced to the disk, and put it in place in one move.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +23,7 @@ from grpo_fast.distributed import own_random_numbers, rank, size, total
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import loss_metrics, sampling_metrics
 from grpo_fast.microbatch_policy import MicrobatchPolicy
-from grpo_fast.models import add_adapter
+from grpo_fast.models import REFERENCE, train_adapter
 from grpo_fast.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.packing import (
     Microbatch,
@@ -72,7 +72,7 @@ class Learner:
     ):
         self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
         self.objective, self.sharded = config.objective(), is_sharded(config)
-        self.adapter = add_adapter(model, config) if config.use_peft else None
+        self.adapter = train_adapter(model, config) if config.use_peft else None
         prepare_activations(model, config)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
         policy.eval()
@@ -225,10 +225,11 @@ class Learner:
                 yield empty_microbatch(pad, self.packed).to(device)
 
     def score_reference(self, batch: StepBatch) -> Tensor:
-        """Log-probabilities ``[N]`` under the initial policy: without the adapter, or its copy, parked on the CPU."""
+        """Log-probabilities ``[N]`` under the initial policy: a copy parked on the CPU; with an adapter, the model
+        without it, or with the adapter that the run went on from."""
         if self.adapter is not None:
             self.policy.eval()
-            with self.adapter.disable_adapter():
+            with self.initial_adapter():
                 return self.score(self.policy, batch)
         if self.sharded:
             return self.score(self.reference, batch)
@@ -236,6 +237,21 @@ class Learner:
             scores = self.score(self.reference.to(self.accelerator.device), batch)
         self.reference.to("cpu")
         return scores
+
+    @contextmanager
+    def initial_adapter(self) -> Iterator[None]:
+        """Within it the policy has the adapter that the run began with: a frozen copy, or none."""
+        if REFERENCE not in self.adapter.peft_config:
+            with self.adapter.disable_adapter():
+                yield
+            return
+        trained = self.adapter.active_adapter
+        self.adapter.set_adapter(REFERENCE)
+        try:
+            yield
+        finally:
+            # This also freezes the copy again.
+            self.adapter.set_adapter(trained)
 
     @torch.no_grad()
     def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo_fast.advantages import nanstd
 from grpo_fast.errors import writing
-from grpo_fast.files import replace_text
+from grpo_fast.files import replace_text, split_lines
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_kernels import PolicyObjective
@@ -149,7 +149,7 @@ class LinesFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
 
 
 def cut_metrics(path: Path, step: int) -> list[dict[str, float]]:
@@ -161,7 +161,7 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, float]]:
     if not path.exists():
         return []
     kept, entries = [], []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
             entry = json.loads(line)
         except ValueError:

@@ -6,9 +6,12 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import os
 import string
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,12 +31,176 @@ RANDOM_LLAMA = {
 }
 
 
+# Fields of a new LoRA adapter, and what peft calls them.
+LORA_FIELDS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+}
+
+# The copy of an adapter that training began with, which is its reference policy.
+REFERENCE = "reference"
+
+
+class Adapter(NamedTuple):
+    """An adapter that was saved by peft.
+
+    Args:
+        name: its folder, or its name on the hub.
+        config: its PeftConfig.
+        base: the model that it belongs to.
+    """
+
+    name: str
+    config: Any
+    base: str
+
+
+def find_adapter(config: GRPOConfig) -> Adapter | None:
+    """The adapter that `model_name_or_path` names, a folder or a hub name; None where it is a model.
+
+    Raises:
+        UserError: its configuration is not valid, names no base model, or is of a kind that adds virtual tokens.
+    """
+    name = config.model_name_or_path
+    if name in BUILT_IN or not (Path(name).is_dir() or _may_be_on_hub(name)):
+        return None
+    file = _adapter_file(name)
+    if file is None:
+        return None
+    peft = import_extra("peft", "train")
+    shown = Path(name) / "adapter_config.json"
+    try:
+        found = peft.PeftConfig.from_pretrained(str(Path(file).parent))
+    except Exception as error:
+        # Broken JSON, an unknown kind and a missing field come as exceptions of many types.
+        raise UserError(f"{shown} is not valid: {one_line(error)}") from None
+    if not found.base_model_name_or_path:
+        raise UserError(f"{shown} names no base_model_name_or_path")
+    if found.is_prompt_learning:
+        raise UserError(f"{shown}: {found.peft_type.value} adds virtual tokens to the input, which is not supported")
+    return Adapter(name, found, os.path.expanduser(found.base_model_name_or_path))
+
+
+def _adapter_file(name: str) -> str | None:
+    if Path(name).is_dir():
+        file = Path(name) / "adapter_config.json"
+        return str(file) if file.is_file() else None
+    return _adapter_file_on_hub(name)
+
+
+@lru_cache
+def _adapter_file_on_hub(name: str) -> str | None:
+    # Asked for once: without a network the answer takes its time.
+    return import_extra("transformers", "train").utils.find_adapter_config_file(name)
+
+
+def base_config(config: GRPOConfig) -> GRPOConfig:
+    """`config` with the base model, where `model_name_or_path` names an adapter.
+
+    Raises:
+        UserError: see `find_adapter`; or the base is an adapter itself.
+    """
+    adapter = find_adapter(config)
+    if adapter is None:
+        return config
+    base = dataclasses.replace(config, model_name_or_path=adapter.base)
+    if find_adapter(base) is not None:
+        raise UserError(
+            f"the base of the adapter {adapter.name}, {adapter.base!r}, is an adapter itself; merge that one into its "
+            "own base first (peft's merge_and_unload)"
+        )
+    if adapter.config.revision:
+        base.model_init_kwargs = {"revision": adapter.config.revision, **(base.model_init_kwargs or {})}
+    state = Path(adapter.name) / "trainer_state.json"
+    if adapter.base == "random-llama" and state.is_file():
+        # Its weights are nowhere but in the fields of the run that made them.
+        fixed = json.loads(state.read_text(encoding="utf-8")).get("fixed", {})
+        return dataclasses.replace(base, **fixed.get("random-llama", {}))
+    return base
+
+
+def random_base(config: GRPOConfig) -> dict[str, Any]:
+    """For a checkpoint: what the weights of ``random-llama`` follow from, where that is the model or the base."""
+    base = base_config(config)
+    if base.model_name_or_path != "random-llama":
+        return {}
+    return {"random-llama": {"seed": base.seed, "model_init_kwargs": base.model_init_kwargs}}
+
+
+def adapter_fields(config: GRPOConfig) -> GRPOConfig:
+    """`config` as a run that trains it uses it: where `model_name_or_path` names an adapter, with that one's `lora_*`.
+
+    Raises:
+        UserError: `use_peft` is not set, or a `lora_*` field was set to something else.
+    """
+    adapter = find_adapter(config)
+    if adapter is None:
+        return config
+    if not config.use_peft:
+        raise UserError(
+            f"model_name_or_path={adapter.name!r} is an adapter of {adapter.base!r}: set use_peft to go on with it; to "
+            "train all weights, merge it into its base first (peft's merge_and_unload)"
+        )
+    own = {}
+    for name, theirs in LORA_FIELDS.items():
+        default = GRPOConfig.__dataclass_fields__[name].default
+        given, value = getattr(config, name), getattr(adapter.config, theirs, default)
+        if isinstance(value, (set, list, tuple)):
+            # peft writes the whole path of every module where it was told "all-linear".
+            value, given = _last_names(value), given and _last_names(given)
+        if given not in (default, value):
+            raise UserError(
+                f"{name}={given!r} is not that of the adapter {adapter.name}, {value!r}; leave it out: training goes "
+                "on with the adapter as it is"
+            )
+        # A pattern of names has no place in the field.
+        own[name] = default if isinstance(value, str) else value
+    return dataclasses.replace(config, **own)
+
+
+def _last_names(modules: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in modules})
+
+
 def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
     """The model in `config.dtype`, and its tokenizer with a padding token.
+
+    Where `model_name_or_path` names an adapter, the model is its base, and the tokenizer the adapter's own, if it has
+    one.
 
     Raises:
         UserError: the model cannot be found or loaded, or an argument of it is unknown.
     """
+    adapter = find_adapter(config)
+    if adapter is None:
+        return _load_model(config)
+    try:
+        model, tokenizer = _load_model(base_config(config))
+    except UserError as error:
+        raise UserError(f"the base model of the adapter {adapter.name}: {error}") from None
+    transformers = import_extra("transformers", "train")
+    try:
+        transformers.utils.cached_file(adapter.name, "tokenizer_config.json")
+    except OSError:
+        return model, tokenizer
+    try:
+        own = transformers.AutoTokenizer.from_pretrained(adapter.name, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"the tokenizer of the adapter {adapter.name}: {one_line(error)}") from None
+    return model, _with_padding(own)
+
+
+def _with_padding(tokenizer: Any) -> Any:
+    if tokenizer.pad_token_id is None:
+        # Padding is masked, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def _load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
     loader = BUILT_IN.get(config.model_name_or_path, _from_pretrained)
     if config.load_in_4bit and loader is not _from_pretrained:
         raise UserError(f"load_in_4bit goes with a folder or hub name, not with {config.model_name_or_path!r}")
@@ -45,35 +212,64 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
         # Libraries report a broken folder or an impossible option by exceptions of many types.
         name, reason = config.model_name_or_path, one_line(error)
         raise UserError(f"model_name_or_path={name!r} could not be loaded: {type(error).__name__}: {reason}") from None
-    if tokenizer.pad_token_id is None:
-        # Padding is masked, so any token will do.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return model, tokenizer
+    return model, _with_padding(tokenizer)
 
 
 def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
-    """As `load_model`, but the folder may hold an adapter alone: it is put into the model that its file names.
+    """As `load_model`, but an adapter is put into its base, not to be trained.
 
     Raises:
         UserError: the model or the adapter cannot be found or loaded.
     """
-    folder = Path(config.model_name_or_path)
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return load_model(config)
+    adapter = find_adapter(config)
+    model, tokenizer = load_model(config)
+    if adapter is not None:
+        _put_in(model, adapter)
+    return model, tokenizer
+
+
+def train_adapter(model: nn.Module, config: GRPOConfig) -> Any:
+    """The PeftModel around `model`, whose own weights are frozen: with the adapter that `model_name_or_path` names, or
+    a new one.
+
+    Where the run needs a reference policy, an adapter that was there has a frozen copy named `REFERENCE`, as in TRL.
+
+    Raises:
+        UserError: the adapter does not fit the model, or reaches the output head; see also `add_adapter`.
+    """
+    adapter = find_adapter(config)
+    if adapter is None:
+        return add_adapter(model, config)
+    adapted = _put_in(model, adapter, is_trainable=True)
+    _check_head(model, f"the adapter {adapter.name}")
+    if config.uses_reference:
+        try:
+            adapted.load_adapter(adapter.name, adapter_name=REFERENCE)
+        except ValueError as error:
+            raise UserError(
+                f"beta={config.beta} needs a copy of the adapter {adapter.name} as the reference policy, which peft "
+                f"refuses: {one_line(error)}; set beta to 0"
+            ) from None
+    return adapted
+
+
+def _put_in(model: nn.Module, adapter: Adapter, **options: Any) -> Any:
     peft = import_extra("peft", "train")
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not valid: {one_line(error)}") from None
-    if not base:
-        raise UserError(f"{file} names no base_model_name_or_path")
-    model, tokenizer = load_model(dataclasses.replace(config, model_name_or_path=base))
-    try:
-        peft.PeftModel.from_pretrained(model, folder)
+        return peft.PeftModel.from_pretrained(model, adapter.name, **options)
     except Exception as error:
-        raise UserError(f"the adapter {folder} does not fit {base!r}: {one_line(error)}") from None
-    return model, tokenizer
+        raise UserError(f"the adapter {adapter.name} does not fit {adapter.base!r}: {one_line(error)}") from None
+
+
+def _check_head(model: nn.Module, what: str) -> None:
+    """Refuse `what` if it has put an adapter on the output head, or on the embedding that is tied to it."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if any(hasattr(layer, "base_layer") or hasattr(layer, "original_module") for layer in [head, *[embedding] * tied]):
+        raise UserError(
+            f"{what} reaches the output head, which the fused loss multiplies without an adapter; name modules that "
+            "leave it out"
+        )
 
 
 def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
@@ -102,12 +298,13 @@ def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
         raise UserError(f"lora_target_modules={config.lora_target_modules}: {one_line(error)}") from None
     # A built-in has no name that peft would know.
     adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
-    if isinstance(model.get_output_embeddings(), peft.tuners.tuners_utils.BaseTunerLayer):
-        raise UserError(
-            f"lora_target_modules={config.lora_target_modules} reaches the output head, which the fused loss "
-            "multiplies without an adapter; name modules that leave it out"
-        )
+    _check_head(model, f"lora_target_modules={config.lora_target_modules}")
     return adapted
+
+
+def max_positions(model_config: Any) -> int | None:
+    """Positions that a model has, where its configuration sets a limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_vocabulary(model: nn.Module, encoded: list[list[int]], tokenizer: Any) -> None:
@@ -145,10 +342,14 @@ def _quantization(config: GRPOConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _may_be_on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
+
+
 def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
     transformers = import_extra("transformers", "train")
     name = config.model_name_or_path
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
+    if not Path(name).is_dir() and not _may_be_on_hub(name):
         raise UserError(
             f"model_name_or_path={name!r} is neither a folder, nor a hub name (owner/name), "
             f"nor one of {', '.join(BUILT_IN)}{nearest(name, BUILT_IN)}"

@@ -24,7 +24,7 @@ from grpo_fast.memory_plan import (
 )
 from grpo_fast.memory_switches import longest_with_all, smallest_remedy, switches
 from grpo_fast.memory_trace import Tracer
-from grpo_fast.models import BUILT_IN
+from grpo_fast.models import BUILT_IN, adapter_fields, base_config, max_positions
 
 WIDTH = 100
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
@@ -83,6 +83,7 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Conso
         UserError: the model's configuration cannot be read, or its memory not be planned.
     """
     console = console or Console(highlight=False, markup=False, width=WIDTH)
+    config = base_config(adapter_fields(config))
     model_config = load_model_config(config)
     tracer = Tracer(model_config)
     plan = plan_memory(config, model_config, prompt_tokens, tracer)
@@ -142,7 +143,7 @@ def _parts(plan: MemoryPlan) -> Table:
 def _notes(console: Console, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
     """What `train` would refuse."""
     sequence = prompt_tokens + config.max_completion_length
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(model_config)
     if sequence > config.max_tokens_per_microbatch:
         console.print(
             f"A microbatch holds whole sequences: train needs max_tokens_per_microbatch={sequence} or more, not "

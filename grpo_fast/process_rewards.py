@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import LARGEST, Advantages, group_advantages
+from grpo_fast.data.encoding import completion_text
 from grpo_fast.errors import UserError
 
 Steps = list[tuple[int, float]]
@@ -61,15 +62,15 @@ def mean_reward(steps: Steps) -> float:
     return sum(reward for _, reward in steps) / len(steps) if steps else math.nan
 
 
-def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int]) -> list[int]:
+def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int], ended: bool) -> list[int]:
     """How many tokens belong to a step or to one before it, for each of the steps' `ends` (characters, rising).
 
     A token across the end of a step belongs to that step. So does one without characters of its own right after the
-    end: a special token, or one that completes a character.
+    end: one that completes a character, or the one that `ended` the completion.
     """
 
     def characters(index: int) -> int:
-        return len(tokenizer.decode(token_ids[: index + 1], skip_special_tokens=True))
+        return len(completion_text(tokenizer, token_ids[: index + 1], ended and index + 1 == len(token_ids)))
 
     counts, first = [], 0
     for end in ends:
@@ -99,10 +100,7 @@ def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str
     return Advantages(found.values.view(-1, longest), found.equal.view(-1, longest)[:, 0])
 
 
-def spread_steps(
-    advantages: Tensor, steps: Steps, values: Sequence[float], tokenizer: Any, token_ids: list[int]
-) -> None:
-    """Add to a completion's token `advantages` ``[T]`` each step's value, on all tokens up to the step's end."""
-    counts = step_tokens(tokenizer, token_ids, [end for end, _ in steps])
+def spread_steps(advantages: Tensor, counts: list[int], values: Sequence[float]) -> None:
+    """Add to a completion's token `advantages` ``[T]`` each step's value, on the `step_tokens` up to the step's end."""
     for count, value in zip(counts, values, strict=False):
         advantages[:count] += value

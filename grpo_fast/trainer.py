@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -34,7 +35,7 @@ from grpo_fast.checkpoint import (
 )
 from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
+from grpo_fast.data import encode_rows, load_rows, prompt_order
 from grpo_fast.distributed import connect, is_main, on_main, size
 from grpo_fast.errors import CheckpointError, UserError, writing
 from grpo_fast.evaluate import evaluate, score_responses
@@ -42,7 +43,15 @@ from grpo_fast.files import remove_leftovers
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
-from grpo_fast.models import check_vocabulary, load_model
+from grpo_fast.models import (
+    LORA_FIELDS,
+    adapter_fields,
+    check_vocabulary,
+    find_adapter,
+    load_model,
+    max_positions,
+    random_base,
+)
 from grpo_fast.optimizers import check_optimizer
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
@@ -67,18 +76,19 @@ class GRPOTrainer:
     """
 
     def __init__(self, config: GRPOConfig):
-        self.config = config
         connect(config.use_cpu)
+        self.config = config = adapter_fields(config)
         self.run_folder, found = on_main(partial(choose_run_folder, config))
         self.objective = config.objective()
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
         )
+        self.rewards.warn = self.warn
         self.metric = self.rewards.index(config.eval_metric)
         self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
         self.train_rows, self.eval_rows = load_rows(config)
         for rows in (self.train_rows, self.eval_rows):
-            self.rewards.check_columns(name for name in rows[0] if name != "prompt")
+            self.rewards.check_rows(rows)
 
         trackers = tracker_arguments(config, self.run_folder)
         self.accelerator = Accelerator(
@@ -91,11 +101,9 @@ class GRPOTrainer:
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_model(config)
-        self.train_prompts = encode_prompts(self.train_rows, self.tokenizer, config)
-        self.eval_prompts = encode_prompts(self.eval_rows, self.tokenizer, config)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        check_lengths(self.train_prompts, self.train_rows, positions, config)
-        check_lengths(self.eval_prompts, self.eval_rows, positions, config)
+        arguments = (self.tokenizer, config, max_positions(model.config))
+        self.train_rows, self.train_prompts = encode_rows(self.train_rows, *arguments, "training", self.warn)
+        self.eval_rows, self.eval_prompts = encode_rows(self.eval_rows, *arguments, "held-out", self.warn)
         check_vocabulary(model, self.train_prompts + self.eval_prompts, self.tokenizer)
         self.learner = Learner(model, config, self.accelerator, self.train_prompts[0], self.tokenizer.pad_token_id)
         self.adapter, self.model = self.learner.adapter, model
@@ -107,11 +115,15 @@ class GRPOTrainer:
         self.signals, self.warnings = LearningSignals(config), Warnings(self.run_folder / "warnings.jsonl")
         # The rows whose completions are being sampled while this step's are trained on.
         self.ahead: list[int] = []
-        self.fixed = fixed_fields(config) | {
-            "number of parameters": sum(p.numel() for p in model.parameters()),
-            "training data": fingerprint(self.train_prompts),
-            "held-out data": fingerprint(self.eval_prompts),
-        }
+        self.fixed = (
+            fixed_fields(config)
+            | random_base(config)
+            | {
+                "number of parameters": sum(p.numel() for p in model.parameters()),
+                "training data": fingerprint(self.train_prompts),
+                "held-out data": fingerprint(self.eval_prompts),
+            }
+        )
         # Where the run is between two updates; `updates_left` are those to come on the same generation batch.
         self.step = self.saved_step = self.updates_left = self.num_tokens = self.num_prompts = 0
         self.train_seconds, self.before = 0.0, math.nan
@@ -122,6 +134,11 @@ class GRPOTrainer:
         if found is not None:
             self.restore(*found)
         self.order = prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed, self.num_prompts)
+
+    def warn(self, text: str) -> None:
+        """Say something before the run's own lines begin, once for all processes."""
+        if is_main():
+            print(f"warning: {text}", file=sys.stderr)
 
     def build_sampler(self) -> Sampler:
         """The engine that `config` names, synced with the policy and probed whenever it has changed."""
@@ -154,6 +171,9 @@ class GRPOTrainer:
                 progress.started(self.before)
             else:
                 start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
+                if (adapter := find_adapter(config)) is not None:
+                    own = ", ".join(f"{name} {getattr(config, name)}" for name in LORA_FIELDS)
+                    progress.phase(f"training the adapter {adapter.name} of {adapter.base} further, with its own {own}")
                 progress.phase(f"{start}measuring {metric} before training on {len(self.eval_rows)} held-out prompts")
                 figures = self.evaluate()
                 self.before = figures[self.score_name]
@@ -231,7 +251,7 @@ class GRPOTrainer:
             interrupt.exit()
         return checkpoint
 
-    def warn(self, name: str, text: str) -> None:
+    def warn_once(self, name: str, text: str) -> None:
         """Say `text` in the step that is being taken, unless there was a warning of that name in this run."""
         on_main(partial(self.warnings.warn, self.step + 1, name, f"step {self.step + 1}: {text}"))
 
@@ -287,7 +307,7 @@ class GRPOTrainer:
             start = time.perf_counter()
             batch, figures = self.collect()
             for name, text in self.signals.observe(figures).items():
-                self.warn(name, text)
+                self.warn_once(name, text)
             tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in batch.samples)
             updates = min(self.config.num_iterations, self.config.max_steps - self.step)
             if self.config.sample_ahead and self.step + updates < self.config.max_steps:
@@ -326,7 +346,7 @@ class GRPOTrainer:
         indices, self.ahead = self.ahead or self.draw(count), []
         rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
         responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
-        return Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, responses))
+        return Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, prompts, responses))
 
     def draw(self, count: int) -> list[int]:
         """The next `count` training rows."""

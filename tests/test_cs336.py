@@ -287,6 +287,20 @@ def test_grpo_train_loop_takes_the_same_step_in_any_microbatches():
     assert ((weights[0] - weights[1]).abs() < 1e-5).float().mean() > 0.99
 
 
+def test_tags_that_are_special_tokens_reach_the_reward():
+    torch.manual_seed(0)
+    model, tokenizer = digits_model()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["7"]})
+    seen = []
+    options = {**LOOP, "n_grpo_steps": 1}
+    cs336.grpo_train_loop(
+        model, tokenizer, ["12>"], ["7"], lambda response, truth: seen.append(response) or sevens(response, truth),
+        **options,
+    )  # fmt: skip
+    assert any("7" in response for response in seen)
+    assert not any("</s>" in response for response in seen)
+
+
 def test_responses_end_with_the_stop_text():
     assert cs336._up_to("so <answer> 3 </answer> and on </answer>", "</answer>") == "so <answer> 3 </answer>"
     assert cs336._up_to("no answer", "</answer>") == cs336._up_to("no answer", None) == "no answer"

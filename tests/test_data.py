@@ -1,3 +1,5 @@
+import dataclasses
+import gzip
 import itertools
 import json
 import operator
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_fast.cli import main, parse_config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import (
     BUILT_IN,
@@ -14,12 +17,16 @@ from grpo_fast.data import (
     arithmetic,
     check_lengths,
     countdown,
+    encode_rows,
     load_rows,
     prompt_order,
+    read_file,
     sort_digits,
 )
 from grpo_fast.data.questions import gsm8k, last_boxed, math
 from grpo_fast.errors import UserError
+from grpo_fast.models import digit_tokenizer
+from grpo_fast.rewards import RewardModel
 
 # GSM8K's train.jsonl and test.jsonl.
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR", Path(__file__).parent.parent / "data" / "gsm8k"))
@@ -153,9 +160,10 @@ def test_gsm8k_answers_are_the_numbers_after_the_marks(tmp_path):
 
 
 def test_one_file_of_gsm8k_is_split(tmp_path):
-    path = write(tmp_path / "all.jsonl", *(GSM8K_ROWS * 10))
+    path = write(tmp_path / "all.jsonl", *({**GSM8K_ROWS[i % 3], "question": f"{i}?"} for i in range(30)))
     train, test = load_rows(config("gsm8k", dataset_kwargs={"path": str(path)}, prompt_template="{question}"))
-    assert (len(train), len(test)) == (27, 3)
+    assert len(train) + len(test) == 30
+    assert 1 <= len(test) <= 9
 
 
 @pytest.mark.skipif(not GSM8K_DIR.is_dir(), reason="GSM8K_DIR has no GSM8K")
@@ -163,7 +171,7 @@ def test_all_of_gsm8k_is_read():
     train, test = gsm8k(str(GSM8K_DIR))
     assert (len(train), len(test)) == (7473, 1319)
     for split, rows in (("train", train), ("test", test)):
-        raw = [json.loads(line) for line in (GSM8K_DIR / f"{split}.jsonl").read_text().splitlines()]
+        raw = [json.loads(line) for line in (GSM8K_DIR / f"{split}.jsonl").open(encoding="utf-8")]
         assert [row["question"] for row in rows] == [row["question"] for row in raw]
         assert [row["answer"] for row in rows] == [
             row["answer"].rpartition("####")[2].strip().replace(",", "") for row in raw
@@ -213,7 +221,7 @@ def test_math_from_the_hub(monkeypatch):
         (gsm8k, {"train": ['{"question": "a"}']}, r"gsm8k, train row 1 of .*: no text in column 'answer'"),
         (gsm8k, {"train": ['{"question": "a", "answer": "5"}']}, "no number after #### in the answer '5'"),
         (gsm8k, {"test": ['{"question": "a", "answer": "#### 5"}']}, "has no split 'train'; there is test.jsonl"),
-        (gsm8k, {}, "there is no .jsonl, .json or .parquet file"),
+        (gsm8k, {}, "there is no .jsonl, .json, .csv .* or .parquet file"),
         (math, {"train": [r'{"problem": "a", "solution": "5"}']}, r"no \\boxed{} in the solution that ends in '5'"),
         (math, {"train": ['{"problem": 5, "solution": "5"}']}, "no text in column 'problem'"),
     ],
@@ -248,8 +256,8 @@ def test_jsonl_with_a_template(tmp_path):
     rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(30)]
     path = write(tmp_path / "a.jsonl", *rows)
     train, test = load_rows(config(path, prompt_template="Q: {question}", system_prompt="Be brief."))
-    assert len(train) == 27
-    assert len(test) == 3
+    assert len(train) + len(test) == 30
+    assert test
     assert train[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
     assert train[0]["prompt"][1]["content"] == f"Q: {train[0]['question']}"
     assert not {row["question"] for row in train} & {row["question"] for row in test}
@@ -294,7 +302,7 @@ def test_other_files(tmp_path, suffix):
         (['{"prompt": 3}'] * 2, {}, "row 1: a prompt must be text, or chat messages with a role and a content, got 3"),
         (['{"prompt": "a"}', '{"prompt": [{"content": "a"}]}'], {}, "row 2: a prompt must be text, or chat"),
         (['{"prompt": "\\ud800"}'] * 2, {}, "row 1: the prompt is not valid Unicode"),
-        (['{"prompt": "a"}'], {}, "no rows for evaluation; set eval_dataset_name"),
+        (['{"prompt": "a"}'], {}, "no rows for evaluation; it needs at least two"),
         (["[" * 100_000], {}, "line 1: not valid JSON"),
         ([], {}, "no rows for training"),
     ],
@@ -334,16 +342,68 @@ def test_lengths():
         check_lengths([[]], rows, None, config("x"))
 
 
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({}, "the model's 50 positions"),
+        ({"max_tokens_per_microbatch": 50}, "max_tokens_per_microbatch=50"),
+        ({"use_vllm": True, "vllm_max_model_length": 50}, "vllm_max_model_length=50"),
+    ],
+)
+def test_long_prompts_can_be_dropped(fields, limit):
+    tokenizer = digit_tokenizer()
+    rows = [{"prompt": "1" * length} for length in (3, 40, 41, 5, 60)]
+    run = config("x", max_completion_length=10, **fields)
+    positions, said = None if fields else 50, []
+    message = rf"a prompt of 60 tokens and max_completion_length=10 do not fit {limit}; .*; long_prompts=drop leaves"
+    with pytest.raises(UserError, match=message):
+        encode_rows(rows, tokenizer, run, positions, "training", said.append)
+    drop = dataclasses.replace(run, long_prompts="drop")
+    kept, encoded = encode_rows(rows, tokenizer, drop, positions, "training", said.append)
+    assert kept == [rows[0], rows[1], rows[3]]
+    assert [len(ids) for ids in encoded] == [3, 40, 5]
+    reason = f"longer than 40 tokens, which is what max_completion_length=10 leaves of {limit}"
+    assert said == [f"long_prompts='drop' leaves out 2 of 5 training prompts, {reason}"]
+    with pytest.raises(UserError, match="would leave out 2 of 2 held-out prompts: all are longer than 40 tokens"):
+        encode_rows([rows[2], rows[4]], tokenizer, drop, positions, "held-out", said.append)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", *GSM8K_ROWS)
+    (tmp_path / "prompt.txt").write_text("Q: {question}")
+    (tmp_path / "mine.py").write_text("def mine(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+    write(tmp_path / "run.yaml", {"model_name_or_path": "~/model", "dataset_name": "~/train.jsonl"})
+    run = parse_config(["~/run.yaml", "--eval_dataset_name=~/train.jsonl", "--prompt_file=~/prompt.txt",
+                        "--output_dir=~/out", "--reward_funcs=[~/mine.py:mine]"])  # fmt: skip
+    home = str(tmp_path)
+    assert (run.model_name_or_path, run.output_dir) == (f"{home}/model", f"{home}/out")
+    train, test = load_rows(run)
+    assert [row["prompt"] for row in train] == [row["prompt"] for row in test]
+    assert train[0]["prompt"] == "Q: How many?"
+    assert RewardModel(run.reward_funcs, None).names == ["mine"]
+    assert len(gsm8k("~")[0]) == len(gsm8k("~/train.jsonl")[0]) == 3
+    for arguments in (["report", "~/nothing"], ["compare", "~/nothing"]):
+        assert main(arguments) == 2
+        assert f"{home}/nothing" in capsys.readouterr().err
+    options = ["--model_name_or_path=~/train.jsonl", "--output=~/train.jsonl"]
+    assert main(["eval", "~/run.yaml", "--reward_funcs=[exact_answer]", *options]) == 2
+    assert f"--output='{home}/train.jsonl' is not a folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such file: ~nobody-here/a"):
+        load_rows(config("~nobody-here/a.jsonl"))
+
+
 def test_rows_get_every_column(tmp_path):
-    path = write(tmp_path / "a.jsonl", *({"prompt": "a", **({"hint": "b"} if i % 2 else {})} for i in range(9)))
+    path = write(tmp_path / "a.jsonl", *({"prompt": f"a{i}", **({"hint": "b"} if i % 2 else {})} for i in range(9)))
     train, test = load_rows(config(path))
     assert {row["hint"] for row in train + test} == {None, "b"}
 
 
 def test_byte_order_mark(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n' * 3)
-    assert load_rows(config(path))[0][0]["prompt"] == "a"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert sorted(row["prompt"] for rows in load_rows(config(path)) for row in rows) == ["a", "b"]
 
 
 def test_order_covers_every_epoch_and_follows_the_seed():
@@ -360,3 +420,98 @@ def test_prompts_go_on_from_any_place():
     for start in range(22):
         assert list(itertools.islice(prompt_order(7, True, 1, start), 8)) == first[start : start + 8]
     assert list(itertools.islice(prompt_order(3, False, 1, 4), 4)) == [1, 2, 0, 1]
+
+
+def split(path, **fields):
+    """Prompts of both sides: of training in their order, held-out ones as a set."""
+    train, test = load_rows(config(path, **fields))
+    return [row["prompt"] for row in train], {row["prompt"] for row in test}
+
+
+def test_the_split_follows_from_the_rows_alone(tmp_path):
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(400)]
+    path, fields = write(tmp_path / "a.jsonl", *rows), {"prompt_template": "{question}"}
+    train, test = split(path, **fields)
+    assert 20 <= len(test) <= 60
+    assert train == [row["question"] for row in rows if row["question"] not in test]
+    for seed in (7, 8):
+        assert split(path, **fields, seed=seed) == (train, test)
+    few, fewer = split(path, **fields, seed=7, max_eval_samples=5, max_train_samples=9)
+    assert few == train[:9]
+    assert len(fewer) == 5
+    assert fewer < test
+    # Another prompt, order or format of the same rows.
+    assert split(path, prompt_template="Q: {question}")[1] == {f"Q: {question}" for question in test}
+    assert split(write(tmp_path / "b.jsonl", *reversed(rows)), **fields) == (train[::-1], test)
+    (tmp_path / "c.csv").write_text("answer,question\n" + "".join(f"{i},q{i}\n" for i in range(400)))
+    assert split(tmp_path / "c.csv", **fields) == (train, test)
+    # What was trained on stays so when the file grows.
+    more = [{"question": f"new{i}", "answer": str(i)} for i in range(5000)]
+    grown, held_out = split(write(tmp_path / "d.jsonl", *rows, *more), **fields)
+    assert len(held_out) == 200
+    assert set(train) <= set(grown)
+
+
+def test_rows_with_one_prompt_stay_on_one_side(tmp_path):
+    rows = [{"prompt": f"p{i % 40}", "answer": str(i)} for i in range(400)]
+    train, test = split(write(tmp_path / "a.jsonl", *rows))
+    assert test
+    assert not set(train) & test
+    path = write(tmp_path / "b.jsonl", *({"prompt": "p", "answer": str(i)} for i in range(9)))
+    with pytest.raises(UserError, match="no rows for evaluation; it needs at least two different prompts, or an eval"):
+        load_rows(config(path))
+
+
+def test_a_small_file_holds_out_one_prompt(tmp_path):
+    for size in range(2, 9):
+        train, test = split(write(tmp_path / "a.jsonl", *({"prompt": f"{size} {i}"} for i in range(size))))
+        assert train
+        assert test
+        assert len(train) + len(test) == size
+
+
+CSV = '\ufeffprompt,answer,note\r\n"say ""a, b""\r\nand c","1",\r\nq,007,"\u2028x"\r\n\r\nr,3,4\r\n'
+CSV_ROWS = [
+    {"prompt": 'say "a, b"\r\nand c', "answer": "1", "note": None},
+    {"prompt": "q", "answer": "007", "note": "\u2028x"},
+    {"prompt": "r", "answer": "3", "note": "4"},
+]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV.gz", "a.jsonl.gz", "a.JSONL", "a.json.gz", "a.Json", "b.v1.jsonl"])
+def test_suffixes_say_what_a_file_holds(tmp_path, name):
+    lower = name.lower()
+    text = CSV if "csv" in lower else json.dumps(CSV_ROWS) if ".json" in lower and "jsonl" not in lower else None
+    text = text or "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in CSV_ROWS)
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if lower.endswith(".gz") else content)
+    assert read_file(str(tmp_path / name)) == CSV_ROWS
+    train, test = load_rows(config(tmp_path / name))
+    assert len(train) + len(test) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv, line 3: 1 cells for 2 columns"),
+        ("a.csv", b"a,a\n1,2\n", r"the first line must name every column, each by another name, got \['a', 'a'\]"),
+        ("a.csv", b"a,\n1,2\n", "the first line must name every column"),
+        ("a.csv", b'a,b\n1,"2\n', "line 2: not valid CSV: unexpected end of data"),
+        ("a.csv", b"a,b\n1,\xff\n", "line 2: not UTF-8 text"),
+        ("a.jsonl.gz", b"{}", "is not a whole gzip file: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-9], "is not a whole gzip file"),
+        ("a.txt", b"", r"only a \.jsonl, \.json, \.csv \(each also with \.gz\) or \.parquet file can be read"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_file(str(tmp_path / name))
+
+
+def test_a_folder_of_compressed_files(tmp_path):
+    for name in ("train", "test"):
+        content = "".join(json.dumps(row) + "\n" for row in GSM8K_ROWS).encode()
+        (tmp_path / f"{name}-00000-of-00001.jsonl.gz").write_bytes(gzip.compress(content))
+    train, test = gsm8k(str(tmp_path))
+    assert len(train) == len(test) == 3

@@ -11,8 +11,10 @@ from accelerate.state import AcceleratorState
 from grpo_fast.cli import main
 from grpo_fast.errors import UserError
 from grpo_fast.eval_run import EvalOptions, EvalRun
-from grpo_fast.metrics import read_metrics
+from grpo_fast.files import split_lines
+from grpo_fast.metrics import LinesFile, cut_metrics, read_metrics
 from grpo_fast.report import write_report
+from grpo_fast.report.run import read_lines
 from runs import assert_same_run, config, figures, trainer
 from test_resume import NOISE, seed_generators
 from test_trainer import weights
@@ -43,7 +45,7 @@ def evaluate(folder, *arguments) -> dict:
 
 
 def samples(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in split_lines((folder / "samples.jsonl").read_text(encoding="utf-8"))]
 
 
 def grouped(lines: list[dict], size: int) -> list[list[dict]]:
@@ -126,7 +128,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     )
     # As a kill leaves it: a batch that is not whole, and a line without its end.
     path = folder / "samples.jsonl"
-    kept = path.read_text().splitlines(keepends=True)
+    kept = [line + "\n" for line in split_lines(path.read_text())]
     path.write_text("".join(kept[:21]) + kept[21][:9])
     with pytest.raises(UserError, match="already holds an evaluation"):
         EvalRun(config(tmp_path, **fields), options(folder))
@@ -160,12 +162,85 @@ def test_two_evaluations_are_compared_by_prompts(trained, tmp_path, capsys):
     assert re.search(r"--compare='\S+/a' is of 20 prompts \(\w+\), not of", capsys.readouterr().err)
 
 
+def test_lines_end_at_newlines_alone(trained, tmp_path):
+    """A completion may hold what Unicode counts as a line break."""
+    evaluate(tmp_path / "a", trained / "config.yaml")
+    path, text = tmp_path / "a" / "samples.jsonl", "a\u2028b\u2029c\u0085d\x0b\x0ce\x1cf"
+    lines = [{**line, "completion": text} for line in samples(tmp_path / "a")]
+    path.unlink()
+    with LinesFile(path) as file:
+        for line in lines:
+            file.write(line)
+    assert read_lines(path) == lines
+    made = evaluate(tmp_path / "b", trained / "config.yaml", "--compare", tmp_path / "a")
+    assert made["metrics"]["digits_included"]["difference"]["value"] == pytest.approx(0, abs=1e-6)
+    path = tmp_path / "metrics.jsonl"
+    with LinesFile(path) as file:
+        for step in (1, 2):
+            file.write({"step": step, "note": text})
+    assert [line["note"] for line in read_metrics(path)] == [text, text]
+    assert [line["step"] for line in cut_metrics(path, 1)] == [1]
+    assert [split_lines(text) for text in ("", "\n", "a", "a\n", "a\r\n\nb")] == [
+        [],
+        [""],
+        ["a"],
+        ["a"],
+        ["a\r", "", "b"],
+    ]
+
+
 def test_batches_are_sampled_apart(tmp_path):
     rows = [{"prompt": "31>", "answer": "13"}] * 6
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     fields = dict.fromkeys(("dataset_name", "eval_dataset_name"), str(tmp_path / "rows.json"))
     EvalRun(config(tmp_path, **fields, dataset_kwargs=None), options(tmp_path / "eval", batch_size=1)).run()
     assert len({line["completion"] for line in samples(tmp_path / "eval")}) > 1
+
+
+def test_a_run_is_measured_on_its_own_held_out_rows(tmp_path, capsys):
+    rows = [{"prompt": f"{a}{b}>", "answer": f"{min(a, b)}{max(a, b)}"} for a in range(10) for b in range(10)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fields = {"dataset_name": str(tmp_path / "rows.json"), "dataset_kwargs": None}
+    made = trainer(tmp_path / "run", **fields, max_steps=1, max_eval_samples=5)
+    made.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trained_on = {row["prompt"] for row in made.train_rows}
+    capsys.readouterr()
+    model = ["--model_name_or_path", tmp_path / "run" / "checkpoint-1", "--greedy"]
+    for name, more in (("a", ["--seed", 7]), ("b", ["--seed", 7, "--max_eval_samples", 100])):
+        evaluate(tmp_path / name, *model, *more)
+        prompts = [line["prompt"] for line in samples(tmp_path / name)]
+        assert len(prompts) >= 5
+        assert prompts[:5] == [row["prompt"] for row in made.eval_rows]
+        assert not trained_on & set(prompts)
+        assert "warning" not in capsys.readouterr().err
+    (tmp_path / "rows.json").write_text(json.dumps(rows[: len(rows) // 4]))
+    evaluate(tmp_path / "c", *model)
+    error = capsys.readouterr().err
+    assert f"warning: the held-out prompts of {tmp_path / 'rows.json'} are not those of the run that made" in error
+    evaluate(tmp_path / "d", *model, "--prompt_template", "{prompt}")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_long_prompts_are_dropped_by_training_and_evaluation(tmp_path, capsys):
+    rows = [{"prompt": "1" * length + ">", "answer": "1"} for length in (2, 70, 3, 80, 4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fields = dict.fromkeys(("dataset_name", "eval_dataset_name"), str(tmp_path / "rows.json")) | {
+        "dataset_kwargs": None
+    }
+    message = "a prompt of 81 tokens and max_completion_length=3 do not fit the model's 64 positions"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", **fields)
+    made = trainer(tmp_path / "run", **fields, long_prompts="drop")
+    said, printed = "warning: long_prompts='drop' leaves out 2 of 5 {} prompts, longer than 61", capsys.readouterr().err
+    assert [printed.count(said.format(kind)) for kind in ("training", "held-out")] == [1, 1]
+    for rows, prompts in ((made.train_rows, made.train_prompts), (made.eval_rows, made.eval_prompts)):
+        assert [len(row["prompt"]) for row in rows] == [len(ids) for ids in prompts] == [3, 4, 5]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = EvalRun(config(tmp_path, **fields, long_prompts="drop"), options(tmp_path / "eval"))
+    assert said.format("held-out") in capsys.readouterr().err
+    found.run()
+    assert [len(line["prompt"]) for line in samples(tmp_path / "eval")] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("folder_model", [False, True], ids=["built-in", "folder"])

@@ -34,7 +34,7 @@ TEXT = "three and 😀four\nare séven. so 7"
 def test_every_end_of_a_step_in_characters_has_its_token(tokenizer, end):
     ids = tokenizer(TEXT)["input_ids"]
     assert tokenizer.decode(ids) == TEXT
-    (count,) = step_tokens(tokenizer, [*ids, tokenizer.eos_token_id], [end])
+    (count,) = step_tokens(tokenizer, [*ids, tokenizer.eos_token_id], [end], True)
     # The oracle goes by bytes, which every token has a whole number of.
     lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
     assert sum(lengths) == len(TEXT.encode())
@@ -49,8 +49,8 @@ def test_every_end_of_a_step_in_characters_has_its_token(tokenizer, end):
 def test_steps_in_a_row_give_rising_counts(tokenizer):
     ids = [*tokenizer(TEXT)["input_ids"], tokenizer.eos_token_id]
     ends = [10, 16, 27, len(TEXT)]
-    counts = step_tokens(tokenizer, ids, ends)
-    assert counts == [step_tokens(tokenizer, ids, [end])[0] for end in ends]
+    counts = step_tokens(tokenizer, ids, ends, True)
+    assert counts == [step_tokens(tokenizer, ids, [end], True)[0] for end in ends]
     assert counts[-1] == len(ids)
     assert [TEXT.startswith(tokenizer.decode(ids[:count])) for count in counts[:2]] == [True, True]
 
@@ -66,8 +66,9 @@ def test_a_token_gets_the_steps_that_end_at_or_after_it(tokenizer):
     expected = [[normal[0] + normal[1], normal[1], 0.0], [normal[2], 0, 0], [0, 0, 0]]
     for line, pairs, values in zip(found.values, steps, expected, strict=False):
         advantages = torch.zeros(len(ids))
-        spread_steps(advantages, pairs, line.tolist(), tokenizer, ids)
-        counts = [*step_tokens(tokenizer, ids, [end for end, _ in pairs]), len(ids)]
+        counts = step_tokens(tokenizer, ids, [end for end, _ in pairs], False)
+        spread_steps(advantages, counts, line.tolist())
+        counts.append(len(ids))
         start = 0
         for count, value in zip(counts, values, strict=False):
             torch.testing.assert_close(advantages[start:count], torch.full((count - start,), float(value)))

@@ -10,6 +10,7 @@ import pytest
 
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import (
+    RESERVED_COLUMNS,
     RewardModel,
     answer_format,
     boxed_answer,
@@ -226,8 +227,83 @@ def test_signatures_and_columns_are_checked_before_anything_is_sampled():
     model.check_columns(["answer", "level"])
     with pytest.raises(UserError, match=r"reward function 'exact_answer'.*missing a required argument: 'answer'"):
         model.check_columns(["level"])
-    with pytest.raises(UserError, match="the dataset has a column 'completions'"):
-        model.check_columns(["answer", "completions"])
+
+
+class Counted:
+    """A reward function that is an object, whose method has a ``self``."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, prompts, completions, **columns):
+        self.seen.append((prompts, completions, columns))
+        return [0.0] * len(prompts)
+
+    def method(self, prompts, completions, **columns):
+        return self(prompts, completions, **columns)
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["object", "method"])
+def test_a_column_may_have_any_name(bound):
+    model, counted, said = RewardModel(["exact_answer", "kimi_length(exact_answer)"], None), Counted(), []
+    model.functions[0], model.warn = counted.method if bound else counted, said.append
+    names = ["self", "index", "columns", "name", "function", "the question", "prompts", "completions", "completion_ids"]
+    columns = {name: [f"{name} 1", f"{name} 2"] for name in [*names, "correct", "reward_timeout", "signature"]}
+    model.check_columns(columns)
+    model.check_columns(columns)
+    model(["p", "p"], ["a", "b"], {**columns, "completion_ids": [[1], [1, 2]]})
+    ((prompts, completions, seen),) = counted.seen
+    assert (prompts, completions, seen.pop("completion_ids")) == (["p", "p"], ["a", "b"], [[1], [1, 2]])
+    assert seen == {name: columns[name] for name in columns if name not in ("self", *RESERVED_COLUMNS)}
+    taken = {"exact_answer": ["self", *RESERVED_COLUMNS], "kimi_length": ["correct", *RESERVED_COLUMNS]}
+    assert sorted(text.split(", whose")[0] for text in said) == sorted(
+        f"the dataset's column {column!r} does not reach the reward function {name!r}"
+        for name, columns in taken.items() for column in columns
+    )  # fmt: skip
+
+
+def test_rendered_prompts_go_to_the_functions_that_take_them():
+    seen = {}
+
+    def strict(prompts, completions, completion_ids, answer):
+        return [0.0]
+
+    def named(prompts, completions, completion_ids, answer, rendered_prompts):
+        seen["named"] = rendered_prompts
+        return [0.0]
+
+    def open_ended(prompts, completions, **columns):
+        seen["open-ended"] = columns["rendered_prompts"]
+        return [0.0]
+
+    model = RewardModel(["exact_answer", "final_number", "boxed_answer"], None)
+    model.functions = [strict, named, open_ended]
+    model.check_columns(["answer"])
+    model(["p"], ["c"], {"answer": ["1"], "completion_ids": [[1]], "rendered_prompts": ["<s>p"]})
+    assert seen == {"named": ["<s>p"], "open-ended": ["<s>p"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("exact_answer", {"answer": None}),
+        ("countdown_equation", {"nums": [1], "target": None}),
+        ("math_answer", {}),
+        ("final_number", {"answer": math.nan}),
+    ],
+)
+def test_a_missing_answer_is_named_before_anything_is_sampled(name, row):
+    column = "target" if "nums" in row else "answer"
+    rows = [
+        {"prompt": "p", "nums": [1], column: "1"},
+        {"prompt": [{"role": "user", "content": "How?"}], "nums": [1], **row},
+    ]
+    message = f"the row with the prompt 'How.' has no {column!r}, which the reward function {name!r} needs; add it"
+    with pytest.raises(UserError, match=message):
+        RewardModel([name], None).check_rows(rows)
+    own = RewardModel([name], None)
+    own.functions = [lambda prompts, completions, answer=None, **columns: [None]]
+    own.check_rows(rows)
 
 
 class Opaque:

@@ -346,6 +346,7 @@ def test_the_server_is_started_where_the_run_looks_for_it(monkeypatch, tmp_path)
     """By its address, or by host and port; nothing is left behind where it cannot be started."""
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
     fields = {"reward_funcs": ["exact_answer"], "dataset_name": "sort_digits", "use_vllm": True, "use_cpu": True}
+    fields["max_completion_length"] = 4
     for address, expected in (
         ({"vllm_server_base_url": "http://127.0.0.1:9123/"}, ["127.0.0.1", "9123"]),
         ({"vllm_server_host": "localhost", "vllm_server_port": 8123}, ["localhost", "8123"]),

@@ -35,7 +35,7 @@ def test_one_step_on_questions_from_a_file(tmp_path):
     assert main(["train", str(recipe), *(f"--{name}={value}" for name, value in options.items())]) == 0
     (metrics,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics["grad_norm"] > 0
-    line = json.loads((tmp_path / "run" / "completions" / "completions_00001.jsonl").read_text().splitlines()[0])
+    line = json.loads((tmp_path / "run" / "completions" / "completions_00001.jsonl").read_text().split("\n")[0])
     assert line["prompt"][0]["role"] == "user"
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1", dtype=torch.float32)
     assert saved.config.vocab_size == 49152

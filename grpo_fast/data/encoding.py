@@ -1,10 +1,11 @@
-"""Prompts as tokens, and the order in which they are drawn."""
+"""Prompts as tokens, the order in which they are drawn, and completions as text."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data.templates import Prompt, Row
@@ -14,12 +15,14 @@ from grpo_fast.errors import UserError, one_line
 def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[int]]:
     """Token ids of every row's prompt, by the model's chat template where the prompt is a chat.
 
-    The template opens the assistant's turn; where the chat ends in one, it is left open instead.
+    The template opens the assistant's turn; where the chat ends in one, it is left open instead. Text begins with what
+    the tokenizer puts before it (BOS), once; what it would put after it (EOS) is left out, since the model goes on.
     """
-    encoded = []
+    encoded, first = [], tokens_before(tokenizer)
     for prompt in (row["prompt"] for row in rows):
         if isinstance(prompt, str):
-            encoded.append(tokenizer(prompt)["input_ids"])
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            encoded.append(ids if ids[: len(first)] == first else [*first, *ids])
             continue
         if tokenizer.chat_template is None:
             raise UserError(f"{config.model_name_or_path!r} has no chat template, but the prompts are chats")
@@ -32,6 +35,84 @@ def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[
             raise UserError(f"the chat template refuses {prompt!r:.80}: {one_line(error)}") from None
         encoded.append(list(ids))
     return encoded
+
+
+def encode_rows(
+    rows: list[Row],
+    tokenizer: Any,
+    config: GRPOConfig,
+    max_positions: int | None,
+    kind: str,
+    warn: Callable[[str], None],
+) -> tuple[list[Row], list[list[int]]]:
+    """The rows that are used, and their prompts as tokens.
+
+    Args:
+        max_positions: of the model, where it has a limit.
+        kind: what the rows are called, such as "training".
+        warn: is told how many rows `long_prompts` drops.
+
+    Raises:
+        UserError: the chat template refuses a prompt, or one is empty or too long; with ``long_prompts="drop"`` none is
+            short enough.
+    """
+    encoded = encode_prompts(rows, tokenizer, config)
+    if config.long_prompts == "drop":
+        room, limit = min((tokens, name) for name, tokens in _limits(max_positions, config).items())
+        most = room - config.max_completion_length
+        kept = [index for index, ids in enumerate(encoded) if len(ids) <= most]
+        dropped = f"{len(rows) - len(kept)} of {len(rows)} {kind} prompts"
+        reason = f"longer than {most} tokens, which is what max_completion_length={config.max_completion_length} leaves"
+        if not kept:
+            raise UserError(f"long_prompts='drop' would leave out {dropped}: all are {reason} of {limit}")
+        if len(kept) < len(rows):
+            warn(f"long_prompts='drop' leaves out {dropped}, {reason} of {limit}")
+            rows, encoded = [rows[index] for index in kept], [encoded[index] for index in kept]
+    check_lengths(encoded, rows, max_positions, config)
+    return rows, encoded
+
+
+def _limits(max_positions: int | None, config: GRPOConfig) -> dict[str, int]:
+    """Tokens that a prompt and its longest completion may have together, by what sets the limit."""
+    limits = {} if max_positions is None else {f"the model's {max_positions} positions": max_positions}
+    limits[f"max_tokens_per_microbatch={config.max_tokens_per_microbatch}"] = config.max_tokens_per_microbatch
+    if config.use_vllm and config.vllm_max_model_length is not None:
+        limits[f"vllm_max_model_length={config.vllm_max_model_length}"] = config.vllm_max_model_length
+    return limits
+
+
+def tokens_before(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text."""
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start]
+    return []
+
+
+def completion_text(tokenizer: Any, token_ids: list[int], ended: bool) -> str:
+    """A completion as rewards and files have it: without pad, BOS and EOS, and the token that `ended` it.
+
+    Other special tokens, which may be tags such as ``<think>`` or ``<tool_call>``, are text.
+    """
+    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    if tokenizer.eos_token_id is not None:
+        # Without EOS, what pads may be any token of the vocabulary.
+        silent.add(tokenizer.pad_token_id)
+    ids = token_ids[:-1] if ended else token_ids
+    return tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
+
+
+def rendered_prompt(tokenizer: Any, prompt_ids: list[int], prompt: Prompt) -> str:
+    """A prompt as the model got it, special tokens included, up to where the completion that is scored begins.
+
+    A chat that ends in the assistant's turn is cut before that turn's content; see `as_scored`.
+    """
+    text = tokenizer.decode(prompt_ids, skip_special_tokens=False)
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return text
+    content = prompt[-1]["content"].strip()
+    return text.rpartition(content)[0] if content and content in text else text
 
 
 def as_scored(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, str]]]:
@@ -48,17 +129,18 @@ def as_scored(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, s
 
 
 def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int | None, config: GRPOConfig) -> None:
-    """Every prompt and its longest completion must fit the model's positions and a microbatch."""
+    """Every prompt and its longest completion must fit the model's positions, a microbatch and vLLM's sequences."""
     longest = max(range(len(encoded)), key=lambda index: len(encoded[index]))
     length = len(encoded[longest])
     if min(len(ids) for ids in encoded) == 0:
         raise UserError("a prompt has no tokens; every prompt must have at least one")
-    room = f"a prompt of {length} tokens and max_completion_length={config.max_completion_length}"
-    where = f"the longest prompt begins {str(rows[longest]['prompt'])[:60]!r}"
-    if max_positions is not None and length + config.max_completion_length > max_positions:
-        raise UserError(f"{room} do not fit the model's {max_positions} positions; {where}")
-    if length + config.max_completion_length > config.max_tokens_per_microbatch:
-        raise UserError(f"{room} do not fit max_tokens_per_microbatch={config.max_tokens_per_microbatch}; {where}")
+    for limit, tokens in _limits(max_positions, config).items():
+        if length + config.max_completion_length > tokens:
+            raise UserError(
+                f"a prompt of {length} tokens and max_completion_length={config.max_completion_length} do not fit "
+                f"{limit}; the longest prompt begins {str(rows[longest]['prompt'])[:60]!r}; long_prompts=drop leaves "
+                "such rows out"
+            )
 
 
 def prompt_order(num_rows: int, shuffle: bool, seed: int, start: int = 0) -> Iterator[int]:

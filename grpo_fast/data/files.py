@@ -2,56 +2,119 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from grpo_fast.data.templates import Row
 from grpo_fast.errors import UserError, import_extra, one_line
+from grpo_fast.files import user_path
+
+# What errors call a data file.
+DATA_FILE = ".jsonl, .json, .csv (each also with .gz) or .parquet file"
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Characters; csv itself stops at 128 KiB.
+_LONGEST_CELL = 2**31 - 1
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is that of a data file, by its suffix."""
-    return Path(name).suffix in (".jsonl", ".json", ".parquet")
+    """Whether a name is that of a data file, by its suffix, in capitals or not."""
+    return _suffix(name)[0] in _SUFFIXES
+
+
+def _suffix(name: str) -> tuple[str, bool]:
+    """The suffix that says what a file holds, and whether the file is compressed with gzip."""
+    path = Path(name.lower())
+    if path.suffix != ".gz":
+        return path.suffix, False
+    inner = Path(path.stem).suffix
+    # A parquet file is compressed inside, and pyarrow reads it by its parts.
+    return (inner, True) if inner != ".parquet" else (".gz", True)
 
 
 def read_file(name: str) -> list[Row]:
-    """Rows of a .jsonl, .json (a list of objects) or .parquet file."""
-    path = Path(name).expanduser()
+    """Rows of a .jsonl, .json (a list of objects), .csv (a line of column names first) or .parquet file.
+
+    The first three may be compressed with gzip. The cells of a .csv file are text; empty ones are None.
+
+    Raises:
+        UserError: there is no such file, or its content is malformed; a line that is wrong is named by its number.
+    """
+    path = user_path(name)
     if not path.is_file():
         raise UserError(f"no such file: {name} (looked for {path.resolve()})")
-    if path.suffix == ".jsonl":
-        return list(_read_jsonl(path))
-    if path.suffix == ".parquet":
+    suffix, compressed = _suffix(name)
+    if suffix not in _SUFFIXES:
+        raise UserError(f"{name}: only a {DATA_FILE} can be read")
+    if suffix == ".parquet":
         datasets = import_extra("datasets", "train")
         try:
             return list(datasets.Dataset.from_parquet(str(path)))
         except Exception as error:
             raise UserError(f"{name} is not a readable parquet file: {one_line(error)}") from None
-    if path.suffix != ".json":
-        raise UserError(f"{name}: only .jsonl, .json and .parquet files can be read")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        with gzip.open(path) if compressed else path.open("rb") as file:
+            return list(_READERS[suffix](path, file))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{name} is not a whole gzip file: {one_line(error)}") from None
+
+
+def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not valid JSON: {one_line(error)}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
+        yield row
+
+
+def _read_json(path: Path, file: IO[bytes]) -> list[Row]:
+    try:
+        rows = json.loads(file.read().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is not valid JSON: {one_line(error)}") from None
+        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{name} must hold a list of objects")
+        raise UserError(f"{path} must hold a list of objects")
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_CELL)
+    lines = csv.reader(_decoded(path, file), strict=True)
+    try:
+        names = next(lines, [])
+        if len(set(names)) != len(names) or not all(names):
+            raise UserError(f"{path}: the first line must name every column, each by another name, got {names!r:.200}")
+        for cells in lines:
+            if not cells:
                 continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not valid JSON: {one_line(error)}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield row
+            if len(cells) != len(names):
+                raise UserError(f"{path}, line {lines.line_num}: {len(cells)} cells for {len(names)} columns")
+            yield {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    except csv.Error as error:
+        raise UserError(f"{path}, line {lines.line_num}: not valid CSV: {one_line(error)}") from None
+
+
+def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
+    """Lines as text, each with its end, which a quoted cell keeps."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line {number}: not UTF-8 text: {one_line(error)}") from None
+
+
+_READERS: dict[str, Callable[[Path, IO[bytes]], Iterable[Row]]] = {
+    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv,
+}  # fmt: skip
 
 
 def load_hub(name: str, config: str | None, field: str) -> dict[str, Any]:

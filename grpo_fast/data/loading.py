@@ -6,19 +6,20 @@ functions by name.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-import random
+import json
 from collections.abc import Callable
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data.files import is_file, load_hub, read_file
+from grpo_fast.data.files import DATA_FILE, is_file, load_hub, read_file
 from grpo_fast.data.questions import gsm8k, math
 from grpo_fast.data.tasks import addition, arithmetic, countdown, sort_digits
-from grpo_fast.data.templates import Prompt, Row, load_template
+from grpo_fast.data.templates import Prompt, Row, has_text, load_template
 from grpo_fast.errors import UserError, nearest
 
-# Where a dataset has no split to evaluate on, this share of its rows is held out, at most MAX_HELD_OUT.
+# Where a dataset has no split to evaluate on, about this share of its rows is held out, at most MAX_HELD_OUT.
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 200
 
@@ -36,19 +37,57 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
             template or the trainer needs and a row lacks, or an empty split.
     """
     build = load_template(config)
-    train, test = _load_splits(config)
-    train = _with_prompts(train, build, config.dataset_name)
+    raw, test = _load_splits(config)
+    train = _with_prompts(raw, build, config.dataset_name)
     if test is None:
-        shuffled = list(train)
-        random.Random(config.seed).shuffle(shuffled)
-        size = min(config.max_eval_samples or MAX_HELD_OUT, max(int(HELD_OUT_SHARE * len(train)), 1), len(train) - 1)
-        train, test = shuffled[max(size, 0) :], shuffled[: max(size, 0)]
+        train, test = hold_out(train, [_content(row) for row in raw])
+        instead = "; it needs at least two different prompts, or an eval_dataset_name"
     else:
         test = _with_prompts(test, build, config.eval_dataset_name or f"{config.dataset_name}, held out")
-    for name, rows, instead in (("training", train, ""), ("evaluation", test, "; set eval_dataset_name")):
+        instead = "; set eval_dataset_name"
+    for name, rows, more in (("training", train, ""), ("evaluation", test, instead)):
         if not rows:
-            raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}{instead}")
+            raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}{more}")
     return train[: config.max_train_samples], test[: config.max_eval_samples]
+
+
+def hold_out(rows: list[Row], contents: list[str]) -> tuple[list[Row], list[Row]]:
+    """Training rows, in their order, and about a tenth of the rows, at most 200, that are held out.
+
+    Whether a row is held out follows from its content alone: every content has a place between 0 and 1, and those below
+    `HELD_OUT_SHARE` are held out, the lowest first (where none is below, the lowest one). Rows with the same prompt
+    stay together at the lowest of their places. So the split depends on no seed, order or limit, and when rows with
+    other prompts are added to the file, no row that was trained on becomes a held-out one.
+
+    Args:
+        rows: with their prompts.
+        contents: what identifies each row.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(_content(row["prompt"]), []).append(index)
+    if len(groups) < 2:
+        return rows, []
+    placed = sorted((min(_place(contents[index]) for index in group), group) for group in groups.values())
+    held_out = placed[0][1]
+    for place, group in placed[1:-1]:
+        if place >= HELD_OUT_SHARE or len(held_out) + len(group) > MAX_HELD_OUT:
+            break
+        held_out = held_out + group
+    chosen = set(held_out)
+    return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in held_out]
+
+
+def _place(content: str) -> float:
+    """A number from 0 to below 1 that follows from a text, on every machine the same."""
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest()) / 2**48
+
+
+def _content(value: object) -> str:
+    """A row, or a prompt, as one text; a column without a value is as one that is not there."""
+    if isinstance(value, dict):
+        value = {name: cell for name, cell in value.items() if cell is not None}
+    return json.dumps(value, sort_keys=True, default=lambda cell: str(cell) if has_text(cell) else type(cell).__name__)
 
 
 def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str) -> list[Row]:
@@ -84,7 +123,7 @@ def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
         return train, read_file(config.eval_dataset_name) if config.eval_dataset_name else None
     if "/" not in name:
         raise UserError(
-            f"dataset_name={name!r} is neither a .jsonl, .json or .parquet file, nor a hub name (owner/name), "
+            f"dataset_name={name!r} is neither a {DATA_FILE}, nor a hub name (owner/name), "
             f"nor one of {', '.join(BUILT_IN)}{nearest(name, BUILT_IN)}"
         )
     loaded = load_hub(name, config.dataset_config, "dataset_name")

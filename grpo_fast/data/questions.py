@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
-from grpo_fast.data.files import is_file, load_hub, read_file
+from grpo_fast.data.files import DATA_FILE, is_file, load_hub, read_file
 from grpo_fast.data.templates import Row
 from grpo_fast.errors import UserError
+from grpo_fast.files import user_path
 
 GSM8K = "openai/gsm8k"
 MATH = "DigitalLearningGmbH/MATH-lighteval"
@@ -22,7 +22,7 @@ _FINAL = re.compile(r"####\s*(-?\$?[\d,]*\.?\d+)")
 def gsm8k(path: str = GSM8K) -> tuple[list[Row], list[Row] | None]:
     """GSM8K (arXiv:2110.14168): the answer is the number after ``####``, without commas.
 
-    `path` is a hub name, a folder with ``train`` and ``test`` files (.jsonl, .json or .parquet), or one file, of which
+    `path` is a hub name, a folder with ``train`` and ``test`` files (as `read_file` takes), or one file, of which
     a share is then held out.
 
     Raises:
@@ -103,7 +103,7 @@ def _questions(
 
 def _read(task: str, path: str, hub_config: str | None) -> dict[str, list[Row]]:
     """The training rows and, where there are some, the test rows."""
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if is_file(path):
         return {"train": read_file(path)}
     if not folder.is_dir():
@@ -116,9 +116,9 @@ def _read(task: str, path: str, hub_config: str | None) -> dict[str, list[Row]]:
         files = sorted(file for file in folder.iterdir() if is_file(file.name))
         splits = {}
         for name in ("train", "test"):
-            if parts := [file for file in files if file.stem.split("-")[0] == name]:
+            if parts := [file for file in files if re.split(r"[-.]", file.name, maxsplit=1)[0] == name]:
                 splits[name] = [row for file in parts for row in read_file(str(file))]
-        found = ", ".join(file.name for file in files) or "no .jsonl, .json or .parquet file"
+        found = ", ".join(file.name for file in files) or f"no {DATA_FILE}"
     if "train" not in splits:
         raise UserError(f"{task}: {path} has no split 'train'; there is {found}")
     return splits

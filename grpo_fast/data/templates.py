@@ -6,7 +6,8 @@ last message is the assistant's, the model goes on with it. ``{{`` and ``}}`` st
 
 from __future__ import annotations
 
-import re
+import datetime
+import numbers
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,20 @@ from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.files import user_path
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
 
-# What a placeholder may be: no position, attribute or index.
-_COLUMN = re.compile(r"[^\W\d][\w -]*")
+
+class _Columns(string.Formatter):
+    """`str.format` whose placeholders are columns by their whole names: never an attribute, an index or a position."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        return kwargs[field_name], field_name
+
+
+_fill = _Columns().vformat
 
 # The prompt files that come with the package, by name.
 PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts").iterdir())}
@@ -28,7 +37,8 @@ PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts"
 def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     """What makes a row's prompt, by `prompt_template`, `prompt_file` or the column ``prompt``.
 
-    The returned function raises UserError for a column that a row lacks, and for a prompt that is none.
+    The returned function raises UserError for a column that a row lacks or that has no text (a chat, an object), and
+    for a prompt that is none.
 
     Raises:
         UserError: a prompt file that is missing or malformed, or placeholders that are not names of columns.
@@ -49,13 +59,21 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     def build(row: Row) -> Prompt:
         for column in used:
             if column not in row:
-                raise UserError(f"{name} uses column {column!r}, but there is {', '.join(row)}")
-            if row[column] is None:
+                raise UserError(
+                    f"{name} uses column {column!r}, but there is {', '.join(row)} ({{{{ and }}}} stand for braces)"
+                )
+            if is_missing(row[column]):
                 raise UserError(f"{name} uses column {column!r}, which is empty here")
+            if not has_text(row[column]):
+                kind = type(row[column]).__name__
+                raise UserError(
+                    f"{name} uses column {column!r}, which is a {kind} here; it can be text, a number, a date or a "
+                    "list of numbers (chat messages go to the column 'prompt', without a template)"
+                )
         try:
             if isinstance(template, str):
-                return check_prompt(template.format_map(row))
-            return check_prompt([*system, *({**m, "content": m["content"].format_map(row)} for m in template)])
+                return check_prompt(_fill(template, (), row))
+            return check_prompt([*system, *({**m, "content": _fill(m["content"], (), row)} for m in template)])
         except (ValueError, TypeError, LookupError) as error:
             if isinstance(error, UserError):
                 raise
@@ -64,13 +82,25 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     return build
 
 
+def is_missing(value: object) -> bool:
+    """Whether a row has no value in a column; a number that is not one (NaN) is none."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def has_text(value: object) -> bool:
+    """Whether a column's value has a text of its own in a prompt, rather than Python's notation of an object."""
+    if isinstance(value, list):
+        return all(isinstance(item, numbers.Number) for item in value)
+    return isinstance(value, (str, numbers.Number, datetime.date, datetime.time))
+
+
 def read_prompt_file(name: str) -> str | list[dict[str, str]]:
     """The text, or the chat messages, of a prompt file or of a built-in one.
 
     Raises:
         UserError: there is no such file, or it is not UTF-8, YAML or a list of messages.
     """
-    path = PROMPTS.get(name) or Path(name).expanduser()
+    path = PROMPTS.get(name) or user_path(name)
     if not path.is_file():
         known = ", ".join(PROMPTS)
         raise UserError(f"prompt_file={name!r} is neither a file nor one of {known}{nearest(name, PROMPTS)}")
@@ -130,9 +160,6 @@ def _placeholders(name: str, text: str) -> list[str]:
         columns = [column for _, column, _, _ in string.Formatter().parse(text) if column is not None]
     except ValueError as error:
         raise UserError(f"{name} cannot be filled: {one_line(error)}; {{{{ and }}}} stand for braces") from None
-    for column in columns:
-        if not _COLUMN.fullmatch(column):
-            raise UserError(
-                f"{name} cannot be filled: {{{column}}} is not the name of a column; {{{{ and }}}} stand for braces"
-            )
+    if "" in columns:
+        raise UserError(f"{name} cannot be filled: {{}} names no column; {{{{ and }}}} stand for braces")
     return columns

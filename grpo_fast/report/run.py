@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.errors import UserError, one_line
+from grpo_fast.files import split_lines
 
 # Steps whose completions are shown, prompts of each, and characters of a text.
 SHOWN_STEPS = 8
@@ -75,7 +76,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

@@ -1,8 +1,10 @@
 """Reward functions, with TRL's signature ``f(prompts, completions, **columns) -> list[float | None]``.
 
 Prompts and completions are strings, or lists of chat messages where the prompt is a chat; `columns` are the dataset's
-other columns, one value a sample, and ``completion_ids``. None means that a function does not apply to a sample. A
-function may be ``async``; one that is marked `isolated` is run in processes that can be killed.
+other columns, one value a sample, and ``completion_ids``. A function that names ``rendered_prompts``, or takes all
+``**columns``, also gets the prompts as text with what the chat template put around them, up to where the completions
+begin. A column with the name of one of these does not reach it. None means that a function does not apply to a sample.
+A function may be ``async``; one that is marked `isolated` is run in processes that can be killed.
 """
 
 from __future__ import annotations

@@ -17,13 +17,16 @@ from grpo_fast.errors import UserError, one_line
 from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 from grpo_fast.rewards.base import RewardFunction, text_of
 from grpo_fast.rewards.calls import Outcome, call, failed
+from grpo_fast.rewards.columns import (
+    JUDGED_COLUMNS,
+    OFFERED_COLUMNS,
+    RESERVED_COLUMNS,
+    check_values,
+    chosen,
+    unreachable,
+)
 from grpo_fast.rewards.pool import WorkerPool
 from grpo_fast.rewards.registry import load_reward, metric_names
-
-# What the trainer passes by name beside the data's own columns.
-RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
-# And to functions with a judge: whether a completion is right, and a number for each group of completions.
-JUDGED_COLUMNS = ("correct", "groups")
 
 
 class Rewards(NamedTuple):
@@ -89,18 +92,20 @@ class RewardModel:
         return self.names.index(metric)
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Every function must accept the data's columns by name.
+        """Every function must accept the data's columns by name; a column whose name is taken does not reach it.
 
         Raises:
-            UserError: a signature does not fit, or a column has a name that is taken.
+            UserError: a signature does not fit.
         """
         columns = list(columns)
-        for name in RESERVED_COLUMNS:
-            if name in columns:
-                raise UserError(f"the dataset has a column {name!r}, which rewards get from the trainer; rename it")
         for name, function in zip(self.names, self.functions, strict=True):
+            for column in unreachable(function) & set(columns):
+                self._warn_once(
+                    f"the dataset's column {column!r} does not reach the reward function {name!r}, whose argument of "
+                    "that name is filled otherwise; rename the column where the function should see it"
+                )
             judged = JUDGED_COLUMNS if hasattr(function, "judge") else ()
-            arguments = dict.fromkeys([*RESERVED_COLUMNS, *columns, *judged])
+            arguments = chosen(function, dict.fromkeys([*columns, *RESERVED_COLUMNS, *OFFERED_COLUMNS, *judged]))
             try:
                 signature = inspect.signature(function)
             except ValueError:
@@ -112,6 +117,15 @@ class RewardModel:
                     f"reward function {name!r}{signature} does not fit: {error}; "
                     f"it is called with {', '.join(arguments)}"
                 ) from None
+
+    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """`check_columns` for rows with their prompts; none may lack what a built-in function compares with.
+
+        Raises:
+            UserError: a signature does not fit, or a row lacks a value.
+        """
+        self.check_columns(name for name in rows[0] if name != "prompt")
+        check_values(self.functions, rows)
 
     def __call__(
         self, prompts: list, completions: list, columns: dict[str, list[Any]], num_generations: int | None = None
@@ -128,7 +142,7 @@ class RewardModel:
         Raises:
             UserError: a function failed, and `on_error` is ``"raise"`` or it failed for all of its first batch.
         """
-        arguments = {"prompts": prompts, "completions": completions, **columns}
+        arguments = {**columns, "prompts": prompts, "completions": completions}
         indices = range(len(self.names))
         judged = [index for index in indices if hasattr(self.functions[index], "judge")]
         if judged and num_generations is None:
@@ -159,10 +173,11 @@ class RewardModel:
         size, started, outcomes = len(arguments["prompts"]), [], {}
         for index in indices:
             name, function = self.names[index], self.functions[index]
+            taken = chosen(function, arguments)
             if name in self.threads and self.threads[name].is_alive():
                 outcomes[index] = failed(size, "is still busy with an earlier batch")
                 continue
-            thread = threading.Thread(target=self._call, args=(index, function, arguments, size, outcomes), daemon=True)
+            thread = threading.Thread(target=self._call, args=(index, function, taken, size, outcomes), daemon=True)
             thread.start()
             self.threads[name] = thread
             # The workers keep to the limit by themselves, once they have started.
@@ -220,6 +235,11 @@ class RewardModel:
         if name not in self.warned:
             self.warned.add(name)
             self.warn(f"{text}; such samples get no reward from it, see rewards/{name}/errors")
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            self.warn(text)
 
 
 def _shortened(prompt: Any) -> str:

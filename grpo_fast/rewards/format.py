@@ -1,6 +1,7 @@
 """Format rewards: 1 where a completion has the form that the prompt asks for, else 0.
 
-A prompt that ends in ``<think>`` has opened that tag already; the completion is read as if it began with it.
+A prompt that ends in ``<think>``, by itself or by the chat template, has opened that tag already; the completion is
+read as if it began with it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from grpo_fast.rewards.base import text_of
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def _whole(prompt: str | list, completion: str | list) -> str:
-    opened = text_of(prompt).rstrip().endswith("<think>")
-    return "<think>" * opened + text_of(completion)
+def _whole(prompts: list, completions: list, rendered_prompts: list[str] | None) -> list[str]:
+    """The completions' texts, with the tag that the prompt has opened."""
+    texts = map(text_of, prompts) if rendered_prompts is None else rendered_prompts
+    opened = [text.rstrip().endswith("<think>") for text in texts]
+    return ["<think>" * tag + text_of(completion) for tag, completion in zip(opened, completions, strict=True)]
 
 
 def _between_tags(text: str) -> list[str] | None:
@@ -28,7 +31,7 @@ def _between_tags(text: str) -> list[str] | None:
     return [*parts, text]
 
 
-def answer_format(prompts, completions, **columns) -> list[float]:
+def answer_format(prompts, completions, rendered_prompts=None, **columns) -> list[float]:
     """1 for ``<think>...</think> <answer>...</answer>`` with nothing but white space between and after them (R1-Zero,
     arXiv 2501.12948).
 
@@ -36,8 +39,8 @@ def answer_format(prompts, completions, **columns) -> list[float]:
     the answer with "Let me solve this step by step."
     """
     rewards = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        parts = _between_tags(_whole(prompt, completion))
+    for text in _whole(prompts, completions, rendered_prompts):
+        parts = _between_tags(text)
         filled = parts and [bool(part.strip()) for part in parts[1:]]
         rewards.append(float(filled == [True, False, True, False]))
     return rewards
@@ -53,10 +56,9 @@ def soft_answer_format(prompts, completions, **columns) -> list[float]:
     return rewards
 
 
-def think_format(prompts, completions, **columns) -> list[float]:
+def think_format(prompts, completions, rendered_prompts=None, **columns) -> list[float]:
     """1 where the completion begins with ``<think>``, has it once, and closes it (TRL's ``think_format_reward``)."""
     rewards = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        text = _whole(prompt, completion)
+    for text in _whole(prompts, completions, rendered_prompts):
         rewards.append(float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text))
     return rewards

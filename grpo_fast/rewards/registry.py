@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from grpo_fast.errors import UserError, nearest, one_line
+from grpo_fast.files import user_path
 from grpo_fast.rewards.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
 from grpo_fast.rewards.base import RewardFunction
 from grpo_fast.rewards.code import unit_tests
@@ -122,7 +123,7 @@ def _make(name: str, text: str) -> RewardFunction:
 
 
 def _load_file(path: str) -> ModuleType:
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise UserError(f"reward_funcs: no such file: {path}")
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import torch
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import encode_prompts, load_rows
+from grpo_fast.data import encode_rows, load_rows
 from grpo_fast.errors import UserError, require_extra
-from grpo_fast.models import load_model
+from grpo_fast.models import adapter_fields, base_config, load_model, max_positions
 from grpo_fast.rollout.json_client import JsonClient
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
@@ -46,8 +46,10 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     require_extra("vllm", "vllm")
     device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"
     train, held_out = load_rows(config)
-    model, tokenizer = load_model(dataclasses.replace(config, load_in_4bit=False, use_peft=False))
-    prompts = encode_prompts(train, tokenizer, config) + encode_prompts(held_out, tokenizer, config)
+    model, tokenizer = load_model(dataclasses.replace(adapter_fields(config), load_in_4bit=False, use_peft=False))
+    prompts = []
+    for rows, kind in ((train, "training"), (held_out, "held-out")):
+        prompts += encode_rows(rows, tokenizer, config, max_positions(model.config), kind, print)[1]
     length = model_length(config, max(map(len, prompts)))
     dtype = model.get_input_embeddings().weight.dtype
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
@@ -58,7 +60,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
         options["kv_cache_memory_bytes"] = kv.bytes
     elif config.vllm_gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = config.vllm_gpu_memory_utilization
-    model_path = config.model_name_or_path if config.trust_remote_code else str(folder)
+    model_path = base_config(config).model_name_or_path if config.trust_remote_code else str(folder)
     host, port = listening_at(config)
     address = ["--host", host, "--port", str(port)]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path, *address]

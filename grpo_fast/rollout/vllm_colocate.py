@@ -16,6 +16,7 @@ from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, one_line
+from grpo_fast.models import base_config
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
@@ -77,7 +78,7 @@ class VLLMColocate(Rollout):
             options["gpu_memory_utilization"] = self._utilization(config, model, dtype, kv.bytes)
         with tempfile.TemporaryDirectory(prefix="grpo-fast-") as folder, undisturbed():
             save_config(model, Path(folder))
-            name = config.model_name_or_path if config.trust_remote_code else folder
+            name = base_config(config).model_name_or_path if config.trust_remote_code else folder
             try:
                 self.llm = self.vllm.LLM(name, **options)
                 self._generate([[0]], Sampling(1, 1, seed=0))
