@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import shutil
 import zlib
@@ -322,18 +321,13 @@ def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
     """The disk must have room for the checkpoints that are there at once: those kept, and the one being written.
 
     Raises:
-        UserError: it does not, or the folder cannot be made.
+        UserError: it does not.
     """
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"output_dir={str(folder)!r} cannot be created: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output_dir={str(folder)!r} cannot be created: {there} is not writable")
     saves = math.ceil(config.max_steps / config.save_steps) if config.save_steps else 1
     saves += math.ceil(config.max_steps / config.eval_steps) if config.keep_best else 0
     count, size = min(config.save_total_limit + 1 + config.keep_best, saves), checkpoint_bytes(model, config)
     written = sum(path.stat().st_size for old in checkpoints(folder) for path in old.rglob("*"))
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(folder).free
     if free + written < count * size:
         raise UserError(
             f"output_dir={str(folder)!r}: the disk has {free / 2**20:,.1f} MiB left, and {count} "

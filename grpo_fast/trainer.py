@@ -51,6 +51,7 @@ from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
+from grpo_fast.run_folder import claim, claim_new, release
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.trackers import Trackers, tracker_arguments
 
@@ -69,6 +70,15 @@ class GRPOTrainer:
         self.config = config
         connect(config.use_cpu)
         self.run_folder, found = on_main(partial(choose_run_folder, config))
+        try:
+            self.prepare(found)
+        except BaseException:
+            release(self.run_folder)
+            raise
+
+    def prepare(self, found: tuple[Path, TrainerState] | None) -> None:
+        """Load and check everything, and go to the checkpoint that was `found`."""
+        config = self.config
         self.objective = config.objective()
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
@@ -138,6 +148,13 @@ class GRPOTrainer:
         A run that is stopped, by SIGINT or SIGTERM, by the user or by wrong rewards, still leaves its metrics and a
         checkpoint. A resumed one goes on after its last checkpoint as if it had never stopped.
         """
+        try:
+            return self.run()
+        finally:
+            release(self.run_folder)
+
+    def run(self) -> Summary:
+        """The run in its folder, which no other process writes to."""
         config, folder = self.config, self.run_folder
         metric = self.rewards.names[self.metric]
         history = on_main(self.open_folder)
@@ -179,8 +196,10 @@ class GRPOTrainer:
     def open_folder(self) -> list[dict[str, float]]:
         """Write what is known when the run begins; the figures of earlier steps, where it is resumed."""
         config, folder = self.config, self.run_folder
+        claim(folder)
+        if not config.resume_from_checkpoint:
+            refuse_other_run(folder)
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
         written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
         write_config(folder / "config.yaml", written)
@@ -362,15 +381,35 @@ class GRPOTrainer:
 
 
 def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
-    """The run folder, and the checkpoint to go on from. It must not hold another run but one to resume.
+    """The run folder, claimed for this process, and the checkpoint to go on from.
 
-    It is created when the run begins.
+    Raises:
+        UserError: another process has the folder, or it holds another run than one to resume.
     """
-    name = config.run_name or config.dataset_name.replace("/", "-")
-    folder = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume_from_checkpoint:
-        if config.output_dir is None:
+    if config.output_dir is None:
+        if config.resume_from_checkpoint:
             raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
-    elif (folder / "metrics.jsonl").exists() or checkpoints(folder):
+        return claim_new(config.run_name or config.dataset_name.replace("/", "-")), None
+    folder = Path(config.output_dir)
+    if not config.resume_from_checkpoint:
+        # Before the claim, which would leave its file there.
+        refuse_other_run(folder)
+    claim(folder)
+    try:
+        if config.resume_from_checkpoint:
+            return folder, find_checkpoint(folder, config)
+        refuse_other_run(folder)
+        return folder, None
+    except BaseException:
+        release(folder)
+        raise
+
+
+def refuse_other_run(folder: Path) -> None:
+    """A new run never goes into the folder of another one.
+
+    Raises:
+        UserError: `folder` holds a run.
+    """
+    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
         raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
-    return folder, find_checkpoint(folder, config) if config.resume_from_checkpoint else None

@@ -14,6 +14,7 @@ from grpo_fast.checkpoint import checkpoint_bytes, checkpoints, find_checkpoint,
 from grpo_fast.cli import main
 from grpo_fast.errors import CheckpointError, UserError
 from grpo_fast.files import remove_leftovers
+from grpo_fast.run_folder import LOCK_FILE
 from grpo_fast.trainer import GRPOTrainer
 from runs import assert_same_run, config, trainer
 from test_trainer import SMALL
@@ -234,4 +235,4 @@ def test_leftovers_are_removed(tmp_path):
     (tmp_path / ".config.yaml.partial").write_text("half")
     assert checkpoints(tmp_path) == []
     trainer(tmp_path, resume=True, max_steps=1).train()
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [LOCK_FILE]

@@ -1,0 +1,96 @@
+"""Who writes to a run folder: one process at a time, by a lock that ends with the process."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from grpo_fast.errors import UserError, one_line
+
+LOCK_FILE = ".lock"
+# The locks that this process holds, and whether it created the folder.
+_held: dict[Path, tuple[FileLock, bool]] = {}
+
+
+def claim(folder: Path, field: str = "output_dir") -> None:
+    """Make this process the only one that writes to `folder`, which is created where it is missing.
+
+    It stays so until :func:`release`, or until the process ends, however it ends. Claiming a folder twice in one
+    process changes nothing.
+
+    Args:
+        folder: the folder of a run or an evaluation.
+        field: the option that names it, for errors.
+
+    Raises:
+        UserError: another process has it, or it cannot be written to.
+    """
+    place = folder.resolve()
+    if place in _held:
+        return
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{field}={str(folder)!r} cannot be created: {there} is not a folder")
+    lock = FileLock(place / LOCK_FILE, timeout=0, thread_local=False)
+    try:
+        created = _make(folder)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{field}={str(folder)!r} is in use by another process; wait until it has ended, or choose another folder"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{field}={str(folder)!r} cannot be written to: {reason}") from None
+    _held[place] = lock, created
+
+
+def claim_new(name: str) -> Path:
+    """Create ``runs/NAME-TIME`` and claim it; where there is one of that name, even of this moment, ``-2`` follows.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        try:
+            stem.parent.mkdir(exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            if not stem.parent.is_dir():
+                raise UserError(f"{folder} cannot be created: {stem.parent} is not a folder") from None
+            continue
+        except OSError as error:
+            raise UserError(f"{folder} cannot be created: {error.strerror or one_line(error)}") from None
+        claim(folder)
+        _held[folder.resolve()] = _held[folder.resolve()][0], True
+        return folder
+
+
+def release(folder: Path) -> None:
+    """Let other processes write to `folder`. One that was created for nothing, still empty, is removed."""
+    lock, created = _held.pop(folder.resolve(), (None, False))
+    if lock is None:
+        return
+    file = Path(lock.lock_file)
+    if created and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
+        # While the lock is held: a process that waits for the removed file finds out and makes its own.
+        with suppress(OSError):
+            file.unlink()
+            folder.rmdir()
+    lock.release()
+
+
+def _make(folder: Path) -> bool:
+    """Create `folder`; whether it was this call that did."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
