@@ -18,6 +18,7 @@ from typing import get_args, get_type_hints
 from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.terminal import lasting_output, open_standard_streams, print_error, silence
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -33,14 +34,37 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
   grpo-fast --version"""
 
+# The signal's number everywhere; Windows has no name for it.
+SIGPIPE = 13
 # Seconds until a process that has failed is sure that the first one has not.
 PATIENCE = 3
 FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input, 130 when interrupted."""
+    """Entry point.
+
+    Returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input or output that cannot be written, 130 when
+    interrupted, 141 where nobody reads the output.
+    """
+    open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # Here, not when the interpreter ends, where an error is no more than a note.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 128 + SIGPIPE
+    except OSError as error:
+        silence(sys.stdout)
+        print_error(f"grpo-fast: error: the output could not be written: {error.strerror or error}")
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
@@ -55,11 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and argv[0] not in LASTING:
+            raise
         where = f": {error.filename}" if error.filename else ""
         _tell(f"{error.strerror or error}{where}")
         return 2
     except KeyboardInterrupt:
-        print("\ngrpo-fast: interrupted", file=sys.stderr)
+        print_error("\ngrpo-fast: interrupted")
         return 130
 
 
@@ -68,7 +94,7 @@ def _tell(error: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(PATIENCE)
-    print(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}", file=sys.stderr)
+    print_error(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}")
 
 
 def parse_config(argv: Sequence[str]) -> GRPOConfig:
@@ -166,7 +192,8 @@ def train(argv: Sequence[str]) -> int:
     from grpo_fast.distributed import disconnect
     from grpo_fast.trainer import GRPOTrainer
 
-    GRPOTrainer(config).train()
+    with lasting_output():
+        GRPOTrainer(config).train()
     disconnect()
     return 0
 
@@ -321,7 +348,9 @@ def evaluate(argv: Sequence[str]) -> int:
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (Path(path) if path else None for path in (output, compare))
-    EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)).run()
+    options = EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)
+    with lasting_output():
+        EvalRun(config, options).run()
     return 0
 
 
@@ -339,6 +368,8 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
     return value, rest
 
 
+# Their output may break off; a pipe that breaks in them is another one.
+LASTING = ("train", "eval")
 COMMANDS = {"train": train, "plan": plan, "serve": serve, "eval": evaluate, "report": report, "compare": compare}
 
 if __name__ == "__main__":
