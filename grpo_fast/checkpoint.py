@@ -218,17 +218,19 @@ def fingerprint(encoded: list[list[int]]) -> str:
 
 
 def check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """What a resumed run has in common with the one that wrote the checkpoint.
+    """What a resumed run has in common with the one that wrote the checkpoint; its learning_rate may be smaller.
 
     Raises:
         UserError: a value differs; the line names it, and both values.
     """
     for name, value in now.items():
-        if name in saved and saved[name] != value:
-            raise UserError(
-                f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run goes on as it began; "
-                "take that value, or another output_dir for a new run"
-            )
+        if name not in saved or saved[name] == value or (name == "learning_rate" and value < saved[name]):
+            continue
+        allowed = "that value or a smaller one" if name == "learning_rate" else "that value"
+        raise UserError(
+            f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run goes on as it began; "
+            f"take {allowed}, or another output_dir for a new run"
+        )
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -36,15 +36,16 @@ from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advant
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows, prompt_order
 from grpo_fast.distributed import connect, is_main, on_main, size
-from grpo_fast.errors import CheckpointError, UserError, writing
+from grpo_fast.errors import CheckpointError, NotFiniteError, UserError, writing
 from grpo_fast.evaluate import evaluate, score_responses
 from grpo_fast.files import remove_leftovers
+from grpo_fast.finite import check_finite
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
 from grpo_fast.models import check_vocabulary, load_model
 from grpo_fast.optimizers import check_optimizer
-from grpo_fast.progress import Progress
+from grpo_fast.progress import Progress, resume_command
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
@@ -100,6 +101,8 @@ class GRPOTrainer:
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_model(config)
+        if not config.use_peft:
+            check_finite(model.named_parameters(), f"model_name_or_path={config.model_name_or_path!r}")
         self.train_prompts = encode_prompts(self.train_rows, self.tokenizer, config)
         self.eval_prompts = encode_prompts(self.eval_rows, self.tokenizer, config)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -123,6 +126,8 @@ class GRPOTrainer:
         # Where the run is between two updates; `updates_left` are those to come on the same generation batch.
         self.step = self.saved_step = self.updates_left = self.num_tokens = self.num_prompts = 0
         self.train_seconds, self.before = 0.0, math.nan
+        # That of the checkpoint that the run goes on from.
+        self.old_learning_rate = config.learning_rate
         # The last step that was evaluated, with its figures where this process made them; the best one so far.
         self.evaluated_step, self.held_out = 0, {}
         self.best_step, self.best_score = 0, -math.inf
@@ -164,7 +169,7 @@ class GRPOTrainer:
         lines = LinesFile(folder / "metrics.jsonl", append=True)
         with progress, trackers, closing(self.rollout), lines as metrics_file:
             if self.step:
-                progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}")
+                progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}{self.changed_learning_rate()}")
                 progress.started(self.before)
             else:
                 start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
@@ -192,6 +197,12 @@ class GRPOTrainer:
             on_main(partial(self.write_end, summary, history))
         progress.finished(summary, checkpoint)
         return summary
+
+    def changed_learning_rate(self) -> str:
+        if self.old_learning_rate == self.config.learning_rate:
+            return ""
+        new, old = self.config.learning_rate, self.old_learning_rate
+        return f" with learning_rate={new:g} instead of {old:g}, and with other prompts and random numbers"
 
     def open_folder(self) -> list[dict[str, float]]:
         """Write what is known when the run begins; the figures of earlier steps, where it is resumed."""
@@ -237,6 +248,8 @@ class GRPOTrainer:
                 checkpoint = self.save()
             except CheckpointError:
                 raise
+            except NotFiniteError as error:
+                raise UserError(f"{error}; {self.last_good(error.weights_lost)}") from None
             except (KeyboardInterrupt, UserError) as error:
                 # A second Ctrl-C ends at once.
                 if self.step and not (interrupt.signal and isinstance(error, KeyboardInterrupt)):
@@ -246,6 +259,16 @@ class GRPOTrainer:
             progress.stopped(self.step, checkpoint)
             interrupt.exit()
         return checkpoint
+
+    def last_good(self, weights_lost: bool) -> str:
+        """After a step that was not finite: the newest finite checkpoint, which nothing replaces, and how to go on."""
+        if self.step and not weights_lost:
+            # Whatever led here may have begun before this one, so those before it stay, too.
+            self.save(remove_old=False)
+        newest = self.run_folder / f"checkpoint-{self.saved_step}"
+        whence = f"from {newest}, with other prompts" if self.saved_step else "from the beginning"
+        resume = resume_command(self.run_folder, f"--learning_rate {self.config.learning_rate / 2:g}")
+        return f"to go on {whence} and a smaller learning_rate: {resume}"
 
     def save_is_due(self) -> bool:
         every = self.config.save_steps
@@ -266,8 +289,11 @@ class GRPOTrainer:
         progress.evaluated(self.step, score, best=self.best_step == self.step)
         return self.held_out
 
-    def save(self) -> Path:
-        """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`."""
+    def save(self, remove_old: bool = True) -> Path:
+        """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`.
+
+        The weights are finite: a step that makes others ends in an error.
+        """
         folder = self.run_folder / f"checkpoint-{self.step}"
         if self.saved_step != self.step:
             best = {"best_step": self.best_step, "best_score": self.best_score}
@@ -278,7 +304,8 @@ class GRPOTrainer:
             arguments = (folder, self.adapter or self.model, self.tokenizer, state, tensors, weights)
             on_main(partial(save_checkpoint, *arguments))
             self.saved_step = self.step
-            on_main(partial(keep_newest, self.run_folder, self.config.save_total_limit, self.best_step))
+            if remove_old:
+                on_main(partial(keep_newest, self.run_folder, self.config.save_total_limit, self.best_step))
         return folder
 
     def restore(self, folder: Path, state: TrainerState) -> None:
@@ -287,11 +314,20 @@ class GRPOTrainer:
         # The engine was tried out with the weights that the run began with.
         self.rollout.weights_change()
         self.learner.restore(folder, state.step)
+        check_finite(self.learner.trained(), str(folder))
         self.rng = load_tensors(folder, "rng")
         self.step = self.saved_step = self.evaluated_step = state.step
         self.num_tokens, self.num_prompts, self.train_seconds = state.num_tokens, state.num_prompts, state.train_seconds
         self.before = math.nan if state.before is None else state.before
         self.best_step, self.best_score = state.best_step, -math.inf if state.best_score is None else state.best_score
+        self.old_learning_rate = state.fixed.get("learning_rate", self.config.learning_rate)
+        if self.old_learning_rate != self.config.learning_rate:
+            # The same prompts and random numbers would lead to the same gradient, which may be what stopped the run.
+            self.num_prompts += self.config.prompts_per_step
+            torch.manual_seed(self.config.seed + state.step)
+            self.rng["torch"] = torch.get_rng_state()
+            if torch.cuda.is_initialized():
+                self.rng["cuda.0"] = torch.cuda.get_rng_state()
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Train, and yield the figures of every optimizer step. A generation batch serves `num_iterations` of them."""
@@ -369,6 +405,8 @@ class GRPOTrainer:
         """One optimizer step; what stops it says where."""
         try:
             return self.learner.update(batch, keep_logprobs)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"step {self.step + 1}: {error}", error.weights_lost) from None
         except UserError as error:
             figures = self.run_folder / "metrics.jsonl"
             raise UserError(f"step {self.step + 1}: {error}; the figures so far are in {figures}") from None
