@@ -18,12 +18,15 @@ SHOWN = 3
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every floating-point number of `tensors` is finite, in every process of the run.
 
-    Of sharded tensors each process looks at its share. Reads them once (the largest magnitude, which NaN and the
-    infinities survive) and takes a few bytes for each.
+    Of sharded tensors each process looks at its share. Reads them once, for their norm, which NaN and the infinities
+    survive, and takes a few bytes for each; where the norm of finite numbers overflows, they are looked at one by one.
     """
     own = list(_own(tensors))
-    worst = get_total_norm(own, norm_type=float("inf")) if own else torch.zeros(())
-    return not total((~worst.isfinite()).float()).item()
+    norm = get_total_norm(own) if own else torch.zeros(())
+    if not total((~norm.isfinite()).float()).item():
+        return True
+    suspect = not all(tensor.isfinite().all() for tensor in own)
+    return not total(torch.tensor(float(suspect), device=norm.device)).item()
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
