@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from grpo_fast.checkpoint import checkpoints, fingerprint
+from grpo_fast.checkpoint import checkpoints, fingerprint, verify_model
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths, encode_prompts, load_rows
 from grpo_fast.errors import UserError, one_line
@@ -100,6 +100,7 @@ class EvalRun:
         self.rewards.check_columns(name for name in self.rows[0] if name != "prompt")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
+        verify_model(Path(config.model_name_or_path))
         model, self.tokenizer = load_trained(config)
         self.prompts = encode_prompts(self.rows, self.tokenizer, config)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from grpo_fast.checkpoint import TrainerState, checkpoints, find_checkpoint
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line
 
 LOCK_FILE = ".lock"
@@ -94,3 +96,38 @@ def _make(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
+    """The run folder, claimed for this process, and the checkpoint to go on from.
+
+    Raises:
+        UserError: another process has the folder, or it holds another run than one to resume.
+    """
+    if config.output_dir is None:
+        if config.resume_from_checkpoint:
+            raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
+        return claim_new(config.run_name or config.dataset_name.replace("/", "-")), None
+    folder = Path(config.output_dir)
+    if not config.resume_from_checkpoint:
+        # Before the claim, which would leave its file there.
+        refuse_other_run(folder)
+    claim(folder)
+    try:
+        if config.resume_from_checkpoint:
+            return folder, find_checkpoint(folder, config)
+        refuse_other_run(folder)
+        return folder, None
+    except BaseException:
+        release(folder)
+        raise
+
+
+def refuse_other_run(folder: Path) -> None:
+    """A new run never goes into the folder of another one.
+
+    Raises:
+        UserError: `folder` holds a run.
+    """
+    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
+        raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")

@@ -22,8 +22,6 @@ from grpo_fast.checkpoint import (
     TrainerState,
     check_same,
     check_space,
-    checkpoints,
-    find_checkpoint,
     fingerprint,
     fixed_fields,
     keep_newest,
@@ -31,6 +29,7 @@ from grpo_fast.checkpoint import (
     rng_state,
     save_checkpoint,
     set_rng_state,
+    verify_model,
 )
 from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
@@ -52,7 +51,7 @@ from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
-from grpo_fast.run_folder import claim, claim_new, release
+from grpo_fast.run_folder import choose_run_folder, claim, refuse_other_run, release
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.trackers import Trackers, tracker_arguments
 
@@ -100,6 +99,7 @@ class GRPOTrainer:
         check_optimizer(config, self.accelerator.device)
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
+        on_main(lambda: verify_model(Path(config.model_name_or_path)))
         model, self.tokenizer = load_model(config)
         if not config.use_peft:
             check_finite(model.named_parameters(), f"model_name_or_path={config.model_name_or_path!r}")
@@ -162,11 +162,13 @@ class GRPOTrainer:
         """The run in its folder, which no other process writes to."""
         config, folder = self.config, self.run_folder
         metric = self.rewards.names[self.metric]
-        history = on_main(self.open_folder)
+        history, note = on_main(self.open_folder)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
+        if note:
+            progress.warn(note)
         self.rewards.warn = progress.warn
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
-        lines = LinesFile(folder / "metrics.jsonl", append=True)
+        lines = LinesFile(folder / "metrics.jsonl", append=True, checksums=True)
         with progress, trackers, closing(self.rollout), lines as metrics_file:
             if self.step:
                 progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}{self.changed_learning_rate()}")
@@ -204,8 +206,8 @@ class GRPOTrainer:
         new, old = self.config.learning_rate, self.old_learning_rate
         return f" with learning_rate={new:g} instead of {old:g}, and with other prompts and random numbers"
 
-    def open_folder(self) -> list[dict[str, float]]:
-        """Write what is known when the run begins; the figures of earlier steps, where it is resumed."""
+    def open_folder(self) -> tuple[list[dict[str, float]], str]:
+        """Write what is known when the run begins; the figures of earlier steps and a note, as in `cut_metrics`."""
         config, folder = self.config, self.run_folder
         claim(folder)
         if not config.resume_from_checkpoint:
@@ -416,38 +418,3 @@ class GRPOTrainer:
         every = self.config.log_completions_steps
         last = min(self.step + self.config.num_iterations, self.config.max_steps)
         return bool(every) and (self.step == 0 or self.step // every != last // every)
-
-
-def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
-    """The run folder, claimed for this process, and the checkpoint to go on from.
-
-    Raises:
-        UserError: another process has the folder, or it holds another run than one to resume.
-    """
-    if config.output_dir is None:
-        if config.resume_from_checkpoint:
-            raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
-        return claim_new(config.run_name or config.dataset_name.replace("/", "-")), None
-    folder = Path(config.output_dir)
-    if not config.resume_from_checkpoint:
-        # Before the claim, which would leave its file there.
-        refuse_other_run(folder)
-    claim(folder)
-    try:
-        if config.resume_from_checkpoint:
-            return folder, find_checkpoint(folder, config)
-        refuse_other_run(folder)
-        return folder, None
-    except BaseException:
-        release(folder)
-        raise
-
-
-def refuse_other_run(folder: Path) -> None:
-    """A new run never goes into the folder of another one.
-
-    Raises:
-        UserError: `folder` holds a run.
-    """
-    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
-        raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
