@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ LOCK_FILE = ".lock"
 _held: dict[Path, tuple[FileLock, bool]] = {}
 
 
-def claim(folder: Path, field: str = "output_dir") -> None:
+def claim(folder: Path, field: str = "output_dir", created: bool = False) -> None:
     """Make this process the only one that writes to `folder`, which is created where it is missing.
 
     It stays so until :func:`release`, or until the process ends, however it ends. Claiming a folder twice in one
@@ -27,19 +28,21 @@ def claim(folder: Path, field: str = "output_dir") -> None:
     Args:
         folder: the folder of a run or an evaluation.
         field: the option that names it, for errors.
+        created: whether the caller has just created it.
 
     Raises:
         UserError: another process has it, or it cannot be written to.
     """
     place = folder.resolve()
-    if place in _held:
+    # A child of this process has its table, but not its locks.
+    if place in _held and _held[place][0].is_locked:
         return
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not there.is_dir():
         raise UserError(f"{field}={str(folder)!r} cannot be created: {there} is not a folder")
     lock = FileLock(place / LOCK_FILE, timeout=0, thread_local=False)
     try:
-        created = _make(folder)
+        created = _make(folder) or created
         lock.acquire()
     except Timeout:
         raise UserError(
@@ -69,22 +72,21 @@ def claim_new(name: str) -> Path:
             continue
         except OSError as error:
             raise UserError(f"{folder} cannot be created: {error.strerror or one_line(error)}") from None
-        claim(folder)
-        _held[folder.resolve()] = _held[folder.resolve()][0], True
+        claim(folder, created=True)
         return folder
 
 
 def release(folder: Path) -> None:
-    """Let other processes write to `folder`. One that was created for nothing, still empty, is removed."""
+    """Let other processes write to `folder`. Where nothing was written, it is as it was: empty, or not there."""
     lock, created = _held.pop(folder.resolve(), (None, False))
     if lock is None:
         return
-    file = Path(lock.lock_file)
-    if created and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
-        # While the lock is held: a process that waits for the removed file finds out and makes its own.
-        with suppress(OSError):
-            file.unlink()
-            folder.rmdir()
+    with suppress(OSError):
+        if os.listdir(folder) == [LOCK_FILE]:
+            # While the lock is held: a process that has opened the removed file finds out, and does not own the folder.
+            (folder / LOCK_FILE).unlink()
+            if created:
+                folder.rmdir()
     lock.release()
 
 

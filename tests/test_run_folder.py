@@ -142,12 +142,14 @@ def test_a_trainer_that_was_built_twice_keeps_the_first_run(tmp_path):
 def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
-    for options in ([], ["--output_dir", "given"]):
+    Path("empty").mkdir()
+    for options in ([], ["--output_dir", "given"], ["--output_dir", "empty"]):
         assert main(["train", "small.yaml", "--reward_funcs", "[exact_anser]", *options]) == 2
     assert main(["eval", "small.yaml", "--reward_funcs", "[exact_anser]"]) == 2
     assert "did you mean" in capsys.readouterr().err
     assert list(Path("runs").iterdir()) == []
     assert not Path("given").exists()
+    assert list(Path("empty").iterdir()) == []
 
 
 def test_a_folder_is_free_after_the_run(tmp_path, elsewhere):
