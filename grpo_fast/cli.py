@@ -10,8 +10,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partialmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -97,11 +98,16 @@ def _tell(error: str) -> None:
     print_error(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}")
 
 
-def parse_config(argv: Sequence[str]) -> GRPOConfig:
+def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
     """The configuration of a YAML file (the first argument, optional) and of ``--field value`` pairs after it.
 
+    Args:
+        argv: the command line.
+        unused: fields that the command does nothing with.
+
     Raises:
-        UserError: a missing file, an unknown field, or a value that is not allowed.
+        UserError: a missing file, an unknown field, a value that is not allowed, or a file from a run's folder that
+            names Python to be run; see `trust`.
     """
     jsonargparse = import_extra("jsonargparse", "train")
     parser = jsonargparse.ArgumentParser(
@@ -113,9 +119,13 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     path = None
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
-        _check_file(path)
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
         argv = [f"--config={path}", *argv[1:]]
     _check_options(argv)
+    files = _config_files(argv)
+    for file in files:
+        _check_file(file)
     try:
         values = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
@@ -124,14 +134,26 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     values.pop("config", None)
     if values.get("run_name") is None and path is not None:
         values["run_name"] = path.stem
-    return GRPOConfig(**values)
+    config = GRPOConfig(**values)
+    from grpo_fast.trust import check_code
+
+    # Not a part of a field, as in --model_init_kwargs.head_dim, which leaves the rest to the file.
+    named = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
+    for file in files:
+        check_code(file, config, named | set(unused))
+    return config
+
+
+def _config_files(argv: list[str]) -> list[Path]:
+    """The files that --config names; it may also hold the fields themselves."""
+    given = [value for option, value in pairwise(argv) if option == "--config"]
+    given += [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    return [Path(value) for value in given if "\n" not in value and Path(value).is_file()]
 
 
 def _check_file(path: Path) -> None:
     import yaml
 
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -289,7 +311,7 @@ def serve(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv[:cut]):
         print(SERVE_USAGE)
         return 0
-    config = parse_config(argv[:cut])
+    config = parse_config(argv[:cut], unused=["reward_funcs"])
     quiet_libraries()
     from grpo_fast.rollout.serve import serve as start
 

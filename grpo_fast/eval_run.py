@@ -34,6 +34,7 @@ from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.run_folder import claim, claim_new, release
+from grpo_fast.trust import remember_own
 
 SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
 
@@ -154,6 +155,7 @@ class EvalRun:
         if not self.options.resume:
             refuse_other_evaluation(self.folder)
         write_config(self.folder / "config.yaml", self.config)
+        remember_own(self.folder, self.config)
         write_json(self.folder / SETTINGS, self.settings)
         start = time.perf_counter()
         lines = self.keep_whole_batches()

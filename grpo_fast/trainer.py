@@ -54,6 +54,7 @@ from grpo_fast.rollout.sampler import Sampler
 from grpo_fast.run_folder import choose_run_folder, claim, refuse_other_run, release
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.trackers import Trackers, tracker_arguments
+from grpo_fast.trust import remember_own
 
 
 class GRPOTrainer:
@@ -216,6 +217,7 @@ class GRPOTrainer:
             remove_leftovers(folder)
         written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
         write_config(folder / "config.yaml", written)
+        remember_own(folder, config)
         if self.accelerator.device.type == "cuda":
             longest = max(map(len, self.train_prompts))
             write_plan(folder / "memory_plan.json", config, self.model.config, longest)
