@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from grpo_fast.distributed import gather, total
+from grpo_fast.distributed import gather, largest
 from grpo_fast.errors import UserError
 
 SHOWN = 3
@@ -22,11 +21,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     survive, and takes a few bytes for each; where the norm of finite numbers overflows, they are looked at one by one.
     """
     own = list(_own(tensors))
-    norm = get_total_norm(own) if own else torch.zeros(())
-    if not total((~norm.isfinite()).float()).item():
+    if not largest(int(not get_total_norm(own).isfinite())):
         return True
-    suspect = not all(tensor.isfinite().all() for tensor in own)
-    return not total(torch.tensor(float(suspect), device=norm.device)).item()
+    return not largest(int(not all(tensor.isfinite().all() for tensor in own)))
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -52,6 +52,9 @@ class Outlet:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
+        except UnicodeEncodeError as error:
+            # A path or a prompt may hold what an ASCII terminal cannot show.
+            return self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self.lose(error)
             return len(text)

@@ -147,6 +147,14 @@ def test_lasting_output_hands_the_streams_back(monkeypatch, capsys):
     assert capsys.readouterr().out == "a\n"
 
 
+def test_output_that_the_terminal_cannot_encode(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with lasting_output():
+        print("runs/ü ━")
+    assert stream.buffer.getvalue() == b"runs/\\xfc \\u2501\n"
+
+
 def test_a_signal_within_the_handler_of_another(monkeypatch):
     restored = []
 

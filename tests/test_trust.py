@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,25 @@ def test_the_code_of_a_downloaded_model_is_not_run(tmp_path, capsys):
     # The test would notice.
     assert main([*commands[0], "--trust_remote_code", "true"]) == 2
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", [{"class_path": "evil_module.Evil"}, [{"class_path": "evil_module.Evil"}]], ids=str)
+@pytest.mark.parametrize("field", ["model_init_kwargs", "dataset_kwargs", "chat_template_kwargs", "generation_kwargs"])
+def test_a_class_path_in_a_configuration_is_not_imported(tmp_path, monkeypatch, field, value):
+    """jsonargparse imports what one names where any value is allowed."""
+    (tmp_path / "evil_module.py").write_text("class Evil:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    for given in (value, json.dumps(value), {"deeper": value}):
+        path.write_text(yaml.safe_dump({**vars(config(tmp_path)), field: {"a": given}}))
+        assert getattr(parse_config([str(path)]), field) == {"a": given}
+    assert "evil_module" not in sys.modules
+
+
+def test_values_of_the_command_line_are_read_as_in_a_file():
+    options = ["--model_init_kwargs.head_dim=32", "--model_init_kwargs.rope_theta", "1e4"]
+    options += ["--model_init_kwargs.attention_bias=true", "--model_init_kwargs.layer_types=[full_attention]"]
+    values = {"head_dim": 32, "rope_theta": 1e4, "attention_bias": True, "layer_types": ["full_attention"]}
+    base = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--reward_funcs", "[exact_answer]"]
+    assert parse_config([*base, *options]).model_init_kwargs == values
+    assert parse_config([*base, "--model_init_kwargs", json.dumps(values)]).model_init_kwargs == values
