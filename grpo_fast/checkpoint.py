@@ -2,16 +2,17 @@
 
 ``checkpoint-N/`` holds what `from_pretrained` loads (the model and its tokenizer; of an adapted model the adapter
 alone) and beside it ``trainer_state.json``, ``optimizer.safetensors`` and ``rng.safetensors``, and with
-`sync_ref_model` the reference policy's weights, ``reference.safetensors``. It is written under another name, synced to
-the disk and renamed. A learning rate follows from the step and needs no state.
+`sync_ref_model` the reference policy's weights, ``reference.safetensors``. The state is written last and lists every
+other file with its length and checksum. The folder is written under another name, synced to the disk and renamed. A
+learning rate follows from the step and needs no state.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import zlib
@@ -28,11 +29,15 @@ from torch import Tensor, nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import CheckpointError, UserError, one_line
-from grpo_fast.files import discard, sync
+from grpo_fast.files import discard, sha256_sums, sync
 from grpo_fast.metrics import json_ready
 from grpo_fast.sharding import cut_like
 
 STATE_FILE = "trainer_state.json"
+# Of trainer_state.json: 1 had no checksums. A higher one is that of a newer version.
+FORMAT = 2
+# What a run needs to go on, and a model does not.
+RUN_FILES = frozenset({"optimizer.safetensors", "rng.safetensors", "reference.safetensors"})
 
 # Fields that a resumed run may change: where and how much it writes, how long it goes on, and how the same figures are
 # computed. The learning rate follows the schedule of the new max_steps.
@@ -91,6 +96,8 @@ class TrainerState:
         best_step: the step with the best score on the held-out prompts so far, 0 for none.
         best_score: its score, None for none.
         files: bytes of every other file of the checkpoint.
+        sha256: and their checksums.
+        format: version of this file.
     """
 
     step: int
@@ -102,6 +109,8 @@ class TrainerState:
     best_step: int = 0
     best_score: float | None = None
     files: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -137,8 +146,12 @@ def save_checkpoint(
         tokenizer.save_pretrained(partial)
         for name, content in tensors.items():
             save_file(content, partial / f"{name}.safetensors")
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
-        text = json.dumps(json_ready(dataclasses.asdict(dataclasses.replace(state, files=files))), indent=2)
+        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        names = [path.relative_to(partial).as_posix() for path in paths]
+        files = {name: path.stat().st_size for name, path in zip(names, paths, strict=True)}
+        sums = dict(zip(names, sha256_sums(paths), strict=True))
+        content = json_ready(dataclasses.asdict(dataclasses.replace(state, files=files, sha256=sums)))
+        text = json.dumps({**content, "checksum": _checksum(content)}, indent=2)
         (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
             sync(path)
@@ -158,30 +171,110 @@ def keep_newest(run_folder: Path, limit: int, best_step: int = 0) -> None:
             discard(folder)
 
 
+class _Damage(Exception):
+    """What is wrong with a checkpoint."""
+
+
 def read_state(folder: Path) -> TrainerState:
     """The state of a checkpoint whose files are all there, as long as they were written.
 
     Raises:
-        UserError: they are not.
+        UserError: they are not, the state was changed since, or a newer version wrote it.
     """
     try:
-        state = TrainerState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-        sizes = dict(state.files)
-    except OSError as error:
-        raise damaged(folder, f"{STATE_FILE}: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
-        raise damaged(folder, f"{STATE_FILE}: {one_line(error)}") from None
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            raise damaged(folder, f"{name} is missing")
-        if path.stat().st_size != size:
-            raise damaged(folder, f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
+        state = _parse_state(folder)
+        _check_files(folder, state, list(state.files), sums=False)
+    except _Damage as damage:
+        raise damaged(folder, str(damage)) from None
     return state
 
 
+def _parse_state(folder: Path) -> TrainerState:
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise _Damage(f"{STATE_FILE} holds no state")
+        version = content.get("format", 1)
+        if type(version) is int and version > FORMAT:
+            raise UserError(
+                f"the checkpoint {folder} is of a newer version of grpo-fast (format {version}, this one reads up to "
+                f"{FORMAT}); install that version"
+            )
+        checksum = content.pop("checksum", None)
+        if version != 1 and checksum != _checksum(content):
+            raise _Damage(f"{STATE_FILE} was changed after it was written")
+        state = TrainerState(**{"format": 1, **content})
+    except UserError:
+        raise
+    except OSError as error:
+        raise _Damage(f"{STATE_FILE}: {error.strerror}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _Damage(f"{STATE_FILE}: {one_line(error)}") from None
+    reason = _wrong_field(state)
+    if reason:
+        raise _Damage(f"{STATE_FILE}: {reason}")
+    return state
+
+
+def _wrong_field(state: TrainerState) -> str | None:
+    """A value of the state that cannot be; those who change it by hand may also mend the checksum."""
+    for name in ("step", "num_tokens", "num_prompts", "best_step"):
+        value = getattr(state, name)
+        if type(value) is not int or value < 0:
+            return f"{name}={value!r} is not a number from 0 on"
+    for name in ("train_seconds", "before", "best_score"):
+        value = getattr(state, name)
+        if not (isinstance(value, (int, float)) or (value is None and name != "train_seconds")):
+            return f"{name}={value!r} is not a number"
+    for name, kind in (("fixed", object), ("files", int), ("sha256", str)):
+        value = getattr(state, name)
+        if not isinstance(value, dict) or not all(isinstance(each, kind) for each in value.values()):
+            return f"{name} is not what a run writes"
+    return None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of the state without it, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_files(folder: Path, state: TrainerState, names: list[str], sums: bool) -> None:
+    """Whether files of the checkpoint are as they were written; with `sums`, by reading them."""
+    for name in names:
+        path, size = folder / name, state.files[name]
+        if not path.is_file():
+            raise _Damage(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise _Damage(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
+    # A checkpoint of format 1 has none.
+    names = [name for name in names if name in state.sha256] if sums else []
+    try:
+        found = sha256_sums(folder / name for name in names)
+    except OSError as error:
+        raise _Damage(f"{error.filename}: {error.strerror}") from None
+    for name, checksum in zip(names, found, strict=True):
+        if checksum != state.sha256[name]:
+            raise _Damage(f"{name} was changed after it was written: its SHA-256 is not the one in {STATE_FILE}")
+
+
+def verify_model(folder: Path) -> None:
+    """Check the weights of a checkpoint that serves as a model; of any other folder there is nothing to compare.
+
+    Raises:
+        UserError: a file is not as it was written, or a newer version wrote the checkpoint.
+    """
+    if not (folder / STATE_FILE).is_file():
+        return
+    try:
+        state = _parse_state(folder)
+        weights = [name for name in state.files if name.endswith(".safetensors") and name not in RUN_FILES]
+        _check_files(folder, state, weights, sums=True)
+    except _Damage as damage:
+        raise UserError(f"model_name_or_path={str(folder)!r} is damaged: {damage}") from None
+
+
 def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, TrainerState] | None:
-    """The newest checkpoint and its state; None where the run folder has none.
+    """The newest checkpoint, whose files are as they were written, and its state; None where there is none.
 
     Raises:
         UserError: it is damaged, or the configuration is that of another run.
@@ -193,6 +286,10 @@ def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, Trainer
     check_same(found[-1], state.fixed, fixed_fields(config))
     if state.step > config.max_steps:
         raise UserError(f"max_steps={config.max_steps} is less than the {state.step} steps of {found[-1]}")
+    try:
+        _check_files(found[-1], state, list(state.files), sums=True)
+    except _Damage as damage:
+        raise damaged(found[-1], str(damage)) from None
     return found[-1], state
 
 
@@ -220,17 +317,19 @@ def fingerprint(encoded: list[list[int]]) -> str:
 
 
 def check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """What a resumed run has in common with the one that wrote the checkpoint.
+    """What a resumed run has in common with the one that wrote the checkpoint; its learning_rate may be smaller.
 
     Raises:
         UserError: a value differs; the line names it, and both values.
     """
     for name, value in now.items():
-        if name in saved and saved[name] != value:
-            raise UserError(
-                f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run goes on as it began; "
-                "take that value, or another output_dir for a new run"
-            )
+        if name not in saved or saved[name] == value or (name == "learning_rate" and value < saved[name]):
+            continue
+        allowed = "that value or a smaller one" if name == "learning_rate" else "that value"
+        raise UserError(
+            f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run goes on as it began; "
+            f"take {allowed}, or another output_dir for a new run"
+        )
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -323,18 +422,13 @@ def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
     """The disk must have room for the checkpoints that are there at once: those kept, and the one being written.
 
     Raises:
-        UserError: it does not, or the folder cannot be made.
+        UserError: it does not.
     """
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise UserError(f"output_dir={str(folder)!r} cannot be created: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output_dir={str(folder)!r} cannot be created: {there} is not writable")
     saves = math.ceil(config.max_steps / config.save_steps) if config.save_steps else 1
     saves += math.ceil(config.max_steps / config.eval_steps) if config.keep_best else 0
     count, size = min(config.save_total_limit + 1 + config.keep_best, saves), checkpoint_bytes(model, config)
     written = sum(path.stat().st_size for old in checkpoints(folder) for path in old.rglob("*"))
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(folder).free
     if free + written < count * size:
         raise UserError(
             f"output_dir={str(folder)!r}: the disk has {free / 2**20:,.1f} MiB left, and {count} "

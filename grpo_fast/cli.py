@@ -10,8 +10,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partialmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -20,6 +21,7 @@ from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
 from grpo_fast.files import user_path
 from grpo_fast.startup import leaving_at_once
+from grpo_fast.terminal import lasting_output, open_standard_streams, print_error, silence
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -35,14 +37,37 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
   grpo-fast --version"""
 
+# The signal's number everywhere; Windows has no name for it.
+SIGPIPE = 13
 # Seconds until a process that has failed is sure that the first one has not.
 PATIENCE = 3
 FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input, 130 when interrupted."""
+    """Entry point.
+
+    Returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input or output that cannot be written, 130 when
+    interrupted, 141 where nobody reads the output.
+    """
+    open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # Here, not when the interpreter ends, where an error is no more than a note.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 128 + SIGPIPE
+    except OSError as error:
+        silence(sys.stdout)
+        print_error(f"grpo-fast: error: the output could not be written: {error.strerror or error}")
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     try:
         for argument in argv:
             if not _is_unicode(argument):
@@ -60,11 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and argv[0] not in LASTING:
+            raise
         where = f": {error.filename}" if error.filename else ""
         _tell(f"{error.strerror or error}{where}")
         return 2
     except KeyboardInterrupt:
-        print("\ngrpo-fast: interrupted", file=sys.stderr)
+        print_error("\ngrpo-fast: interrupted")
         return 130
 
 
@@ -82,14 +109,19 @@ def _tell(error: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(PATIENCE)
-    print(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}", file=sys.stderr)
+    print_error(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}")
 
 
-def parse_config(argv: Sequence[str]) -> GRPOConfig:
+def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
     """The configuration of a YAML file (the first argument, optional) and of ``--field value`` pairs after it.
 
+    Args:
+        argv: the command line.
+        unused: fields that the command does nothing with.
+
     Raises:
-        UserError: a missing file, an unknown field, or a value that is not allowed.
+        UserError: a missing file, an unknown field, a value that is not allowed, or a file from a run's folder that
+            names Python to be run; see `trust`.
     """
     jsonargparse = import_extra("jsonargparse", "train")
     parser = jsonargparse.ArgumentParser(
@@ -101,9 +133,13 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     path = None
     if argv and not argv[0].startswith("-"):
         path = user_path(argv[0])
-        _check_file(path)
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
         argv = [f"--config={path}", *argv[1:]]
     _check_options(argv)
+    files = _config_files(argv)
+    for file in files:
+        _check_file(file)
     try:
         values = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
@@ -112,14 +148,26 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     values.pop("config", None)
     if values.get("run_name") is None and path is not None:
         values["run_name"] = path.stem
-    return GRPOConfig(**values)
+    config = GRPOConfig(**values)
+    from grpo_fast.trust import check_code
+
+    # Not a part of a field, as in --model_init_kwargs.head_dim, which leaves the rest to the file.
+    named = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
+    for file in files:
+        check_code(file, config, named | set(unused))
+    return config
+
+
+def _config_files(argv: list[str]) -> list[Path]:
+    """The files that --config names; it may also hold the fields themselves."""
+    given = [value for option, value in pairwise(argv) if option == "--config"]
+    given += [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    return [Path(value) for value in given if "\n" not in value and Path(value).is_file()]
 
 
 def _check_file(path: Path) -> None:
     import yaml
 
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -181,7 +229,8 @@ def train(argv: Sequence[str]) -> int:
         from grpo_fast.distributed import disconnect
         from grpo_fast.trainer import GRPOTrainer
 
-    GRPOTrainer(config).train()
+    with lasting_output():
+        GRPOTrainer(config).train()
     disconnect()
     return 0
 
@@ -280,7 +329,7 @@ def serve(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv[:cut]):
         print(SERVE_USAGE)
         return 0
-    config = parse_config(argv[:cut])
+    config = parse_config(argv[:cut], unused=["reward_funcs"])
     with leaving_at_once():
         quiet_libraries()
         from grpo_fast.rollout.serve import serve as start
@@ -342,7 +391,9 @@ def evaluate(argv: Sequence[str]) -> int:
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (user_path(path) if path else None for path in (output, compare))
-    EvalRun(config, EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)).run()
+    options = EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)
+    with lasting_output():
+        EvalRun(config, options).run()
     return 0
 
 
@@ -360,6 +411,8 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
     return value, rest
 
 
+# Their output may break off; a pipe that breaks in them is another one.
+LASTING = ("train", "eval")
 COMMANDS = {"train": train, "plan": plan, "serve": serve, "eval": evaluate, "report": report, "compare": compare}
 
 if __name__ == "__main__":

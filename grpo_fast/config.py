@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from grpo_fast.config_checks import check_config
 from grpo_kernels import PRESETS, PolicyObjective
+
+# Not Any: jsonargparse would import what a dictionary with a ``class_path`` names.
+Value = bool | int | float | str | list | dict | None
 
 
 @dataclass
@@ -173,7 +176,7 @@ class GRPOConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    model_init_kwargs: dict[str, Any] | None = None
+    model_init_kwargs: dict[str, Value] | None = None
     use_peft: bool = False
     lora_r: int = 16
     lora_alpha: int = 32
@@ -190,7 +193,7 @@ class GRPOConfig:
 
     dataset_name: str = ""
     dataset_config: str | None = None
-    dataset_kwargs: dict[str, Any] | None = None
+    dataset_kwargs: dict[str, Value] | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
     eval_dataset_name: str | None = None
@@ -198,7 +201,7 @@ class GRPOConfig:
     prompt_file: str | None = None
     system_prompt: str | None = None
     apply_chat_template: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Value] | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     long_prompts: Literal["error", "drop"] = "error"
@@ -218,7 +221,7 @@ class GRPOConfig:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
-    generation_kwargs: dict[str, Any] | None = None
+    generation_kwargs: dict[str, Value] | None = None
     num_generations_eval: int = 1
     use_vllm: bool = False
     vllm_mode: Literal["colocate", "server"] = "colocate"

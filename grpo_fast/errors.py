@@ -19,6 +19,19 @@ class CheckpointError(UserError):
     """A checkpoint could not be written."""
 
 
+class NotFiniteError(UserError):
+    """An optimizer step was stopped by a number that is not finite.
+
+    Args:
+        message: what was not finite.
+        weights_lost: whether the weights are among it; otherwise they are those of the step before.
+    """
+
+    def __init__(self, message: str, weights_lost: bool):
+        super().__init__(message)
+        self.weights_lost = weights_lost
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
     """An exception's message without its line breaks, or its type where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from grpo_fast.checkpoint import STATE_FILE, checkpoints, fingerprint
+from grpo_fast.checkpoint import STATE_FILE, checkpoints, fingerprint, verify_model
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import Row, encode_prompts, encode_rows, load_rows
-from grpo_fast.errors import UserError, one_line, writing
+from grpo_fast.errors import UserError, one_line
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
@@ -34,6 +34,8 @@ from grpo_fast.report.run import read_lines
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.probe import Probe, tolerance
+from grpo_fast.run_folder import claim, claim_new, release
+from grpo_fast.trust import remember_own
 
 # What decides which prompts a run holds out, besides the data.
 _DATA_FIELDS = ("dataset_name", "dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split")
@@ -75,6 +77,17 @@ class EvalRun:
 
     def __init__(self, config: GRPOConfig, options: EvalOptions):
         self.config, self.options = config, options
+        self.folder: Path | None = None
+        try:
+            self.prepare()
+        except BaseException:
+            if self.folder is not None:
+                release(self.folder)
+            raise
+
+    def prepare(self) -> None:
+        """Load and check everything."""
+        config, options = self.config, self.options
         self.sampling = Sampling.from_config(config, config.num_generations_eval)
         if options.greedy:
             self.sampling = dataclasses.replace(self.sampling, num_generations=1, temperature=0.0)
@@ -95,6 +108,7 @@ class EvalRun:
         self.rewards.check_rows(self.rows)
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
+        verify_model(Path(config.model_name_or_path))
         model, self.tokenizer = load_trained(config)
         # Nothing is trained, so no microbatch has to hold a prompt.
         endless = dataclasses.replace(config, max_tokens_per_microbatch=2**62)
@@ -138,9 +152,18 @@ class EvalRun:
 
     def run(self) -> dict[str, Any]:
         """Sample, score and write what is not yet there, and return the summary."""
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return self.measure()
+        finally:
+            release(self.folder)
+
+    def measure(self) -> dict[str, Any]:
+        """The evaluation in its folder, which no other process writes to."""
+        claim(self.folder, "--output")
+        if not self.options.resume:
+            refuse_other_evaluation(self.folder)
         write_config(self.folder / "config.yaml", self.config)
+        remember_own(self.folder, self.config)
         write_json(self.folder / SETTINGS, self.settings)
         start = time.perf_counter()
         lines = self.keep_whole_batches()
@@ -307,32 +330,54 @@ def score_estimates(values: Tensor, ks: list[int], threshold: float, seed: int) 
 
 
 def choose_folder(config: GRPOConfig, options: EvalOptions) -> Path:
-    """The folder to write; it must not hold an evaluation but one to resume."""
+    """The folder to write, claimed for this process; it must not hold an evaluation but one to resume.
+
+    Raises:
+        UserError: another process has it, or it holds something else.
+    """
     if options.output is None:
         if options.resume:
             raise UserError("--resume needs the evaluation's folder: --output FOLDER")
-        name = config.run_name or config.dataset_name.replace("/", "-")
-        return Path(f"runs/eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if options.output.exists() and not options.output.is_dir():
-        raise UserError(f"--output={str(options.output)!r} is not a folder")
-    if (options.output / "metrics.jsonl").exists() or checkpoints(options.output):
-        raise UserError(f"--output={str(options.output)!r} holds a training run; choose another folder")
-    if (options.output / SAMPLES).exists() and not options.resume:
-        raise UserError(f"--output={str(options.output)!r} already holds an evaluation; choose another, or --resume it")
-    return options.output
+        return claim_new(f"eval-{config.run_name or config.dataset_name.replace('/', '-')}")
+    folder = options.output
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output={str(folder)!r} is not a folder")
+    if (folder / "metrics.jsonl").exists() or checkpoints(folder):
+        raise UserError(f"--output={str(folder)!r} holds a training run; choose another folder")
+    if options.resume and not (folder / SETTINGS).exists():
+        raise UserError(f"--resume: {folder} holds no evaluation")
+    if not options.resume:
+        # Before the claim, which would leave its file there.
+        refuse_other_evaluation(folder)
+    claim(folder, "--output")
+    try:
+        if not options.resume:
+            refuse_other_evaluation(folder)
+    except BaseException:
+        release(folder)
+        raise
+    return folder
+
+
+def refuse_other_evaluation(folder: Path) -> None:
+    """A new evaluation never goes into the folder of another one.
+
+    Raises:
+        UserError: `folder` holds an evaluation.
+    """
+    if (folder / SAMPLES).exists():
+        raise UserError(f"--output={str(folder)!r} already holds an evaluation; choose another, or --resume it")
 
 
 def check_settings(folder: Path, now: dict[str, Any]) -> None:
     """What an evaluation that goes on has in common with what was written.
 
     Raises:
-        UserError: a value differs, or there is nothing to go on with.
+        UserError: a value differs, or the file of settings cannot be read.
     """
     path = folder / SETTINGS
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--resume: {folder} holds no evaluation") from None
     except ValueError:
         raise UserError(f"--resume: {path} is damaged; start the evaluation again in another folder") from None
     for name, value in json.loads(json.dumps(now)).items():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from grpo_fast.errors import writing
+
+HASHED_AT_ONCE = 4
 
 
 def user_path(text: str) -> Path:
@@ -42,6 +47,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_sums(paths: Iterable[Path]) -> list[str]:
+    """The SHA-256 of each file, as hexadecimal digits; several files are read at once."""
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def discard(folder: Path) -> None:

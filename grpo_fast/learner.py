@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from grpo_fast.activations import prepare_activations
 from grpo_fast.attention import install
@@ -20,7 +21,8 @@ from grpo_fast.checkpoint import load_tensors, load_weights
 from grpo_fast.collect import StepBatch
 from grpo_fast.config import GRPOConfig
 from grpo_fast.distributed import own_random_numbers, rank, size, total
-from grpo_fast.errors import UserError
+from grpo_fast.errors import NotFiniteError, UserError
+from grpo_fast.finite import all_finite, not_finite
 from grpo_fast.metrics import loss_metrics, sampling_metrics
 from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.models import REFERENCE, train_adapter
@@ -120,6 +122,10 @@ class Learner:
         self.scheduler.load_state_dict({**schedule, "last_epoch": step - 1, "_step_count": step + 1})
         self.scheduler.step()
 
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The weights that the optimizer moves, with their names."""
+        return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+
     def refresh_reference(self, step: int) -> None:
         """Move the reference policy towards the trained one, if `step` is one of those that do."""
         if self.config.sync_ref_model and step % self.config.ref_model_sync_steps == 0:
@@ -136,19 +142,32 @@ class Learner:
         """One optimizer step on a generation batch.
 
         Raises:
-            UserError: the gradient is not finite; the weights are as they were.
+            NotFiniteError: the gradient is not finite, and the weights are as they were; or the new weights are not.
         """
         if self.config.top_entropy_quantile < 1:
             batch.high_entropy = self.high_entropy(batch)
         metrics = self.accumulate_gradients(batch, keep_logprobs)
         # torchao's optimizers keep it in a tensor.
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        max_norm = self.config.max_grad_norm or float("inf")
-        grad_norm = whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm)).item()
+        trained = self.trained()
+        parameters = [p for _, p in trained]
+        norm = get_total_norm([p.grad for p in parameters])
+        grad_norm = whole(norm).item()
         if not grad_norm < float("inf"):
-            raise UserError(f"the gradient is not finite (norm {grad_norm}); try a smaller learning_rate")
+            names = not_finite((name, p.grad) for name, p in trained)
+            where = f"in {names}" if names else "its norm is too large a number"
+            found = f"norm {grad_norm}, loss {metrics['loss']:g}"
+            raise NotFiniteError(f"the gradient is not finite ({found}): {where}", weights_lost=False)
+        if self.config.max_grad_norm:
+            clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         with own_random_numbers() if self.sharded else nullcontext():
             self.optimizer.step()
+        if not all_finite(parameters):
+            raise NotFiniteError(
+                f"the updated weights are not finite (norm of the gradient {grad_norm:g}, learning_rate "
+                f"{learning_rate:g}): in {not_finite(trained)}",
+                weights_lost=True,
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}

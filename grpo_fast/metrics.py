@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
+import shutil
 import sys
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import nanstd
-from grpo_fast.errors import writing
+from grpo_fast.errors import UserError, writing
 from grpo_fast.files import replace_text, split_lines
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
@@ -124,18 +127,22 @@ def json_ready(content: Any) -> Any:
 class LinesFile:
     """A JSON-lines file, an object a line, flushed at once, so that an interrupted run keeps what it wrote.
 
-    With `append`, the lines that are there stay.
+    With `append`, the lines that are there stay. With `checksums`, each gets a last entry ``crc32``: that of the line
+    without it.
     """
 
-    def __init__(self, path: Path, append: bool = False):
-        self.path, self.mode, self.file = path, "a" if append else "w", None
+    def __init__(self, path: Path, append: bool = False, checksums: bool = False):
+        self.path, self.mode, self.checksums, self.file = path, "a" if append else "w", checksums, None
 
     def write(self, entry: dict[str, Any]) -> None:
         with writing(self.path):
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = self.path.open(self.mode, encoding="utf-8")
-            self.file.write(json.dumps(json_ready(entry), ensure_ascii=False) + "\n")
+            line = json.dumps(json_ready(entry), ensure_ascii=False)
+            if self.checksums:
+                line = f'{line[:-1]}, "crc32": {zlib.crc32(line.encode())}}}'
+            self.file.write(line + "\n")
             self.file.flush()
 
     def __enter__(self) -> LinesFile:
@@ -148,27 +155,73 @@ class LinesFile:
                 self.file.close()
 
 
+_CHECKSUM = re.compile(r', "crc32": (\d+)\}$')
+
+
+def parse_metrics(text: str) -> tuple[list[tuple[str, dict[str, float]]], list[int]]:
+    """The lines of ``metrics.jsonl`` with what they say, and the numbers of those that are damaged.
+
+    A last line that was cut off by a kill is neither. A run of an earlier version has lines without checksums, which
+    are damaged only where they are not JSON, or stand behind one that has its checksum.
+    """
+    lines, damaged, checked = [], [], False
+    for number, line in enumerate(split_lines(text), 1):
+        found = _CHECKSUM.search(line)
+        bare = line[: found.start()] + "}" if found else line
+        checked = checked or bool(found)
+        try:
+            entry = json.loads(bare)
+        except (ValueError, RecursionError):
+            entry = None
+        whole = isinstance(entry, dict) and type(entry.get("step")) is int and bool(found) == checked
+        if whole and (not found or zlib.crc32(bare.encode()) == int(found[1])):
+            lines.append((line, {name: math.nan if value is None else value for name, value in entry.items()}))
+        else:
+            damaged.append(number)
+    if not text.endswith("\n") and damaged[-1:] == [text.count("\n") + 1]:
+        damaged.pop()
+    return lines, damaged
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
+    """The figures of every step in ``metrics.jsonl``, NaN where a number is missing.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    lines, damaged = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
+    if damaged:
+        raise UserError(f"{path}: line {damaged[0]} is damaged")
+    return [entry for _, entry in lines]
 
 
-def cut_metrics(path: Path, step: int) -> list[dict[str, float]]:
-    """Keep only the lines up to `step`, and return them; a line that was cut off by a kill is not among them.
+def cut_metrics(path: Path, step: int) -> tuple[list[dict[str, float]], str]:
+    """Keep only the lines up to `step`, and return what they say; those after it are about to be written once more.
+
+    Where lines are damaged, and where all are to be written once more, the file as it was stays beside it under
+    another name, and a note that says so is returned, too.
 
     Raises:
         UserError: the file cannot be written.
     """
     if not path.exists():
-        return []
-    kept, entries = [], []
-    for line in split_lines(path.read_text(encoding="utf-8", errors="replace")):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if entry["step"] > step:
-            break
-        kept.append(line + "\n")
-        entries.append({name: math.nan if value is None else value for name, value in entry.items()})
-    replace_text(path, "".join(kept))
-    return entries
+        return [], ""
+    lines, damaged = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
+    kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
+    note = ""
+    if damaged or (lines and not kept):
+        with writing(path):
+            copy = _keep_copy(path)
+        numbers = ", ".join(map(str, damaged[:3])) + f" and {len(damaged) - 3} more" * (len(damaged) > 3)
+        what = f"line {numbers} is damaged and left out" if damaged else f"{len(lines)} steps are made once more"
+        note = f"{path}: {what}; the file as it was is kept as {copy}"
+    replace_text(path, "".join(line + "\n" for line, _ in kept))
+    return [entry for _, entry in kept], note
+
+
+def _keep_copy(path: Path) -> Path:
+    """Copy a file to ``NAME.1``, or the first number that is free."""
+    number = 1
+    while (copy := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return Path(shutil.copy2(path, copy))

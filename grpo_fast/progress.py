@@ -67,7 +67,7 @@ class Progress:
 
     def stopped(self, step: int, checkpoint: Path) -> None:
         self.bar.stop()
-        resume = f"{command()} train {shlex.quote(str(self.run_folder / 'config.yaml'))} --resume"
+        resume = resume_command(self.run_folder)
         self.console.print(
             f"stopped after step {step}; the model so far: {checkpoint}; to go on: {resume}", soft_wrap=True
         )
@@ -144,6 +144,11 @@ def command() -> str:
     if program.name != "grpo-fast" or shutil.which("grpo-fast"):
         return "grpo-fast"
     return min(sys.argv[0], os.path.relpath(program), key=len)
+
+
+def resume_command(run_folder: Path, options: str = "") -> str:
+    """What goes on with a run."""
+    return f"{command()} train {shlex.quote(str(run_folder / 'config.yaml'))} --resume {options}".rstrip()
 
 
 def _count(number: int) -> str:

@@ -23,8 +23,6 @@ from grpo_fast.checkpoint import (
     TrainerState,
     check_same,
     check_space,
-    checkpoints,
-    find_checkpoint,
     fingerprint,
     fixed_fields,
     keep_newest,
@@ -32,14 +30,16 @@ from grpo_fast.checkpoint import (
     rng_state,
     save_checkpoint,
     set_rng_state,
+    verify_model,
 )
 from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows, prompt_order
 from grpo_fast.distributed import connect, is_main, on_main, size
-from grpo_fast.errors import CheckpointError, UserError, writing
+from grpo_fast.errors import CheckpointError, NotFiniteError, UserError, writing
 from grpo_fast.evaluate import evaluate, score_responses
 from grpo_fast.files import remove_leftovers
+from grpo_fast.finite import check_finite
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.learner import Learner
 from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
@@ -53,16 +53,18 @@ from grpo_fast.models import (
     random_base,
 )
 from grpo_fast.optimizers import check_optimizer
-from grpo_fast.progress import Progress
+from grpo_fast.progress import Progress, resume_command
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
+from grpo_fast.run_folder import choose_run_folder, claim, refuse_other_run, release
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.signals import LearningSignals, Warnings
 from grpo_fast.trackers import Trackers, tracker_arguments
+from grpo_fast.trust import remember_own
 
 
 class GRPOTrainer:
@@ -79,6 +81,15 @@ class GRPOTrainer:
         connect(config.use_cpu)
         self.config = config = adapter_fields(config)
         self.run_folder, found = on_main(partial(choose_run_folder, config))
+        try:
+            self.prepare(found)
+        except BaseException:
+            release(self.run_folder)
+            raise
+
+    def prepare(self, found: tuple[Path, TrainerState] | None) -> None:
+        """Load and check everything, and go to the checkpoint that was `found`."""
+        config = self.config
         self.objective = config.objective()
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
@@ -100,7 +111,10 @@ class GRPOTrainer:
         check_optimizer(config, self.accelerator.device)
         check_activations(config, self.accelerator.device)
         torch.manual_seed(config.seed)
+        on_main(lambda: verify_model(Path(config.model_name_or_path)))
         model, self.tokenizer = load_model(config)
+        if not config.use_peft:
+            check_finite(model.named_parameters(), f"model_name_or_path={config.model_name_or_path!r}")
         arguments = (self.tokenizer, config, max_positions(model.config))
         self.train_rows, self.train_prompts = encode_rows(self.train_rows, *arguments, "training", self.warn)
         self.eval_rows, self.eval_prompts = encode_rows(self.eval_rows, *arguments, "held-out", self.warn)
@@ -127,6 +141,8 @@ class GRPOTrainer:
         # Where the run is between two updates; `updates_left` are those to come on the same generation batch.
         self.step = self.saved_step = self.updates_left = self.num_tokens = self.num_prompts = 0
         self.train_seconds, self.before = 0.0, math.nan
+        # That of the checkpoint that the run goes on from.
+        self.old_learning_rate = config.learning_rate
         # The last step that was evaluated, with its figures where this process made them; the best one so far.
         self.evaluated_step, self.held_out = 0, {}
         self.best_step, self.best_score = 0, -math.inf
@@ -157,17 +173,26 @@ class GRPOTrainer:
         A run that is stopped, by SIGINT or SIGTERM, by the user or by wrong rewards, still leaves its metrics and a
         checkpoint. A resumed one goes on after its last checkpoint as if it had never stopped.
         """
+        try:
+            return self.run()
+        finally:
+            release(self.run_folder)
+
+    def run(self) -> Summary:
+        """The run in its folder, which no other process writes to."""
         config, folder = self.config, self.run_folder
         metric = self.rewards.names[self.metric]
-        history = on_main(self.open_folder)
+        history, note = on_main(self.open_folder)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
+        if note:
+            progress.warn(note)
         on_main(partial(self.warnings.start, self.step, progress.warn))
         self.rewards.warn = lambda text: self.warnings.warn(self.step + 1, text, text)
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
-        lines = LinesFile(folder / "metrics.jsonl", append=True)
+        lines = LinesFile(folder / "metrics.jsonl", append=True, checksums=True)
         with progress, trackers, closing(self.rollout), lines as metrics_file:
             if self.step:
-                progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}")
+                progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}{self.changed_learning_rate()}")
                 progress.started(self.before)
             else:
                 start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
@@ -199,14 +224,23 @@ class GRPOTrainer:
         progress.finished(summary, checkpoint)
         return summary
 
-    def open_folder(self) -> list[dict[str, float]]:
-        """Write what is known when the run begins; the figures of earlier steps, where it is resumed."""
+    def changed_learning_rate(self) -> str:
+        if self.old_learning_rate == self.config.learning_rate:
+            return ""
+        new, old = self.config.learning_rate, self.old_learning_rate
+        return f" with learning_rate={new:g} instead of {old:g}, and with other prompts and random numbers"
+
+    def open_folder(self) -> tuple[list[dict[str, float]], str]:
+        """Write what is known when the run begins; the figures of earlier steps and a note, as in `cut_metrics`."""
         config, folder = self.config, self.run_folder
+        claim(folder)
+        if not config.resume_from_checkpoint:
+            refuse_other_run(folder)
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
         written = dataclasses.replace(config, output_dir=str(folder), resume_from_checkpoint=False)
         write_config(folder / "config.yaml", written)
+        remember_own(folder, config)
         if self.accelerator.device.type == "cuda":
             longest = max(map(len, self.train_prompts))
             write_plan(folder / "memory_plan.json", config, self.model.config, longest)
@@ -241,6 +275,8 @@ class GRPOTrainer:
                 checkpoint = self.save()
             except CheckpointError:
                 raise
+            except NotFiniteError as error:
+                raise UserError(f"{error}; {self.last_good(error.weights_lost)}") from None
             except (KeyboardInterrupt, UserError) as error:
                 # A second Ctrl-C ends at once.
                 if self.step and not (interrupt.signal and isinstance(error, KeyboardInterrupt)):
@@ -254,6 +290,16 @@ class GRPOTrainer:
     def warn_once(self, name: str, text: str) -> None:
         """Say `text` in the step that is being taken, unless there was a warning of that name in this run."""
         on_main(partial(self.warnings.warn, self.step + 1, name, f"step {self.step + 1}: {text}"))
+
+    def last_good(self, weights_lost: bool) -> str:
+        """After a step that was not finite: the newest finite checkpoint, which nothing replaces, and how to go on."""
+        if self.step and not weights_lost:
+            # Whatever led here may have begun before this one, so those before it stay, too.
+            self.save(remove_old=False)
+        newest = self.run_folder / f"checkpoint-{self.saved_step}"
+        whence = f"from {newest}, with other prompts" if self.saved_step else "from the beginning"
+        resume = resume_command(self.run_folder, f"--learning_rate {self.config.learning_rate / 2:g}")
+        return f"to go on {whence} and a smaller learning_rate: {resume}"
 
     def save_is_due(self) -> bool:
         every = self.config.save_steps
@@ -274,8 +320,11 @@ class GRPOTrainer:
         progress.evaluated(self.step, score, best=self.best_step == self.step)
         return self.held_out
 
-    def save(self) -> Path:
-        """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`."""
+    def save(self, remove_old: bool = True) -> Path:
+        """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`.
+
+        The weights are finite: a step that makes others ends in an error.
+        """
         folder = self.run_folder / f"checkpoint-{self.step}"
         if self.saved_step != self.step:
             best = {"best_step": self.best_step, "best_score": self.best_score}
@@ -286,7 +335,8 @@ class GRPOTrainer:
             arguments = (folder, self.adapter or self.model, self.tokenizer, state, tensors, weights)
             on_main(partial(save_checkpoint, *arguments))
             self.saved_step = self.step
-            on_main(partial(keep_newest, self.run_folder, self.config.save_total_limit, self.best_step))
+            if remove_old:
+                on_main(partial(keep_newest, self.run_folder, self.config.save_total_limit, self.best_step))
         return folder
 
     def restore(self, folder: Path, state: TrainerState) -> None:
@@ -295,11 +345,20 @@ class GRPOTrainer:
         # The engine was tried out with the weights that the run began with.
         self.rollout.weights_change()
         self.learner.restore(folder, state.step)
+        check_finite(self.learner.trained(), str(folder))
         self.rng = load_tensors(folder, "rng")
         self.step = self.saved_step = self.evaluated_step = state.step
         self.num_tokens, self.num_prompts, self.train_seconds = state.num_tokens, state.num_prompts, state.train_seconds
         self.before = math.nan if state.before is None else state.before
         self.best_step, self.best_score = state.best_step, -math.inf if state.best_score is None else state.best_score
+        self.old_learning_rate = state.fixed.get("learning_rate", self.config.learning_rate)
+        if self.old_learning_rate != self.config.learning_rate:
+            # The same prompts and random numbers would lead to the same gradient, which may be what stopped the run.
+            self.num_prompts += self.config.prompts_per_step
+            torch.manual_seed(self.config.seed + state.step)
+            self.rng["torch"] = torch.get_rng_state()
+            if torch.cuda.is_initialized():
+                self.rng["cuda.0"] = torch.cuda.get_rng_state()
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Train, and yield the figures of every optimizer step. A generation batch serves `num_iterations` of them."""
@@ -379,6 +438,8 @@ class GRPOTrainer:
         """One optimizer step; what stops it says where."""
         try:
             return self.learner.update(batch, keep_logprobs)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"step {self.step + 1}: {error}", error.weights_lost) from None
         except UserError as error:
             figures = self.run_folder / "metrics.jsonl"
             raise UserError(f"step {self.step + 1}: {error}; the figures so far are in {figures}") from None
@@ -388,18 +449,3 @@ class GRPOTrainer:
         every = self.config.log_completions_steps
         last = min(self.step + self.config.num_iterations, self.config.max_steps)
         return bool(every) and (self.step == 0 or self.step // every != last // every)
-
-
-def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
-    """The run folder, and the checkpoint to go on from. It must not hold another run but one to resume.
-
-    It is created when the run begins.
-    """
-    name = config.run_name or config.dataset_name.replace("/", "-")
-    folder = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume_from_checkpoint:
-        if config.output_dir is None:
-            raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
-    elif (folder / "metrics.jsonl").exists() or checkpoints(folder):
-        raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
-    return folder, find_checkpoint(folder, config) if config.resume_from_checkpoint else None

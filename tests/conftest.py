@@ -21,6 +21,12 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_state(tmp_path_factory):
+    """What runs record of themselves in the user's state folder goes into one of this session."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -223,6 +223,7 @@ def work(rank: int, port: int, folder: Path) -> None:
             AcceleratorState._reset_state()
         found["gathers"] = gathers_of_a_microbatch()
         found["errors"] = errors(folder)
+        found["bad steps"] = bad_steps()
     torch.save(found, folder / f"found{rank}.pt")
     dist.destroy_process_group()
 
@@ -242,6 +243,36 @@ def gathers_of_a_microbatch() -> list[int]:
         counts.append(sum(calls for name, calls in count.items() if "allgather" in name) - counts[0])
     AcceleratorState._reset_state()
     return counts
+
+
+def bad_steps() -> dict[str, str]:
+    """What this process raises where the second one alone finds a number that is not finite."""
+    raised = {}
+    for mode, fields in MODES.items():
+        for kind in ("gradient", "weights"):
+            config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], use_cpu=True, **fields)
+            learner = Learner(
+                tiny_model(), config, Accelerator(cpu=True, kwargs_handlers=[ddp_arguments()]), [4, 5, 6], 0
+            )
+            batch, parameter = step_batch(config, 0), next(p for p in learner.policy.parameters())
+            before = flat(learner.policy.parameters())
+            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+            def break_weights(*_, own=own.detach()):
+                own.view(-1)[0] = float("inf")
+
+            if dist.get_rank() == 1:
+                if kind == "gradient":
+                    batch.advantages[:] = float("nan")
+                else:
+                    getattr(learner.optimizer, "optimizer", learner.optimizer).register_step_post_hook(break_weights)
+            try:
+                learner.update(batch)
+            except UserError as error:
+                same = torch.equal(before, flat(learner.policy.parameters()))
+                raised[f"{mode} {kind}"] = f"{type(error).__name__} ({same}): {error}"
+            AcceleratorState._reset_state()
+    return raised
 
 
 def errors(folder: Path) -> dict[str, str]:

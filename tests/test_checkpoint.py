@@ -13,7 +13,9 @@ from grpo_fast import checkpoint, files
 from grpo_fast.checkpoint import checkpoint_bytes, checkpoints, find_checkpoint, read_state
 from grpo_fast.cli import main
 from grpo_fast.errors import CheckpointError, UserError
+from grpo_fast.eval_run import EvalOptions, EvalRun
 from grpo_fast.files import remove_leftovers
+from grpo_fast.run_folder import LOCK_FILE
 from grpo_fast.trainer import GRPOTrainer
 from runs import assert_same_run, config, trainer
 from test_trainer import SMALL
@@ -121,6 +123,109 @@ def test_overwritten_tensors_end_in_one_line(finished, tmp_path, name):
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(UserError, match="checkpoint-1 is damaged"):
         trainer(folder, resume=True)
+
+
+TENSORS = ["optimizer.safetensors", "rng.safetensors", "model.safetensors"]
+
+
+def flip(path, place: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "config.json"])
+def test_a_flipped_bit_is_found_when_a_run_goes_on(finished, tmp_path, name):
+    folder = shutil.copytree(finished.parent / "two", tmp_path / "run")
+    path = folder / "checkpoint-2" / name
+    length = path.stat().st_size
+    for place in (0, length // 2, length - 1):
+        flip(path, place)
+        with pytest.raises(UserError, match=rf"checkpoint-2 is damaged \({name} was changed after.*from checkpoint-1$"):
+            find_checkpoint(folder, config(folder))
+        flip(path, place)
+    assert find_checkpoint(folder, config(folder))[1].step == 2
+
+
+def test_a_flipped_bit_is_found_when_a_checkpoint_is_a_model(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run") / "checkpoint-1"
+    fields = {"model_name_or_path": str(folder), "model_init_kwargs": None}
+    # What only a resumed run needs may be missing or wrong.
+    (folder / "optimizer.safetensors").unlink()
+    flip(folder / "rng.safetensors", 0)
+    trainer(tmp_path / "other", **fields)
+    flip(folder / "model.safetensors", folder.joinpath("model.safetensors").stat().st_size - 5)
+    message = r"model_name_or_path='.*checkpoint-1' is damaged: model.safetensors was changed after it was written"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "other", **fields)
+    with pytest.raises(UserError, match=message):
+        EvalRun(config(tmp_path, **fields), EvalOptions(output=tmp_path / "eval"))
+
+
+def test_a_flipped_bit_of_the_state_is_found(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "checkpoint-1" / "trainer_state.json"
+    text = path.read_bytes()
+    for place in range(0, len(text), 7):
+        # Between entries, white space means nothing.
+        if chr(text[place]).isspace():
+            continue
+        flip(path, place)
+        with pytest.raises(UserError, match=r"trainer_state.json|newer version"):
+            find_checkpoint(folder, config(folder))
+        flip(path, place)
+    path.write_text(json.dumps(json.loads(text)))
+    assert find_checkpoint(folder, config(folder))[1].step == 1
+
+
+def write_state(folder, checksum: bool, **values) -> None:
+    path = folder / "trainer_state.json"
+    content = {**json.loads(path.read_text()), **values}
+    old = content.pop("checksum")
+    path.write_text(json.dumps({**content, "checksum": checkpoint._checksum(content) if checksum else old}))
+
+
+WRONG_VALUES = {
+    "step": [-1, "1", True],
+    "num_prompts": [1.5],
+    "best_score": ["high"],
+    "train_seconds": [None],
+    "fixed": [[]],
+    "files": [{"model.safetensors": "1"}],
+    "sha256": [{"model.safetensors": 5}],
+}
+
+
+@pytest.mark.parametrize(
+    "values", [{name: value} for name, values in WRONG_VALUES.items() for value in values], ids=str
+)
+def test_a_state_that_was_changed_by_hand(finished, tmp_path, values):
+    for checksum in (False, True):
+        folder = shutil.copytree(finished, tmp_path / str(checksum))
+        write_state(folder / "checkpoint-1", checksum, **values)
+        reason = next(iter(values)) if checksum else "was changed after it was written"
+        with pytest.raises(UserError, match=rf"checkpoint-1 is damaged \(trainer_state.json:? ?.*{reason}") as error:
+            find_checkpoint(folder, config(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_a_newer_checkpoint_is_never_to_be_removed(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    write_state(folder / "checkpoint-1", checksum=True, format=checkpoint.FORMAT + 1, something_new=1)
+    with pytest.raises(UserError, match=r"checkpoint-1 is of a newer version of grpo-fast .format 3") as error:
+        find_checkpoint(folder, config(folder))
+    assert "remove" not in str(error.value)
+
+
+def test_a_checkpoint_from_before_checksums_goes_on(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "checkpoint-1" / "trainer_state.json"
+    content = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({name: content[name] for name in content if name not in ("format", "sha256", "checksum")})
+    )
+    trainer(folder, resume=True).train()
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-5"]
 
 
 def outcome(made: GRPOTrainer, step: int) -> BaseException | None:
@@ -234,4 +339,4 @@ def test_leftovers_are_removed(tmp_path):
     (tmp_path / ".config.yaml.partial").write_text("half")
     assert checkpoints(tmp_path) == []
     trainer(tmp_path, resume=True, max_steps=1).train()
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [LOCK_FILE]

@@ -109,6 +109,17 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(runs, mode):
     assert len(figures(folder / mode / "killed")) == 2
 
 
+def test_a_bad_step_of_one_process_stops_both(runs):
+    """Also where each has its own share of the weights, and so of the numbers that are not finite."""
+    first, second = (each["bad steps"] for each in runs[1])
+    assert first == second
+    for mode in MODES:
+        assert first[f"{mode} gradient"].startswith(
+            "NotFiniteError (True): the gradient is not finite (norm nan, loss nan)"
+        )
+        assert first[f"{mode} weights"].startswith("NotFiniteError (False): the updated weights are not finite")
+
+
 def test_what_fails_in_one_process_ends_all(runs):
     first, second = (each["errors"] for each in runs[1])
     assert first.pop("main") == "KeyError: 'a'"

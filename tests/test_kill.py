@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from grpo_fast.checkpoint import checkpoints, find_checkpoint, read_state
 from grpo_fast.cli import main
 from grpo_fast.config import GRPOConfig
+from grpo_fast.run_folder import LOCK_FILE
 from runs import assert_same_run, config, trainer
 
 # `make test-kill` asks for 20.
@@ -109,7 +110,7 @@ def test_kills_at_random_moments(tmp_path, start):
     last.join()
     assert last.exitcode == 0, Path(tmp_path / "output").read_text()
     assert_same_run(folder, tmp_path / "whole")
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [LOCK_FILE]
 
 
 def test_a_second_sigterm_kills(tmp_path, start):
@@ -144,5 +145,5 @@ def test_a_disk_that_takes_no_more(tmp_path, start):
     assert process.exitcode == 2
     assert "checkpoint-2 could not be written" in output.splitlines()[-1]
     assert "File too large" in output.splitlines()[-1]
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [LOCK_FILE]
     assert find_checkpoint(folder, settings)[1].step == 1

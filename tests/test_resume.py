@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.checkpoint import checkpoints
 from grpo_fast.cli import main
 from grpo_fast.errors import UserError
-from grpo_fast.metrics import cut_metrics
+from grpo_fast.metrics import LinesFile, cut_metrics, read_metrics
+from grpo_fast.report.run import read_run
 from grpo_fast.trainer import GRPOTrainer
 from runs import assert_same_run, figures, saved_weights, trainer
 from test_trainer import SMALL, weights
@@ -235,12 +237,90 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+def entry(step: int, **more) -> dict:
+    return {"step": step, "reward": None, "text": "a\u2028b", **more}
+
+
+def write_metrics(path, entries) -> list[str]:
+    with LinesFile(path, checksums=True) as file:
+        for each in entries:
+            file.write(each)
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
 def test_cut_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert cut_metrics(path, 3) == []
-    lines = ['{"step": 1, "reward": null}\n', '{"step": 2, "reward": 1.5}\n', '{"step": 3, "reward": 2}\n']
-    path.write_text("".join(lines) + '{"st')
-    kept = cut_metrics(path, 2)
-    assert [entry["step"] for entry in kept] == [1, 2]
+    assert cut_metrics(path, 3) == ([], "")
+    lines = write_metrics(path, map(entry, (1, 2, 3)))
+    with path.open("a") as file:
+        file.write('{"st')
+    kept, note = cut_metrics(path, 2)
+    assert note == ""
+    assert [each["step"] for each in kept] == [1, 2]
     assert kept[0]["reward"] != kept[0]["reward"]
-    assert path.read_text() == "".join(lines[:2])
+    assert "crc32" not in kept[0]
+    assert path.read_text(encoding="utf-8").split("\n") == [*lines[:2], ""]
+
+
+def test_metrics_without_checksums_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    assert cut_metrics(path, 2) == ([{"step": 1}, {"step": 2}], "")
+    with LinesFile(path, append=True, checksums=True) as file:
+        file.write({"step": 3})
+    assert [each["step"] for each in read_metrics(path)] == [1, 2, 3]
+
+
+def test_no_changed_bit_of_the_metrics_goes_unseen(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = write_metrics(path, map(entry, (1, 2, 3, 4)))
+    whole, first = path.read_bytes(), len(lines[0].encode()) + 1
+    for place in range(first, first + len(lines[1].encode())):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 7
+        path.write_bytes(content)
+        kept, note = cut_metrics(path, 4)
+        assert [each["step"] for each in kept] == [1, 3, 4]
+        assert note.startswith(f"{path}: line 2")
+        copy = tmp_path / "metrics.jsonl.1"
+        assert note.endswith(f"left out; the file as it was is kept as {copy}")
+        assert copy.read_bytes() == content
+        copy.unlink()
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[]", "7", "null", "{}", '{"step": "2"}', '{"step": true}', "[" * 100_000, "\x00"]
+)
+def test_lines_that_are_no_metrics_lose_no_other(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+    kept, note = cut_metrics(path, 3)
+    assert [each["step"] for each in kept] == [1, 3]
+    assert "line 2 is damaged and left out" in note
+    assert [each["step"] for each in read_metrics(path)] == [1, 3]
+
+
+def test_a_resumed_run_says_what_was_damaged_and_goes_on(tmp_path, capsys):
+    trainer(tmp_path, max_steps=3, lr_scheduler_type="constant").train()
+    path = tmp_path / "metrics.jsonl"
+    damaged = path.read_text().replace('"step": 2', '"step": 1')
+    path.write_text(damaged)
+    assert [each["step"] for each in read_run(tmp_path).history] == [1, 3]
+    capsys.readouterr()
+    trainer(tmp_path, resume=True, max_steps=4, lr_scheduler_type="constant").train()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said == [f"warning: {path}: line 2 is damaged and left out; the file as it was is kept as {path}.1"]
+    assert [each["step"] for each in figures(tmp_path)] == [1, 3, 4]
+    assert path.with_name("metrics.jsonl.1").read_text() == damaged
+
+
+def test_a_run_that_starts_again_keeps_its_figures(tmp_path, capsys):
+    """As when somebody has removed all checkpoints, to make room."""
+    trainer(tmp_path, max_steps=2).train()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    for folder in checkpoints(tmp_path):
+        shutil.rmtree(folder)
+    trainer(tmp_path, resume=True, max_steps=2).train()
+    assert "2 steps are made once more; the file as it was is kept as" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.1").read_text() == before
+    assert [each["step"] for each in figures(tmp_path)] == [1, 2]

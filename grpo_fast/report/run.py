@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.files import split_lines
+from grpo_fast.metrics import parse_metrics
 
 # Steps whose completions are shown, prompts of each, and characters of a text.
 SHOWN_STEPS = 8
@@ -65,7 +66,9 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold fields and values")
-    history = [entry for entry in read_lines(folder / "metrics.jsonl") if isinstance(entry.get("step"), int)]
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    history = [entry for _, entry in parse_metrics(text)[0]]
     warnings = [str(entry.get("text")) for entry in read_lines(folder / "warnings.jsonl")]
     summary, plan = (_read_object(folder / name) for name in ("summary.json", "memory_plan.json"))
     return Run(folder, config, history, summary, plan, warnings)
