@@ -17,7 +17,8 @@ from typing import get_args, get_type_hints
 
 from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.errors import UserError, import_extra, nearest, one_line, say
+from grpo_fast.files import read_yaml
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -68,7 +69,8 @@ def _tell(error: str) -> None:
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(PATIENCE)
-    print(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}", file=sys.stderr)
+    line = " ".join(error.splitlines())
+    say(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {line}", file=sys.stderr)
 
 
 def parse_config(argv: Sequence[str]) -> GRPOConfig:
@@ -102,14 +104,9 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
 
 
 def _check_file(path: Path) -> None:
-    import yaml
-
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
     for name in content:
@@ -183,7 +180,7 @@ def report(argv: Sequence[str]) -> int:
         raise UserError(f"grpo-fast report RUN [--output FILE.html]: {one_line(error)}") from None
     from grpo_fast.report import write_report
 
-    print(write_report(Path(arguments.run), Path(arguments.output) if arguments.output else None))
+    say(str(write_report(Path(arguments.run), Path(arguments.output) if arguments.output else None)))
     return 0
 
 
@@ -206,7 +203,7 @@ def compare(argv: Sequence[str]) -> int:
         raise UserError(f"--output={arguments.output!r} is not allowed: it must end in .png, .svg or .pdf")
     plot_curves({metric: curves}, metric, output)
     print_curves(curves, metric)
-    print(output)
+    say(str(output))
     return 0
 
 

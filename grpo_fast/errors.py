@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
 
 # Control characters but tab and newline; those that reorder what follows; lone halves of UTF-16 pairs.
 _NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -26,6 +27,11 @@ class CheckpointError(UserError):
 def printable(text: str) -> str:
     """`text` with control characters as escapes (``\\x1b``): printed, it cannot command a terminal or hide a part."""
     return _NOT_SHOWN.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print text that may come from elsewhere, at once."""
+    print(printable(text), file=file, flush=True)
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:

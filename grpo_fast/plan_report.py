@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from grpo_fast.config import GRPOConfig
@@ -25,6 +24,7 @@ from grpo_fast.memory_plan import (
 from grpo_fast.memory_switches import longest_with_all, smallest_remedy, switches
 from grpo_fast.memory_trace import Tracer
 from grpo_fast.models import BUILT_IN
+from grpo_fast.terminal import Terminal
 
 WIDTH = 100
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
@@ -76,13 +76,13 @@ def load_model_config(config: GRPOConfig) -> Any:
         raise UserError(f"model_name_or_path={name!r}: no configuration could be read: {one_line(error)}") from None
 
 
-def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Console | None = None) -> bool:
+def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Terminal | None = None) -> bool:
     """Print the plan of a run on a device of `vram` bytes; returns whether it fits.
 
     Raises:
         UserError: the model's configuration cannot be read, or its memory not be planned.
     """
-    console = console or Console(highlight=False, markup=False, width=WIDTH)
+    console = console or Terminal(width=WIDTH)
     model_config = load_model_config(config)
     tracer = Tracer(model_config)
     plan = plan_memory(config, model_config, prompt_tokens, tracer)
@@ -139,7 +139,7 @@ def _parts(plan: MemoryPlan) -> Table:
     return table
 
 
-def _notes(console: Console, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
+def _notes(console: Terminal, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
     """What `train` would refuse."""
     sequence = prompt_tokens + config.max_completion_length
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)

@@ -72,6 +72,7 @@ def test_a_file_of_ones_own(tmp_path):
 def test_a_template_may_repeat_a_column_and_format_it():
     assert build(COUNTDOWN, prompt_template="{target:03d} {nums} {target}") == "017 [3, 4, 5] 17"
     assert build({"the-question 2": "a"}, prompt_template="{the-question 2}") == "a"
+    assert build({"a": "x", "b": 0.5}, prompt_template="{a:>999}{b:.3f}") == "x".rjust(999) + "0.500"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,13 @@ def test_a_template_may_repeat_a_column_and_format_it():
         ({"prompt_template": "{question[0]}"}, "is not the name of a column"),
         ({"prompt_template": "{question!x}"}, "cannot be filled"),
         ({"prompt_template": "{question:d}"}, "cannot be filled: Unknown format code 'd'"),
-        ({"prompt_template": "{question:{width}}"}, "cannot be filled: 'width'"),
+        (
+            {"prompt_template": "{question:{width}}"},
+            r"filled: the width in {question:{width}} must be below 1000",
+        ),
+        ({"prompt_template": "{question:>1000}"}, r"the width in {question:>1000} must be below 1000"),
+        ({"prompt_template": "{question:.1000000000f}"}, r"the width in {question:.1000000000f} must be"),
+        ({"prompt_template": "{question!r:>0001000}"}, "must be below 1000"),
         ({"prompt_template": "{hint}"}, "uses column 'hint', which is empty here"),
         ({}, r"no column 'prompt' \(it has question, answer, hint\); set prompt_template, as in .* or prompt_file"),
     ],
@@ -105,6 +112,7 @@ def test_wrong_templates_are_named(fields, message):
         ("yaml", b"role: user\ncontent: a\n", "must hold a list of messages, each with a role and a content"),
         ("yaml", b"- role: user\n", "must hold a list of messages"),
         ("yml", b"[]", "must hold a list of messages"),
+        ("yaml", b"[" * 5000, "is not valid YAML: nested too deeply"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, suffix, content, message):

@@ -16,7 +16,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_prompts, load_rows
-from grpo_fast.errors import UserError, printable, require_extra
+from grpo_fast.errors import UserError, require_extra, say
 from grpo_fast.models import load_model
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
@@ -128,5 +128,5 @@ def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    print(f"starting vLLM at {printable(server_address(config))}", flush=True)
+    say(f"starting vLLM at {server_address(config)}")
     os.execve(command[0], command, server_environment(config))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, one_line, printable
+from grpo_fast.errors import UserError, one_line, printable, say
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.json_client import KeyRefused, ServerError
 from grpo_fast.rollout.vllm_common import (
@@ -201,8 +201,7 @@ class VLLMServer(Rollout):
                         f"({error}); {START}"
                     ) from None
             if attempt == 0:
-                address = printable(self.client.base_url)
-                print(f"waiting up to {timeout:g} s for a vLLM server at {address} ...", flush=True)
+                say(f"waiting up to {timeout:g} s for a vLLM server at {self.client.base_url} ...")
             time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
 
     def _check_options(self, length: int) -> None:
