@@ -9,15 +9,17 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from functools import partialmethod
 from pathlib import Path
+from types import TracebackType
 from typing import get_args, get_type_hints
 
 from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest, one_line, say
+from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say
 from grpo_fast.files import read_yaml
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
@@ -42,6 +44,7 @@ FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _show_errors_as_text()
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
@@ -62,6 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ngrpo-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _show_errors_as_text() -> None:
+    """Tracebacks and warnings, too, may hold a completion, a column or an answer of a server."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
+
+    def warn(message: Warning | str, kind: type[Warning], file: str, line: int, source: str | None = None) -> str:
+        return printable(f"{file}:{line}: {kind.__name__}: {message}\n")
+
+    sys.excepthook, warnings.formatwarning = show, warn
 
 
 def _tell(error: str) -> None:
@@ -89,8 +104,10 @@ def parse_config(argv: Sequence[str]) -> GRPOConfig:
     path = None
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
-        _check_file(path)
         argv = [f"--config={path}", *argv[1:]]
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument.split("=")[0] == "--config":
+            _check_file(Path(argument.split("=", 1)[1] if "=" in argument else following))
     _check_options(argv)
     try:
         values = parser.parse_args(argv)
@@ -246,7 +263,8 @@ def plan(argv: Sequence[str]) -> int:
 SERVE_USAGE = """usage: grpo-fast serve CONFIG.yaml [--field value ...] [-- VLLM OPTIONS]
 
 Start a vLLM server with what the run of that configuration needs, at its vllm_server_base_url, or vllm_server_host and
-vllm_server_port. The run brings the weights. Ctrl-C ends it.
+vllm_server_port. The run brings the weights. Ctrl-C ends it. At any address but loopback, server and run both need the
+same secret in the environment variable VLLM_API_KEY.
 
   --field value        any field of the configuration, as for train
   -- VLLM OPTIONS      further options of vLLM's server, as in: -- --tensor-parallel-size 2"""

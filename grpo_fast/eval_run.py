@@ -23,7 +23,7 @@ from grpo_fast.errors import UserError, one_line, writing
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
-from grpo_fast.files import replace_text
+from grpo_fast.files import parse_json, replace_text
 from grpo_fast.metrics import LinesFile, json_ready
 from grpo_fast.models import check_vocabulary, load_trained
 from grpo_fast.policy import FusedPolicy
@@ -209,7 +209,7 @@ class EvalRun:
         texts, lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
         for text in texts:
             try:
-                lines.append(json.loads(text))
+                lines.append(parse_json(text))
             except ValueError:
                 break
         count = self.sampling.num_generations
@@ -254,10 +254,14 @@ def read_scores(folder: Path, prompts: str) -> dict[str, Tensor]:
     if not (folder / SUMMARY).is_file() or not (folder / SAMPLES).is_file():
         raise UserError(f"--compare={str(folder)!r} holds no finished evaluation")
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary = parse_json((folder / SUMMARY).read_text(encoding="utf-8"))
         if summary["prompts"] != prompts:
             raise UserError(f"--compare={str(folder)!r} is of {summary['prompts']}, not of {prompts}")
-        return scores(read_lines(folder / SAMPLES), summary["num_prompts"])
+        damaged: list[str] = []
+        lines = read_lines(folder / SAMPLES, damaged)
+        if damaged:
+            raise ValueError(damaged[0])
+        return scores(lines, summary["num_prompts"])
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -298,7 +302,7 @@ def check_settings(folder: Path, now: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"--resume: {folder} holds no evaluation") from None
     except ValueError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import json
 import string
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.files import parse_json
 
 # A Llama small enough to learn from random weights on a laptop.
 RANDOM_LLAMA = {
@@ -63,7 +63,7 @@ def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
         return load_model(config)
     peft = import_extra("peft", "train")
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = parse_json(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is not valid: {one_line(error)}") from None
     if not base:

@@ -352,9 +352,8 @@ def test_figures_that_are_no_numbers_are_shown_as_damaged(folder, value):
     write_json(folder / "memory_plan.json", {"training": {"weights": value, "gradients": 2**30}, "rollout": value})
     write_lines(folder / "completions" / "completions_00010.jsonl", [completion(value, value, value, value, r=value)])
     made = page(folder)
-    assert (
-        f"metrics.jsonl: {len(figures)} figures are not numbers and not drawn, from step 2 on ('reward': " in made.words
-    )
+    assert "metrics.jsonl: 'reward' of step 2 is not a number (" in made.words
+    assert f") and is not drawn, and {len(figures) - 1} more" in made.words
     assert made.words.count(" (not a number)") == 2
     assert any(a["aria-label"].startswith("reward ") for a in made.named("svg"))
     with pytest.raises(UserError, match="has no figures of 'nothing'"):
@@ -367,7 +366,7 @@ def test_records_without_a_step_are_shown_as_damaged(folder):
     entries = [step_metrics(1), *({"step": step, "reward": 1.0} for step in steps), {"reward": 1.0}, step_metrics(2)]
     write_lines(folder / "metrics.jsonl", entries)
     made = page(folder)
-    assert "metrics.jsonl: 7 lines are damaged and left out, from line 2 (its step is None) on" in made.words
+    assert "metrics.jsonl: line 2 (its step is None) is damaged and left out, and 6 more" in made.words
     assert "step 2 of 20" in made.words
 
 
@@ -384,8 +383,8 @@ def test_damaged_lines_are_counted(folder, name, line, reason):
     lines = (folder / name).read_bytes().splitlines(keepends=True)
     (folder / name).write_bytes(b"".join([lines[0], line + b"\n", *lines[1:], line + b"\n"]))
     made = page(folder)
-    found = f"{Path(name).name}: 2 lines are damaged and left out, from line 2 ({reason}"
-    assert found in made.words
+    assert f"{Path(name).name}: line 2 ({reason}" in made.words
+    assert ") is damaged and left out, and 1 more" in made.words
     assert "answer 2" in made.words
     assert "step 12 of 20" in made.words
     assert "Damaged records" not in page(pristine(folder, name, lines)).words
@@ -461,7 +460,8 @@ def test_files_that_never_end_are_cut(folder, monkeypatch):
         file.truncate(1 << 40)
     made = page(folder)
     assert "step 12 of 20" in made.words
-    assert "lines are damaged and left out" in made.words
+    assert re.search(r"line 13 .* is damaged and left out, and \d more", made.words)
+    assert "metrics.jsonl: only its first 40,000 bytes are read" in made.words
 
 
 def test_labels_are_not_mathematics(tmp_path):

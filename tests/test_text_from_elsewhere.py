@@ -4,6 +4,8 @@ import ast
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ from grpo_fast.cli import main, parse_config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line, printable
 from grpo_fast.eval_progress import EvalProgress
+from grpo_fast.eval_run import SETTINGS, check_settings
 from grpo_fast.files import LONGEST_INTEGER, YAML_BYTES, parse_json, read_yaml
+from grpo_fast.models import load_trained
 from grpo_fast.progress import Progress
 from grpo_fast.report import Summary
+from grpo_fast.report.run import read_run
 from grpo_fast.rewards.engine import RewardModel
 from grpo_fast.terminal import Terminal
 
@@ -116,6 +121,27 @@ def test_errors_and_paths_are_printed_as_text(tmp_path, monkeypatch, capsys):
     assert all(line.startswith(("grpo-fast: error: ", "warning: ")) for line in printed.err.splitlines())
 
 
+def test_tracebacks_and_warnings_are_text():
+    """What nobody expected is printed by Python itself."""
+    program = f"""
+import warnings
+from grpo_fast import cli
+
+def fail(argv):
+    warnings.warn("warned " + {ATTACK!r})
+    raise RuntimeError("failed " + {ATTACK!r})
+
+cli.COMMANDS["fail"] = fail
+cli.main(["fail"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "UserWarning: warned \\x1b[2J" in done.stderr
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "RuntimeError: failed \\x1b[2J" in done.stderr
+    assert not COMMANDS.search(done.stderr)
+
+
 def test_what_is_printed_goes_through_the_terminal_or_say():
     """`print` is for constants."""
     folder = Path(grpo_fast.__file__).parent
@@ -156,7 +182,9 @@ HOSTILE_YAML = {
 def test_hostile_yaml_is_refused(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    for read in (read_yaml, lambda path: parse_config([str(path)])):
+    read_options = (["{}"], ["--config", "{}"], ["--seed=1", "--config={}"])
+    readers = [lambda path, words=words: parse_config([word.format(path) for word in words]) for words in read_options]
+    for read in (read_yaml, *readers):
         with pytest.raises(UserError, match=message) as error:
             read(path)
         assert "\n" not in str(error.value)
@@ -175,6 +203,17 @@ def test_aliases_are_allowed(tmp_path):
     assert read_yaml(path) == yaml.safe_load(path.read_text())
     path.write_text("")
     assert read_yaml(path) is None
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000])
+def test_nested_json_in_a_folder_is_one_line(tmp_path, text):
+    for name in (SETTINGS, "adapter_config.json", "summary.json", "config.yaml"):
+        (tmp_path / name).write_text("{}" if name == "config.yaml" else text)
+    config = GRPOConfig(str(tmp_path), dataset_name="d", reward_funcs=["r"])
+    for read in (lambda: check_settings(tmp_path, {}), lambda: load_trained(config), lambda: read_run(tmp_path)):
+        with pytest.raises(UserError, match=r"damaged|not valid") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_nested_json_is_a_value_error():

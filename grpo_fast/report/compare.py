@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.checkpoint import FREE_FIELDS
-from grpo_fast.errors import UserError, writing
+from grpo_fast.errors import UserError, say, writing
 from grpo_fast.report.curves import column, plain, smooth
 from grpo_fast.report.run import Run, read_run
 from grpo_fast.report.summary import is_share, show
@@ -46,6 +47,9 @@ def read_curves(folders: Sequence[Path], metric: str | None = None) -> tuple[str
         UserError: a folder holds no run, the runs have different scores, or a run has no such figure.
     """
     runs = [read_run(folder) for folder in folders]
+    for run in runs:
+        for line in run.damaged:
+            say(f"warning: {run.folder}: {line}", file=sys.stderr)
     metrics = [metric or _score(run) for run in runs]
     for run, name in zip(runs, metrics, strict=True):
         if name != metrics[0]:

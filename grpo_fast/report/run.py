@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -75,12 +76,11 @@ def read_run(folder: Path) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold fields and values")
     damaged: list[str] = []
-    history = read_lines(folder / "metrics.jsonl", damaged, _wrong_step)
+    history = read_lines(folder / "metrics.jsonl", damaged, _wrong_step, LARGEST_FILE)
     wrong = [(entry, name) for entry in history for name, value in entry.items() if _is_wrong(value)]
     for entry, name in wrong[:1]:
-        count = f"{len(wrong):,} figures are not numbers" if len(wrong) > 1 else "a figure is not a number"
-        found = f"{_quoted(name)}: {_quoted(entry[name])}"
-        damaged.append(f"metrics.jsonl: {count} and not drawn, from step {entry['step']} on ({found})")
+        found = f"{_quoted(name)} of step {entry['step']} is not a number ({_quoted(entry[name])})"
+        damaged.append(f"metrics.jsonl: {found} and is not drawn{_more(wrong)}")
     summary, plan = (_read_object(folder / name) for name in ("summary.json", "memory_plan.json"))
     for name in SUMMARY_FIGURES:
         if _is_wrong(summary.get(name)):
@@ -91,7 +91,10 @@ def read_run(folder: Path) -> Run:
 
 
 def read_lines(
-    path: Path, damaged: list[str] | None = None, wrong: Callable[[dict[str, Any]], str | None] = lambda entry: None
+    path: Path,
+    damaged: list[str] | None = None,
+    wrong: Callable[[dict[str, Any]], str | None] = lambda entry: None,
+    most: int = sys.maxsize,
 ) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none without the file.
 
@@ -100,11 +103,12 @@ def read_lines(
     Args:
         damaged: gets a line about those.
         wrong: says what is wrong about an object that is left out, too.
+        most: bytes of the file that are read.
     """
     if not path.is_file():
         return []
     entries, reasons = [], []
-    for place, line in enumerate(_lines(path), 1):
+    for place, line in enumerate(_lines(path, most), 1):
         try:
             entry = parse_json(line.decode("utf-8", "replace"))
             reason = wrong(entry) if isinstance(entry, dict) else "not an object"
@@ -116,16 +120,21 @@ def read_lines(
         elif entry is not None:
             entries.append(entry)
     if reasons and damaged is not None:
-        count = f"{len(reasons):,} lines are" if len(reasons) > 1 else "a line is"
-        damaged.append(f"{path.name}: {count} damaged and left out, from {reasons[0]} on")
+        damaged.append(f"{path.name}: {reasons[0]} is damaged and left out{_more(reasons)}")
+    if damaged is not None and path.stat().st_size > most:
+        damaged.append(f"{path.name}: only its first {most:,} bytes are read")
     return entries
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, up to LARGEST_FILE; those of more than LONGEST_LINE come in pieces."""
+def _lines(path: Path, most: int) -> Iterator[bytes]:
+    """The lines of a file, up to about `most` bytes; those of more than LONGEST_LINE come in pieces."""
     with path.open("rb") as file:
-        while file.tell() < LARGEST_FILE and (line := file.readline(LONGEST_LINE)):
+        while file.tell() < most and (line := file.readline(LONGEST_LINE)):
             yield line
+
+
+def _more(found: list) -> str:
+    return f", and {len(found) - 1:,} more" if len(found) > 1 else ""
 
 
 def _wrong_step(entry: dict[str, Any]) -> str | None:
@@ -145,7 +154,7 @@ def read_completions(folder: Path, damaged: list[str] | None = None) -> list[tup
         damaged: gets a line about every file of which something could not be read.
     """
     chosen = _spread(sorted((folder / "completions").glob("*.jsonl")), SHOWN_STEPS)
-    read = [read_lines(path, damaged) for path in chosen]
+    read = [read_lines(path, damaged, most=LARGEST_FILE) for path in chosen]
     return [(lines[0].get("step", 0), _groups(lines)) for lines in read if lines]
 
 
