@@ -296,9 +296,13 @@ def test_wrong_input_ends_in_one_line(folder, tmp_path, arguments, message, caps
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
 def test_broken_files_are_named(folder, name):
-    (folder / name).write_text("{")
-    with pytest.raises(UserError, match=f"{name} is not valid"):
-        write_report(folder)
+    for text in ("{", '{"metric": ' + "[" * 500 + "]" * 500 + "}", "[]", "\x1b"):
+        (folder / name).write_text(text)
+        if name == "config.yaml" and text == "[]":
+            continue
+        with pytest.raises(UserError, match=f"{name} is not valid") as error:
+            write_report(folder)
+        assert str(error.value).isprintable()
 
 
 def test_long_runs_are_thinned():
@@ -376,6 +380,7 @@ def test_records_without_a_step_are_shown_as_damaged(folder):
         (b"{", "not JSON: Expecting"), (b"[1]", "not an object"), (b'"text"', "not an object"),
         (b'{"step":' * 50_000, "not JSON: nested too deeply"), (b'{"step": ' + b"1" * 5000 + b"}", "not JSON: Exceeds"),
         (b"", "not JSON"), (b"\x1b[2J", "not JSON"), (b"\xff\x00", "not JSON"),
+        (b'{"step": 3, "prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "not JSON: nested too deeply"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions/completions_00010.jsonl"])

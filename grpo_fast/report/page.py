@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def shown_figure(value: Any) -> str:
     """A figure of a completion; what is no number is shown as such."""
     if value is None:
         return "n/a"
-    return figure(value) if number(value) is not None else f"{one_line(repr(value), 40)} (not a number)"
+    return figure(value) if number(value) is not None else f"{one_line(reprlib.repr(value), 40)} (not a number)"
 
 
 def compact(size: float) -> str:

@@ -22,6 +22,8 @@ SHOWN_REWARDS = 50
 LONGEST_TEXT = 8000
 # Bytes of a line and of a file that are read.
 LONGEST_LINE, LARGEST_FILE = 64 << 20, 1 << 30
+# Levels of lists and objects inside each other; a run writes 4.
+DEEPEST = 50
 # Figures of ``summary.json``; those that a run did not measure are null.
 SUMMARY_FIGURES = ("before", "after", "train_seconds", "steps", "best_score")
 
@@ -110,7 +112,7 @@ def read_lines(
     entries, reasons = [], []
     for place, line in enumerate(_lines(path, most), 1):
         try:
-            entry = parse_json(line.decode("utf-8", "replace"))
+            entry = _shallow(parse_json(line.decode("utf-8", "replace")))
             reason = wrong(entry) if isinstance(entry, dict) else "not an object"
         except ValueError as error:
             reason = None if line[-1:] != b"\n" and len(line) < LONGEST_LINE else f"not JSON: {one_line(error, 80)}"
@@ -163,10 +165,26 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         with path.open("rb") as file:
-            content = parse_json(file.read(LONGEST_LINE).decode("utf-8"))
+            content = _shallow(parse_json(file.read(LONGEST_LINE).decode("utf-8")))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not valid: it must hold an object")
+    return content
+
+
+def _shallow(value: Any, levels: int = DEEPEST) -> Any:
+    """`value` itself.
+
+    Raises:
+        ValueError: it has more levels, and could be neither compared nor shown.
+    """
+    if isinstance(value, (dict, list)):
+        if not levels:
+            raise ValueError("nested too deeply")
+        for part in value.values() if isinstance(value, dict) else value:
+            _shallow(part, levels - 1)
+    return value
 
 
 def _plain(value: Any) -> Any:
