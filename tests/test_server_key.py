@@ -138,6 +138,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
 @pytest.mark.parametrize("option", ["--host", "--host=0.0.0.0", "--ho=::", "--api-key", "--api_key=x", "--api-k"])
 def test_options_of_vllm_do_not_open_the_server(monkeypatch, option):
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
+    monkeypatch.setattr(serve, "server_command", lambda *_: pytest.fail("nothing is loaded before"))
     with pytest.raises(UserError, match=r"^--\S+ is not allowed here: set (vllm_server_host|VLLM_API_KEY in the env)"):
         serve.serve(config(), ["--seed", "1", option, "0.0.0.0"])
     serve.check_options(["--tensor-parallel-size", "2", "--api-server-count", "1", "-h"])
