@@ -9,17 +9,19 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Collection, Sequence
 from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import get_args, get_type_hints
 
 from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest, one_line
-from grpo_fast.files import user_path
+from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say
+from grpo_fast.files import read_yaml, user_path
 from grpo_fast.startup import leaving_at_once
 from grpo_fast.terminal import lasting_output, open_standard_streams, print_error, silence
 
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
+    _show_errors_as_text()
     try:
         try:
             return _run(argv)
@@ -104,12 +107,25 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def _show_errors_as_text() -> None:
+    """Tracebacks and warnings, too, may hold a completion, a column or an answer of a server."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
+
+    def warn(message: Warning | str, kind: type[Warning], file: str, line: int, source: str | None = None) -> str:
+        return printable(f"{file}:{line}: {kind.__name__}: {message}\n")
+
+    sys.excepthook, warnings.formatwarning = show, warn
+
+
 def _tell(error: str) -> None:
     """Of several processes that fail alike only the first one says so; their launcher ends the others."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(PATIENCE)
-    print_error(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {error}")
+    line = " ".join(error.splitlines())
+    print_error(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {line}")
 
 
 def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
@@ -133,8 +149,6 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
     path = None
     if argv and not argv[0].startswith("-"):
         path = user_path(argv[0])
-        if not path.is_file():
-            raise UserError(f"no such file: {path}")
         argv = [f"--config={path}", *argv[1:]]
     _check_options(argv)
     files = _config_files(argv)
@@ -162,16 +176,13 @@ def _config_files(argv: list[str]) -> list[Path]:
     """The files that --config names; it may also hold the fields themselves."""
     given = [value for option, value in pairwise(argv) if option == "--config"]
     given += [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    return [Path(value) for value in given if "\n" not in value and Path(value).is_file()]
+    return [Path(value) for value in given if "\n" not in value and not value.lstrip().startswith("{")]
 
 
 def _check_file(path: Path) -> None:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
     for name in content:
@@ -248,7 +259,7 @@ def report(argv: Sequence[str]) -> int:
     with leaving_at_once():
         from grpo_fast.report import write_report
 
-    print(write_report(user_path(arguments.run), user_path(arguments.output) if arguments.output else None))
+    say(str(write_report(user_path(arguments.run), user_path(arguments.output) if arguments.output else None)))
     return 0
 
 
@@ -272,7 +283,7 @@ def compare(argv: Sequence[str]) -> int:
         raise UserError(f"--output={arguments.output!r} is not allowed: it must end in .png, .svg or .pdf")
     plot_curves({metric: curves}, metric, output)
     print_curves(curves, metric)
-    print(output)
+    say(str(output))
     return 0
 
 
@@ -316,7 +327,8 @@ def plan(argv: Sequence[str]) -> int:
 SERVE_USAGE = """usage: grpo-fast serve CONFIG.yaml [--field value ...] [-- VLLM OPTIONS]
 
 Start a vLLM server with what the run of that configuration needs, at its vllm_server_base_url, or vllm_server_host and
-vllm_server_port. The run brings the weights. Ctrl-C ends it.
+vllm_server_port. The run brings the weights. Ctrl-C ends it. At any address but loopback, server and run both need the
+same secret in the environment variable VLLM_API_KEY.
 
   --field value        any field of the configuration, as for train
   -- VLLM OPTIONS      further options of vLLM's server, as in: -- --tensor-parallel-size 2"""

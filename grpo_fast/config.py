@@ -86,7 +86,7 @@ class GRPOConfig:
         use_vllm: sample with vLLM instead of transformers' generate (extra `vllm`).
         vllm_mode: in this process, asleep while training (colocate), or from a server.
         vllm_server_base_url: the server's address, such as ``http://127.0.0.1:8000`` (default: from host and port).
-        vllm_server_host: the server's host.
+        vllm_server_host: the server's host; others than loopback need VLLM_API_KEY in the environment, on both sides.
         vllm_server_port: the server's port.
         vllm_server_timeout: seconds to wait for the server when the run starts.
         vllm_max_model_length: longest prompt and completion together in vLLM (default: what the data and

@@ -5,10 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO
+
+# Control characters but tab and newline; those that reorder what follows; lone halves of UTF-16 pairs.
+_NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -32,9 +37,19 @@ class NotFiniteError(UserError):
         self.weights_lost = weights_lost
 
 
+def printable(text: str) -> str:
+    """`text` with control characters as escapes (``\\x1b``): printed, it cannot command a terminal or hide a part."""
+    return _NOT_SHOWN.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print text that may come from elsewhere, at once."""
+    print(printable(text), file=file, flush=True)
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """An exception's message without its line breaks, or its type where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An exception's message, printable and without its line breaks, or its type where it has none."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
+from grpo_fast.console import Terminal
 from grpo_fast.report import clock, is_share, show
 
 
@@ -19,8 +19,7 @@ class EvalProgress:
 
     def __init__(self, title: str, num_prompts: int, metric: str, folder: Path):
         self.title, self.num_prompts, self.metric, self.folder = title, num_prompts, metric, folder
-        # Paths may hold brackets, which are not markup.
-        self.console = Console(highlight=False, markup=False)
+        self.console = Terminal()
         self.console.print(title, soft_wrap=True)
         self.bar = Bar(
             BarColumn(bar_width=10),

@@ -24,7 +24,7 @@ from grpo_fast.errors import UserError, one_line
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
-from grpo_fast.files import replace_text
+from grpo_fast.files import parse_json, replace_text
 from grpo_fast.metrics import LinesFile, json_ready
 from grpo_fast.models import check_vocabulary, load_trained, max_positions
 from grpo_fast.policy import FusedPolicy
@@ -240,7 +240,7 @@ class EvalRun:
         texts, lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
         for text in texts:
             try:
-                lines.append(json.loads(text))
+                lines.append(parse_json(text))
             except ValueError:
                 break
         count = self.sampling.num_generations
@@ -309,10 +309,14 @@ def read_scores(folder: Path, prompts: str) -> dict[str, Tensor]:
     if not (folder / SUMMARY).is_file() or not (folder / SAMPLES).is_file():
         raise UserError(f"--compare={str(folder)!r} holds no finished evaluation")
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary = parse_json((folder / SUMMARY).read_text(encoding="utf-8"))
         if summary["prompts"] != prompts:
             raise UserError(f"--compare={str(folder)!r} is of {summary['prompts']}, not of {prompts}")
-        return scores(read_lines(folder / SAMPLES), summary["num_prompts"])
+        damaged: list[str] = []
+        lines = read_lines(folder / SAMPLES, damaged)
+        if damaged:
+            raise ValueError(damaged[0])
+        return scores(lines, summary["num_prompts"])
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -377,7 +381,9 @@ def check_settings(folder: Path, now: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--resume: {folder} holds no evaluation") from None
     except ValueError:
         raise UserError(f"--resume: {path} is damaged; start the evaluation again in another folder") from None
     for name, value in json.loads(json.dumps(now)).items():

@@ -1,15 +1,85 @@
-"""Files and folders that are whole or not there, whenever the process is killed."""
+"""Files and folders that are whole or not there, whenever the process is killed; JSON and YAML from elsewhere."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from grpo_fast.errors import writing
+from grpo_fast.errors import UserError, import_extra, one_line, writing
+
+# Bytes of a YAML file, and characters that it may stand for with its aliases (``*name``) written out.
+YAML_BYTES, YAML_CHARACTERS = 1 << 20, 4 << 20
+# Characters of an integer in YAML; Python refuses to print one of more than 4,300 digits.
+LONGEST_INTEGER = 100
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_yaml(path: Path, name: str | None = None) -> Any:
+    """The value of a YAML file, plain data of a bounded size.
+
+    Args:
+        name: what error messages call the file (default: its path).
+
+    Raises:
+        UserError: it is not YAML in UTF-8, is too large, or its aliases stand for too much.
+    """
+    yaml = import_extra("yaml", "train")
+    name = name or str(path)
+    with path.open("rb") as file:
+        content = file.read(YAML_BYTES + 1)
+    if len(content) > YAML_BYTES:
+        raise UserError(f"{name} is too large: a YAML file may have {YAML_BYTES:,} bytes")
+    try:
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _characters(node, {}) > YAML_CHARACTERS:
+            raise UserError(
+                f"the aliases of {name} stand for more than {YAML_CHARACTERS:,} characters, or for themselves; "
+                "write out what they stand for"
+            )
+        return loader.construct_document(node)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"{name} is not valid YAML: nested too deeply") from None
+    except Exception as error:
+        # Beside its own errors PyYAML lets many of Python's through, such as that of a date in a 13th month.
+        raise UserError(f"{name} is not valid YAML: {one_line(error)}") from None
+
+
+def _characters(node: Any, known: dict[int, int]) -> int:
+    """The length of what a YAML node stands for, where the target of an alias counts each time that it is named."""
+    if id(node) not in known:
+        # For a node that is met again inside itself.
+        known[id(node)] = YAML_CHARACTERS + 1
+        if isinstance(node.value, str):
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > LONGEST_INTEGER:
+                raise ValueError(f"an integer of {len(node.value):,} characters")
+            known[id(node)] = 1 + len(node.value)
+        else:
+            parts = [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
+            known[id(node)] = 1 + sum(_characters(part, known) for part in parts)
+    return known[id(node)]
+
 
 HASHED_AT_ONCE = 4
 

@@ -158,6 +158,22 @@ class LinesFile:
 _CHECKSUM = re.compile(r', "crc32": (\d+)\}$')
 
 
+def without_checksum(line: str) -> str:
+    """A line of ``metrics.jsonl`` without the CRC-32 at its end; as it is where there is none.
+
+    Raises:
+        ValueError: the checksum is not that of the line.
+    """
+    line = line.rstrip("\n")
+    found = _CHECKSUM.search(line)
+    if not found:
+        return line
+    bare = line[: found.start()] + "}"
+    if zlib.crc32(bare.encode()) != int(found[1]):
+        raise ValueError("its checksum is that of another line")
+    return bare
+
+
 def parse_metrics(text: str) -> tuple[list[tuple[str, dict[str, float]]], list[int]]:
     """The lines of ``metrics.jsonl`` with what they say, and the numbers of those that are damaged.
 
@@ -166,15 +182,13 @@ def parse_metrics(text: str) -> tuple[list[tuple[str, dict[str, float]]], list[i
     """
     lines, damaged, checked = [], [], False
     for number, line in enumerate(split_lines(text), 1):
-        found = _CHECKSUM.search(line)
-        bare = line[: found.start()] + "}" if found else line
-        checked = checked or bool(found)
+        found = bool(_CHECKSUM.search(line))
+        checked = checked or found
         try:
-            entry = json.loads(bare)
+            entry = json.loads(without_checksum(line))
         except (ValueError, RecursionError):
             entry = None
-        whole = isinstance(entry, dict) and type(entry.get("step")) is int and bool(found) == checked
-        if whole and (not found or zlib.crc32(bare.encode()) == int(found[1])):
+        if isinstance(entry, dict) and type(entry.get("step")) is int and found == checked:
             lines.append((line, {name: math.nan if value is None else value for name, value in entry.items()}))
         else:
             damaged.append(number)

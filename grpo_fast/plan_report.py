@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.console import Terminal
 from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.memory_plan import (
     CONTEXT_BYTES,
@@ -76,13 +76,13 @@ def load_model_config(config: GRPOConfig) -> Any:
         raise UserError(f"model_name_or_path={name!r}: no configuration could be read: {one_line(error)}") from None
 
 
-def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Console | None = None) -> bool:
+def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Terminal | None = None) -> bool:
     """Print the plan of a run on a device of `vram` bytes; returns whether it fits.
 
     Raises:
         UserError: the model's configuration cannot be read, or its memory not be planned.
     """
-    console = console or Console(highlight=False, markup=False, width=WIDTH)
+    console = console or Terminal(width=WIDTH)
     config = base_config(adapter_fields(config))
     model_config = load_model_config(config)
     tracer = Tracer(model_config)
@@ -140,7 +140,7 @@ def _parts(plan: MemoryPlan) -> Table:
     return table
 
 
-def _notes(console: Console, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
+def _notes(console: Terminal, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
     """What `train` would refuse."""
     sequence = prompt_tokens + config.max_completion_length
     positions = max_positions(model_config)

@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.console import Terminal
 from grpo_fast.distributed import is_main, size
 from grpo_fast.report import Summary, clock, is_share, show
 
@@ -31,8 +31,7 @@ class Progress:
     def __init__(self, config: GRPOConfig, run_folder: Path, metric: str, num_parameters: int):
         self.config, self.run_folder, self.metric = config, run_folder, metric
         processes = f", {size()} processes" if size() > 1 else ""
-        # Paths may hold brackets, which are not markup.
-        self.console = Console(highlight=False, markup=False, quiet=not is_main())
+        self.console = Terminal(quiet=not is_main())
         self.console.print(
             f"{config.model_name_or_path} ({_count(num_parameters)} parameters) on "
             f"{config.dataset_name}: {config.max_steps} steps of {config.prompts_per_step} prompts x "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from grpo_fast.errors import one_line
+from grpo_fast.errors import one_line, printable
 
 NAMES = ("stdout", "stderr")
 
@@ -40,7 +40,7 @@ def silence(stream: TextIO) -> None:
 def print_error(text: str) -> None:
     """A line on standard error, where there still is one."""
     with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Outlet:

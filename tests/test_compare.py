@@ -121,3 +121,13 @@ def test_every_sorting_experiment_is_a_valid_configuration(monkeypatch):
         options = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in changes.items()]
         config = parse_config([str(sort_comparison.RECIPE), *options])
         assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_damaged_records_are_said(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [0.5, 0.6])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("{}\n")
+    read_curves([run])
+    assert (
+        f"warning: {run}: metrics.jsonl: line 3 (its step is None) is damaged and left out" in capsys.readouterr().err
+    )

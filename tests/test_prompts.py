@@ -80,6 +80,7 @@ def test_a_template_may_repeat_a_column_and_format_it():
     row = {"the-question 2": "a", "2nd": "b", "q.text": "c", "Question (en)": "d", "self": "e", "args[0]": "f", "題": 1}
     template = "{the-question 2} {2nd} {q.text} {Question (en)} {self} {args[0]} {題:02d}"
     assert build(row, prompt_template=template) == "a b c d e f 01"
+    assert build({"a": "x", "b": 0.5}, prompt_template="{a:>999}{b:.3f}") == "x".rjust(999) + "0.500"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,13 @@ def test_columns_with_a_text_of_their_own_are_filled_in():
         ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but there is question"),
         ({"prompt_template": "{question!x}"}, "cannot be filled"),
         ({"prompt_template": "{question:d}"}, "cannot be filled: Unknown format code 'd'"),
-        ({"prompt_template": "{question:{width}}"}, "cannot be filled: 'width'"),
+        (
+            {"prompt_template": "{question:{width}}"},
+            r"filled: the width in {question:{width}} must be below 1000",
+        ),
+        ({"prompt_template": "{question:>1000}"}, r"the width in {question:>1000} must be below 1000"),
+        ({"prompt_template": "{question:.1000000000f}"}, r"the width in {question:.1000000000f} must be"),
+        ({"prompt_template": "{question!r:>0001000}"}, "must be below 1000"),
         ({"prompt_template": "{hint}"}, "uses column 'hint', which is empty here"),
         ({}, r"no column 'prompt' \(it has question, answer, hint\); set prompt_template, as in .* or prompt_file"),
     ],
@@ -143,6 +150,7 @@ def test_wrong_templates_are_named(fields, message):
         ("yaml", b"role: user\ncontent: a\n", "must hold a list of messages, each with a role and a content"),
         ("yaml", b"- role: user\n", "must hold a list of messages"),
         ("yml", b"[]", "must hold a list of messages"),
+        ("yaml", b"[" * 5000, "is not valid YAML: nested too deeply"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, suffix, content, message):

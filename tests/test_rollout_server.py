@@ -14,7 +14,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rollout import Sampling, build_rollout, json_client, serve
+from grpo_fast.rollout import Sampling, build_rollout, json_client, serve, vllm_server
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION, read_folder
 from grpo_fast.rollout.weights import in_files
 from tiny import tiny_model
@@ -32,7 +32,7 @@ class FakeServer:
     def __init__(self, hook=lambda path, body: None, options=OPTIONS):
         self.hook, self.options = hook, options
         self.version = "default"
-        self.calls, self.loaded = [], {}
+        self.calls, self.headers, self.loaded = [], [], {}
         self.lock = threading.Lock()
         outer = self
 
@@ -55,6 +55,7 @@ class FakeServer:
         path = handler.path.split("?")[0]
         with self.lock:
             self.calls.append((path, body))
+            self.headers.append(handler.headers)
         status, content = self.hook(path, body) or (200, self.content(path, body))
         if status == "drop":
             handler.close_connection = True
@@ -235,6 +236,121 @@ def test_a_slow_server_is_waited_for(start):
     assert len(connect(server.url).generate(PROMPTS, Sampling(1, 8))) == 3
 
 
+def test_a_server_that_answers_nothing_but_health_is_left(start, monkeypatch):
+    monkeypatch.setattr(json_client, "WATCH_TIMEOUT", 10.0)
+    monkeypatch.setattr(vllm_server, "PATIENCE", 0.1)
+    monkeypatch.setattr(vllm_server, "PATIENCE_PER_TOKEN", 0.05)
+    server = start()
+    rollout = connect(server.url)
+    given_up = threading.Event()
+    server.hook = lambda path, body: given_up.wait(20) and None if "generate" in path else None
+    try:
+        with pytest.raises(UserError, match=r"no longer answers \(no answer in 0\.5 s\)"):
+            rollout.generate(PROMPTS, Sampling(1, 8))
+    finally:
+        given_up.set()
+
+
+@pytest.fixture
+def raw_server():
+    """Answers every request with the bytes that `send(connection)` writes; returns the address."""
+    stop = threading.Event()
+    listeners = []
+
+    def start(send):
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def answer(connection):
+            with connection, suppress(OSError):
+                connection.recv(1 << 16)
+                send(connection, stop)
+
+        def accept():
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    stop.set()
+    for listener in listeners:
+        listener.close()
+
+
+def drip(begin):
+    """Sends `begin`, and then a byte every 50 ms for as long as anybody listens."""
+
+    def send(connection, stop):
+        connection.sendall(begin)
+        while not stop.wait(0.05):
+            connection.sendall(b"1")
+
+    return send
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n[", b"HTTP/1.1 200 OK\r\n\r\n"],
+    ids=["status", "header", "body", "endless body"],
+)
+@pytest.mark.parametrize("timeout", [0.3, None])
+def test_a_dripping_server_is_given_up(raw_server, monkeypatch, begin, timeout):
+    """Each byte comes in time, but the answer does not."""
+    monkeypatch.setattr(json_client, "ANSWER_TIMEOUT", 0.3)
+    client = json_client.JsonClient(raw_server(drip(begin)))
+    with pytest.raises(json_client.ServerError, match=r"timed out|too slowly"):
+        client.request("GET", "/health", timeout=timeout, retries=())
+
+
+def test_an_answer_is_read_to_its_end_while_it_keeps_coming_at_a_pace(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(json_client.time, "monotonic", lambda: now)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        paced = json_client._Paced(ours, None)
+
+        def read(size):
+            theirs.sendall(b"1" * size)
+            return paced.readinto(bytearray(1 << 20))
+
+        assert read(1) == 1
+        for _ in range(30):
+            now += 4
+            assert read(4 * json_client.SLOWEST) == 4 * json_client.SLOWEST
+        assert now - 100 > json_client.ANSWER_TIMEOUT
+        # What has arrived in time is not late because this thread was.
+        now += 10 * json_client.ANSWER_TIMEOUT
+        assert read(1) == 1
+        with pytest.raises(TimeoutError, match="the answer came too slowly"):
+            paced.readinto(bytearray(1))
+        paced.close()
+
+
+@pytest.mark.parametrize("header", [b"", b"Content-Length: 99999999999\r\n"])
+def test_an_endless_answer_is_cut_off(raw_server, header):
+    def send(connection, stop):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + header + b"\r\n")
+        while not stop.is_set():
+            connection.sendall(b"1" * 65536)
+
+    client = json_client.JsonClient(raw_server(send))
+    with pytest.raises(json_client.ServerError, match="an answer of more than 300,000 bytes"):
+        client.request("GET", "/health", max_bytes=300_000)
+
+
+def test_the_longest_answer_follows_from_what_was_asked_for(start, monkeypatch):
+    monkeypatch.setattr(vllm_server, "ANSWER_BYTES", 100)
+    server = start()
+    rollout = connect(server.url)
+    assert rollout.generate(PROMPTS, Sampling(2, 8))
+    server.hook = lambda path, body: (200, "[" + "1," * 9000 + "1]") if "generate" in path else None
+    with pytest.raises(UserError, match=r"an answer of more than 17,508 bytes"):
+        rollout.generate([[5]], Sampling(2, 8))
+
+
 def edited(**changes):
     """An answer with one completion that has these fields."""
     ids = [4, 1]
@@ -242,6 +358,13 @@ def edited(**changes):
     choice["logprobs"] = {"content": [{"token_id": i, "logprob": -1.0} for i in ids]}
     choice["weight_versions"] = [{"version": "default"}]
     return {"choices": [{**choice, **changes}]}
+
+
+def scored(*values):
+    """An answer with one completion of these tokens and log-probabilities, one after the other."""
+    ids = list(values[::2])
+    content = [{"token_id": i, "logprob": value} for i, value in zip(ids, values[1::2], strict=True)]
+    return edited(token_ids=ids, logprobs={"content": content})
 
 
 @pytest.mark.parametrize(
@@ -255,7 +378,27 @@ def edited(**changes):
         (edited(logprobs={"content": [{"token_id": 4, "logprob": -1.0}]}), "log-probabilities of other tokens"),
         (edited(token_ids=[], logprobs={"content": []}), "0 tokens with 0 log-probabilities"),
         (edited(finish_reason="abort"), "ended by 'abort'"),
+        (edited(finish_reason="\x1b]0;hi\x07" * 999), r"ended by '\\x1b\]0;hi.*\.\.\..*', which is no completion$"),
+        (edited(finish_reason=[[[[[[[[[]]]]]]]]]), r"ended by \[+\.\.\.\]+, which"),
         (edited(weight_versions=None), "TypeError"),
+        (edited(index=3), "1 completions instead of 1, by their numbers"),
+        (scored(4.0, -1.0), r"the token id 4\.0; it must be from 0 to 40"),
+        (scored(True, -1.0), "the token id True"),
+        (scored("4", -1.0), "the token id '4'"),
+        (scored(-1, -1.0), "the token id -1"),
+        (scored(41, -1.0), "the token id 41; it must be from 0 to 40"),
+        (scored(10**400, -1.0), r"the token id 1000+\.\.\.0+;"),
+        (scored(4, "-1.0"), "the log-probability '-1.0'; it must be finite and at most 0"),
+        (scored(4, None), "the log-probability None"),
+        (scored(4, True), "the log-probability True"),
+        (scored(4, float("nan")), "the log-probability nan"),
+        (scored(4, float("-inf")), "the log-probability -inf"),
+        (scored(4, 0.5), r"the log-probability 0\.5"),
+        (scored(4, -(10**400)), r"the log-probability -1000"),
+        (scored(*[4, -1.0] * 9), "9 tokens with 9 log-probabilities where at most 8 were asked for"),
+        ("[" * 100_000, r"no longer answers \(not JSON \(nested too deeply\): \[\["),
+        ("1" * 5000, r"no longer answers \(not JSON"),
+        ("\x1b[2J\x9b2J\u202e", r"not JSON .*: \\x1b\[2J\\x9b2J\\u202e\)"),
     ],
 )
 def test_nonsense_is_one_line(start, answer, message):
@@ -308,6 +451,14 @@ def test_a_server_that_starts_late_is_waited_for(start, capsys):
             "takes 19 tokens, but the longest prompt and completion have 20",
         ),
         ({}, "does not tell its options"),
+        (
+            {**OPTIONS, "parallel_config": {"worker_extension_cls": "\x1b[2J" * 99}},
+            r"--worker-extension-cls (\\x1b\[2J){20}, but needs",
+        ),
+        (
+            {**OPTIONS, "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": float("inf")}},
+            "does not tell its options",
+        ),
     ],
 )
 def test_a_server_with_other_options_is_refused(start, options, message):

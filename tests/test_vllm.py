@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -352,10 +354,12 @@ SERVED = {
 @pytest.fixture(scope="module", autouse=True)
 def servers(tmp_path_factory):
     """Two servers, which start while the tests in process run; each test that kills one has it to itself."""
+    os.environ["VLLM_API_KEY"] = "a-secret"
     pair = [Server(tmp_path_factory.mktemp("server"), **SERVED).start() for _ in range(2)]
     yield pair
     for server in pair:
         server.kill()
+    del os.environ["VLLM_API_KEY"]
 
 
 @pytest.fixture
@@ -378,6 +382,26 @@ def served_model():
 def test_the_server_agrees_with_the_trainer(server):
     model = served_model()
     check_sync(server.rollout(model), model)
+
+
+def test_the_server_asks_for_its_key_on_every_path(server, monkeypatch):
+    """vLLM's own check leaves out most of them."""
+    client = server.rollout(served_model()).client
+
+    def status(path, key):
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        body = b'{"method": "get_model", "args": []}'
+        try:
+            return urllib.request.urlopen(urllib.request.Request(client.base_url + path, body, headers)).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for path in ("/inference/v1/generate", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/x"):
+        assert status(path, None) == status(path, "another") == 401, path
+        assert status(path, "a-secret") != 401, path
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(UserError, match="refuses requests without VLLM_API_KEY"):
+        build_rollout(server.config(), served_model(), TOKENIZER, len(LONG))
 
 
 def test_the_probe_sees_a_servers_old_prefixes_and_old_head(server, monkeypatch):

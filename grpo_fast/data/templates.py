@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import datetime
 import numbers
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest, one_line
-from grpo_fast.files import user_path
+from grpo_fast.errors import UserError, nearest, one_line
+from grpo_fast.files import read_yaml, user_path
 
 Row = dict[str, Any]
 Prompt = str | list[dict[str, str]]
@@ -104,17 +105,12 @@ def read_prompt_file(name: str) -> str | list[dict[str, str]]:
     if not path.is_file():
         known = ", ".join(PROMPTS)
         raise UserError(f"prompt_file={name!r} is neither a file nor one of {known}{nearest(name, PROMPTS)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt_file={name!r} is not UTF-8 text: {one_line(error)}") from None
     if path.suffix not in (".yaml", ".yml"):
-        return text.removesuffix("\n")
-    yaml = import_extra("yaml", "train")
-    try:
-        messages = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"prompt_file={name!r} is not valid YAML: {one_line(error)}") from None
+        try:
+            return path.read_text(encoding="utf-8-sig").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompt_file={name!r} is not UTF-8 text: {one_line(error)}") from None
+    messages = read_yaml(path, f"prompt_file={name!r}")
     try:
         return check_prompt(messages if isinstance(messages, list) else None)
     except UserError:
@@ -157,9 +153,12 @@ def _texts(prompt: object) -> list[object]:
 def _placeholders(name: str, text: str) -> list[str]:
     """The columns that a template uses."""
     try:
-        columns = [column for _, column, _, _ in string.Formatter().parse(text) if column is not None]
+        found = [(column, spec) for _, column, spec, _ in string.Formatter().parse(text) if column is not None]
     except ValueError as error:
         raise UserError(f"{name} cannot be filled: {one_line(error)}; {{{{ and }}}} stand for braces") from None
-    if "" in columns:
-        raise UserError(f"{name} cannot be filled: {{}} names no column; {{{{ and }}}} stand for braces")
-    return columns
+    for column, spec in found:
+        if "{" in spec or any(len(width) > 3 for width in re.findall(r"\d+", spec)):
+            raise UserError(f"{name} cannot be filled: the width in {{{column}:{spec:.40}}} must be below 1000")
+        if not column:
+            raise UserError(f"{name} cannot be filled: {{}} names no column; {{{{ and }}}} stand for braces")
+    return [column for column, _ in found]

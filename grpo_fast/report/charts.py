@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 340, 172
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 22
 # Points of a line at most; of longer runs several steps are averaged.
 MOST_POINTS = 1000
+# Charts of a page; more figures than any run writes are left out.
+MOST_CHARTS = 200
 
 # title, metric, colour; a band of (lowest, highest) around it. In the order of the page.
 CHARTS = [
@@ -65,6 +67,7 @@ class Curves:
     steps: list[float] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     width: int = 1
+    left_out: int = 0
 
 
 def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curves:
@@ -90,7 +93,7 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
         *((name, name, "grey", None) for name in other),
     ]
     charts = []
-    for title, metric, color, band in table:
+    for title, metric, color, band in table[:MOST_CHARTS]:
         values = column(history, metric)
         if any(value == value for value in values):
             held_out = [
@@ -103,8 +106,8 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
                     held_out.append(("after", steps[-1], summary.get("after")))
                 held_out.insert(0, ("before", steps[0], summary.get("before")))
             lines = [values, smooth(values), *(column(history, name) for name in band or ())]
-            charts.append(_chart(title, color, steps, [thin(line) for line in lines], held_out))
-    return Curves(steps, charts, width_of(len(history)))
+            charts.append(_chart(title[:100], color, steps, [thin(line) for line in lines], held_out))
+    return Curves(steps, charts, width_of(len(history)), max(len(table) - MOST_CHARTS, 0))
 
 
 def _chart(title: str, color: str, steps: list[float], lines: list[list[float]], held_out: list[tuple]) -> Chart:

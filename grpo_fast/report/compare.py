@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.checkpoint import FREE_FIELDS
-from grpo_fast.errors import UserError, writing
-from grpo_fast.report.curves import column, smooth
+from grpo_fast.errors import UserError, say, writing
+from grpo_fast.report.curves import column, plain, smooth
 from grpo_fast.report.run import Run, read_run
 from grpo_fast.report.summary import is_share, show
 
@@ -46,6 +47,9 @@ def read_curves(folders: Sequence[Path], metric: str | None = None) -> tuple[str
         UserError: a folder holds no run, the runs have different scores, or a run has no such figure.
     """
     runs = [read_run(folder) for folder in folders]
+    for run in runs:
+        for line in run.damaged:
+            say(f"warning: {run.folder}: {line}", file=sys.stderr)
     metrics = [metric or _score(run) for run in runs]
     for run, name in zip(runs, metrics, strict=True):
         if name != metrics[0]:
@@ -62,8 +66,10 @@ def read_curves(folders: Sequence[Path], metric: str | None = None) -> tuple[str
 
 
 def _score(run: Run) -> str:
-    names = [str(name).replace(":", ".").rpartition(".")[2] for name in run.config.get("reward_funcs") or ["reward"]]
-    return run.summary.get("metric") or run.config.get("eval_metric") or names[-1]
+    functions = run.config.get("reward_funcs") or "reward"
+    last = functions[-1] if isinstance(functions, list) else functions
+    name = str(last).replace(":", ".").rpartition(".")[2]
+    return str(run.summary.get("metric") or run.config.get("eval_metric") or name)
 
 
 def _labels(configs: list[dict[str, Any]]) -> list[str]:
@@ -123,9 +129,9 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
             color = COLORS[index % len(COLORS)]
             for steps, line in curve.lines:
                 axis.plot(steps, line, color=color, alpha=0.3, linewidth=1)
-            label = f"{curve.label}: {spread(curve.after if ended else curve.last, share)}"
+            label = f"{plain(curve.label)}: {spread(curve.after if ended else curve.last, share)}"
             axis.plot(*_mean(curve.lines), color=color, linewidth=2, label=label)
-        axis.set_title(title, loc="left", fontsize=11)
+        axis.set_title(plain(title), loc="left", fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -135,7 +141,7 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
             title="held out, after training" if ended else "in the last tenth of the steps", title_fontsize=8,
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
         )  # fmt: skip
-    axes[0, 0].set_ylabel(f"{metric} (sampled in training)")
+    axes[0, 0].set_ylabel(f"{plain(metric)} (sampled in training)")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
@@ -151,8 +157,9 @@ def _mean(lines: list[tuple[list[int], list[float]]]) -> tuple[list[int], list[f
 
 def print_curves(curves: list[Curve], metric: str) -> None:
     """The figures of the last tenth of the steps and the held-out scores, as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from grpo_fast.console import Terminal
 
     share = is_share(*(value for curve in curves for value in curve.last))
     columns = {"in the last tenth": "last", "held out, before": "before", "held out, after": "after"}
@@ -163,4 +170,4 @@ def print_curves(curves: list[Curve], metric: str) -> None:
     for curve in curves:
         scores = (spread(getattr(curve, name), share) for name in columns.values())
         table.add_row(curve.label, str(len(curve.lines)), *scores)
-    Console().print(table)
+    Terminal().print(table)

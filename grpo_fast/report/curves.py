@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
-from grpo_fast.errors import writing
+from grpo_fast.errors import one_line, writing
 from grpo_fast.report.summary import Summary, is_share, show
+
+# Figures further from 0 are not drawn: the room between two of them may be more than a float can hold.
+LARGEST = 1e100
+
+
+def number(value: Any) -> float | None:
+    """A figure as a float; None for what is no number, not finite, or beyond LARGEST."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+    return float(value) if known else None
 
 
 def column(history: list[dict], name: str) -> list[float]:
     """A figure of every step; NaN where a step has none."""
-    values = (entry.get(name) for entry in history)
-    return [float(v) if isinstance(v, (int, float)) and math.isfinite(v) else math.nan for v in values]
+    values = (number(entry.get(name)) for entry in history)
+    return [math.nan if value is None else value for value in values]
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -22,6 +32,11 @@ def smooth(values: list[float]) -> list[float]:
         known = [value for value in values[max(end - window, 0) : end] if value == value]
         means.append(sum(known) / len(known) if known else math.nan)
     return means
+
+
+def plain(text: Any) -> str:
+    """`text` for a figure: one line, not too long, and no mathematics between dollar signs."""
+    return one_line(str(text), 80).replace("$", r"\$")
 
 
 def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> None:
@@ -35,7 +50,7 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
     metric = f"rewards/{summary.metric}/mean"
     panels = [
         ("reward", "reward", "#1f6feb"),
-        (metric, f"{summary.metric} (sampled in training)", "#1a7f37"),
+        (metric, f"{plain(summary.metric)} (sampled in training)", "#1a7f37"),
         ("reward_std", "reward std", "#9a6700"),
         ("completions/mean_length", "completion length (tokens)", "#8250df"),
     ]
@@ -66,8 +81,8 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
     for axis in axes[1]:
         axis.set_xlabel("optimizer step")
     figure.suptitle(
-        f"{summary.metric}: {show(summary.before, share)} to {show(summary.after, share)} in {summary.steps} steps, "
-        f"{summary.train_seconds:.0f} s of training",
+        f"{plain(summary.metric)}: {show(summary.before, share)} to {show(summary.after, share)} in "
+        f"{summary.steps} steps, {summary.train_seconds:.0f} s of training",
         fontsize=12,
     )  # fmt: skip
     with writing(path):

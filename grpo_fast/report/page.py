@@ -6,14 +6,15 @@ import base64
 import dataclasses
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import writing
+from grpo_fast.errors import one_line, printable, writing
 from grpo_fast.report import charts
 from grpo_fast.report.charts import draw_curves, figure
-from grpo_fast.report.curves import column
+from grpo_fast.report.curves import column, number
 from grpo_fast.report.run import Run, read_completions, read_run
 from grpo_fast.report.summary import clock, is_share, show
 
@@ -27,7 +28,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write the page of the run in `folder` to `output` (default: ``report.html`` in it), and return its path.
 
     Everything that comes from the model, the data or the configuration is escaped: the templates do it by default,
-    and the page's policy allows no script but its own.
+    control characters are shown as escapes, and the page's policy allows no script but its own.
 
     Raises:
         UserError: the folder holds no run, or the page cannot be written.
@@ -36,17 +37,20 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     from markupsafe import Markup
 
     run = read_run(folder)
+    damaged = list(run.damaged)
+    completions = read_completions(folder, damaged)
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": lambda value: "n/a" if value is None else figure(value), "compact": compact}
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.filters |= {"figure": shown_figure, "compact": compact}
     changed, unchanged = split_config(run.config)
     page = environment.get_template("page.html").render(
         style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
         curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
-        warnings=run.warnings, completions=read_completions(folder), changed=changed, unchanged=unchanged,
+        warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=damaged,
     )  # fmt: skip
     output = output or folder / "report.html"
     with writing(output):
@@ -57,14 +61,14 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 def facts(run: Run) -> list[tuple[str, str]]:
     """What was trained on what."""
     config, last = run.config, run.history[-1]["step"] if run.history else 0
-    steps = config.get("max_steps")
+    steps, rewards = config.get("max_steps"), config.get("reward_funcs") or []
     state = (
         f"finished after {run.summary.get('steps')} steps" if run.summary else f"not finished: step {last} of {steps}"
     )
     return [
         ("model", str(config.get("model_name_or_path"))),
         ("data", str(config.get("dataset_name"))),
-        ("rewards", ", ".join(map(str, config.get("reward_funcs") or []))),
+        ("rewards", ", ".join(map(str, rewards if isinstance(rewards, list) else [rewards]))),
         ("loss", str(config.get("loss_type"))),
         ("state", state),
     ]
@@ -86,7 +90,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     last = run.history[-1]
     made.append(("optimizer steps", f"{last['step']:,}", f"of {run.config.get('max_steps')}"))
     times = _known(run, "step_time")
-    if "train_seconds" in run.summary:
+    if run.summary.get("train_seconds") is not None:
         made.append(("training time", clock(run.summary["train_seconds"]), "without evaluation and loading"))
     elif times:
         # Metrics may be written every few steps only.
@@ -106,7 +110,7 @@ def _known(run: Run, name: str) -> list[float]:
 def plan_bars(run: Run) -> dict[str, Any]:
     """The planned parts of memory beside the measured peak, as shares of the widest bar; empty without a plan."""
     phases = {
-        phase: {part: size for part, size in parts.items() if isinstance(size, (int, float)) and size > 0}
+        phase: {part: size for part, size in parts.items() if (number(size) or 0) > 0}
         for phase, parts in run.plan.items()
         if isinstance(parts, dict)
     }
@@ -143,6 +147,13 @@ def split_config(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tu
         same = name in defaults and defaults[name] == value
         sides[same].append((str(name), value if isinstance(value, str) else json.dumps(value, default=str)))
     return sides
+
+
+def shown_figure(value: Any) -> str:
+    """A figure of a completion; what is no number is shown as such."""
+    if value is None:
+        return "n/a"
+    return figure(value) if number(value) is not None else f"{one_line(reprlib.repr(value), 40)} (not a number)"
 
 
 def compact(size: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_fast.advantages import LARGEST
-from grpo_fast.errors import UserError, one_line
+from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 from grpo_fast.rewards.base import RewardFunction, text_of
 from grpo_fast.rewards.calls import Outcome, call, failed
@@ -72,7 +72,7 @@ class RewardModel:
         self.threads: dict[str, threading.Thread] = {}
         self.worked: set[str] = set()
         self.warned: set[str] = set()
-        self.warn: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
+        self.warn: Callable[[str], None] = lambda text: say(f"warning: {text}", file=sys.stderr)
         for name, function in zip(self.names, self.functions, strict=True):
             judge = getattr(function, "judge", None)
             if judge is not None and (judge not in self.names or judge == name):

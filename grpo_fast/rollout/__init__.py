@@ -11,13 +11,17 @@ from grpo_fast.rollout.transformers import TransformersRollout
 
 
 def check_engine(config: GRPOConfig) -> None:
-    """Refuse, before a model is loaded, an engine that is not installed.
+    """Refuse, before a model is loaded, an engine that is not installed, or a server without the key that it needs.
 
     Raises:
-        UserError: it says how to install it.
+        UserError: it says how to install it, or how to set the key.
     """
     if config.use_vllm and config.vllm_mode == "colocate":
         require_extra("vllm", "vllm")
+    elif config.use_vllm:
+        from grpo_fast.rollout.vllm_common import server_client
+
+        server_client(config)
 
 
 def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int) -> Rollout:

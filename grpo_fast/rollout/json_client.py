@@ -1,8 +1,9 @@
-"""JSON over HTTP to a server that may die: bounded retries, and one line when it is gone."""
+"""JSON over HTTP to a server that may die or misbehave: time, size and retries are bounded."""
 
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from grpo_fast.errors import UserError, one_line
+from grpo_fast.files import parse_json
 
 # Seconds before each further attempt after a lost connection or an error of the server's own.
 RETRIES = (0.5, 1.0, 2.0)
@@ -20,23 +22,32 @@ RETRIES = (0.5, 1.0, 2.0)
 PARALLEL = 256
 # Seconds between looks at a silent server, and for how long it may leave such a look unanswered.
 WATCH_EVERY, WATCH_TIMEOUT = 5.0, 30.0
+# Seconds that an answer may take once it has begun, and bytes per second that earn it more time.
+ANSWER_TIMEOUT, SLOWEST = 60.0, 16 << 10
+# Bytes of an answer, unless more are expected.
+ANSWER_BYTES = 16 << 20
 
 
 class ServerError(Exception):
     """No usable answer after all attempts."""
 
 
+class KeyRefused(ServerError):
+    """The server asks for another API key, or for one at all."""
+
+
 class JsonClient:
-    """Requests to one server. Proxies of the environment are not used.
+    """Requests to one server. Proxies of the environment are not used, and redirections are not followed.
 
     Args:
         base_url: ``http://host:port``, or https, with a path before the endpoints' own if there is one.
+        key: API key that is sent with every request.
 
     Raises:
         UserError: no such address.
     """
 
-    def __init__(self, base_url: str):
+    def __init__(self, base_url: str, key: str | None = None):
         try:
             parts = urlsplit(base_url)
             port, known = parts.port, parts.scheme in ("http", "https") and parts.hostname
@@ -45,9 +56,9 @@ class JsonClient:
             known = None
         if not known:
             raise UserError(f"{base_url!r} is not a server's address; it must be like http://127.0.0.1:8000")
-        self.base_url = base_url.rstrip("/")
+        self.base_url, self.key = base_url.rstrip("/"), key
         self._parts, self._port = parts, port
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._hung_up = False
 
@@ -58,43 +69,60 @@ class JsonClient:
         body: Any = None,
         timeout: float | None = 60.0,
         retries: Sequence[float] | None = None,
+        max_bytes: int = ANSWER_BYTES,
     ) -> Any:
         """The JSON of the answer (None where it is empty).
 
         Args:
             body: sent as JSON.
-            timeout: seconds without a byte from the server; None waits as long as the connection stands.
-            retries: seconds before each further attempt (default: RETRIES); a request that the server refused (4xx)
-                is not repeated.
+            timeout: seconds for the answer to arrive; None waits for its beginning as long as the connection stands,
+                and ANSWER_TIMEOUT for the rest. An answer that comes at SLOWEST or faster is read to its end.
+            retries: seconds before each further attempt (default: RETRIES); a request that the server refused (4xx),
+                and one whose answer is too long, are not repeated.
+            max_bytes: the longest answer.
 
         Raises:
-            ServerError: no connection, an error of the server, or an answer that is not JSON.
+            ServerError: no connection, an error of the server, or an answer that is too slow, too long or not JSON.
         """
         for pause in (*(RETRIES if retries is None else retries), None):
             try:
-                return self._once(method, path, body, timeout)
+                return self._once(method, path, body, timeout, max_bytes)
             except (OSError, http.client.HTTPException, _Broken) as error:
                 reason = one_line(error)
             if pause is None or self._hung_up:
                 raise ServerError(reason)
             time.sleep(pause)
 
-    def post_all(self, path: str, bodies: Sequence[Any]) -> list[Any]:
-        """The answers to all of `bodies`, however long they take while the server still answers ``GET /health``.
+    def post_all(
+        self, path: str, bodies: Sequence[Any], patience: float, max_bytes: Sequence[int] | None = None
+    ) -> list[Any]:
+        """The answers to all of `bodies`, while the server still answers ``GET /health``.
+
+        Args:
+            patience: seconds in which at least one of the answers that are still to come must arrive.
+            max_bytes: the longest answer to each of them (default: ANSWER_BYTES).
 
         Raises:
             ServerError: as `request`; all other requests are then given up, too.
         """
         self._hung_up = False
+        limits = max_bytes or [ANSWER_BYTES] * len(bodies)
         with ThreadPoolExecutor(min(len(bodies), PARALLEL)) as pool:
-            futures = [pool.submit(self.request, "POST", path, body, None) for body in bodies]
+            futures = [
+                pool.submit(self.request, "POST", path, body, None, None, limit)
+                for body, limit in zip(bodies, limits, strict=True)
+            ]
             try:
-                pending = set(futures)
+                pending, last = set(futures), time.monotonic()
                 while pending:
                     done, pending = wait(pending, WATCH_EVERY, FIRST_EXCEPTION)
                     for future in done:
                         future.result()
-                    if not done:
+                    if done:
+                        last = time.monotonic()
+                    elif time.monotonic() - last > patience:
+                        raise ServerError(f"no answer in {patience:g} s")
+                    else:
                         self.request("GET", "/health", timeout=WATCH_TIMEOUT)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -106,42 +134,89 @@ class JsonClient:
         """End all requests under way."""
         self._hung_up = True
         with self._lock:
-            for connection in self._open:
-                if connection.sock is not None:
-                    try:
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                    except OSError:
-                        continue
+            for connected in self._open:
+                try:
+                    connected.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    continue
 
-    def _once(self, method: str, path: str, body: Any, timeout: float | None) -> Any:
+    def _once(self, method: str, path: str, body: Any, timeout: float | None, max_bytes: int) -> Any:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname, self._port, timeout=10.0)
-        with self._lock:
-            self._open.add(connection)
+        connection.response_class = lambda sock, **options: http.client.HTTPResponse(_Paced(sock, timeout), **options)
+        connected = None
         try:
             connection.connect()
+            connected = connection.sock
+            with self._lock:
+                self._open.add(connected)
             if self._hung_up and timeout is None:
                 # It was on its way when the others were ended, and nobody would end it.
                 raise ServerError("given up with the other requests")
-            connection.sock.settimeout(timeout)
+            connected.settimeout(ANSWER_TIMEOUT)
+            headers = {"Content-Type": "application/json"}
+            if self.key is not None:
+                headers["Authorization"] = f"Bearer {self.key}"
             content = None if body is None else json.dumps(body).encode()
-            path = self._parts.path.rstrip("/") + path
-            connection.request(method, path, content, {"Content-Type": "application/json"})
+            connection.request(method, self._parts.path.rstrip("/") + path, content, headers)
             answer = connection.getresponse()
-            text = answer.read().decode("utf-8", "replace")
+            text = _read(answer, max_bytes).decode("utf-8", "replace")
         finally:
             with self._lock:
-                self._open.discard(connection)
+                self._open.discard(connected)
             connection.close()
         if answer.status >= 500:
             raise _Broken(f"status {answer.status}: {one_line(text)}")
+        if answer.status in (401, 403):
+            raise KeyRefused(f"status {answer.status}")
         if answer.status != 200:
             raise ServerError(f"status {answer.status}: {one_line(text)}")
         try:
-            return json.loads(text) if text else None
-        except ValueError:
-            raise _Broken(f"not JSON: {one_line(text, 80)}") from None
+            return parse_json(text) if text else None
+        except ValueError as error:
+            raise _Broken(f"not JSON ({one_line(error, 80)}): {one_line(text, 80)}") from None
 
 
 class _Broken(Exception):
     """An answer that another attempt may mend."""
+
+
+class _Paced(io.RawIOBase):
+    """A socket's bytes, for `http.client`, as long as they come in time, all together.
+
+    Args:
+        connected: the socket.
+        timeout: seconds from now on; None counts ANSWER_TIMEOUT from the first byte on.
+    """
+
+    def __init__(self, connected: socket.socket, timeout: float | None):
+        self.socket, self.raw = connected, connected.makefile("rb", buffering=0)
+        self.end = None if timeout is None else time.monotonic() + timeout
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        # What has already arrived when the time is up is still read: this thread may have waited for others.
+        self.socket.settimeout(None if self.end is None else max(self.end - time.monotonic(), 0.0))
+        count = self.raw.readinto(buffer)
+        if count is None:
+            raise TimeoutError("the answer came too slowly")
+        self.end = (time.monotonic() + ANSWER_TIMEOUT if self.end is None else self.end) + count / SLOWEST
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def _read(answer: http.client.HTTPResponse, most: int) -> bytes:
+    content = bytearray()
+    while part := answer.read(1 << 16):
+        content += part
+        if len(content) > most:
+            raise ServerError(f"an answer of more than {most:,} bytes")
+    return bytes(content)

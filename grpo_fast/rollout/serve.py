@@ -16,9 +16,8 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows
-from grpo_fast.errors import UserError, require_extra
+from grpo_fast.errors import UserError, require_extra, say
 from grpo_fast.models import adapter_fields, base_config, load_model, max_positions
-from grpo_fast.rollout.json_client import JsonClient
 from grpo_fast.rollout.vllm_common import (
     RESERVE,
     engine_options,
@@ -28,7 +27,12 @@ from grpo_fast.rollout.vllm_common import (
     quiet_vllm,
     save_config,
     server_address,
+    server_client,
 )
+from grpo_fast.rollout.vllm_guard import KEY_VARIABLE, MIDDLEWARE
+
+# Options of vLLM's that decide who reaches the server, and what sets them here.
+SET_ELSEWHERE = {"host": "vllm_server_host", "api-key": f"{KEY_VARIABLE} in the environment"}
 
 
 def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -> list[str]:
@@ -71,7 +75,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
         elif value is not False:
             command += [flag, str(value)]
     # Token ids in, token ids out.
-    return [*command, "--enable-scale-out", "--disable-uvicorn-access-log", *more]
+    return [*command, "--enable-scale-out", "--disable-uvicorn-access-log", "--middleware", MIDDLEWARE, *more]
 
 
 def server_environment(config: GRPOConfig) -> dict[str, str]:
@@ -83,9 +87,27 @@ def server_environment(config: GRPOConfig) -> dict[str, str]:
     return {**environment, **os.environ}
 
 
+def check_options(more: Sequence[str]) -> None:
+    """Refuse options that would let others reach the server, or show its key in the list of processes.
+
+    Raises:
+        UserError: it says what to set instead.
+    """
+    for option in more:
+        name = option.split("=")[0].removeprefix("--").replace("_", "-")
+        # vLLM also takes the beginning of an option's name.
+        for known, instead in SET_ELSEWHERE.items():
+            if option.startswith("--") and len(name) > 1 and known.startswith(name):
+                raise UserError(f"{option.split('=')[0]} is not allowed here: set {instead} instead")
+
+
 def listening_at(config: GRPOConfig) -> tuple[str, int]:
-    """The server's host and port."""
-    parts = urlsplit(JsonClient(server_address(config)).base_url)
+    """The server's host and port.
+
+    Raises:
+        UserError: the address is none, or one that others reach, and there is no key.
+    """
+    parts = urlsplit(server_client(config).base_url)
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
@@ -93,9 +115,10 @@ def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
     """Become the server; it ends with Ctrl-C.
 
     Raises:
-        UserError: the address is taken, or is none of this machine's; see also `server_command`.
+        UserError: the address is taken, is none of this machine's, or needs a key; see also `server_command`.
     """
     require_extra("vllm", "vllm")
+    check_options(more)
     host, port = listening_at(config)
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
@@ -107,5 +130,5 @@ def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    print(f"starting vLLM at {server_address(config)}", flush=True)
+    say(f"starting vLLM at {server_address(config)}")
     os.execve(command[0], command, server_environment(config))

@@ -66,6 +66,7 @@ class VLLMColocate(Rollout):
         self.vllm = import_extra("vllm", "vllm")
         self.device = model.device.type
         self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.sleeps = config.vllm_enable_sleep_mode and self.device == "cuda"
         self.has_weights = False
         self.llm = None
@@ -173,6 +174,8 @@ class VLLMColocate(Rollout):
                 list(completion.token_ids),
                 [each[token].logprob for token, each in zip(completion.token_ids, completion.logprobs, strict=True)],
                 completion.finish_reason,
+                self.vocab_size,
+                sampling.max_completion_length,
             )
             for output in outputs
             for completion in output.outputs

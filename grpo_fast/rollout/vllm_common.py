@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import reprlib
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -15,7 +18,9 @@ from torch import nn
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, nearest
 from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.json_client import JsonClient
 from grpo_fast.rollout.kv_plan import KVPlan, kv_bytes_per_token, plan_kv_cache
+from grpo_fast.rollout.vllm_guard import server_key
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION
 
 # generation_kwargs that vLLM has, by its names for them.
@@ -78,18 +83,34 @@ def prompt_seeds(sampling: Sampling, prompts: int) -> list[int]:
     return torch.randint(2**62, (prompts,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def response(token_ids: list[int], logprobs: list[float], finish_reason: str | None) -> Response:
-    """A completion as vLLM gives it.
+def response(
+    token_ids: Sequence[Any], logprobs: Sequence[Any], finish_reason: Any, vocab_size: int, longest: int
+) -> Response:
+    """A completion as vLLM gives it, checked.
+
+    Args:
+        token_ids: its tokens.
+        logprobs: their log-probabilities.
+        finish_reason: how it ended.
+        vocab_size: token ids are below.
+        longest: the most tokens that were asked for.
 
     Raises:
-        UserError: it is not one.
+        UserError: it is not a completion.
     """
-    if not token_ids or len(token_ids) != len(logprobs) or finish_reason not in ("stop", "length"):
+    if not 0 < len(token_ids) == len(logprobs) <= longest or finish_reason not in ("stop", "length"):
         raise UserError(
-            f"vLLM gave {len(token_ids)} tokens with {len(logprobs)} log-probabilities and ended by {finish_reason!r}, "
-            "which is no completion"
+            f"vLLM gave {len(token_ids)} tokens with {len(logprobs)} log-probabilities where at most {longest} were "
+            f"asked for, and ended by {reprlib.repr(finish_reason)}, which is no completion"
         )
-    return Response(token_ids, finish_reason, logprobs)
+    for token in token_ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise UserError(f"vLLM gave the token id {reprlib.repr(token)}; it must be from 0 to {vocab_size - 1}")
+    for logprob in logprobs:
+        # Rounding may take a probability a little above 1.
+        if type(logprob) not in (int, float) or not -sys.float_info.max <= logprob < 1e-3:
+            raise UserError(f"vLLM gave the log-probability {reprlib.repr(logprob)}; it must be finite and at most 0")
+    return Response(list(token_ids), finish_reason, [float(logprob) for logprob in logprobs])
 
 
 def model_length(config: GRPOConfig, longest_prompt: int) -> int:
@@ -118,6 +139,18 @@ def plan(config: GRPOConfig, model_config: Any, dtype: torch.dtype, device: str,
 def server_address(config: GRPOConfig) -> str:
     """Where the run looks for its server, and where ``grpo-fast serve`` starts it."""
     return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
+
+
+def server_client(config: GRPOConfig) -> JsonClient:
+    """Requests to the run's server.
+
+    Raises:
+        UserError: its address is none, or it needs a key and there is none.
+    """
+    address = server_address(config)
+    client = JsonClient(address)
+    client.key = server_key(urlsplit(address).hostname)
+    return client
 
 
 def free_memory(device: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 import secrets
 import tempfile
 import time
@@ -13,22 +14,27 @@ from typing import Any
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, one_line
+from grpo_fast.errors import UserError, one_line, printable, say
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
-from grpo_fast.rollout.json_client import JsonClient, ServerError
+from grpo_fast.rollout.json_client import KeyRefused, ServerError
 from grpo_fast.rollout.vllm_common import (
     model_length,
     prompt_seeds,
     response,
     sampling_arguments,
-    server_address,
+    server_client,
 )
+from grpo_fast.rollout.vllm_guard import KEY_VARIABLE
 from grpo_fast.rollout.vllm_worker import WORKER_EXTENSION
 from grpo_fast.rollout.weights import write_weights
 
 START = "start one with: grpo-fast serve CONFIG.yaml"
 # Seconds that the server may take to read new weights.
 LOAD_TIMEOUT = 1800.0
+# Seconds in which at least one of the prompts under way must be answered: so many, and so many for each token.
+PATIENCE, PATIENCE_PER_TOKEN = 3600.0, 1.0
+# Bytes of an answer: so many, and so many for each token, with its log-probability. (vLLM 0.32 takes about 150.)
+ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 1 << 10
 
 
 class VLLMServer(Rollout):
@@ -51,8 +57,9 @@ class VLLMServer(Rollout):
     separate = True
 
     def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int):
-        self.client = JsonClient(server_address(config))
+        self.client = server_client(config)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.run = secrets.token_hex(8)
         self.syncs = 0
         self.version: str | None = None
@@ -74,13 +81,18 @@ class VLLMServer(Rollout):
         Raises:
             UserError: the server does not answer any more, answers nonsense, or has other weights than this run's.
         """
-        arguments = sampling_arguments(sampling, self.eos_token_ids)
+        arguments, longest = sampling_arguments(sampling, self.eos_token_ids), sampling.max_completion_length
         bodies = [
             {"token_ids": ids, "sampling_params": {**arguments, "seed": seed}}
             for ids, seed in zip(prompt_ids, prompt_seeds(sampling, len(prompt_ids)), strict=True)
         ]
         try:
-            answers = self.client.post_all("/inference/v1/generate", bodies)
+            answers = self.client.post_all(
+                "/inference/v1/generate",
+                bodies,
+                PATIENCE + PATIENCE_PER_TOKEN * longest,
+                [ANSWER_BYTES + TOKEN_BYTES * (len(ids) + sampling.num_generations * longest) for ids in prompt_ids],
+            )
         except ServerError as error:
             raise self._gone(error) from None
         return [completion for answer in answers for completion in self._completions(answer, sampling)]
@@ -128,7 +140,8 @@ class VLLMServer(Rollout):
     def _reset_prefix_cache(self) -> None:
         """Keys and values of prompts that were seen before belong to the old weights."""
         for _ in range(10):
-            if (self._post("/reset_prefix_cache", {}) or {}).get("success"):
+            answer = self._post("/reset_prefix_cache", {})
+            if isinstance(answer, dict) and answer.get("success") is True:
                 return
             # Blocks of a request that has just ended may still be held.
             time.sleep(0.2)
@@ -145,20 +158,22 @@ class VLLMServer(Rollout):
             raise self._gone(error) from None
 
     def _completions(self, answer: Any, sampling: Sampling) -> Iterator[Response]:
+        longest = sampling.max_completion_length
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if len(choices) != sampling.num_generations:
-                raise ValueError(f"{len(choices)} completions instead of {sampling.num_generations}")
+            if [choice["index"] for choice in choices] != list(range(sampling.num_generations)):
+                raise ValueError(f"{len(choices)} completions instead of {sampling.num_generations}, by their numbers")
             for choice in choices:
                 ids = choice["token_ids"]
                 content = choice["logprobs"]["content"]
                 if [each["token_id"] for each in content] != ids:
                     raise ValueError("log-probabilities of other tokens")
                 self._check_version({span["version"] for span in choice["weight_versions"]})
-                yield response(ids, [float(each["logprob"]) for each in content], choice["finish_reason"])
+                logprobs = [each["logprob"] for each in content]
+                yield response(ids, logprobs, choice["finish_reason"], self.vocab_size, longest)
         except UserError:
             raise
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"the vLLM server at {self.client.base_url} answered something else than completions "
                 f"({type(error).__name__}: {one_line(error, 80)})"
@@ -177,6 +192,8 @@ class VLLMServer(Rollout):
             try:
                 self.client.request("GET", "/health", timeout=10.0, retries=())
                 return
+            except KeyRefused as error:
+                raise self._gone(error) from None
             except ServerError as error:
                 if time.monotonic() >= end:
                     raise UserError(
@@ -184,7 +201,7 @@ class VLLMServer(Rollout):
                         f"({error}); {START}"
                     ) from None
             if attempt == 0:
-                print(f"waiting up to {timeout:g} s for a vLLM server at {self.client.base_url} ...", flush=True)
+                say(f"waiting up to {timeout:g} s for a vLLM server at {self.client.base_url} ...")
             time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
 
     def _check_options(self, length: int) -> None:
@@ -197,7 +214,9 @@ class VLLMServer(Rollout):
                 "--logprobs-mode": model["logprobs_mode"],
             }
             longest = int(model["max_model_len"])
-        except (ServerError, TypeError, KeyError, ValueError) as error:
+        except KeyRefused as error:
+            raise self._gone(error) from None
+        except (ServerError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise UserError(
                 f"the server at {self.client.base_url} does not tell its options ({one_line(error)}): it is no vLLM "
                 f"server, or was started without VLLM_SERVER_DEV_MODE=1; {START}"
@@ -206,7 +225,7 @@ class VLLMServer(Rollout):
         for option, value in wanted.items():
             if found[option] != value:
                 raise UserError(
-                    f"the vLLM server at {self.client.base_url} was started with {option} {found[option] or '(none)'}, "
+                    f"the vLLM server at {self.client.base_url} was started with {option} {_text(found[option])}, "
                     f"but needs {value}; {START}"
                 )
         if longest < length:
@@ -216,7 +235,17 @@ class VLLMServer(Rollout):
             )
 
     def _gone(self, error: Exception) -> UserError:
+        if isinstance(error, KeyRefused):
+            sent = f"the key in {KEY_VARIABLE}" if self.client.key else f"requests without {KEY_VARIABLE}"
+            return UserError(
+                f"the vLLM server at {self.client.base_url} refuses {sent}: set {KEY_VARIABLE} to the value that the "
+                "server was started with"
+            )
         return UserError(
             f"the vLLM server at {self.client.base_url} no longer answers ({one_line(error, 160)}); "
             "start it again and --resume this run"
         )
+
+
+def _text(option: Any) -> str:
+    return printable(option[:80]) or "(none)" if isinstance(option, str) else reprlib.repr(option)
