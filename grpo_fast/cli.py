@@ -31,6 +31,7 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
+  grpo-fast doctor                            which kernels run on this machine, and whether their results are right
   grpo-fast --version"""
 
 # Seconds until a process that has failed is sure that the first one has not.
@@ -39,7 +40,10 @@ FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input, 130 when interrupted."""
+    """Entry point; returns the exit status.
+
+    0, 1 if a plan does not fit or a kernel is wrong, 2 for wrong input, 130 when interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -325,6 +329,18 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Check the kernels on this machine; returns 1 where a result is wrong."""
+    if {"--help", "-h"} & set(argv):
+        print("usage: grpo-fast doctor\n\nWhich kernels run on this machine, and whether their results are right.")
+        return 0
+    if argv:
+        raise UserError(f"grpo-fast doctor takes no arguments, not {' '.join(argv)!r}")
+    from grpo_kernels.doctor import main as check
+
+    return check()
+
+
 def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str | None, list[str]]:
     """The value of an option of the command's own, and the arguments without it."""
     value, rest = default, []
@@ -339,7 +355,15 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
     return value, rest
 
 
-COMMANDS = {"train": train, "plan": plan, "serve": serve, "eval": evaluate, "report": report, "compare": compare}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "serve": serve,
+    "eval": evaluate,
+    "report": report,
+    "compare": compare,
+    "doctor": doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

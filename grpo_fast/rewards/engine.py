@@ -17,7 +17,7 @@ from grpo_fast.errors import UserError, one_line
 from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 from grpo_fast.rewards.base import RewardFunction, text_of
 from grpo_fast.rewards.calls import Outcome, call, failed
-from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.rewards.pool import WorkerPool, check_workers
 from grpo_fast.rewards.registry import load_reward
 
 # What the trainer passes by name beside the data's own columns.
@@ -78,6 +78,8 @@ class RewardModel:
                     f"reward_funcs: {name}({judge}) needs {judge!r} among the functions (a weight of 0 keeps it out of "
                     f"the sum); they are {', '.join(self.names)}"
                 )
+            if hasattr(function, "isolated"):
+                check_workers(name)
             check = getattr(function, "check", None)
             if check is not None:
                 check()
