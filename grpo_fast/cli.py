@@ -37,6 +37,7 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
+  grpo-fast doctor                            which kernels run on this machine, and whether their results are right
   grpo-fast --version"""
 
 # The signal's number everywhere; Windows has no name for it.
@@ -49,8 +50,8 @@ FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
-    Returns the exit status: 0, 1 if a plan does not fit, 2 for wrong input or output that cannot be written, 130 when
-    interrupted, 141 where nobody reads the output.
+    Returns the exit status: 0, 1 if a plan does not fit or a kernel is wrong, 2 for wrong input or output that cannot
+    be written, 130 when interrupted, 141 where nobody reads the output.
     """
     open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -409,6 +410,18 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def doctor(argv: Sequence[str]) -> int:
+    """Check the kernels on this machine; returns 1 where a result is wrong."""
+    if {"--help", "-h"} & set(argv):
+        print("usage: grpo-fast doctor\n\nWhich kernels run on this machine, and whether their results are right.")
+        return 0
+    if argv:
+        raise UserError(f"grpo-fast doctor takes no arguments, not {' '.join(argv)!r}")
+    from grpo_kernels.doctor import main as check
+
+    return check()
+
+
 def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str | None, list[str]]:
     """The value of an option of the command's own, and the arguments without it."""
     value, rest = default, []
@@ -425,7 +438,15 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
 
 # Their output may break off; a pipe that breaks in them is another one.
 LASTING = ("train", "eval")
-COMMANDS = {"train": train, "plan": plan, "serve": serve, "eval": evaluate, "report": report, "compare": compare}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "serve": serve,
+    "eval": evaluate,
+    "report": report,
+    "compare": compare,
+    "doctor": doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,6 +37,9 @@ class EvalProgress:
     def __exit__(self, *_) -> None:
         self.bar.stop()
 
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", soft_wrap=True, style="yellow")
+
     def update(self, lines: list[dict[str, Any]]) -> None:
         """Show what the lines of ``samples.jsonl`` hold so far."""
         done = lines[-1]["index"] + 1 if lines else 0

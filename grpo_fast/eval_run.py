@@ -172,6 +172,8 @@ class EvalRun:
         title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
         progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
         with progress, LinesFile(self.folder / SAMPLES, append=True) as file:
+            if self.rollout.warning:
+                progress.warn(self.rollout.warning)
             try:
                 progress.update(lines)
                 while len(lines) < len(self.prompts) * count:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import shutil
 import sys
 import zlib
@@ -110,9 +109,19 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"memory/peak_allocated_gib": peak / 2**30}
+    return {"memory/peak_rss_gib": _peak_rss() / 2**30}
+
+
+def _peak_rss() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     # In KiB, but on a Mac in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def json_ready(content: Any) -> Any:

@@ -25,6 +25,7 @@ from grpo_fast.memory_plan import (
 from grpo_fast.memory_switches import longest_with_all, smallest_remedy, switches
 from grpo_fast.memory_trace import Tracer
 from grpo_fast.models import BUILT_IN, adapter_fields, base_config, max_positions
+from grpo_fast.rollout.transformers import not_continuous, padded_warning
 
 WIDTH = 100
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
@@ -102,7 +103,7 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Termi
         f"Fullest moment {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB: {_gib(vram)} GiB less "
         f"{_gib(CONTEXT_BYTES)} for the CUDA context and {FRAGMENTATION:.0%} for fragmentation (assumed)."
     )
-    _notes(console, config, model_config, prompt_tokens)
+    _notes(console, config, tracer, prompt_tokens)
     if longest:
         console.print(f"Longest answer that fits with these settings: {longest:,} tokens.")
     useful = switches(config, tracer, vram, prompt_tokens)
@@ -140,10 +141,13 @@ def _parts(plan: MemoryPlan) -> Table:
     return table
 
 
-def _notes(console: Terminal, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
-    """What `train` would refuse."""
+def _notes(console: Terminal, config: GRPOConfig, tracer: Tracer, prompt_tokens: int) -> None:
+    """What `train` would refuse or warn about, and what of the plan may surprise."""
     sequence = prompt_tokens + config.max_completion_length
-    positions = max_positions(model_config)
+    positions = max_positions(tracer.model_config)
+    model = tracer.model(config)
+    if not config.use_vllm and (reason := not_continuous(model)):
+        console.print(f"{padded_warning(model, reason)}.")
     if sequence > config.max_tokens_per_microbatch:
         console.print(
             f"A microbatch holds whole sequences: train needs max_tokens_per_microbatch={sequence} or more, not "

@@ -191,6 +191,8 @@ class GRPOTrainer:
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
         lines = LinesFile(folder / "metrics.jsonl", append=True, checksums=True)
         with progress, trackers, closing(self.rollout), lines as metrics_file:
+            if self.rollout.engine.warning:
+                progress.warn(self.rollout.engine.warning)
             if self.step:
                 progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}{self.changed_learning_rate()}")
                 progress.started(self.before)

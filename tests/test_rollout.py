@@ -1,7 +1,9 @@
+import inspect
 import itertools
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -13,10 +15,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from grpo_fast.cli import main
 from grpo_fast.errors import UserError
 from grpo_fast.models import digit_tokenizer
 from grpo_fast.rollout import Sampling, TransformersRollout, decode
-from grpo_fast.rollout.transformers import continuous
+from grpo_fast.rollout.rows import cache_argument
+from grpo_fast.rollout.transformers import continuous, not_continuous
 from tiny import VOCAB, tiny_model
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8], [5, 9, 12, 2]]
@@ -108,6 +112,88 @@ def test_rows_that_come_and_go_change_nothing(name, max_tokens, monkeypatch):
         expected = [greedy(model, prompt, 24, sampler.eos_token_ids) for prompt in PROMPTS]
     assert len(set(map(len, expected))) > 2
     assert [r.token_ids for r in responses] == [tokens for tokens in expected for _ in range(3)]
+
+
+def renamed(kind, name, own):
+    """A model class whose forward calls its cache `name`, whatever this version of transformers calls it (`own`)."""
+
+    class Renamed(kind):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **named):
+            if name in named:
+                named[own] = named.pop(name)
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **named)
+
+    arguments = inspect.signature(kind.forward).parameters.values()
+    arguments = [argument.replace(name=name if argument.name == own else argument.name) for argument in arguments]
+    Renamed.forward.__signature__ = inspect.Signature(arguments)
+    return Renamed
+
+
+@pytest.mark.filterwarnings("error:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_sampling_with_either_name_of_the_cache(name, decoders):
+    sampler, model = rollout()
+    sampling = Sampling(3, 12, temperature=0.0)
+    expected = sampler.generate(PROMPTS, sampling)
+    for module in (model, model.model):
+        module.__class__ = renamed(type(module), name, cache_argument(module))
+        assert cache_argument(module) == name
+    assert TransformersRollout(model, sampler.tokenizer, 100_000).warning == ""
+    assert sampler.generate(PROMPTS, sampling) == expected
+    assert len(decoders) == 2
+
+
+def test_cache_argument_behind_a_wrapper_that_names_none():
+    _, model = rollout()
+    expected, forward = cache_argument(model), model.forward
+    assert expected in ("cache", "past_key_values")
+    model.forward = lambda *arguments, **named: forward(*arguments, **named)
+    assert cache_argument(model) == expected
+    assert cache_argument(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama", None),
+        ("phi3", "its own prepare_inputs_for_generation"),
+        ("lfm2", "layers other than full and sliding"),
+    ],
+)
+def test_a_model_that_needs_padded_batches_is_named(name, reason):
+    config_class, overrides = {**MODELS, **PADDED}[name]
+    sampler, model = rollout(config_class=config_class, **overrides)
+    assert bool(reason) == bool(sampler.warning)
+    if reason:
+        assert reason in sampler.warning
+        assert sampler.warning.startswith(f"{type(model).__name__} is sampled in padded batches")
+
+
+def test_a_forward_without_positions_is_not_continuous():
+    _, model = rollout()
+    model.forward = lambda input_ids, attention_mask, cache=None: None
+    assert not_continuous(model) == "the forward of LlamaForCausalLM does not take position_ids"
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "plan"])
+def test_a_run_says_once_that_its_model_needs_padded_batches(command, tmp_path, capsys):
+    tokenizer = digit_tokenizer()
+    model = tiny_model(torch.float32, Phi3Config, vocab_size=len(tokenizer), max_position_embeddings=64)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    fields = {
+        "model_name_or_path": tmp_path / "model", "dataset_name": "sort_digits", "reward_funcs": "[exact_answer]",
+        "dataset_kwargs": "{length: 2, test_size: 4}", "generation_batch_size": 8, "num_generations": 4,
+        "max_completion_length": 3, "max_steps": 2, "use_cpu": "true",
+    }  # fmt: skip
+    if command != "plan":
+        fields["output_dir" if command == "train" else "output"] = tmp_path / "run"
+    else:
+        fields["vram"] = "24GiB"
+    assert main([command, *(f"--{name}={value}" for name, value in fields.items())]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("Phi3ForCausalLM is sampled in padded batches") == 1
 
 
 def test_a_finished_sequence_costs_nothing_further(decoders, reserved):

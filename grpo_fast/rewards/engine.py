@@ -25,7 +25,7 @@ from grpo_fast.rewards.columns import (
     chosen,
     unreachable,
 )
-from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.rewards.pool import WorkerPool, check_workers
 from grpo_fast.rewards.registry import load_reward, metric_names
 
 
@@ -80,6 +80,8 @@ class RewardModel:
                     f"reward_funcs: {name}({judge}) needs {judge!r} among the functions (a weight of 0 keeps it out of "
                     f"the sum); they are {', '.join(self.names)}"
                 )
+            if hasattr(function, "isolated"):
+                check_workers(name)
             check = getattr(function, "check", None)
             if check is not None:
                 check()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -13,13 +15,26 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
-from grpo_fast.errors import one_line
+from grpo_fast.errors import UserError, one_line
 from grpo_fast.rewards.calls import Outcome
 
 # Seconds in which a worker must have imported a function; the limit of a sample counts from then on.
 START_LIMIT = 120.0
 MOST_WORKERS = 8
 LONGEST_REPLY = 1 << 20
+
+
+def check_workers(name: str) -> None:
+    """Refuse a reward function that runs in workers where their time and memory cannot be limited.
+
+    Raises:
+        UserError: this is neither Linux nor macOS.
+    """
+    if importlib.util.find_spec("resource") is None:
+        raise UserError(
+            f"reward_funcs: {name} runs in a process of its own, with limits that only Linux and macOS have, not "
+            f"{platform.system()}; run it there (on Windows, under WSL), or use a function without @isolated()"
+        )
 
 
 class Worker:

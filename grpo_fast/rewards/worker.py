@@ -1,11 +1,13 @@
-"""A process that scores one sample at a time for `WorkerPool`, which kills it when a sample takes too long."""
+"""A process that scores one sample at a time for `WorkerPool`, which kills it when a sample takes too long.
+
+Its limits need Linux or macOS: `pool.check_workers` refuses other systems before one is started.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
-import resource
 import sys
 from multiprocessing.connection import Connection
 
@@ -26,6 +28,8 @@ def score(function, arguments: dict[str, list], timeout: float) -> Outcome:
 
 def serve(connection: Connection) -> None:
     """Answer each (function's name, arguments of one sample, timeout) twice: when it starts, and with its outcome."""
+    import resource
+
     functions = {}
     while True:
         try:
@@ -37,7 +41,7 @@ def serve(connection: Connection) -> None:
             if functions[name].prepare:
                 functions[name].prepare()
         spent = resource.getrusage(resource.RUSAGE_SELF)
-        _limit(resource.RLIMIT_CPU, math.ceil(spent.ru_utime + spent.ru_stime + timeout + GRACE))
+        _limit("RLIMIT_CPU", math.ceil(spent.ru_utime + spent.ru_stime + timeout + GRACE))
         connection.send_bytes(b"started")
         outcome = score(functions[name], arguments, timeout)
         try:
@@ -47,11 +51,14 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(reply.encode())
 
 
-def _limit(kind: int, value: int) -> None:
+def _limit(name: str, value: int) -> None:
+    import resource
+
+    kind = getattr(resource, name)
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 if __name__ == "__main__":
-    _limit(resource.RLIMIT_DATA, MEMORY)
+    _limit("RLIMIT_DATA", MEMORY)
     serve(Connection(int(sys.argv[1])))

@@ -68,10 +68,12 @@ class Rollout(Protocol):
     Attributes:
         copies_weights: it samples from weights of its own, which `sync` renews.
         separate: it has a process, or a machine, of its own, so that it can sample beside an update.
+        warning: what a user should know about the way it samples this model; a run says it once.
     """
 
     copies_weights: bool = False
     separate: bool = False
+    warning: str = ""
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         """Sample one token, so that what cannot work fails before anything long begins.

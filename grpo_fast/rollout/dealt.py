@@ -32,7 +32,9 @@ class DealtRollout(Rollout):
         self.engine: Rollout | None = None
         self.group = distributed.new_group()
         self._each(lambda: setattr(self, "engine", build()))
-        self.copies_weights = distributed.on_main(lambda: self.engine.copies_weights)
+        self.copies_weights, self.warning = distributed.on_main(
+            lambda: (self.engine.copies_weights, self.engine.warning)
+        )
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         with self.gathered():

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Response
-from grpo_fast.rollout.rows import RowsCache, plain_layers
+from grpo_fast.rollout.rows import RowsCache, cache_argument, plain_layers
 
 Filters = Callable[[int], Callable[[Tensor, Tensor], Tensor]]
 
@@ -69,6 +69,7 @@ class Decoder:
         self.max_rows = max(STEP_LOGITS // vocab, 1)
         self.chunk_rows = max(CHUNK_LOGITS // vocab, 1)
         self.cache = RowsCache(plain_layers(model.config))
+        self.cache_name, self.prompt_cache_name = cache_argument(model), cache_argument(model.base_model)
         self.live: list[Sequence] = []
         self.width = self.columns = self.most = 0
         self.steps = self.rows_computed = 0
@@ -142,7 +143,7 @@ class Decoder:
             part = slice(first, first + columns)
             self.model.base_model(
                 input_ids=ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part],
-                past_key_values=cache, use_cache=True,
+                use_cache=True, **{self.prompt_cache_name: cache},
             )  # fmt: skip
         return cache
 
@@ -188,7 +189,7 @@ class Decoder:
         if min(lengths) < self.width:
             mask = (torch.arange(self.width + 1, device=self.device) >= self.width - positions).long()
         logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{self.cache_name: self.cache}
         ).logits[:, -1]
         self.width += 1
         self.steps += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -120,6 +122,25 @@ class RowsCache(Cache):
     def move(self, places: Tensor, sources: Tensor, rows: int, width: int) -> None:
         for layer in self.layers:
             layer.move(places, sources, rows, width)
+
+
+def forward_arguments(module: nn.Module) -> list[str]:
+    """The arguments that the module's `forward` names: its class's, where a wrapper around this one's names none."""
+    for forward in (module.forward, type(module).forward):
+        parameters = inspect.signature(forward).parameters.values()
+        names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if names:
+            return names
+    return []
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """What the module's `forward` calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+
+    None where it takes neither.
+    """
+    names = forward_arguments(module)
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def plain_layers(config) -> list[DynamicLayer] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, Logits
 from grpo_fast.errors import UserError, nearest, one_line
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.decode import Decoder, not_finite
-from grpo_fast.rollout.rows import plain_layers
+from grpo_fast.rollout.rows import cache_argument, forward_arguments, plain_layers
 
 # What may change the sampled distribution besides temperature, top_p, top_k and min_p; and whether it depends on the
 # tokens before.
@@ -49,6 +48,8 @@ class TransformersRollout(Rollout):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.eos_token_ids = eos_token_ids(model, tokenizer)
+        if reason := not_continuous(model):
+            self.warning = padded_warning(model, reason)
 
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
@@ -129,8 +130,8 @@ class TransformersRollout(Rollout):
             mask[line, width - len(prompt) :] = 1
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         arguments = {}
-        if repeats > 1 and width > 1 and plain_layers(self.model.config):
-            arguments["past_key_values"] = self._prompt_cache(ids[:, :-1], mask[:, :-1], repeats)
+        if repeats > 1 and width > 1 and plain_layers(self.model.config) and (name := cache_argument(self.model)):
+            arguments[name] = self._prompt_cache(ids[:, :-1], mask[:, :-1], repeats)
         recorder = Recorder()
         try:
             output = self.model.generate(
@@ -148,8 +149,9 @@ class TransformersRollout(Rollout):
         """Keys and values of the prompts but for their last token, computed once and repeated for each completion."""
         cached = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cached, use_cache=True
+        body = self.model.base_model
+        body(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_argument(body): cached}
         )
         cached.batch_repeat_interleave(repeats)
         return cached
@@ -187,11 +189,27 @@ class TransformersRollout(Rollout):
 
 def continuous(model: nn.Module) -> bool:
     """Whether rows can leave and join the model's cache, and a step needs no more than tokens and positions."""
-    parameters = inspect.signature(model.forward).parameters
+    return not_continuous(model) is None
+
+
+def not_continuous(model: nn.Module) -> str | None:
+    """Why continuous batching cannot sample the model, as the end of "because ..."; None where it can."""
+    for module in (model, model.base_model):
+        missing = [name for name in ("position_ids", "attention_mask") if name not in forward_arguments(module)]
+        missing += [] if cache_argument(module) else ["cache"]
+        if missing:
+            return f"the forward of {type(module).__name__} does not take {', '.join(missing)}"
+    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        return "it has its own prepare_inputs_for_generation"
+    if plain_layers(model.config) is None:
+        return "its cache has layers other than full and sliding-window attention"
+    return None
+
+
+def padded_warning(model: nn.Module, reason: str) -> str:
     return (
-        type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-        and {"position_ids", "attention_mask", "past_key_values"} <= parameters.keys()
-        and plain_layers(model.config) is not None
+        f"{type(model).__name__} is sampled in padded batches, each of which runs to its longest completion, and not "
+        f"with continuous batching, because {reason}; use_vllm may be faster"
     )
 
 
