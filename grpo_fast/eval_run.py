@@ -81,11 +81,16 @@ class EvalRun:
         self.folder = choose_folder(config, options)
         check_engine(config)
         self.rewards = RewardModel(
-            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
+            config.reward_funcs,
+            config.reward_weights,
+            config.reward_timeout,
+            config.on_reward_error,
+            config.code_isolation,
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
         _, self.rows = load_rows(config)
         self.rewards.check_columns(name for name in self.rows[0] if name != "prompt")
+        self.rewards.check_rows(self.rows, "held-out data")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         model, self.tokenizer = load_trained(config)
@@ -140,6 +145,8 @@ class EvalRun:
         how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
         title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
         progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
+        for note in self.rewards.notes:
+            progress.console.print(note, soft_wrap=True)
         with progress, LinesFile(self.folder / SAMPLES, append=True) as file:
             try:
                 progress.update(lines)

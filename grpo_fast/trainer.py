@@ -71,13 +71,18 @@ class GRPOTrainer:
         self.run_folder, found = on_main(partial(choose_run_folder, config))
         self.objective = config.objective()
         self.rewards = RewardModel(
-            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
+            config.reward_funcs,
+            config.reward_weights,
+            config.reward_timeout,
+            config.on_reward_error,
+            config.code_isolation,
         )
         self.metric = self.rewards.index(config.eval_metric)
         self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
         self.train_rows, self.eval_rows = load_rows(config)
-        for rows in (self.train_rows, self.eval_rows):
+        for rows, source in ((self.train_rows, "training data"), (self.eval_rows, "held-out data")):
             self.rewards.check_columns(name for name in rows[0] if name != "prompt")
+            self.rewards.check_rows(rows, source)
 
         trackers = tracker_arguments(config, self.run_folder)
         self.accelerator = Accelerator(
@@ -143,6 +148,8 @@ class GRPOTrainer:
         history = on_main(self.open_folder)
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
         self.rewards.warn = progress.warn
+        for note in self.rewards.notes:
+            progress.note(note)
         trackers = Trackers(self.accelerator, config, folder, progress.warn)
         lines = LinesFile(folder / "metrics.jsonl", append=True)
         with progress, trackers, closing(self.rollout), lines as metrics_file:
