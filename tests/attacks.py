@@ -16,10 +16,11 @@ try:
     _libc = ctypes.CDLL(None, use_errno=True)
 except OSError:
     pass
-def call(number, *arguments):
+def call(number, *arguments, fault=False):
     # The numbers of x86-64 below 424; later ones are everywhere the same.
     result = _libc.syscall(number, *arguments)
-    if result < 0:
+    # A wrong address is found only where the call is allowed.
+    if result < 0 and not (fault and ctypes.get_errno() == 14):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 """
@@ -33,12 +34,14 @@ PROCESSES = {
     "a signal to the parent": "os.kill(os.getppid() or VICTIM, 0)",
     "tgkill": "call(234, VICTIM, VICTIM, 9)",
     "tkill": "call(200, VICTIM, 9)",
-    "rt_sigqueueinfo": "info = ctypes.create_string_buffer(128)\ninfo[8] = 255\ncall(129, VICTIM, 10, info)",
+    "rt_sigqueueinfo": "info = ctypes.create_string_buffer(128)\n"
+    "info[8:12] = bytes([255] * 4)\ncall(129, VICTIM, 10, info)",
     "pidfd": "signal.pidfd_send_signal(os.pidfd_open(VICTIM), signal.SIGKILL)",
     "pidfd_getfd": "call(438, os.pidfd_open(VICTIM), 1, 0)",
     "a pipe's owner": "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 10, signal.SIGKILL)\n"
     "fcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')",
-    "a socket's owner": "import fcntl, struct\na, b = socket.socketpair()\nfcntl.ioctl(a, 0x8901, struct.pack('i', VICTIM))",
+    "a socket's owner": "import fcntl, struct\na, b = socket.socketpair()\n"
+    "fcntl.ioctl(a, 0x8901, struct.pack('i', VICTIM))",
     "prlimit of files": "resource.prlimit(VICTIM, resource.RLIMIT_NOFILE, (3, 3))",
     "prlimit of CPU time": "resource.prlimit(VICTIM, resource.RLIMIT_CPU, (1, 1))",
     "reading limits": "resource.prlimit(VICTIM, resource.RLIMIT_CPU)",
@@ -51,10 +54,10 @@ PROCESSES = {
     "ptrace, seized": "call(101, 0x4206, VICTIM, 0, 0)",
     "process_vm_readv": "buffer = ctypes.create_string_buffer(8)\n"
     "local = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), 8)\n"
-    "remote = (ctypes.c_uint64 * 2)(id(None), 8)\ncall(310, VICTIM, local, 1, remote, 1, 0)",
+    "remote = (ctypes.c_uint64 * 2)(id(None), 8)\ncall(310, VICTIM, local, 1, remote, 1, 0, fault=True)",
     "process_vm_writev": "buffer = ctypes.create_string_buffer(8)\n"
     "local = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), 8)\n"
-    "remote = (ctypes.c_uint64 * 2)(id(None), 8)\ncall(311, VICTIM, local, 1, remote, 1, 0)",
+    "remote = (ctypes.c_uint64 * 2)(id(None), 8)\ncall(311, VICTIM, local, 1, remote, 1, 0, fault=True)",
     "process_madvise": "call(440, os.pidfd_open(VICTIM), 0, 0, 20, 0)",
     "move_pages": "call(279, VICTIM, 0, 0, 0, 0, 0)",
     "migrate_pages": "mask = ctypes.c_uint64(1)\ncall(256, VICTIM, 8, ctypes.byref(mask), ctypes.byref(mask))",
@@ -160,7 +163,8 @@ RESOURCES = {
     "two gigabytes, slowly": "x = []\nwhile len(x) < 2048:\n    x.append(bytearray(1 << 20))",
     "shared memory": "import mmap\nx = [mmap.mmap(-1, 1 << 28) for _ in range(6)]",
     "memfd": "file = os.memfd_create('x')\nfor _ in range(8):\n    os.write(file, bytes(1 << 20))",
-    "many memfds": "x = []\nfor n in range(40):\n    x.append(os.memfd_create('x'))\n    os.write(x[-1], bytes(9 << 20))",
+    "many memfds": "x = []\nfor n in range(40):\n    x.append(os.memfd_create('x'))\n"
+    "    os.write(x[-1], bytes(9 << 20))",
     "System V shared memory": "call(29, 0, 1 << 26, 0o1600)",
     "System V messages": "call(68, 0, 0o1600)",
     "System V semaphores": "call(64, 0, 1, 0o1600)",
@@ -203,7 +207,7 @@ HARM = {
 WITHOUT_FILTER = [
     *(f"programs: {name}" for name in PROGRAMS if name not in ("vfork", "clone3")),
     *(f"network: {name}" for name in ("a connection", "a datagram", "a server")),
-    *(f"files: {name}" for name in FILES),
+    *(f"files: {name}" for name in FILES if name not in ("a file's mode", "a file's times")),
     *(f"processes: {name}" for name in ("kill", "signal 0", "own environment", "environment", "oom_score_adj")),
     *(
         f"resources: {name}"
@@ -229,9 +233,9 @@ _EVERYTHING = (
 )
 _READ_ALL = (
     "import gc, sys\ndef square(x):\n    texts = []\n    frame = sys._getframe()\n    while frame:\n"
-    "        texts += [frame.f_code.co_filename, *map(str, frame.f_code.co_consts), *map(str, frame.f_locals.values()),\n"
+    "        texts += [*map(str, frame.f_code.co_consts), *map(str, frame.f_locals.values()),\n"
     "                  *map(str, frame.f_globals.values())]\n        frame = frame.f_back\n"
-    "    texts += [o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) for o in map(repr, [o])][:100000]\n"
+    "    texts += [o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) for o in [repr(o)]][:10**5]\n"
     "    text = ' '.join(texts)\n"
 )
 CHEATS = {

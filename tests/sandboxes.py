@@ -94,8 +94,6 @@ def harmful(programs: dict[str, str], run: Callable[[str], bool]) -> list[str]:
     place = Path(tempfile.mkdtemp(prefix="outside-", dir="/tmp"))
     place.chmod(0o777)
     secret = place / "secret"
-    secret.write_text("secret")
-    secret.chmod(0o666)
     servers = [socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)]
     port = servers[0].getsockname()[1]
     servers[1].bind(("127.0.0.1", port))
@@ -110,26 +108,27 @@ def harmful(programs: dict[str, str], run: Callable[[str], bool]) -> list[str]:
             servers[-1].listen()
         if name[0] != "\0":
             os.chmod(name, 0o777)
-    victim = subprocess.Popen(["sleep", "1000"])
-    known = f"VICTIM, SECRET, PLACE, PORT = {victim.pid}, {str(secret)!r}, {str(place)!r}, {port}\n"
-    before, files = settings(victim.pid), sorted(os.listdir(place))
-    found = []
+    victim, found = None, []
     for name, program in programs.items():
+        if victim is None:
+            victim = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            secret.write_text("secret")
+            secret.chmod(0o666)
+            known = f"VICTIM, SECRET, PLACE, PORT = {victim.pid}, {str(secret)!r}, {str(place)!r}, {port}\n"
+            before = settings(victim.pid), contents(place)
         passed = run(f"{PROLOGUE}{known}{program}\ndef done(): return True\n")
-        unharmed = victim.poll() is None and settings(victim.pid) == before and secret.read_text() == "secret"
-        if passed or not unharmed or sorted(os.listdir(place)) != files:
+        unharmed = victim.poll() is None and (settings(victim.pid), contents(place)) == before
+        if passed or not unharmed:
             found.append(name if passed else f"{name} (unnoticed)")
         if not unharmed:
             victim.kill()
             victim.wait()
-            victim = subprocess.Popen(["sleep", "1000"])
-            known = f"VICTIM, SECRET, PLACE, PORT = {victim.pid}, {str(secret)!r}, {str(place)!r}, {port}\n"
-            before = settings(victim.pid)
-            secret.write_text("secret")
-        for left in set(os.listdir(place)) - set(files):
-            subprocess.run(["rm", "-rf", str(place / left)], check=True)
-    victim.kill()
-    victim.wait()
+            victim = None
+            for left in set(os.listdir(place)) - {"secret", "socket", "datagrams"}:
+                subprocess.run(["rm", "-rf", str(place / left)], check=True)
+    if victim:
+        victim.kill()
+        victim.wait()
     for server in servers:
         server.close()
     shutil.rmtree(place)
@@ -145,3 +144,7 @@ def settings(process: int) -> list:
         return [limits, sorted(affinity), os.getpriority(os.PRIO_PROCESS, process), scheduler, adjustment]
     except ProcessLookupError:
         return []
+
+
+def contents(place: Path) -> list:
+    return sorted((path.name, path.stat().st_mode, path.stat().st_size) for path in place.iterdir())

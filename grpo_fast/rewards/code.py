@@ -113,7 +113,9 @@ def _names(code: str) -> tuple[set[str], set[str]]:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 top.add(name)
             case ast.Assign() | ast.AnnAssign():
-                top |= {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+                top |= {
+                    one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+                }
             case ast.Import() | ast.ImportFrom():
                 top |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
     return top, used - bound - set(dir(builtins))
@@ -160,7 +162,7 @@ def read_tests(value: Any) -> Tests:
         place = f", line {error.lineno}" * bool(getattr(error, "lineno", None))
         raise ValueError(f"are no valid Python: {getattr(error, 'msg', error)}{place}") from None
     names = _names(code)[1]
-    if tree.body and not names:
+    if not names and (tree.body or not cases):
         defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         hint = f"; {defined[0]}() is defined but not called with a function of the program" if defined else ""
         raise ValueError(f"call nothing of the program: they use no name that they do not define{hint}")
@@ -222,9 +224,7 @@ def _check_row(row: Mapping) -> None:
 
 
 @isolated(over_limit=0.0, check=_check, check_row=_check_row)
-def unit_tests(
-    prompts, completions, tests, reward_timeout=10.0, code_isolation="available", **columns
-) -> list[float]:
+def unit_tests(prompts, completions, tests, reward_timeout=10.0, code_isolation="available", **columns) -> list[float]:
     """1 where the completion's Python passes its ``tests``, else 0.
 
     Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import marshal
 import os
 import secrets
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.rewards import sandbox
+from grpo_fast.rewards.system_calls import filter_program, numbers
 
 
 @dataclass(frozen=True)
@@ -63,42 +63,6 @@ LEVELS = (
 )
 CHOICES = ("strict", "available", "none")
 
-# The system calls of a Python program that computes, reads and writes files of its own, and has threads.
-ALLOWED = """
-    access alarm arch_prctl brk chdir chmod clock_getres clock_gettime clock_nanosleep close close_range
-    copy_file_range dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_wait eventfd2 exit exit_group
-    faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fdatasync flock fstat fstatfs fsync ftruncate futex
-    getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp getpid
-    getppid getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid
-    link linkat lseek lstat madvise membarrier mincore mkdir mkdirat mmap mprotect mremap msync munmap nanosleep
-    newfstatat open openat pause pipe pipe2 poll ppoll pread64 preadv preadv2 pselect6 pwrite64 pwritev pwritev2 read
-    readlink readlinkat readv recvfrom recvmsg rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction
-    rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigtimedwait sched_getaffinity sched_yield select
-    sendfile sendmsg sendto set_robust_list set_tid_address setitimer setrlimit setsockopt shutdown sigaltstack stat
-    statfs statx symlink symlinkat sysinfo time times truncate umask uname unlink unlinkat utime utimensat utimes write
-    writev
-""".split()
-# Their absence is what the C library expects of an older kernel; others fail with EPERM.
-ABSENT = ("clone3", "epoll_pwait2", "fchmodat2", "openat2")
-EPERM, ENOSYS = 1, 38
-_EQUAL, _MASKED = 0, 6
-_CLONE_THREAD, _AF_UNIX, _SOCK_STREAM, _SOCK_KINDS = 0x10000, 1, 1, 0xF
-# Those that are allowed with some arguments: (argument, comparison, value, mask) for each way.
-PARTLY: dict[str, list[list[tuple[int, ...]]]] = {
-    # A thread, no process; in the present namespaces.
-    "clone": [[(0, _MASKED, _CLONE_THREAD, 0x7E020080 | _CLONE_THREAD)]],
-    # Of this process itself.
-    "prlimit64": [[(0, _EQUAL, 0)]],
-    # Its name, and the names of its memory.
-    "prctl": [[(0, _EQUAL, value)] for value in (15, 16, 0x53564D41)],
-    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, locks, F_DUPFD_CLOEXEC; none that has signals sent.
-    "fcntl": [[(1, _EQUAL, value)] for value in (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)],
-    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX.
-    "ioctl": [[(1, _EQUAL, value)] for value in (0x5401, 0x5413, 0x541B, 0x5421, 0x5451, 0x5450)],
-    # Two connected ends, as event loops have; no address can be sent to.
-    "socketpair": [[(0, _EQUAL, _AF_UNIX), (1, _MASKED, _SOCK_STREAM, _SOCK_KINDS)]],
-}
-
 # Reads the modules and the setup from the standard input, and leaves the rest there.
 _START = """
 import marshal, os, sys
@@ -129,44 +93,6 @@ class Outcome(NamedTuple):
 
 
 @cache
-def filter_program() -> bytes:
-    """The filter of system calls, compiled for this processor.
-
-    Raises:
-        UserError: seccompy is missing or does not know the processor.
-    """
-    try:
-        seccompy = importlib.import_module("seccompy")
-    except ImportError:
-        raise UserError("seccompy is not installed; install it with: pip install 'grpo-fast[train]'") from None
-    built = seccompy.Filter(seccompy.Action.ERRNO | EPERM)
-    known = set(_numbers())
-    for name in known.intersection(ALLOWED):
-        built.allow(name)
-    for name in known.intersection(ABSENT):
-        built.errno(name, ENOSYS)
-    for name, ways in PARTLY.items():
-        for way in ways if name in known else ():
-            built.allow(name, args=[tuple(condition) for condition in way])
-    return built.program
-
-
-def _numbers() -> dict[str, int]:
-    """Numbers of this processor's system calls by name."""
-    syscalls = importlib.import_module("seccompy.syscalls")
-    try:
-        syscalls.audit_arch()
-    except Exception as error:
-        raise UserError(f"no filter of system calls for this processor: {one_line(error)}") from None
-    names = {*ALLOWED, *ABSENT, *PARTLY, "pivot_root"}
-    found = {}
-    for name in names:
-        with suppress(ValueError):
-            found[name] = syscalls.syscall_nr(name)
-    return found
-
-
-@cache
 def readable_paths() -> list[str]:
     """What a Python program reads: Python itself and the system's libraries; none of them lies in another."""
     wanted = {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", sys.base_prefix, sys.base_exec_prefix}
@@ -185,7 +111,10 @@ def _modules() -> list[tuple[str, bytes]]:
     """The code that runs inside, compiled: importing it there would take longer, and its files may be out of reach."""
     folder = Path(sandbox.__file__).parent
     return [
-        (f"{__package__}.{name}", compile((folder / f"{name}.py").read_bytes(), f"{name}.py", "exec", dont_inherit=True))
+        (
+            f"{__package__}.{name}",
+            compile((folder / f"{name}.py").read_bytes(), f"{name}.py", "exec", dont_inherit=True),
+        )
         for name in _MODULES
     ]
 
@@ -209,7 +138,9 @@ def _command(level: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(level: str, code: str, tests: str, cases: list[tuple[str, str]], seconds: float, explain: bool = False) -> Outcome:
+def run(
+    level: str, code: str, tests: str, cases: list[tuple[str, str]], seconds: float, explain: bool = False
+) -> Outcome:
     """Judge a program at a level.
 
     Args:
@@ -229,8 +160,8 @@ def run(level: str, code: str, tests: str, cases: list[tuple[str, str]], seconds
         "parent": 0 if level == "bubblewrap" else os.getpid(),
         "seconds": int(seconds),
         "readable": readable_paths(),
-        "filter": filter_program() if filtered else b"",
-        "pivot_root": _numbers()["pivot_root"] if filtered else 0,
+        "filter": filter_program(spaces) if filtered else b"",
+        "pivot_root": numbers()["pivot_root"] if filtered else 0,
         "processes": 0 if spaces or os.getuid() == 0 or not filtered else _processes(),
     }
     start = marshal.dumps((_modules(), setup))
@@ -382,5 +313,6 @@ def choose(code_isolation: str, obstacle: Callable[[str], str] = obstacle) -> Ch
             return Chosen(level.name, f"unit_tests: generated code runs {level.says}{better}")
         missing.append(f"{level.name} ({reason}: {level.needs})")
     raise UserError(
-        f"code_isolation={code_isolation!r}: unit_tests cannot run generated code so on this machine: {', '.join(missing)}"
+        f"code_isolation={code_isolation!r}: unit_tests cannot run generated code so on this machine: "
+        + ", ".join(missing)
     )

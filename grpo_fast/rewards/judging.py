@@ -163,10 +163,12 @@ class Program:
             file.write(text)
         files = os.open("stdin", os.O_RDONLY), os.open("stdout", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         for target, file in enumerate(files):
-            os.dup2(file, target)
-            os.close(file)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
-        sys.stdout = printed = open(1, "w", encoding="utf-8", closefd=False)
+            # A program may have closed its own.
+            if file != target:
+                os.dup2(file, target)
+                os.close(file)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stdout = printed = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         module = sys.modules["__main__"] = type(sys)("__main__")
         module.__builtins__ = builtins
         try:
@@ -213,6 +215,10 @@ class Judge:
                 return value(*others, **keywords)
             case "get" | "set" if _is_public(value, plain[0]):
                 return getattr(value, plain[0]) if operation == "get" else setattr(value, plain[0], *others)
+            case "get" if plain[0] in ("__name__", "__qualname__", "__doc__"):
+                return str(getattr(value, plain[0]))
+            case "get":
+                raise AttributeError("an object of the tests does not show this")
             case "operator" if plain[0] in _OPERATORS and plain[0] not in ("__repr__", "__str__", "__format__"):
                 return _OPERATORS[plain[0]](value, *others)
         raise PermissionError("an object of the tests does not allow this")

@@ -83,7 +83,9 @@ class WorkerPool:
     def check() -> None:
         """Raise a UserError where there are no worker processes."""
         if os.name != "posix":
-            raise UserError("rewards in worker processes, which can be stopped, need Linux or macOS; use WSL on Windows")
+            raise UserError(
+                "rewards in worker processes, which can be stopped, need Linux or macOS; use WSL on Windows"
+            )
 
     def run(
         self,

@@ -219,7 +219,7 @@ class Peer:
         return self.remotes[number]
 
     def adopt(self, number: int, kind: str, names: list):
-        """What stands for an object of the other side: a class of exceptions can be caught by it, a coroutine awaited."""
+        """What stands for an object of the other side: a class of exceptions can be caught, a coroutine awaited."""
         stub = self.remote(self, number)
         if kind == "exception":
             known = [found for name in names if (found := self.exceptions.get(name) or _builtin_exception(name))]
