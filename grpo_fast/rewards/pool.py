@@ -71,6 +71,8 @@ class Job:
 class WorkerPool:
     """As many workers as there are CPUs, up to 8, started when they are needed and kept for the next batch."""
 
+    supported = os.name == "posix"
+
     def __init__(self):
         self.idle: list[Worker] = []
         # A Mac has no affinity.
@@ -79,10 +81,9 @@ class WorkerPool:
         self.lock = threading.Lock()
         self.starter = ThreadPoolExecutor(1, "starts workers")
 
-    @staticmethod
-    def check() -> None:
+    def check(self) -> None:
         """Raise a UserError where there are no worker processes."""
-        if os.name != "posix":
+        if not self.supported:
             raise UserError(
                 "rewards in worker processes, which can be stopped, need Linux or macOS; use WSL on Windows"
             )

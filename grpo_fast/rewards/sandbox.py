@@ -7,7 +7,6 @@ of that, since every completion pays for it. See `grpo_fast.rewards.code` for wh
 import ctypes
 import marshal
 import os
-import resource
 import sys
 
 from grpo_fast.rewards.judging import judge, program
@@ -117,6 +116,9 @@ def close_standard_streams() -> None:
 
 
 def limit(setup: dict) -> None:
+    # Not above: where this file is imported, there may be none.
+    import resource
+
     limits = {
         "CPU": setup["seconds"] + 1,
         "AS": MEMORY,
