@@ -37,15 +37,11 @@ def attacks_on(level: str) -> dict[str, str]:
 @pytest.mark.parametrize("level", NAMES)
 def test_attacks_do_no_harm(user, level):
     require_level(user, level)
-    if not BY_NAME[level].holds and not has_landlock():
+    if not BY_NAME[level].holds and not isolation.has_landlock():
         pytest.skip("this kernel has no Landlock, which holds files where there are no namespaces")
     needed = HARMLESS if BY_NAME[level].filtered else {"nothing": "", "a folder": HARMLESS["a folder"]}
     assert as_user(user, harmful, needed, passes(level)) == list(needed)
     assert as_user(user, harmful, attacks_on(level), passes(level)) == []
-
-
-def has_landlock() -> bool:
-    return isolation.run("rlimits", "def done(): open('/etc/passwd')", "done()", [], 10.0).verdict == "failed"
 
 
 def test_suite_has_attacks_of_every_kind():
@@ -84,7 +80,7 @@ def test_what_never_ends_is_killed_with_all_its_processes(level, program):
     require_level("root" if os.getuid() == 0 else "ordinary", level)
     before = processes()
     start = time.monotonic()
-    assert isolation.run(level, program, "assert done()", [], 0.8).verdict is None
+    assert isolation.run(level, program, "assert done()", [], 0.8).verdict == "late"
     assert time.monotonic() - start < 10
     deadline = time.monotonic() + 10
     while left := [line for line in processes() - before if "marshal" in line or "bwrap" in line]:
@@ -129,6 +125,12 @@ def test_choose_takes_the_best_level_and_says_what_is_missing(code_isolation, ab
     assert chosen.level == level
     assert re.search(note, chosen.note), chosen.note
     assert "\n" not in chosen.note
+
+
+def test_choose_says_when_nothing_holds_files(monkeypatch):
+    monkeypatch.setattr(isolation, "has_landlock", lambda: False)
+    assert "it can read and write this user's files" in choose("none", missing()).note
+    assert "files" not in choose("strict", missing()).note
 
 
 def test_choose_strict_without_namespaces_is_refused():
@@ -177,9 +179,9 @@ def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
 def test_obstacle_finds_a_sandbox_that_holds_nothing(monkeypatch):
     weak = dict(isolation._modules())
     source = (isolation.Path(isolation.sandbox.__file__)).read_text()
-    for line in ("sys.addaudithook", " limit(setup)"):
-        assert line in source
-        source = source.replace(line, " str")
+    for call in ("sys.addaudithook(", "limit(setup)\n"):
+        assert f" {call}" in source
+        source = source.replace(f" {call}", f" str{call[call.index('(') :]}")
     weak["grpo_fast.rewards.sandbox"] = compile(source, "sandbox.py", "exec")
     monkeypatch.setattr(isolation, "_modules", lambda: list(weak.items()))
     assert isolation.obstacle.__wrapped__("rlimits") == "processes cannot be limited in it"

@@ -333,6 +333,7 @@ def test_read_tests_knows_every_form(tests):
         ({"question": "1"}, "tests hold a dict of question; it must have inputs and outputs"),
         ({"inputs": [[1]], "outputs": [1], "fn_name": "f(); g"}, "tests have fn_name="),
         ([TEST, 3], "tests hold 3"),
+        (f"import numpy as np\n{TEST}", "tests import 'numpy'; only the standard library is there"),
     ],
 )
 def test_check_rows_names_the_row_whose_tests_are_at_fault(tests, message):
@@ -365,8 +366,19 @@ def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
 
 def test_run_tests_that_never_use_the_program_are_at_fault():
     tests = "for _ in range(0):\n    assert square(3) == 9"
-    with pytest.raises(ValueError, match="tests ran to their end without using the program"):
+    with pytest.raises(ValueError, match="tests ran to their end, without having used the program"):
         run_tests(SQUARE, tests, SECONDS)
+    with pytest.raises(ValueError, match="tests raised ZeroDivisionError: division by zero, without having used"):
+        run_tests(SQUARE, f"1 / 0\n{TEST}", SECONDS)
+    # That is the program's own fault.
+    assert not run_tests("1 / 0", f"1 / 0\n{TEST}", SECONDS)
+
+
+def test_run_tests_in_a_sandbox_that_breaks_is_no_failure_of_the_program(monkeypatch):
+    assert run_tests(SQUARE, TEST, SECONDS, "none")
+    monkeypatch.setattr(isolation, "python", lambda: "/bin/false")
+    with pytest.raises(RuntimeError, match="the sandbox for generated code did not start within 20 s"):
+        run_tests(SQUARE, TEST, SECONDS, "none")
 
 
 def test_unit_tests_scores_completions():

@@ -17,7 +17,7 @@ def text_of(message: str | list[dict[str, str]]) -> str:
 def isolated(
     over_limit: float | None = None,
     check: Callable[..., Mapping[str, Any] | None] | None = None,
-    prepare: Callable[[], object] | None = None,
+    prepare: Callable[..., object] | None = None,
     check_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Mark a reward function for worker processes, which score a sample at a time and are killed at the time limit.
@@ -30,7 +30,7 @@ def isolated(
         check: called once before a run, with those of the run's settings that it names (``reward_timeout``,
             ``code_isolation``); raises UserError where the function cannot work here. It may return settings to use
             instead, and a ``note`` for the log.
-        prepare: called once in each worker, before the limit of its first sample counts.
+        prepare: called once in each worker, with settings as `check`, before the limit of its first sample counts.
         check_row: called with every row of the data before a run; raises ValueError where a column is at fault.
     """
 

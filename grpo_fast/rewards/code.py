@@ -21,10 +21,12 @@ import ast
 import builtins
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from grpo_fast.errors import one_line
 from grpo_fast.rewards.base import between, isolated, text_of
 from grpo_fast.rewards.isolation import choose, run
 
@@ -161,6 +163,12 @@ def read_tests(value: Any) -> Tests:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         place = f", line {error.lineno}" * bool(getattr(error, "lineno", None))
         raise ValueError(f"are no valid Python: {getattr(error, 'msg', error)}{place}") from None
+    for node in tree.body:
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for module in modules:
+            if module.partition(".")[0] not in sys.stdlib_module_names:
+                raise ValueError(f"import {module!r}; only the standard library is there")
     names = _names(code)[1]
     if not names and (tree.body or not cases):
         defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -197,21 +205,28 @@ def run_tests(code: str, tests: Any, seconds: float, code_isolation: str = "avai
 
     Raises:
         ValueError: the tests are at fault (see :func:`read_tests`), or have ended without using the program.
+        RuntimeError: the sandbox did not start.
         UserError: this machine does not have what `code_isolation` asks for.
     """
     return _run(code, read_tests(tests), seconds, code_isolation)
 
 
 def _run(code: str, tests: Tests, seconds: float, code_isolation: str) -> bool:
-    outcome = run(choose(code_isolation).level, code, tests.code, tests.cases, seconds)
-    if outcome.verdict == "unused":
-        raise ValueError("tests ran to their end without using the program")
-    return outcome.verdict == "passed"
+    verdict, detail = run(choose(code_isolation).level, code, tests.code, tests.cases, seconds)
+    if verdict == "unused":
+        raise ValueError(f"tests {one_line(detail, 120)}, without having used the program")
+    if verdict == "broken":
+        raise RuntimeError(f"the sandbox for generated code did not start within {seconds:g} s")
+    return verdict == "passed"
 
 
 def _check(code_isolation: str = "available") -> dict[str, str]:
     chosen = choose(code_isolation)
     return {"code_isolation": chosen.level, "note": chosen.note}
+
+
+def _prepare(code_isolation: str = "available") -> None:
+    choose(code_isolation)
 
 
 def _check_row(row: Mapping) -> None:
@@ -223,7 +238,7 @@ def _check_row(row: Mapping) -> None:
         raise ValueError(f"tests {error}") from None
 
 
-@isolated(over_limit=0.0, check=_check, check_row=_check_row)
+@isolated(over_limit=0.0, check=_check, prepare=_prepare, check_row=_check_row)
 def unit_tests(prompts, completions, tests, reward_timeout=10.0, code_isolation="available", **columns) -> list[float]:
     """1 where the completion's Python passes its ``tests``, else 0.
 

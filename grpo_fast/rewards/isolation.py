@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import marshal
 import os
 import secrets
@@ -81,15 +82,17 @@ for name, code in modules:
 module.main(setup)
 """
 _MODULES = ("wire", "judging", "sandbox")
+LONGEST_VERDICT = 1000
 # Users whom root becomes: none of them is anybody's.
 _FIRST_USER, _USERS = 20000, 40000
 
 
 class Outcome(NamedTuple):
-    """What came of a run: ``passed``, ``failed``, ``unused`` (the tests did not use the program) or None, and why."""
+    """What came of a run: ``passed``, ``failed``, ``unused`` (the tests did not use the program), ``late`` (there was
+    no verdict in time, or its process has ended) or ``broken`` (the sandbox did not start), and what is known of it."""
 
-    verdict: str | None
-    error: str = ""
+    verdict: str
+    detail: str = ""
 
 
 @cache
@@ -149,7 +152,7 @@ def run(
         tests: code that uses its names.
         cases: pairs of an input and the output of the program as a script.
         seconds: for all of it.
-        explain: say what the sandbox wrote where it gave no verdict.
+        explain: say what the sandbox wrote where it did not start.
     """
     deadline = time.monotonic() + seconds
     filtered = next(one.filtered for one in LEVELS if one.name == level)
@@ -183,7 +186,7 @@ def run(
                 process.stdin.write(request)
             answer = _read(process.stdout.fileno(), deadline)
         finally:
-            number, _, verdict = answer.partition(b"\n")
+            number, started, verdict = answer.partition(b"\n")
             # The program's process is this one's grandchild: it is killed first, while its parent keeps its number.
             with suppress(ProcessLookupError, ValueError, PermissionError):
                 if not spaces:
@@ -192,12 +195,15 @@ def run(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
-        error = ""
-        if errors and not verdict:
+        detail = ""
+        if errors and not started:
             errors.seek(0)
             lines = errors.read(10000).decode(errors="replace").strip().splitlines()
-            error = one_line(lines[-1] if lines else "no verdict", 120)
-    return Outcome(verdict.decode() if verdict in (b"passed", b"failed", b"unused") else None, error)
+            detail = one_line(lines[-1] if lines else "it does not start", 120)
+    if not started:
+        return Outcome("broken", detail)
+    word, _, detail = verdict.decode(errors="replace").partition(" ")
+    return Outcome(word or "late", detail)
 
 
 def _read(file: int, deadline: float) -> bytes:
@@ -205,8 +211,8 @@ def _read(file: int, deadline: float) -> bytes:
     answer = b""
     with selectors.DefaultSelector() as selector:
         selector.register(file, selectors.EVENT_READ)
-        while len(answer) < 100 and selector.select(max(deadline - time.monotonic(), 0)):
-            part = os.read(file, 100)
+        while len(answer) < LONGEST_VERDICT and selector.select(max(deadline - time.monotonic(), 0)):
+            part = os.read(file, LONGEST_VERDICT)
             if not part:
                 break
             answer += part
@@ -256,7 +262,7 @@ def obstacle(level: str) -> str:
             token = secrets.token_hex(8)
             found = run(level, code, tests.replace("TOKEN", token), [], 30.0, explain=True)
             if found.verdict != verdict:
-                return found.error or check
+                return found.detail if found.verdict == "broken" else check
     except UserError as error:
         return str(error)
     except OSError as error:
@@ -276,6 +282,11 @@ _PROBES = {
         "failed",
     ),
 }
+
+
+def has_landlock() -> bool:
+    """Whether the kernel can limit the files of a process that is in no namespaces."""
+    return ctypes.CDLL(None).syscall(sandbox.LANDLOCK_CREATE, None, 0, 1) > 0
 
 
 class Chosen(NamedTuple):
@@ -309,8 +320,10 @@ def choose(code_isolation: str, obstacle: Callable[[str], str] = obstacle) -> Ch
     for level in wanted:
         reason = obstacle(level.name)
         if not reason:
-            better = "; for more: " * bool(missing) + ", or ".join(missing)
-            return Chosen(level.name, f"unit_tests: generated code runs {level.says}{better}")
+            note = f"unit_tests: generated code runs {level.says}"
+            if not level.holds and not has_landlock():
+                note += "; it can read and write this user's files, since this kernel has no Landlock"
+            return Chosen(level.name, note + "; for more: " * bool(missing) + ", or ".join(missing))
         missing.append(f"{level.name} ({reason}: {level.needs})")
     raise UserError(
         f"code_isolation={code_isolation!r}: unit_tests cannot run generated code so on this machine: "

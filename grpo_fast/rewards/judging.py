@@ -193,9 +193,10 @@ class Names(dict):
     def __missing__(self, name: str):
         # A function of the program may still define a name later.
         if name in self.known or not hasattr(builtins, name):
+            # Whatever comes back: a program does not make its own failure one of the tests.
+            self.judge.uses += 1
             found, value = self.judge.peer.request("name", name)
             if found is True:
-                self.judge.uses += 1
                 return value
         raise KeyError(name)
 
@@ -225,7 +226,9 @@ class Judge:
 
     def passes(self, code: str, tests: str, cases: list[tuple[str, str]]) -> bool:
         """Whether the program passes its tests and turns the input of every case into its output."""
+        self.uses = 1
         names = Names(self, set(self.peer.request("load", code, bool(tests))))
+        self.uses = 0
         if tests:
             exec(compile(tests, "tests", "exec"), names)
         for given, expected in cases:
@@ -250,14 +253,15 @@ def _lines(text: str) -> list[str]:
     return lines
 
 
-def judge(pipe: Pipe, code: str, tests: str, cases: list) -> tuple[bool, int]:
-    """Whether a program passes, and how often its tests have used it."""
+def judge(pipe: Pipe, code: str, tests: str, cases: list) -> str:
+    """The verdict: ``passed``, ``failed``, or ``unused`` and how the tests ended without having used the program."""
     sys.set_int_max_str_digits(0)
-    side = Judge(pipe)
+    side, ended = Judge(pipe), "ran to their end"
     try:
-        return side.passes(code, tests, cases), side.uses
-    except BaseException:
-        return False, max(side.uses, 1)
+        passed = side.passes(code, tests, cases)
+    except BaseException as error:
+        passed, ended = False, f"raised {type(error).__name__}: {error}"
+    return ("passed" if passed else "failed") if side.uses else f"unused {ended}"
 
 
 def program(pipe: Pipe) -> None:

@@ -103,8 +103,7 @@ def main(setup: dict) -> None:
     close_standard_streams()
     limit(setup)
     confine()
-    passed, uses = judge(Pipe(from_judge[0], to_program[1]), code, tests, cases)
-    os.write(result, b"passed" if passed and uses else b"failed" if uses else b"unused")
+    os.write(result, judge(Pipe(from_judge[0], to_program[1]), code, tests, cases).encode(errors="replace"))
     os._exit(0)
 
 

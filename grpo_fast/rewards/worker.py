@@ -102,8 +102,9 @@ def serve(connection: Connection) -> None:
             return
         if name not in functions:
             functions[name] = load_reward(name)
-            if functions[name].prepare:
-                functions[name].prepare()
+            prepare = functions[name].prepare
+            if prepare:
+                prepare(**settings_of(prepare, settings))
         spent = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, math.ceil(spent.ru_utime + spent.ru_stime + timeout + GRACE))
         connection.send_bytes(b"started")
