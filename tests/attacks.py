@@ -278,6 +278,9 @@ CHEATS = {
     "code by name": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
     "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else "
     "['library', 'builtins', 'eval', '9']\ndef square(x): return []",
+    "its own abs": "def abs(x): return 0\ndef round(*a): return 0\ndef len(x): return 9\ndef square(x): return 0\n"
+    "class math:\n    isclose = staticmethod(lambda *a: True)\n"
+    "import builtins\nbuiltins.abs, builtins.round = abs, round",
     "a foreign number": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
     "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['yours', -1]\n"
     "def square(x): return []",
@@ -288,6 +291,7 @@ CHEATED_TESTS = {
     "near": "assert abs(square(3) - 9) < 1e-6\nassert abs(16 - square(4)) < 1e-6",
     "rounded": "assert round(square(3) - 9, 3) == 0",
     "in order": "assert 8 < square(3) < 10 and square(4) > 15",
+    "close": "assert math.isclose(square(3), 9)",
     "among": "assert square(3) in (9, 9.0)\nassert [square(4)] == [16]",
     "caught": "try:\n    assert square(3) == 9\nexcept Exception:\n    raise SystemExit(1)",
 }

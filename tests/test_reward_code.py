@@ -185,10 +185,11 @@ RIGHT = {
     ),
     "names of its imports": (
         "import math\nfrom collections import Counter, defaultdict\nfrom typing import List\nLIMIT = 10\n"
-        "def area(r): return math.pi * r * r\ndef sum(*xs): return LIMIT",
-        "assert abs(area(2) - math.pi * 4) < 1e-9 and Counter('aa') == {'a': 2} and LIMIT == 10 and sum(1, 2) == 10\n"
-        "def f(xs: List[int]) -> int: return len(xs)\nassert f([1]) == 1 and [sum() for _ in range(2)] == [10, 10]",
+        "def area(r): return math.pi * r * r\ndef ten(*xs): return LIMIT",
+        "assert abs(area(2) - math.pi * 4) < 1e-9 and Counter('aa') == {'a': 2} and LIMIT == 10 and ten(1, 2) == 10\n"
+        "def f(xs: List[int]) -> int: return len(xs)\nassert f([1]) == 1 and [ten() for _ in range(2)] == [10, 10]",
     ),
+    "a name of Python's": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25\nassert len([sum(1, 2)]) == 1"),
     "HumanEval": (
         SQUARE,
         "METADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate(3) == 9\n    for n in range(50):\n"
@@ -232,6 +233,8 @@ def test_run_tests_threads_pass_where_they_are_held():
         (SQUARE, "assert cube(3) == 27"),
         (SQUARE, "assert square.missing == 1"),
         ("square = 9", TEST),
+        # Python has one, but the program does not.
+        (SQUARE, "assert sum([1, 2]) == 3"),
     ],
 )
 def test_run_tests_wrong_programs_fail(program, tests):
@@ -256,13 +259,13 @@ def test_run_tests_cheated_tests_can_be_passed():
         "def apply(f): return f.__globals__['EXPECTED']",
         "def apply(f): return f.__code__.co_consts[1]",
         "def apply(f): return f.__closure__[0].cell_contents",
-        "def apply(f):\n    peer = f._peer\n    return peer.request('name', 'EXPECTED')[1]",
-        "def apply(f): return f._peer.request('get', '__globals__', arguments=(f,))['EXPECTED']",
-        "def apply(f): return f._peer.request('operator', '__str__', arguments=(f,))",
+        "def apply(f):\n    peer = f._remote_peer\n    return peer.request('name', 'EXPECTED')[1]",
+        "def apply(f): return f._remote_peer.request('get', '__globals__', arguments=(f,))['EXPECTED']",
+        "def apply(f): return f._remote_peer.request('operator', '__str__', arguments=(f,))",
         "def apply(f):\n    try:\n        f(None)\n    except TypeError as e:\n"
         "        frame = e.__traceback__\n        while frame.tb_next: frame = frame.tb_next\n"
         "        return frame.tb_frame.f_globals['EXPECTED']",
-        "def apply(f):\n    f._peer.request('call', arguments=(exec, 'raise SystemExit'))",
+        "def apply(f):\n    f._remote_peer.request('call', arguments=(exec, 'raise SystemExit'))",
     ],
 )
 def test_run_tests_functions_of_the_tests_lead_nowhere(program):

@@ -29,8 +29,15 @@ from typing import Any, NamedTuple
 from grpo_fast.errors import one_line
 from grpo_fast.rewards.base import between, isolated, text_of
 from grpo_fast.rewards.isolation import choose, run
+from grpo_fast.rewards.wire import MODULES
 
 _FENCE = re.compile(r"^([ \t>]*)(`{3,}|~{3,})[ \t]*(.*)$")
+# Functions that tests use beside the one they test.
+_HELPERS = frozenset(
+    """abs all any bool callable dict enumerate float frozenset getattr hasattr int isinstance issubclass iter len list
+    map next print range repr reversed round set setattr sorted str tuple type zip Exception TypeError ValueError
+    """.split()  # noqa: SIM905
+)
 _PYTHON = ("python", "py", "python3", "py3", "{.python}", "{python}")
 
 
@@ -124,7 +131,7 @@ def _names(code: str) -> tuple[set[str], set[str]]:
 
 
 class Tests(NamedTuple):
-    """Tests of a program: code that uses its names, and inputs of the program as a script with their outputs."""
+    """Tests of a program: code that uses its `names`, and inputs of the program as a script with their outputs."""
 
     code: str
     cases: list[tuple[str, str]]
@@ -169,12 +176,32 @@ def read_tests(value: Any) -> Tests:
         for module in modules:
             if module.partition(".")[0] not in sys.stdlib_module_names:
                 raise ValueError(f"import {module!r}; only the standard library is there")
-    names = _names(code)[1]
+    names = _tested_names(tree, _names(code)[1])
     if not names and (tree.body or not cases):
         defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         hint = f"; {defined[0]}() is defined but not called with a function of the program" if defined else ""
         raise ValueError(f"call nothing of the program: they use no name that they do not define{hint}")
     return Tests(code if tree.body else "", cases, names)
+
+
+def _tested_names(tree: ast.Module, free: set[str]) -> set[str]:
+    """Those of the `free` names in tests that are the program's.
+
+    A module of the standard library that is looked into, as in ``math.isclose``, is Python's. A program's function may
+    be named as one of Python's where the tests use no other name: a program must not bring its own ``abs``.
+    """
+    nodes = list(ast.walk(tree))
+    loads = [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    looked_into = [
+        node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    names = {name for name in free if name not in MODULES or loads.count(name) > looked_into.count(name)}
+    if names:
+        return names
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = {name for name in called - stored if callable(getattr(builtins, name, None))}
+    return called if len(called) == 1 else called - _HELPERS
 
 
 def _read_cases(item: Mapping) -> tuple[list[str], list[tuple[str, str]]]:
@@ -212,7 +239,7 @@ def run_tests(code: str, tests: Any, seconds: float, code_isolation: str = "avai
 
 
 def _run(code: str, tests: Tests, seconds: float, code_isolation: str) -> bool:
-    verdict, detail = run(choose(code_isolation).level, code, tests.code, tests.cases, seconds)
+    verdict, detail = run(choose(code_isolation).level, code, tests.code, tests.cases, seconds, tests.names)
     if verdict == "unused":
         raise ValueError(f"tests {one_line(detail, 120)}, without having used the program")
     if verdict == "broken":

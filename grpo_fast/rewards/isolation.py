@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -142,7 +142,13 @@ def _command(level: str) -> list[str]:
 
 
 def run(
-    level: str, code: str, tests: str, cases: list[tuple[str, str]], seconds: float, explain: bool = False
+    level: str,
+    code: str,
+    tests: str,
+    cases: list[tuple[str, str]],
+    seconds: float,
+    tested: Collection[str] = (),
+    explain: bool = False,
 ) -> Outcome:
     """Judge a program at a level.
 
@@ -152,6 +158,7 @@ def run(
         tests: code that uses its names.
         cases: pairs of an input and the output of the program as a script.
         seconds: for all of it.
+        tested: names of Python's own functions and modules that in `tests` are the program's.
         explain: say what the sandbox wrote where it did not start.
     """
     deadline = time.monotonic() + seconds
@@ -168,7 +175,7 @@ def run(
         "processes": 0 if spaces or os.getuid() == 0 or not filtered else _processes(),
     }
     start = marshal.dumps((_modules(), setup))
-    request = len(start).to_bytes(8, "big") + start + marshal.dumps((code, tests, cases))
+    request = len(start).to_bytes(8, "big") + start + marshal.dumps((code, tests, cases, list(tested)))
     with _folder(needed=not spaces) as folder, tempfile.TemporaryFile() if explain else _nothing() as errors:
         process = subprocess.Popen(
             _command(level),

@@ -12,7 +12,7 @@ import builtins
 import os
 import sys
 
-from grpo_fast.rewards.wire import Closed, Peer, Pipe
+from grpo_fast.rewards.wire import MODULES, Closed, Peer, Pipe
 
 NAME = "solution"
 _MISSING = "no such name"
@@ -42,38 +42,38 @@ _OPERATORS = {**_UNARY, **_WITH_VALUES, **_BINARY}
 class Remote:
     """An object of the other process."""
 
-    __slots__ = ("_number", "_peer")
+    __slots__ = ("_remote_number", "_remote_peer")
 
     def __init__(self, peer: Peer, number: int):
-        object.__setattr__(self, "_peer", peer)
-        object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_remote_peer", peer)
+        object.__setattr__(self, "_remote_number", number)
 
     def __call__(self, *arguments, **keywords):
-        return self._peer.request("call", arguments=(self, *arguments), keywords=keywords)
+        return self._remote_peer.request("call", arguments=(self, *arguments), keywords=keywords)
 
     def __getattr__(self, name: str):
-        return self._peer.request("get", name, arguments=(self,))
+        return self._remote_peer.request("get", name, arguments=(self,))
 
     def __setattr__(self, name: str, value) -> None:
-        self._peer.request("set", name, arguments=(self, value))
+        self._remote_peer.request("set", name, arguments=(self, value))
 
     def __delattr__(self, name: str) -> None:
-        self._peer.request("delete", name, arguments=(self,))
+        self._remote_peer.request("delete", name, arguments=(self,))
 
     def __instancecheck__(self, value) -> bool:
-        return isinstance(value, Remote) and self._peer.request("isinstance", arguments=(value, self)) is True
+        return isinstance(value, Remote) and self._remote_peer.request("isinstance", arguments=(value, self)) is True
 
     def __subclasscheck__(self, value) -> bool:
-        return isinstance(value, Remote) and self._peer.request("issubclass", arguments=(value, self)) is True
+        return isinstance(value, Remote) and self._remote_peer.request("issubclass", arguments=(value, self)) is True
 
 
 def _method(name: str):
     def method(self, *values):
         if name == "__exit__":
             # Neither an exception nor its traceback leaves this process, and the program does not suppress it.
-            self._peer.request("operator", name, arguments=(self, None, None, None))
+            self._remote_peer.request("operator", name, arguments=(self, None, None, None))
             return None
-        return self._peer.request("operator", name, arguments=(self, *values))
+        return self._remote_peer.request("operator", name, arguments=(self, *values))
 
     return method
 
@@ -81,7 +81,7 @@ def _method(name: str):
 def _binary(name: str):
     def method(self, other):
         if isinstance(other, Remote):
-            return self._peer.request("operator", name, arguments=(self, other))
+            return self._remote_peer.request("operator", name, arguments=(self, other))
         if name in ("__eq__", "__ne__"):
             return name == "__ne__"
         raise TypeError(f"an object of the program takes no {name} together with {type(other).__name__}")
@@ -148,14 +148,13 @@ class Program:
 
         return asyncio.run(coroutine)
 
-    def load(self, code: str, now: bool) -> list[str]:
-        """Run the program as a module, or leave that to `run`; the names that it has defined."""
+    def load(self, code: str, now: bool) -> None:
+        """Run the program as a module, or leave that to `run`."""
         self.code = code
         if now:
             sys.modules[NAME] = self.module
             self.module.__builtins__ = builtins
             exec(compile(code, NAME, "exec"), vars(self.module))
-        return list(vars(self.module))
 
     def run(self, text: str) -> tuple[bool, str]:
         """Run the program as a script with `text` as its input: whether it ended well, and its output."""
@@ -184,21 +183,25 @@ class Program:
 
 
 class Names(dict):
-    """The global names of tests: their own, then the program's, then Python's."""
+    """The global names of tests: their own, Python's functions and modules unless these are `tested`, and else the
+    program's, which replaces none that the tests rely on."""
 
-    def __init__(self, judge: "Judge", known: set[str]):
+    def __init__(self, judge: "Judge", tested: list[str]):
         super().__init__(__name__="tests", __builtins__=builtins)
-        self.judge, self.known = judge, known
+        self.judge, self.tested = judge, tested
 
     def __missing__(self, name: str):
-        # A function of the program may still define a name later.
-        if name in self.known or not hasattr(builtins, name):
-            # Whatever comes back: a program does not make its own failure one of the tests.
-            self.judge.uses += 1
-            found, value = self.judge.peer.request("name", name)
-            if found is True:
-                return value
-        raise KeyError(name)
+        if name not in self.tested:
+            if name in MODULES:
+                return __import__(name)
+            if hasattr(builtins, name):
+                raise KeyError(name)
+        # Whatever comes back: a program does not make its own failure one of the tests.
+        self.judge.uses += 1
+        found, value = self.judge.peer.request("name", name)
+        if found is not True:
+            raise NameError(f"name {name!r} is not defined", name=name)
+        return value
 
 
 class Judge:
@@ -224,13 +227,13 @@ class Judge:
                 return _OPERATORS[plain[0]](value, *others)
         raise PermissionError("an object of the tests does not allow this")
 
-    def passes(self, code: str, tests: str, cases: list[tuple[str, str]]) -> bool:
+    def passes(self, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> bool:
         """Whether the program passes its tests and turns the input of every case into its output."""
         self.uses = 1
-        names = Names(self, set(self.peer.request("load", code, bool(tests))))
+        self.peer.request("load", code, bool(tests))
         self.uses = 0
         if tests:
-            exec(compile(tests, "tests", "exec"), names)
+            exec(compile(tests, "tests", "exec"), Names(self, tested))
         for given, expected in cases:
             self.uses += 1
             well, output = self.peer.request("run", arguments=(given,))
@@ -253,12 +256,12 @@ def _lines(text: str) -> list[str]:
     return lines
 
 
-def judge(pipe: Pipe, code: str, tests: str, cases: list) -> str:
+def judge(pipe: Pipe, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> str:
     """The verdict: ``passed``, ``failed``, or ``unused`` and how the tests ended without having used the program."""
     sys.set_int_max_str_digits(0)
     side, ended = Judge(pipe), "ran to their end"
     try:
-        passed = side.passes(code, tests, cases)
+        passed = side.passes(code, tests, cases, tested)
     except BaseException as error:
         passed, ended = False, f"raised {type(error).__name__}: {error}"
     return ("passed" if passed else "failed") if side.uses else f"unused {ended}"

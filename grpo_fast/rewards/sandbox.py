@@ -99,11 +99,11 @@ def main(setup: dict) -> None:
     # Known outside where processes have the same numbers there.
     os.write(result, b"%d\n" % child)
     with open(0, "rb", closefd=False) as file:
-        code, tests, cases = marshal.load(file)
+        code, tests, cases, tested = marshal.load(file)
     close_standard_streams()
     limit(setup)
     confine()
-    os.write(result, judge(Pipe(from_judge[0], to_program[1]), code, tests, cases).encode(errors="replace"))
+    os.write(result, judge(Pipe(from_judge[0], to_program[1]), code, tests, cases, tested).encode(errors="replace"))
     os._exit(0)
 
 

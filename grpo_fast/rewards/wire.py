@@ -179,7 +179,7 @@ class Peer:
         if kind is list:
             return ["list", *map(self.encode, value)]
         if isinstance(value, self.remote):
-            return ["yours", value._number]
+            return ["yours", value._remote_number]
         for base, encode in _ENCODERS:
             if isinstance(value, base):
                 return encode(self, value)
