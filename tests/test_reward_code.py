@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from attacks import CHEATED_TESTS, CHEATS, SQUARE
 from grpo_fast.config import GRPOConfig
@@ -365,6 +366,17 @@ def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
     }
     with pytest.raises(UserError, match=r"data, row \d \(prompt 'p0'\): unit_tests: tests call nothing of the program"):
         GRPOTrainer(GRPOConfig(**settings, output_dir=str(tmp_path / "run")))
+
+
+def test_trainer_says_how_generated_code_is_run(tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}>", "tests": TEST}) + "\n" for i in range(10, 20)))
+    settings = {**SMALL, "dataset_kwargs": None, "dataset_name": str(path), "reward_funcs": ["unit_tests"]}
+    settings |= {"max_steps": 1, "max_eval_samples": 1, "generation_batch_size": 4, "code_isolation": "none"}
+    GRPOTrainer(GRPOConfig(**settings, output_dir=str(tmp_path / "run"))).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    said = "unit_tests: generated code runs in a process with limited resources, which may signal this user's others"
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_run_tests_that_never_use_the_program_are_at_fault():
