@@ -53,6 +53,7 @@ FREE_FIELDS = frozenset(
         "report_to",
         "reward_timeout",
         "on_reward_error",
+        "code_isolation",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",

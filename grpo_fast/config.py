@@ -72,6 +72,8 @@ class GRPOConfig:
         reward_weights: a weight for each of them (default: 1 each).
         reward_timeout: seconds that a reward function may take for a completion.
         on_reward_error: a completion for which a function fails has no reward from it (none), or ends the run (raise).
+        code_isolation: how programs that `unit_tests` runs are held: the best way that this machine has (available), no
+            start without namespaces and a filter of system calls (strict), or limits on resources alone (none).
         eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
         eval_steps: measure the held-out prompts every so many steps; 0 for before and after training only.
         num_generations: completions sampled for each prompt, G.
@@ -211,6 +213,7 @@ class GRPOConfig:
     reward_weights: list[float] | None = None
     reward_timeout: float = 10.0
     on_reward_error: Literal["none", "raise"] = "none"
+    code_isolation: Literal["strict", "available", "none"] = "available"
     eval_metric: str | None = None
     eval_steps: int = 0
 

@@ -100,12 +100,16 @@ class EvalRun:
         self.folder = choose_folder(config, options)
         check_engine(config)
         self.rewards = RewardModel(
-            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
+            config.reward_funcs,
+            config.reward_weights,
+            config.reward_timeout,
+            config.on_reward_error,
+            config.code_isolation,
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
         _, held_out = load_rows(dataclasses.replace(config, max_eval_samples=None))
         self.rows = held_out[: config.max_eval_samples]
-        self.rewards.check_rows(self.rows)
+        self.rewards.check_rows(self.rows, "held-out data")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         verify_model(Path(config.model_name_or_path))
@@ -171,6 +175,8 @@ class EvalRun:
         how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
         title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
         progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
+        for note in self.rewards.notes:
+            progress.console.print(note, soft_wrap=True)
         with progress, LinesFile(self.folder / SAMPLES, append=True) as file:
             if self.rollout.warning:
                 progress.warn(self.rollout.warning)

@@ -61,6 +61,9 @@ class Progress:
     def phase(self, text: str) -> None:
         self.console.print(f"{text} ...", soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", soft_wrap=True, style="yellow")
 

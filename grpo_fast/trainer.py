@@ -92,14 +92,18 @@ class GRPOTrainer:
         config = self.config
         self.objective = config.objective()
         self.rewards = RewardModel(
-            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error
+            config.reward_funcs,
+            config.reward_weights,
+            config.reward_timeout,
+            config.on_reward_error,
+            config.code_isolation,
         )
         self.rewards.warn = self.warn
         self.metric = self.rewards.index(config.eval_metric)
         self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
         self.train_rows, self.eval_rows = load_rows(config)
-        for rows in (self.train_rows, self.eval_rows):
-            self.rewards.check_rows(rows)
+        for rows, source in ((self.train_rows, "training data"), (self.eval_rows, "held-out data")):
+            self.rewards.check_rows(rows, source)
 
         trackers = tracker_arguments(config, self.run_folder)
         self.accelerator = Accelerator(
@@ -186,6 +190,8 @@ class GRPOTrainer:
         progress = Progress(config, folder, metric, sum(p.numel() for p in self.model.parameters()))
         if note:
             progress.warn(note)
+        for line in self.rewards.notes:
+            progress.note(line)
         on_main(partial(self.warnings.start, self.step, progress.warn))
         self.rewards.warn = lambda text: self.warnings.warn(self.step + 1, text, text)
         trackers = Trackers(self.accelerator, config, folder, progress.warn)

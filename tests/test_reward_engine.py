@@ -2,10 +2,13 @@
 
 import asyncio
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import reward_metrics
 from grpo_fast.rewards import RewardModel
+from grpo_fast.rewards.pool import WorkerPool
 
 
 async def slow_length(prompts, completions, **columns):
@@ -144,7 +148,8 @@ def mine(prompts, completions, factor, **columns):
     if text == "raise":
         raise KeyError("no such key")
     if text == "pid":
-        return [float(os.getpid())]
+        # The pool's process keeps this one.
+        return [float(os.getppid())]
     if text == "regex":
         import re
         re.match(r"(a+)+$", "a" * 60 + "b")
@@ -173,3 +178,117 @@ def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_pa
     assert model(["p"], ["pid"], {"factor": [1.0]}).each.item() in {process.pid for process in workers}
     model.pool.close()
     assert all(process.poll() is not None for process in workers)
+
+
+BUSY = """
+import os, re, subprocess, sys, time
+from grpo_fast.rewards import isolated
+from grpo_fast.rewards.pool import WorkerPool
+
+@isolated()
+def busy(prompts, completions, **columns):
+    [text] = completions
+    if text == "idle":
+        return [0.0]
+    # In this process's group, and in none of ours.
+    subprocess.Popen(["sleep", "1000"])
+    subprocess.Popen(["sh", "-c", "sleep 1000 & sleep 1000"], start_new_session=True)
+    open(columns["started"][0], "w").close()
+    if text == "regex":
+        # Python runs no handler of a signal meanwhile.
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    kind, started = sys.argv[1:]
+    if kind == "program":
+        open(started, "w").close()
+        program = "```python" + chr(10) + "import time" + chr(10) + "def f(): time.sleep(1000)" + chr(10) + "```"
+        arguments = {"prompts": ["p"], "completions": [program], "tests": ["f()"]}
+        WorkerPool().run("unit_tests", arguments, 1, 1000.0, 0.0)
+    arguments = {"prompts": ["p"], "completions": [kind], "started": [started]}
+    pool = WorkerPool()
+    pool.run(f"{__file__}:busy", arguments, 1, 1000.0, None)
+    open(started, "w").close()
+    time.sleep(1000)
+"""
+
+
+def descendants(process: int) -> dict[int, str]:
+    """All processes below one, each with the time of its start."""
+    below: dict[int, list[tuple[int, str]]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        below.setdefault(int(fields[1]), []).append((int(path.parent.name), fields[19]))
+    found, waiting = {}, [process]
+    while waiting:
+        for child, start in below.get(waiting.pop(), []):
+            found[child] = start
+            waiting.append(child)
+    return found
+
+
+def alive(process: int, start: str) -> bool:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return fields[0] not in "ZX" and fields[19] == start
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="other kernels do not tell a process of its parent's end"
+)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("kind", "processes"), [("idle", 2), ("sleep", 6), ("regex", 6), ("program", 4)])
+def test_workers_end_with_a_run_and_take_their_children_with_them(tmp_path, kind, processes, how):
+    script, started = tmp_path / "busy.py", tmp_path / "started"
+    script.write_text(BUSY)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, str(script), kind, str(started)], env=environment)
+    deadline = time.monotonic() + 60
+    while not started.exists() or len(descendants(run.pid)) < processes:
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.05)
+    below = descendants(run.pid)
+    run.send_signal(how)
+    run.wait()
+    deadline = time.monotonic() + 20
+    while left := [process for process, start in below.items() if alive(process, start)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
+
+
+def test_workers_last_longer_than_the_thread_that_needed_them(tmp_path):
+    """The kernel tells a child of the end of the thread that started it, as if it were the process's."""
+    (tmp_path / "marked.py").write_text(MARKED)
+    model = RewardModel([f"{tmp_path / 'marked.py'}:mine"], None)
+    first = model(["p"], ["pid"], {"factor": [1.0]}).each.item()
+    time.sleep(0.3)
+    assert model(["p"], ["pid"], {"factor": [1.0]}).each.item() == first
+    model.pool.close()
+
+
+def test_worker_pool_without_worker_processes_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "marked.py").write_text(MARKED)
+    monkeypatch.setattr(WorkerPool, "supported", False)
+    with pytest.raises(UserError, match="need Linux or macOS; use WSL on Windows"):
+        RewardModel([f"{tmp_path / 'marked.py'}:mine"], None)
+    RewardModel(["exact_answer"], None)
+
+
+def test_rewards_import_where_there_are_no_unix_modules():
+    """As on Windows: nothing is needed before it is used."""
+    code = (
+        "import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
+        "import grpo_fast.rewards, grpo_fast.rewards.pool, grpo_fast.rewards.worker, grpo_fast.rewards.code\n"
+        "from grpo_fast.errors import UserError\nsys.platform = 'win32'\n"
+        "from grpo_fast.rewards.isolation import choose\n"
+        "try:\n    choose('available')\nexcept UserError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "unit_tests runs generated code under Linux only"

@@ -300,10 +300,10 @@ def test_a_missing_answer_is_named_before_anything_is_sampled(name, row):
     ]
     message = f"the row with the prompt 'How.' has no {column!r}, which the reward function {name!r} needs; add it"
     with pytest.raises(UserError, match=message):
-        RewardModel([name], None).check_rows(rows)
+        RewardModel([name], None).check_rows(rows, "data")
     own = RewardModel([name], None)
     own.functions = [lambda prompts, completions, answer=None, **columns: [None]]
-    own.check_rows(rows)
+    own.check_rows(rows, "data")
 
 
 class Opaque:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -14,8 +16,9 @@ def text_of(message: str | list[dict[str, str]]) -> str:
 
 def isolated(
     over_limit: float | None = None,
-    check: Callable[[], None] | None = None,
-    prepare: Callable[[], object] | None = None,
+    check: Callable[..., Mapping[str, Any] | None] | None = None,
+    prepare: Callable[..., object] | None = None,
+    check_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Mark a reward function for worker processes, which score a sample at a time and are killed at the time limit.
 
@@ -24,15 +27,25 @@ def isolated(
     Args:
         over_limit: reward of a sample that takes more than ``reward_timeout`` seconds or all memory; None where that
             is an error.
-        check: called once before a run; raises UserError where the function cannot work here.
-        prepare: called once in each worker, before the limit of its first sample counts.
+        check: called once before a run, with those of the run's settings that it names (``reward_timeout``,
+            ``code_isolation``); raises UserError where the function cannot work here. It may return settings to use
+            instead, and a ``note`` for the log.
+        prepare: called once in each worker, with settings as `check`, before the limit of its first sample counts.
+        check_row: called with every row of the data before a run; raises ValueError where a column is at fault.
     """
 
     def mark(function: RewardFunction) -> RewardFunction:
         function.isolated, function.over_limit, function.check, function.prepare = True, over_limit, check, prepare
+        function.check_row = check_row
         return function
 
     return mark
+
+
+def settings_of(function: Callable, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that `function` has a parameter for."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in settings.items() if name in parameters}
 
 
 def between(text: str, opening: str, closing: str) -> str | None:

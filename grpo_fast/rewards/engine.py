@@ -15,7 +15,7 @@ import torch
 from grpo_fast.advantages import LARGEST
 from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.process_rewards import Steps, mean_reward, read_steps
-from grpo_fast.rewards.base import RewardFunction, text_of
+from grpo_fast.rewards.base import RewardFunction, settings_of, text_of
 from grpo_fast.rewards.calls import Outcome, call, failed
 from grpo_fast.rewards.columns import (
     JUDGED_COLUMNS,
@@ -57,17 +57,29 @@ class RewardModel:
         on_error: ``"none"``: a sample for which a function raises, takes too long or returns no number has no reward
             from it, with a warning the first time; ``"raise"``: a UserError. One that fails for all samples of its
             first batch is a mistake, and raises in any case.
+        code_isolation: how well generated code must be held, see :func:`grpo_fast.rewards.isolation.choose`.
+
+    `notes` holds lines for the log: how generated code is run.
 
     Raises:
         UserError: a function cannot be loaded or cannot work here, or is there twice.
     """
 
-    def __init__(self, names: list[str], weights: list[float] | None, timeout: float = 10.0, on_error: str = "none"):
+    def __init__(
+        self,
+        names: list[str],
+        weights: list[float] | None,
+        timeout: float = 10.0,
+        on_error: str = "none",
+        code_isolation: str = "available",
+    ):
         self.sources = names
         self.functions = [load_reward(name) for name in names]
         self.names = metric_names(self.functions, names)
         self.weights = torch.tensor(weights or [1.0] * len(names), dtype=torch.float64)
         self.timeout, self.on_error = timeout, on_error
+        self.settings: dict[str, Any] = {"reward_timeout": timeout, "code_isolation": code_isolation}
+        self.notes: list[str] = []
         self.pool = WorkerPool()
         self.threads: dict[str, threading.Thread] = {}
         self.worked: set[str] = set()
@@ -84,7 +96,9 @@ class RewardModel:
                 check_workers(name)
             check = getattr(function, "check", None)
             if check is not None:
-                check()
+                found = dict(check(**settings_of(check, self.settings)) or {})
+                self.notes += [found.pop("note")] if "note" in found else []
+                self.settings |= found
 
     def index(self, metric: str | None) -> int:
         if metric is None:
@@ -120,14 +134,29 @@ class RewardModel:
                     f"it is called with {', '.join(arguments)}"
                 ) from None
 
-    def check_rows(self, rows: list[dict[str, Any]]) -> None:
-        """`check_columns` for rows with their prompts; none may lack what a built-in function compares with.
+    def check_rows(self, rows: list[dict[str, Any]], source: str) -> None:
+        """`check_columns` for rows with their prompts; every row must also hold what the functions need.
+
+        Args:
+            source: what error messages call the rows.
 
         Raises:
-            UserError: a signature does not fit, or a row lacks a value.
+            UserError: a signature does not fit; or a row lacks a value or holds a wrong one, with its prompt.
         """
         self.check_columns(name for name in rows[0] if name != "prompt")
         check_values(self.functions, rows)
+        checks = [
+            (name, check)
+            for name, function in zip(self.names, self.functions, strict=True)
+            if (check := getattr(function, "check_row", None))
+        ]
+        for number, row in enumerate(rows, 1) if checks else ():
+            for name, check in checks:
+                try:
+                    check(row)
+                except ValueError as error:
+                    prompt = _shortened(row.get("prompt", ""))
+                    raise UserError(f"{source}, row {number} (prompt {prompt}): {name}: {one_line(error)}") from None
 
     def __call__(
         self, prompts: list, completions: list, columns: dict[str, list[Any]], num_generations: int | None = None
@@ -197,7 +226,9 @@ class RewardModel:
         """The body of a thread; what comes in too late is not looked at."""
         if hasattr(function, "isolated"):
             try:
-                found = self.pool.run(self.sources[index], arguments, size, self.timeout, function.over_limit)
+                found = self.pool.run(
+                    self.sources[index], arguments, size, self.timeout, function.over_limit, self.settings
+                )
             except Exception as error:
                 found = failed(size, f"could not be run in worker processes: {one_line(error)}")
         else:

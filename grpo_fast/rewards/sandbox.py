@@ -1,27 +1,44 @@
-"""Run as a script: executes generated code and its tests in this process, after giving up all it can harm with.
+"""What runs generated code: two processes, the program's and its tests', that have given up all they can harm with.
 
-Imports nothing but the standard library. See `grpo_fast.rewards.code` for what is guaranteed.
+`isolation.py` starts Python with these modules and calls `main`. Imports nothing but the standard library, and little
+of that, since every completion pays for it. See `grpo_fast.rewards.code` for what is guaranteed.
 """
 
 import ctypes
-import json
+import marshal
 import os
-import resource
-import signal
 import sys
+
+from grpo_fast.rewards.judging import judge, program
+from grpo_fast.rewards.wire import Pipe
 
 MEMORY = 1 << 30
 FILE_SIZE = 10 << 20
+FOLDER_SIZE = 64 << 20
+FOLDER_FILES = 4096
 OPEN_FILES = 64
+THREADS = 64
+# Where the program's own folder is, in namespaces.
+FOLDER = "/tmp"
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
-# linux/prctl.h, linux/sched.h, linux/landlock.h; system calls have these numbers on all processors since Linux 5.
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
-CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
+# linux/prctl.h, linux/sched.h, linux/mount.h, linux/landlock.h; system calls from 424 on have these numbers on all
+# processors.
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+SIGKILL = 9
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NETWORK = (
+    0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
+)  # fmt: skip
+MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_RECURSIVE, MS_PRIVATE, MNT_DETACH = 2, 4, 32, 4096, 16384, 1 << 18, 2
+MOUNT_SETATTR, AT_RECURSIVE, AT_EMPTY_PATH = 442, 0x8000, 0x1000
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 
 # Audit events of the network, of other programs and of foreign memory, and those that change the files they name.
-REFUSED = ("socket.", "ctypes.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.kill", "pty.")
+REFUSED = (
+    "socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "ctypes.", "subprocess.",
+    "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.",
+)  # fmt: skip
 CHANGES = {
     "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.setxattr", "os.symlink",
     "os.truncate", "os.utime",
@@ -37,63 +54,184 @@ class LandlockPath(ctypes.Structure):
     _fields_ = [("allowed", ctypes.c_uint64), ("path", ctypes.c_int32)]
 
 
-def main() -> None:
-    request = json.load(sys.stdin.buffer)
+class MountAttributes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "namespace")]
+
+
+class FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+class Capabilities(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("process", ctypes.c_int)]
+
+
+def main(setup: dict) -> None:
+    """Set up the sandbox, start the program's process, and run the tests in this one.
+
+    Args:
+        setup: `level`, the table's name; `user`, whom root becomes; `parent`, which this process must not survive (0
+            where that is seen to); `seconds` of CPU time; `readable` paths; `filter`, a seccomp program or b"";
+            `pivot_root`, that call's number; `processes`, those of the user that exist.
+
+    The code and its tests are on the standard input, for the tests' process alone to read.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
     result = os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
-    confine(request["seconds"])
-    if passes(request["code"], request["tests"]):
-        os.write(result, request["token"].encode())
+    confine = CONFINE[setup["level"]](libc, setup)
+    # Not before: with another user or other rights, a process forgets it.
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    if setup["parent"] and os.getppid() != setup["parent"]:
+        os._exit(1)
+    to_program, from_judge = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        for number in (result, to_program[1], from_judge[0]):
+            os.close(number)
+        close_standard_streams()
+        limit(setup)
+        confine()
+        program(Pipe(to_program[0], from_judge[1]))
+        os._exit(0)
+    os.close(to_program[0])
+    os.close(from_judge[1])
+    # Known outside where processes have the same numbers there.
+    os.write(result, b"%d\n" % child)
+    with open(0, "rb", closefd=False) as file:
+        code, tests, cases, tested = marshal.load(file)
+    close_standard_streams()
+    limit(setup)
+    confine()
+    os.write(result, judge(Pipe(from_judge[0], to_program[1]), code, tests, cases, tested).encode(errors="replace"))
     os._exit(0)
 
 
-def passes(code: str, tests: str) -> bool:
-    scope = {"__name__": "solution"}
-    try:
-        exec(compile(code, "solution", "exec"), scope)
-        exec(compile(tests, "tests", "exec"), scope)
-    except BaseException:
-        return False
-    return True
+def close_standard_streams() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
 
 
-def confine(seconds: float) -> None:
-    """Leave this process with no privileges, no network, no other processes, and the present folder to write in."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    library = os.path.dirname(os.__file__)
-    stdlib = os.open(library, os.O_RDONLY)
-    alone = libc.unshare(CLONE_NEWNET | CLONE_NEWIPC) == 0
-    if os.getuid() == 0:
-        # Limits on processes do not bind root. An own user keeps runs apart.
-        user = 20000 + os.getpid() % 40000
-        os.chown(".", user, user)
-        os.setgroups([])
-        os.setresgid(user, user, user)
-        os.setresuid(user, user, user)
-    if not alone:
-        libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def limit(setup: dict) -> None:
+    # Not above: where this file is imported, there may be none.
+    import resource
+
     limits = {
-        "CPU": int(seconds) + 1,
+        "CPU": setup["seconds"] + 1,
         "AS": MEMORY,
-        "NPROC": 1,
+        "NPROC": setup["processes"] + THREADS if setup["filter"] else 1,
         "FSIZE": FILE_SIZE,
         "NOFILE": OPEN_FILES,
         "CORE": 0,
         "MEMLOCK": 0,
         "MSGQUEUE": 0,
+        "NICE": 0,
+        "RTPRIO": 0,
     }
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-    restrict_files(libc, stdlib)
+
+
+def in_bubblewrap(libc: ctypes.CDLL, setup: dict):
+    """Bubblewrap has made the namespaces and mounts; what is left is the number of files, and root."""
+    mount(libc, "none", FOLDER, None, MS_REMOUNT | MS_NOSUID | MS_NODEV, f"size={FOLDER_SIZE},nr_inodes={FOLDER_FILES}")
+    become_user(setup["user"])
+    return lambda: drop_rights(libc, setup)
+
+
+def in_namespaces(libc: ctypes.CDLL, setup: dict):
+    """New namespaces: of mounts, with the readable paths and an empty folder in memory; of processes, from the next
+    one on; of the network, with nothing in it; and where this is no root, of users, which allows all that."""
+    user, group = os.getuid(), os.getgid()
+    spaces = NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_PIDS | NEW_NETWORK | (0 if user == 0 else NEW_USER)
+    if libc.unshare(spaces):
+        raise OSError(ctypes.get_errno(), "new namespaces are not allowed")
+    if user:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    sources = {path: os.open(path, os.O_PATH) for path in (*setup["readable"], *DEVICES)}
+    mount(libc, "none", "/", None, MS_RECURSIVE | MS_PRIVATE)
+    mount(libc, "none", FOLDER, "tmpfs", 0, "mode=755,size=1m")
+    for path, source in sources.items():
+        target = FOLDER + path
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        handle = f"/proc/self/fd/{source}"
+        if os.path.isdir(handle):
+            os.makedirs(target, exist_ok=True)
+        else:
+            os.close(os.open(target, os.O_CREAT))
+        mount(libc, handle, target, None, MS_BIND | MS_RECURSIVE)
+        os.close(source)
+    os.makedirs(FOLDER * 2, exist_ok=True)
+    attributes = MountAttributes(set=1 | MS_NOSUID)
+    root = os.open(FOLDER, os.O_PATH)
+    size = ctypes.sizeof(attributes)
+    if libc.syscall(MOUNT_SETATTR, root, b"", AT_RECURSIVE | AT_EMPTY_PATH, ctypes.byref(attributes), size):
+        raise OSError(ctypes.get_errno(), "mounts cannot be made read-only")
+    os.close(root)
+    options = f"mode=777,size={FOLDER_SIZE},nr_inodes={FOLDER_FILES}"
+    mount(libc, "none", FOLDER * 2, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    os.chdir(FOLDER)
+    # The new root is put over the old one, which is then taken away.
+    if libc.syscall(setup["pivot_root"], b".", b".") or libc.umount2(b".", MNT_DETACH):
+        raise OSError(ctypes.get_errno(), "the root cannot be changed")
+    os.chdir(FOLDER)
+    become_user(setup["user"])
+    return lambda: drop_rights(libc, setup)
+
+
+def in_process(libc: ctypes.CDLL, setup: dict):
+    """No namespaces: only what every process may give up by itself."""
+    library = os.path.dirname(os.__file__)
+    stdlib = os.open(library, os.O_RDONLY)
+    if os.getuid() == 0:
+        os.chown(".", setup["user"], setup["user"])
+    become_user(setup["user"])
     if not os.access(os.__file__, os.R_OK):
         find_modules_by(library, f"/proc/self/fd/{stdlib}")
-    sys.addaudithook(file_guard((library, "/usr", "/lib", "/lib64"), os.getcwd()))
+
+    def confine() -> None:
+        restrict_files(libc, stdlib, setup["readable"])
+        drop_rights(libc, setup)
+        sys.addaudithook(file_guard((library, *setup["readable"]), os.getcwd()))
+
+    return confine
 
 
-def restrict_files(libc: ctypes.CDLL, stdlib: int) -> None:
+CONFINE = {"bubblewrap": in_bubblewrap, "namespaces": in_namespaces, "seccomp": in_process, "rlimits": in_process}
+
+
+def mount(libc: ctypes.CDLL, source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    texts = [None if text is None else text.encode() for text in (source, target, kind)]
+    if libc.mount(*texts, ctypes.c_ulong(flags), options.encode() or None):
+        raise OSError(ctypes.get_errno(), f"mount {target}")
+
+
+def become_user(user: int) -> None:
+    """Limits on processes do not bind root, and a user of its own keeps runs apart."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+
+
+def drop_rights(libc: ctypes.CDLL, setup: dict) -> None:
+    """Give up all capabilities and every system call that the filter does not name."""
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # The two processes have the same user: neither may look into the other's memory.
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if libc.capset(ctypes.byref(Capabilities(0x20080522, 0)), bytes(24)):
+        raise OSError(ctypes.get_errno(), "capset")
+    if setup["filter"]:
+        code = FilterProgram(len(setup["filter"]) // 8, setup["filter"])
+        if libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(code), 0, 0):
+            raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def restrict_files(libc: ctypes.CDLL, stdlib: int, readable: list[str]) -> None:
     """Landlock, where the kernel has it: read the standard library and the system's, write in the present folder."""
     version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -104,15 +242,24 @@ def restrict_files(libc: ctypes.CDLL, stdlib: int) -> None:
     ruleset = LandlockRuleset(everything, 3, 3)
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(ruleset), size, 0)
-    reading = EXECUTE | READ_FILE | READ_DIR
-    readable = [os.open(path, os.O_RDONLY) for path in ("/usr", "/lib", "/lib64") if os.path.isdir(path)]
-    rights = dict.fromkeys([stdlib, *readable], reading)
-    rights[os.open(os.devnull, os.O_RDONLY)] = READ_FILE | WRITE_FILE
-    rights[os.open(".", os.O_RDONLY)] = everything
+    rights = {stdlib: EXECUTE | READ_FILE | READ_DIR}
+    for path in readable:
+        try:
+            handle = os.open(path, os.O_PATH)
+        except PermissionError:
+            continue
+        rights[handle] = EXECUTE | READ_FILE | (READ_DIR if os.path.isdir(path) else 0)
+    for path in DEVICES:
+        rights[os.open(path, os.O_PATH)] = READ_FILE | (WRITE_FILE if path == os.devnull else 0)
+    rights[os.open(".", os.O_PATH)] = everything
     for path, allowed in rights.items():
-        libc.syscall(LANDLOCK_ADD, rules, 1, ctypes.byref(LandlockPath(allowed, path)), 0)
+        if libc.syscall(LANDLOCK_ADD, rules, 1, ctypes.byref(LandlockPath(allowed, path)), 0):
+            raise OSError(ctypes.get_errno(), "landlock")
+        if path != stdlib:
+            os.close(path)
     if libc.syscall(LANDLOCK_RESTRICT, rules, 0):
         raise OSError(ctypes.get_errno(), "landlock")
+    os.close(rules)
 
 
 def find_modules_by(library: str, handle: str) -> None:
@@ -127,13 +274,15 @@ def find_modules_by(library: str, handle: str) -> None:
 def file_guard(readable: tuple[str, ...], folder: str):
     """A second line where there is no Landlock: an audit hook, which code that is made to can get around."""
     realpath, writing = os.path.realpath, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    local = 1
 
     def inside(path, folders) -> bool:
         path = realpath(os.fsdecode(path))
         return any(path == one or path.startswith(f"{one}/") for one in folders)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event.startswith(REFUSED):
+        # Event loops talk to themselves through a pair of local sockets.
+        if event.startswith(REFUSED) or (event == "socket.__new__" and arguments[1] != local):
             raise PermissionError(f"{event} is not allowed here")
         paths = [argument for argument in arguments[:2] if isinstance(argument, (str, bytes, os.PathLike))]
         if event == "open" and paths and not isinstance(arguments[0], int):
@@ -144,7 +293,3 @@ def file_guard(readable: tuple[str, ...], folder: str):
             raise PermissionError(f"{paths} is not allowed here")
 
     return hook
-
-
-if __name__ == "__main__":
-    main()

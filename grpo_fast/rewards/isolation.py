@@ -1,0 +1,338 @@
+"""How well generated code is held on this machine: the levels, what each needs, and how a sandbox is started."""
+
+from __future__ import annotations
+
+import ctypes
+import marshal
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.rewards import sandbox
+from grpo_fast.rewards.system_calls import filter_program, numbers
+
+
+@dataclass(frozen=True)
+class Level:
+    """A way to hold generated code.
+
+    Args:
+        holds: whether a program that means harm cannot reach other processes, the network or files.
+        filtered: whether it needs the filter of system calls.
+        says: what is in force, for the log.
+        needs: what one can do to have it.
+    """
+
+    name: str
+    holds: bool
+    filtered: bool
+    says: str
+    needs: str
+
+
+# From the best to the worst.
+LEVELS = (
+    Level("bubblewrap", True, True, "in bubblewrap, with a filter of system calls", "apt-get install bubblewrap"),
+    Level(
+        "namespaces",
+        True,
+        True,
+        "in namespaces of its own, with a filter of system calls",
+        "a kernel that lets ordinary users make namespaces (user.max_user_namespaces above 0, Linux 5.12)",
+    ),
+    Level(
+        "seccomp",
+        False,
+        True,
+        "in a process with a filter of system calls, but in no namespaces",
+        "pip install 'grpo-fast[train]', on x86-64 or ARM64",
+    ),
+    Level("rlimits", False, False, "in a process with limited resources, which may signal this user's others", "Linux"),
+)
+CHOICES = ("strict", "available", "none")
+
+# Reads the modules and the setup from the standard input, and leaves the rest there.
+_START = """
+import marshal, os, sys
+def read(size):
+    data = b""
+    while len(data) < size:
+        part = os.read(0, size - len(data))
+        if not part:
+            os._exit(1)
+        data += part
+    return data
+modules, setup = marshal.loads(read(int.from_bytes(read(8), "big")))
+for name, code in modules:
+    module = sys.modules[name] = type(sys)(name)
+    exec(code, vars(module))
+module.main(setup)
+"""
+_MODULES = ("wire", "judging", "sandbox")
+LONGEST_VERDICT = 1000
+# Users whom root becomes: none of them is anybody's.
+_FIRST_USER, _USERS = 20000, 40000
+
+
+class Outcome(NamedTuple):
+    """What came of a run: ``passed``, ``failed``, ``unused`` (the tests did not use the program), ``late`` (there was
+    no verdict in time, or its process has ended) or ``broken`` (the sandbox did not start), and what is known of it."""
+
+    verdict: str
+    detail: str = ""
+
+
+@cache
+def readable_paths() -> list[str]:
+    """What a Python program reads: Python itself and the system's libraries; none of them lies in another."""
+    wanted = {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", sys.base_prefix, sys.base_exec_prefix}
+    wanted |= {os.path.dirname(os.__file__), python()}
+    found = sorted(path for path in wanted if os.path.exists(path))
+    return [path for path in found if not any(path.startswith(f"{other}/") for other in found)]
+
+
+def python() -> str:
+    """The interpreter itself, without the virtual environment around it."""
+    return os.path.realpath(sys.executable)
+
+
+@cache
+def _modules() -> list[tuple[str, bytes]]:
+    """The code that runs inside, compiled: importing it there would take longer, and its files may be out of reach."""
+    folder = Path(sandbox.__file__).parent
+    return [
+        (
+            f"{__package__}.{name}",
+            compile((folder / f"{name}.py").read_bytes(), f"{name}.py", "exec", dont_inherit=True),
+        )
+        for name in _MODULES
+    ]
+
+
+def _command(level: str) -> list[str]:
+    start = [python(), "-P", "-s", "-S", "-B", "-c", _START]
+    if level != "bubblewrap":
+        return start
+    # Bubblewrap makes the folders above a mount for their owner alone.
+    above = sorted({str(one) for path in (*readable_paths(), *sandbox.DEVICES) for one in Path(path).parents} - {"/"})
+    folders = [word for path in above for word in ("--perms", "0755", "--dir", path)]
+    binds = [word for path in readable_paths() for word in ("--ro-bind", path, path)]
+    devices = [word for path in sandbox.DEVICES for word in ("--dev-bind", path, path)]
+    # What the sandbox needs to bound its folder, and root to become somebody else; it gives these up.
+    rights = ["CAP_SYS_ADMIN", *(["CAP_SETUID", "CAP_SETGID"] if os.getuid() == 0 else [])]
+    return [
+        "bwrap", "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
+        *([] if os.getuid() == 0 else ["--unshare-user"]), *folders, *binds, *devices,
+        "--perms", "0777", "--size", str(sandbox.FOLDER_SIZE), "--tmpfs", sandbox.FOLDER, "--remount-ro", "/",
+        *(word for right in rights for word in ("--cap-add", right)), "--chdir", sandbox.FOLDER, "--", *start,
+    ]  # fmt: skip
+
+
+def run(
+    level: str,
+    code: str,
+    tests: str,
+    cases: list[tuple[str, str]],
+    seconds: float,
+    tested: Collection[str] = (),
+    explain: bool = False,
+) -> Outcome:
+    """Judge a program at a level.
+
+    Args:
+        level: of LEVELS, by name.
+        code: the program.
+        tests: code that uses its names.
+        cases: pairs of an input and the output of the program as a script.
+        seconds: for all of it.
+        tested: names of Python's own functions and modules that in `tests` are the program's.
+        explain: say what the sandbox wrote where it did not start.
+    """
+    deadline = time.monotonic() + seconds
+    filtered = next(one.filtered for one in LEVELS if one.name == level)
+    spaces = level in ("bubblewrap", "namespaces")
+    setup = {
+        "level": level,
+        "user": _FIRST_USER + os.getpid() % _USERS,
+        "parent": 0 if level == "bubblewrap" else os.getpid(),
+        "seconds": int(seconds),
+        "readable": readable_paths(),
+        "filter": filter_program(spaces) if filtered else b"",
+        "pivot_root": numbers()["pivot_root"] if filtered else 0,
+        "processes": 0 if spaces or os.getuid() == 0 or not filtered else _processes(),
+    }
+    start = marshal.dumps((_modules(), setup))
+    request = len(start).to_bytes(8, "big") + start + marshal.dumps((code, tests, cases, list(tested)))
+    with _folder(needed=not spaces) as folder, tempfile.TemporaryFile() if explain else _nothing() as errors:
+        process = subprocess.Popen(
+            _command(level),
+            # The order of sets, and so the reward, is the same every time.
+            env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath)},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors or subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        answer = b""
+        try:
+            with suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(request)
+            answer = _read(process.stdout.fileno(), deadline)
+        finally:
+            number, started, verdict = answer.partition(b"\n")
+            # The program's process is this one's grandchild: it is killed first, while its parent keeps its number.
+            with suppress(ProcessLookupError, ValueError, PermissionError):
+                if not spaces:
+                    os.kill(int(number), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+        detail = ""
+        if errors and not started:
+            errors.seek(0)
+            lines = errors.read(10000).decode(errors="replace").strip().splitlines()
+            detail = one_line(lines[-1] if lines else "it does not start", 120)
+    if not started:
+        return Outcome("broken", detail)
+    word, _, detail = verdict.decode(errors="replace").partition(" ")
+    return Outcome(word or "late", detail)
+
+
+def _read(file: int, deadline: float) -> bytes:
+    """What comes until the end of the file or the deadline."""
+    answer = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while len(answer) < LONGEST_VERDICT and selector.select(max(deadline - time.monotonic(), 0)):
+            part = os.read(file, LONGEST_VERDICT)
+            if not part:
+                break
+            answer += part
+    return answer
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _folder(needed: bool) -> Iterator[str]:
+    """An empty folder for a program, which is removed with all that it has left there."""
+    if not needed:
+        # In namespaces it is in memory and goes with them.
+        yield "/"
+        return
+    folder = tempfile.mkdtemp(prefix="grpo-fast-")
+    try:
+        yield folder
+    finally:
+        # Not shutil first: a chain of folders can be deeper than Python's recursion.
+        if subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL).returncode:
+            subprocess.run(["chmod", "-R", "u+rwX", folder], stderr=subprocess.DEVNULL)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes() -> int:
+    """Processes and threads of this user, which count against its limit."""
+    user, count = os.getuid(), 0
+    for process in os.scandir("/proc"):
+        if process.name.isdecimal():
+            with suppress(OSError):
+                if process.stat().st_uid == user:
+                    count += len(os.listdir(f"{process.path}/task"))
+    return count
+
+
+@cache
+def obstacle(level: str) -> str:
+    """Why a level cannot be had on this machine; empty where it works, as a program and its tests have shown."""
+    if level == "bubblewrap" and not shutil.which("bwrap"):
+        return "bwrap is not installed"
+    try:
+        for check, (code, tests, verdict) in _PROBES.items():
+            token = secrets.token_hex(8)
+            found = run(level, code, tests.replace("TOKEN", token), [], 30.0, explain=True)
+            if found.verdict != verdict:
+                return found.detail if found.verdict == "broken" else check
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return one_line(error)
+    return ""
+
+
+_PROBES = {
+    "a harmless program fails in it": (
+        "import collections, heapq, json, random, re\nopen('file', 'w').close()\ndef same(text): return text",
+        "import re\nassert re.match('TOKEN', same('TOKEN'))",
+        "passed",
+    ),
+    "processes cannot be limited in it": (
+        "import os\nif not os.fork():\n    os._exit(0)\ndef same(text): return text",
+        "assert same('TOKEN') == 'TOKEN'",
+        "failed",
+    ),
+}
+
+
+def has_landlock() -> bool:
+    """Whether the kernel can limit the files of a process that is in no namespaces."""
+    return ctypes.CDLL(None).syscall(sandbox.LANDLOCK_CREATE, None, 0, 1) > 0
+
+
+class Chosen(NamedTuple):
+    """The level in force, and a line for the log."""
+
+    level: str
+    note: str
+
+
+def choose(code_isolation: str, obstacle: Callable[[str], str] = obstacle) -> Chosen:
+    """The best level that this machine has, as far as `code_isolation` wants it.
+
+    Args:
+        code_isolation: ``strict``: a level that holds programs that mean harm; ``available``: the best there is;
+            ``none``: limits on resources alone. The name of a level is that level.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not sys.platform.startswith("linux"):
+        raise UserError("unit_tests runs generated code under Linux only")
+    named = [level for level in LEVELS if level.name == code_isolation]
+    wanted = named or {
+        "strict": [level for level in LEVELS if level.holds],
+        "available": LEVELS,
+        "none": LEVELS[-1:],
+    }.get(code_isolation)
+    if wanted is None:
+        raise UserError(f"code_isolation={code_isolation!r} is not allowed: it must be one of {', '.join(CHOICES)}")
+    missing = []
+    for level in wanted:
+        reason = obstacle(level.name)
+        if not reason:
+            note = f"unit_tests: generated code runs {level.says}"
+            if not level.holds and not has_landlock():
+                note += "; it can read and write this user's files, since this kernel has no Landlock"
+            return Chosen(level.name, note + "; for more: " * bool(missing) + ", or ".join(missing))
+        missing.append(f"{level.name} ({reason}: {level.needs})")
+    raise UserError(
+        f"code_isolation={code_isolation!r}: unit_tests cannot run generated code so on this machine: "
+        + ", ".join(missing)
+    )

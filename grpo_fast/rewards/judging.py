@@ -1,0 +1,273 @@
+"""The two sides of a judgement: the program in one process, and its tests in another, which calls it through a `Peer`.
+
+The program's side holds nothing of the tests. Of each call it sees the arguments, and what it returns is compared on
+the other side, as plain data. A `Remote` stands there for an object of the program: it can be called, looked into and
+passed back, but it is never equal to plain data, is in no order with it, and takes no operator together with it.
+
+Runs inside the sandbox (`sandbox.py`), so it imports as little as it can.
+"""
+
+import _operator
+import builtins
+import os
+import sys
+
+from grpo_fast.rewards.wire import MODULES, Closed, Peer, Pipe
+
+NAME = "solution"
+_MISSING = "no such name"
+# What Python does with an object other than calling it and looking up its attributes.
+_UNARY = {
+    "__len__": len, "__iter__": iter, "__next__": next, "__str__": str, "__repr__": repr, "__hash__": hash,
+    "__int__": int, "__float__": float, "__complex__": complex, "__index__": _operator.index, "__abs__": abs,
+    "__neg__": _operator.neg, "__pos__": _operator.pos, "__invert__": _operator.invert, "__reversed__": reversed,
+    "__bool__": bool, "__bytes__": bytes, "__round__": round,
+}  # fmt: skip
+_WITH_VALUES = {
+    "__getitem__": _operator.getitem, "__setitem__": _operator.setitem, "__delitem__": _operator.delitem,
+    "__contains__": _operator.contains, "__format__": format,
+    "__enter__": lambda value: type(value).__enter__(value),
+    "__exit__": lambda value, *error: type(value).__exit__(value, *error),
+}  # fmt: skip
+_BINARY = {
+    f"__{name.strip('_')}__": getattr(_operator, name)
+    for name in (
+        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift",
+        "lt", "le", "eq", "ne", "gt", "ge",
+    )
+}  # fmt: skip
+_OPERATORS = {**_UNARY, **_WITH_VALUES, **_BINARY}
+
+
+class Remote:
+    """An object of the other process."""
+
+    __slots__ = ("_remote_number", "_remote_peer")
+
+    def __init__(self, peer: Peer, number: int):
+        object.__setattr__(self, "_remote_peer", peer)
+        object.__setattr__(self, "_remote_number", number)
+
+    def __call__(self, *arguments, **keywords):
+        return self._remote_peer.request("call", arguments=(self, *arguments), keywords=keywords)
+
+    def __getattr__(self, name: str):
+        return self._remote_peer.request("get", name, arguments=(self,))
+
+    def __setattr__(self, name: str, value) -> None:
+        self._remote_peer.request("set", name, arguments=(self, value))
+
+    def __delattr__(self, name: str) -> None:
+        self._remote_peer.request("delete", name, arguments=(self,))
+
+    def __instancecheck__(self, value) -> bool:
+        return isinstance(value, Remote) and self._remote_peer.request("isinstance", arguments=(value, self)) is True
+
+    def __subclasscheck__(self, value) -> bool:
+        return isinstance(value, Remote) and self._remote_peer.request("issubclass", arguments=(value, self)) is True
+
+
+def _method(name: str):
+    def method(self, *values):
+        if name == "__exit__":
+            # Neither an exception nor its traceback leaves this process, and the program does not suppress it.
+            self._remote_peer.request("operator", name, arguments=(self, None, None, None))
+            return None
+        return self._remote_peer.request("operator", name, arguments=(self, *values))
+
+    return method
+
+
+def _binary(name: str):
+    def method(self, other):
+        if isinstance(other, Remote):
+            return self._remote_peer.request("operator", name, arguments=(self, other))
+        if name in ("__eq__", "__ne__"):
+            return name == "__ne__"
+        raise TypeError(f"an object of the program takes no {name} together with {type(other).__name__}")
+
+    return method
+
+
+for _name in (*_UNARY, *_WITH_VALUES):
+    setattr(Remote, _name, _method(_name))
+for _name in _BINARY:
+    setattr(Remote, _name, _binary(_name))
+    if _name not in ("__lt__", "__le__", "__eq__", "__ne__", "__gt__", "__ge__"):
+        # With plain data on the left, too.
+        setattr(Remote, f"__r{_name[2:]}", _binary(_name))
+
+
+class Program:
+    """The process of the program: runs it and does what the judge asks for."""
+
+    def __init__(self, pipe: Pipe):
+        self.peer = Peer(pipe, self.perform, Remote)
+        self.code = ""
+        self.module = type(sys)(NAME)
+
+    def serve(self) -> None:
+        try:
+            while True:
+                self.peer.answer(*self.peer.pipe.receive())
+        except Closed:
+            return
+
+    def perform(self, operation: str, plain: list, values: list, keywords: dict):
+        match operation:
+            case "name":
+                names = vars(self.module)
+                # Absent names are common, and no exception that the program has raised.
+                return (True, names[plain[0]]) if plain[0] in names else (False, _MISSING)
+            case "call":
+                return values[0](*values[1:], **keywords)
+            case "get":
+                return getattr(values[0], plain[0])
+            case "set":
+                return setattr(values[0], plain[0], values[1])
+            case "delete":
+                return delattr(values[0], plain[0])
+            case "operator":
+                return _OPERATORS[plain[0]](*values)
+            case "isinstance":
+                return isinstance(*values)
+            case "issubclass":
+                return issubclass(*values)
+            case "await":
+                return self.finish(values[0])
+            case "load":
+                return self.load(plain[0], plain[1])
+            case "run":
+                return self.run(values[0])
+            case "here":
+                return True
+        raise ValueError(operation)
+
+    def finish(self, coroutine):
+        import asyncio
+
+        return asyncio.run(coroutine)
+
+    def load(self, code: str, now: bool) -> None:
+        """Run the program as a module, or leave that to `run`."""
+        self.code = code
+        if now:
+            sys.modules[NAME] = self.module
+            self.module.__builtins__ = builtins
+            exec(compile(code, NAME, "exec"), vars(self.module))
+
+    def run(self, text: str) -> tuple[bool, str]:
+        """Run the program as a script with `text` as its input: whether it ended well, and its output."""
+        with open("stdin", "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        files = os.open("stdin", os.O_RDONLY), os.open("stdout", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        for target, file in enumerate(files):
+            # A program may have closed its own.
+            if file != target:
+                os.dup2(file, target)
+                os.close(file)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stdout = printed = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        module = sys.modules["__main__"] = type(sys)("__main__")
+        module.__builtins__ = builtins
+        try:
+            exec(compile(self.code, NAME, "exec"), vars(module))
+            well = True
+        except SystemExit as error:
+            well = error.code in (None, 0, False)
+        for stream in (printed, sys.stdout):
+            if not stream.closed:
+                stream.flush()
+        with open("stdout", "rb") as file:
+            return well, file.read().decode(errors="replace")
+
+
+class Names(dict):
+    """The global names of tests: their own, Python's functions and modules unless these are `tested`, and else the
+    program's, which replaces none that the tests rely on."""
+
+    def __init__(self, judge: "Judge", tested: list[str]):
+        super().__init__(__name__="tests", __builtins__=builtins)
+        self.judge, self.tested = judge, tested
+
+    def __missing__(self, name: str):
+        if name not in self.tested:
+            if name in MODULES:
+                return __import__(name)
+            if hasattr(builtins, name):
+                raise KeyError(name)
+        # Whatever comes back: a program does not make its own failure one of the tests.
+        self.judge.uses += 1
+        found, value = self.judge.peer.request("name", name)
+        if found is not True:
+            raise NameError(f"name {name!r} is not defined", name=name)
+        return value
+
+
+class Judge:
+    """The process of the tests."""
+
+    def __init__(self, pipe: Pipe):
+        self.peer = Peer(pipe, self.perform, Remote)
+        self.uses = 0
+
+    def perform(self, operation: str, plain: list, values: list, keywords: dict):
+        """What the program may do with objects of the tests: use what it was given, not look into how it is made."""
+        value, *others = values
+        match operation:
+            case "call" if callable(value):
+                return value(*others, **keywords)
+            case "get" | "set" if _is_public(value, plain[0]):
+                return getattr(value, plain[0]) if operation == "get" else setattr(value, plain[0], *others)
+            case "get" if plain[0] in ("__name__", "__qualname__", "__doc__"):
+                return str(getattr(value, plain[0]))
+            case "get":
+                raise AttributeError("an object of the tests does not show this")
+            case "operator" if plain[0] in _OPERATORS and plain[0] not in ("__repr__", "__str__", "__format__"):
+                return _OPERATORS[plain[0]](value, *others)
+        raise PermissionError("an object of the tests does not allow this")
+
+    def passes(self, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> bool:
+        """Whether the program passes its tests and turns the input of every case into its output."""
+        self.uses = 1
+        self.peer.request("load", code, bool(tests))
+        self.uses = 0
+        if tests:
+            exec(compile(tests, "tests", "exec"), Names(self, tested))
+        for given, expected in cases:
+            self.uses += 1
+            well, output = self.peer.request("run", arguments=(given,))
+            if well is not True or _lines(output) != _lines(expected):
+                return False
+        # A program that has ended early is none that passes, whatever the tests made of that.
+        return self.peer.request("here") is True
+
+
+def _is_public(value, name: str) -> bool:
+    """Attributes of objects whose class the tests define; frames, functions and code lead to everything."""
+    own = getattr(type(value), "__module__", "") in ("tests", "_io")
+    return own and type(name) is str and not name.startswith("_")
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.rstrip() for line in text.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def judge(pipe: Pipe, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> str:
+    """The verdict: ``passed``, ``failed``, or ``unused`` and how the tests ended without having used the program."""
+    sys.set_int_max_str_digits(0)
+    side, ended = Judge(pipe), "ran to their end"
+    try:
+        passed = side.passes(code, tests, cases, tested)
+    except BaseException as error:
+        passed, ended = False, f"raised {type(error).__name__}: {error}"
+    return ("passed" if passed else "failed") if side.uses else f"unused {ended}"
+
+
+def program(pipe: Pipe) -> None:
+    sys.set_int_max_str_digits(0)
+    sys.argv[:] = [NAME]
+    Program(pipe).serve()

@@ -1,0 +1,94 @@
+"""The filter of system calls for generated code: what a Python program needs that computes and has files and threads.
+
+All others fail, as do those that reach other processes, the network, other namespaces, or memory that no limit counts.
+Compiled by seccompy (extra `train`) where the run is; the sandbox gets the finished program.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+from functools import cache
+
+from grpo_fast.errors import UserError, one_line
+
+ALLOWED = """
+    access alarm arch_prctl brk chdir clock_getres clock_gettime clock_nanosleep close close_range copy_file_range dup
+    dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_wait eventfd2 exit exit_group faccessat faccessat2
+    fadvise64 fallocate fchdir fdatasync flock fstat fstatfs fsync ftruncate futex getcpu getcwd getdents getdents64
+    getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getrandom getresgid getresuid
+    getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid link linkat lseek lstat madvise
+    membarrier mincore mkdir mkdirat mmap mprotect mremap msync munmap nanosleep newfstatat open openat pause pipe pipe2
+    poll ppoll pread64 preadv preadv2 pselect6 pwrite64 pwritev pwritev2 read readlink readlinkat readv recvfrom recvmsg
+    rename renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn
+    rt_sigsuspend rt_sigtimedwait sched_getaffinity sched_yield select sendfile sendmsg sendto set_robust_list
+    set_tid_address setitimer setrlimit setsockopt shutdown sigaltstack stat statfs statx symlink symlinkat sysinfo time
+    times truncate umask uname unlink unlinkat write writev
+""".split()  # noqa: SIM905
+# Landlock does not limit these, so outside of namespaces they reach files that are not the program's.
+IN_NAMESPACES = "chmod fchmod fchmodat utime utimensat utimes".split()  # noqa: SIM905
+# Their absence is what the C library expects of an older kernel; others fail with EPERM.
+ABSENT = ("clone3", "epoll_pwait2", "fchmodat2", "openat2")
+EPERM, ENOSYS = 1, 38
+_EQUAL, _MASKED = 0, 6
+_CLONE_THREAD, _NEW_NAMESPACES, _AF_UNIX, _SOCK_STREAM, _SOCK_KINDS = 0x10000, 0x7E020080, 1, 1, 0xF
+# Those that are allowed with some arguments: for each way (argument, comparison, value and, where masked, the mask).
+PARTLY: dict[str, list[list[tuple[int, ...]]]] = {
+    # A thread, no process; in the present namespaces.
+    "clone": [[(0, _MASKED, _CLONE_THREAD, _NEW_NAMESPACES | _CLONE_THREAD)]],
+    # Of this process itself.
+    "prlimit64": [[(0, _EQUAL, 0)]],
+    # Its name, and the names of its memory.
+    "prctl": [[(0, _EQUAL, value)] for value in (15, 16, 0x53564D41)],
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, locks, F_DUPFD_CLOEXEC; none that has signals sent.
+    "fcntl": [[(1, _EQUAL, value)] for value in (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030)],
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX.
+    "ioctl": [[(1, _EQUAL, value)] for value in (0x5401, 0x5413, 0x541B, 0x5421, 0x5451, 0x5450)],
+    # Two connected ends, as event loops have; no address can be sent to.
+    "socketpair": [[(0, _EQUAL, _AF_UNIX), (1, _MASKED, _SOCK_STREAM, _SOCK_KINDS)]],
+}
+
+
+@cache
+def numbers() -> dict[str, int]:
+    """Numbers of this processor's system calls by name, ``pivot_root`` among them.
+
+    Raises:
+        UserError: seccompy is missing or does not know the processor.
+    """
+    try:
+        syscalls = importlib.import_module("seccompy.syscalls")
+    except ImportError:
+        raise UserError("seccompy is not installed; install it with: pip install 'grpo-fast[train]'") from None
+    try:
+        syscalls.audit_arch()
+    except Exception as error:
+        raise UserError(f"no filter of system calls for this processor: {one_line(error)}") from None
+    found = {}
+    for name in (*ALLOWED, *IN_NAMESPACES, *ABSENT, *PARTLY, "pivot_root"):
+        # Newer processors do without the older calls.
+        with suppress(ValueError):
+            found[name] = syscalls.syscall_nr(name)
+    return found
+
+
+@cache
+def filter_program(in_namespaces: bool) -> bytes:
+    """The compiled filter.
+
+    Raises:
+        UserError: as :func:`numbers`.
+    """
+    known = numbers()
+    seccompy = importlib.import_module("seccompy")
+    built = seccompy.Filter(seccompy.Action.ERRNO | EPERM)
+    for name in (*ALLOWED, *IN_NAMESPACES) if in_namespaces else ALLOWED:
+        if name in known:
+            built.allow(name)
+    for name in ABSENT:
+        if name in known:
+            built.errno(name, ENOSYS)
+    for name, ways in PARTLY.items():
+        for way in ways if name in known else ():
+            built.allow(name, args=way)
+    return built.program
