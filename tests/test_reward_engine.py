@@ -17,7 +17,6 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import reward_metrics
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rewards.pool import WorkerPool
 
 
 async def slow_length(prompts, completions, **columns):
@@ -271,14 +270,6 @@ def test_workers_last_longer_than_the_thread_that_needed_them(tmp_path):
     time.sleep(0.3)
     assert model(["p"], ["pid"], {"factor": [1.0]}).each.item() == first
     model.pool.close()
-
-
-def test_worker_pool_without_worker_processes_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "marked.py").write_text(MARKED)
-    monkeypatch.setattr(WorkerPool, "supported", False)
-    with pytest.raises(UserError, match="need Linux or macOS; use WSL on Windows"):
-        RewardModel([f"{tmp_path / 'marked.py'}:mine"], None)
-    RewardModel(["exact_answer"], None)
 
 
 def test_rewards_import_where_there_are_no_unix_modules():
