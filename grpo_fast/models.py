@@ -250,6 +250,8 @@ def train_adapter(model: nn.Module, config: GRPOConfig) -> Any:
                 f"beta={config.beta} needs a copy of the adapter {adapter.name} as the reference policy, which peft "
                 f"refuses: {one_line(error)}; set beta to 0"
             ) from None
+        # Before peft 0.20, loading the copy froze the adapter.
+        adapted.set_adapter("default")
     return adapted
 
 
