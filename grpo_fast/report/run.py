@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold fields and values")
     history = [entry for entry in read_lines(folder / "metrics.jsonl") if isinstance(entry.get("step"), int)]
-    warnings = [str(entry.get("text")) for entry in read_lines(folder / "warnings.jsonl")]
+    warnings = [str(entry["text"]) for entry in read_lines(folder / "warnings.jsonl") if "text" in entry]
     summary, plan = (_read_object(folder / name) for name in ("summary.json", "memory_plan.json"))
     return Run(folder, config, history, summary, plan, warnings)
 
