@@ -125,7 +125,7 @@ class Warnings:
     def start(self, step: int, say: Callable[[str], None]) -> None:
         """Leave warnings to `say` from now on, and take back those of a run that goes on after `step`."""
         self.say = say
-        lines = [line for line in read_lines(self.path) if line.get("step", 0) <= step]
+        lines = [line for line in read_lines(self.path) if isinstance(line.get("step"), int) and line["step"] <= step]
         self.said = {line.get("name") for line in lines}
         if self.path.exists():
             replace_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -214,6 +214,7 @@ def test_what_the_model_writes_stays_text(folder):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "summary.json").write_text(json.dumps({"metric": EVIL, "before": 0.0, "after": 1.0, "steps": 1}))
     (folder / "memory_plan.json").write_text(json.dumps({EVIL: {EVIL: 2**30}}))
+    write_lines(folder / "warnings.jsonl", [{"step": 1, "name": EVIL, "text": EVIL}, {"step": "x"}])
     made = page(folder)
     # One script, the page's own, which the policy names by its hash; nothing else that could run or load.
     assert len(made.named("script")) == 1

@@ -222,6 +222,21 @@ def test_a_reward_function_that_is_there_twice_is_refused():
         RewardModel(["exact_answer", "exact_answer"], None)
 
 
+def test_reward_files_with_different_neighbours_of_one_name_are_refused(tmp_path):
+    """Otherwise the second file would import the first one's."""
+    sources = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shared_helper.py").write_text(f"VALUE = {name!r}")
+        (tmp_path / name / "rewards.py").write_text(f"import shared_helper\ndef {name}(prompts, **columns): ...\n")
+        sources.append(f"{tmp_path / name / 'rewards.py'}:{name}")
+    RewardModel(sources[:1], None)
+    with pytest.raises(
+        UserError, match=r"first/shared_helper.py and .*second/shared_helper.py are modules of one name"
+    ):
+        RewardModel(sources, None)
+
+
 def test_signatures_and_columns_are_checked_before_anything_is_sampled():
     model = RewardModel(["exact_answer"], None)
     model.check_columns(["answer", "level"])

@@ -85,7 +85,8 @@ def read_run(folder: Path) -> Run:
     for entry, name in wrong[:1]:
         found = f"{_quoted(name)} of step {entry['step']} is not a number ({_quoted(entry[name])})"
         damaged.append(f"metrics.jsonl: {found} and is not drawn{_more(wrong)}")
-    warnings = [str(entry.get("text")) for entry in read_lines(folder / "warnings.jsonl", damaged, most=LARGEST_FILE)]
+    noted = read_lines(folder / "warnings.jsonl", damaged, most=LARGEST_FILE)
+    warnings = [str(entry["text"]) for entry in noted if "text" in entry]
     summary, plan = (_read_object(folder / name) for name in ("summary.json", "memory_plan.json"))
     for name in SUMMARY_FIGURES:
         if _is_wrong(summary.get(name)):

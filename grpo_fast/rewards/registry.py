@@ -43,6 +43,9 @@ REWARDS: dict[str, RewardFunction] = {
 # Those that are made with arguments.
 MAKERS: dict[str, Callable[..., RewardFunction]] = {"kimi_length": kimi_length, "soft_overlong": soft_overlong}
 
+# Those of the reward files that were loaded.
+_FOLDERS: set[Path] = set()
+
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
@@ -129,10 +132,20 @@ def _load_file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None:
         raise UserError(f"reward_funcs: {path} is not a Python file")
+    _check_neighbours(file.parent.resolve())
     _extend_path(file.parent)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _check_neighbours(folder: Path) -> None:
+    """Python imports one module of a name only; a second file would silently get the first one's neighbour."""
+    _FOLDERS.add(folder)
+    for path in folder.iterdir():
+        loaded = Path(getattr(sys.modules.get(path.stem), "__file__", None) or path).resolve()
+        if loaded.parent != folder and loaded.parent in _FOLDERS:
+            raise UserError(f"reward_funcs: {loaded} and {path} are modules of one name; rename one of them")
 
 
 def _import_module(name: str) -> ModuleType:
