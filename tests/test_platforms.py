@@ -66,9 +66,7 @@ def test_every_module_is_imported_without_what_other_systems_lack():
 
 def test_isolated_rewards_are_refused_where_processes_cannot_be_limited(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    with pytest.raises(
-        UserError, match=r"reward_funcs: math_answer runs in a process of its own.*Linux and macOS"
-    ):
+    with pytest.raises(UserError, match=r"reward_funcs: math_answer runs in a process of its own.*Linux and macOS"):
         RewardModel(["math_answer"], None)
     assert RewardModel(["exact_answer"], None).names == ["exact_answer"]
 
