@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from grpo_fast.advantages import LARGEST, UNCENTRED
@@ -45,9 +46,13 @@ _RANGES = [
 ]  # fmt: skip
 
 
+# Evaluated once: a plan tries thousands of configurations.
+_hints = cache(get_type_hints)
+
+
 def check_config(config: GRPOConfig) -> None:
     """Raise a UserError that names the first wrong field, its value and what is allowed."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         value, allowed = getattr(config, name), _literals(hint)
         if allowed and not set(value if get_origin(hint) is list else [value]) <= set(allowed):
             _refuse(

@@ -46,6 +46,8 @@ LAYERS_IN_FLIGHT = 2
 SAMPLED_BYTES = 24
 # The same in transformers' own loop, which samples all rows at once; and with a filter that sorts.
 LOGIT_COPIES, SORTED_BYTES = 3, 16
+# Fields that decide what is counted on a model.
+COUNTED = ("dtype", "use_peft", "lora_r", "load_in_4bit", "use_bnb_nested_quant", "optim", "optim_offload")
 # Lengths at which activations are traced to find the longest answer; in between they are interpolated.
 LENGTHS = [1024 << (2 * step) for step in range(6)]
 
@@ -185,9 +187,12 @@ class _Planner:
         self.config, self.tracer, self.prompt_tokens = config, tracer, prompt_tokens
         self.model_config = tracer.model_config
         self.text = tracer.model_config.get_text_config()
-        self.weights = count_weights(tracer.model(config), config)
         self.itemsize = weights_dtype(self.model_config, config).itemsize
-        self.continuous = continuous(tracer.model(config))
+        key = tuple(getattr(config, name) for name in COUNTED), tuple(config.lora_target_modules or ())
+        if key not in tracer.counted:
+            model = tracer.model(config)
+            tracer.counted[key] = count_weights(model, config), continuous(model)
+        self.weights, self.continuous = tracer.counted[key]
 
     def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
         config, weights = self.config, self.weights
@@ -379,11 +384,16 @@ class _Planner:
         """The longest answer, in tokens, with which the plan fits: 0 where none does, at most the model's positions."""
         positions = getattr(self.text, "max_position_embeddings", None) or LENGTHS[-1]
         low, high = shortest, max(positions - self.prompt_tokens, 0)
-        if high <= low or self.plan(high, True).fits(vram):
+        if high <= low:
             return high
+        if self.plan(high, True).fits(vram):
+            low = high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.plan(middle, True).fits(vram) else (low, middle)
+        # Interpolated; what is returned fits by the plan itself.
+        while low > shortest and not self.plan(low).fits(vram):
+            low = max(low - max(low // 64, 1), shortest)
         return low
 
 

@@ -244,8 +244,10 @@ class Tracer:
 
     def __init__(self, model_config: Any):
         self.model_config = model_config
-        self.made: dict[tuple, Traced] = {}
+        self.made: dict[tuple, Traced | UserError] = {}
         self.models: dict[tuple, nn.Module] = {}
+        # What the plans have counted on the models.
+        self.counted: dict[tuple, Any] = {}
 
     def model(self, config: GRPOConfig) -> nn.Module:
         """The whole model on the meta device, for its parameters to be counted."""
@@ -266,15 +268,22 @@ class Tracer:
 
     def _run(self, setup: Setup) -> Traced:
         if setup.key in self.made:
-            return self.made[setup.key]
+            if isinstance(made := self.made[setup.key], UserError):
+                raise made
+            return made
         # The meta device is faster, but knows no autocast: mixed precision, and adapters on experts.
         for device in ("cpu",) if setup.config.bf16 else ("meta", "cpu"):
             try:
                 self.made[setup.key] = _trace(self.model_config, setup, device)
                 return self.made[setup.key]
+            except UserError as error:
+                self.made[setup.key] = error
+                raise
             except (NotImplementedError, RuntimeError, TypeError) as error:
                 reason = one_line(error)
-        raise UserError(f"{setup.config.model_name_or_path}: this model's memory cannot be planned: {reason}")
+        failed = UserError(f"{setup.config.model_name_or_path}: this model's memory cannot be planned: {reason}")
+        self.made[setup.key] = failed
+        raise failed
 
 
 def _period(layer_types: list[str]) -> int:

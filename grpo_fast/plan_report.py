@@ -22,7 +22,7 @@ from grpo_fast.memory_plan import (
     total,
     usable,
 )
-from grpo_fast.memory_switches import longest_with_all, smallest_remedy, switches
+from grpo_fast.memory_switches import shorter_remedy, smallest_remedy, switches
 from grpo_fast.memory_trace import Tracer
 from grpo_fast.models import BUILT_IN, adapter_fields, base_config, max_positions
 from grpo_fast.rollout.transformers import not_continuous, padded_warning
@@ -117,12 +117,12 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Termi
     if not fits:
         remedy = smallest_remedy(config, tracer, vram, prompt_tokens)
         moment = MOMENTS[max(plan.moments, key=lambda name: total(plan.moments[name]))]
-        ways = [" and ".join(remedy)] if remedy else []
+        ways = [" and ".join(remedy.names)] if remedy else []
         ways += [f"max_completion_length={longest}"] if longest else []
-        if not ways:
-            answer, names = longest_with_all(config, tracer, vram, prompt_tokens)
-            ways = [f"max_completion_length={answer} and {', '.join(names)}"] if answer else []
-        verdict = f"it would fit with {', or with '.join(ways)}" if ways else "no combination of the switches fits"
+        if not ways and (remedy := shorter_remedy(config, tracer, vram, prompt_tokens)):
+            ways = [" and ".join(remedy.names)]
+        none = "no combination of these switches fits, not even with shorter answers"
+        verdict = f"it would fit with {', or with '.join(ways)}" if ways else none
         console.print(f"does not fit: {moment} takes {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB; {verdict}")
     else:
         console.print("fits")
@@ -148,6 +148,11 @@ def _notes(console: Terminal, config: GRPOConfig, tracer: Tracer, prompt_tokens:
     model = tracer.model(config)
     if not config.use_vllm and (reason := not_continuous(model)):
         console.print(f"{padded_warning(model, reason)}.")
+    if config.load_in_4bit and config.use_vllm and config.vllm_mode == "colocate":
+        console.print(
+            "vLLM in this process samples from a copy of its own, merged with the adapters, in 16 bits: load_in_4bit "
+            "does not make that smaller."
+        )
     if sequence > config.max_tokens_per_microbatch:
         console.print(
             f"A microbatch holds whole sequences: train needs max_tokens_per_microbatch={sequence} or more, not "

@@ -1,6 +1,9 @@
 """The memory plan: parameters as real models have them, and the peak that a real step reaches on a CPU."""
 
+import itertools
 import json
+import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +16,18 @@ from grpo_fast.cli import main, parse_config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_lengths
 from grpo_fast.errors import UserError
-from grpo_fast.memory_plan import GIB, count_weights, longest_answer, plan_memory, total, usable
-from grpo_fast.memory_switches import smallest_remedy, switches
-from grpo_fast.memory_trace import Setup, Tracer, _trace
+from grpo_fast.memory_plan import (
+    CONTEXT_BYTES,
+    FRAGMENTATION,
+    GIB,
+    count_weights,
+    longest_answer,
+    plan_memory,
+    total,
+    usable,
+)
+from grpo_fast.memory_switches import merged, possible_changes, shorter_remedy, smallest_remedy, switches
+from grpo_fast.memory_trace import Setup, Traced, Tracer, _trace, weights_dtype
 from grpo_fast.microbatch_policy import MicrobatchPolicy
 from grpo_fast.models import add_adapter
 from grpo_fast.packing import Sample, build_microbatch, plan_rows, token_offsets
@@ -308,8 +320,138 @@ def test_switches_and_the_smallest_remedy():
     after = plan_memory(config, tracer.model_config, 512, tracer)
     config.gradient_checkpointing = False
     assert found["gradient_checkpointing"].training == total(before.training) - total(after.training) > 50 * GIB
-    assert smallest_remedy(config, tracer, 24 * GIB, 512) == ["gradient_checkpointing", "load_in_4bit (with use_peft)"]
+    assert smallest_remedy(config, tracer, 24 * GIB, 512).names == ["gradient_checkpointing", "load_in_4bit"]
     assert smallest_remedy(config, tracer, 4 * GIB, 512) is None
+    assert shorter_remedy(config, tracer, 4 * GIB, 512) is None
+
+
+def holding(size: int) -> int:
+    """Bytes of a device that a plan of `size` bytes just fills."""
+    return next(
+        vram for vram in itertools.count(int((size + CONTEXT_BYTES) / (1 - FRAGMENTATION))) if usable(vram) >= size
+    )
+
+
+def test_smallest_remedy_where_one_switch_is_enough():
+    """All of them together need not fit, since fewer completions of a prompt must not widen the sampler's budget."""
+    config = settings(
+        use_peft=True, dtype="bfloat16", max_completion_length=2000, gradient_checkpointing=True,
+        max_tokens_per_microbatch=2048, max_tokens_per_generation_batch=64,
+    )  # fmt: skip
+    tracer = Tracer(medium())
+    offloading = replace(config, activation_offloading=True)
+    plans = [plan_memory(each, tracer.model_config, 48, tracer) for each in (config, offloading)]
+    vram = holding(plans[1].peak)
+    assert not plans[0].fits(vram)
+    remedy = smallest_remedy(config, tracer, vram, 48)
+    assert remedy.names == ["activation_offloading"]
+    assert remedy.config == offloading
+    for name, changes in possible_changes(config, 48).items():
+        # A name says all that it changes.
+        made = replace(config, **merged(config, [changes]))
+        differing = {field for field in changes if getattr(made, field) != getattr(config, field)}
+        assert {field for field in changes if re.search(rf"\b{field}\b", name)} == differing
+        assert made.max_tokens_per_generation_batch <= config.max_tokens_per_generation_batch
+
+
+def test_two_completions_are_offered_where_that_helps():
+    """vLLM in this process holds whole answers, here more of them than training takes."""
+    config = settings(
+        use_vllm=True, use_peft=True, gradient_checkpointing=True, tiled_mlp=True, dtype="bfloat16", max_buffer_mib=1,
+        num_generations=8, generation_batch_size=8, max_completion_length=2000, max_tokens_per_microbatch=2048,
+        max_tokens_per_generation_batch=8 * 2048,
+    )  # fmt: skip
+    tracer = Tracer(medium(num_key_value_heads=4, head_dim=128, vocab_size=512))
+    found = {switch.name: switch for switch in switches(config, tracer, 2 * GIB, 48)}
+    two = "num_generations=2 (with max_tokens_per_generation_batch=4096)"
+    assert found[two].rollout > found["num_generations=4 (with max_tokens_per_generation_batch=8192)"].rollout > 0
+    fewer = replace(config, num_generations=2, max_tokens_per_generation_batch=4096)
+    vram = holding(plan_memory(fewer, tracer.model_config, 48, tracer).peak)
+    assert smallest_remedy(config, tracer, vram, 48) == ([two], fewer)
+    odd = replace(config, num_generations=3, generation_batch_size=9)
+    assert not any("num_generations" in name for name in possible_changes(odd, 48))
+
+
+def test_changes_that_contradict_each_other_are_not_combined():
+    config = settings()
+    assert merged(config, [{"optim": "adamw_torch_8bit"}, {"optim": "adamw_torch_fused"}]) is None
+    assert merged(config, [{"num_generations": 4}, {"num_generations": 2}]) is None
+    both = [{"max_tokens_per_microbatch": 9000}, {"max_tokens_per_microbatch": 700}]
+    assert merged(config, both) == {"max_tokens_per_microbatch": 700}
+    limit = config.max_tokens_per_generation_batch
+    assert merged(config, [{"max_tokens_per_generation_batch": limit + 1}]) == {
+        "max_tokens_per_generation_batch": limit
+    }
+
+
+class Formula(Tracer):
+    """Activations by a formula, which takes no time; adapters add to them, as float32 copies of inputs do."""
+
+    def trace(self, setup: Setup) -> Traced:
+        if setup.config.tiled_mlp and setup.config.lora_r == 3:
+            raise UserError("this MLP cannot be tiled")
+        layer = setup.tokens * 128 * weights_dtype(self.model_config, setup.config).itemsize
+        inside = (20 if setup.config.use_peft else 14) * layer * (1 if setup.training else 0.2)
+        mlp = 9 * layer / (8 if setup.config.tiled_mlp else 1)
+        layers = 1 if setup.config.gradient_checkpointing or not setup.training else setup.layers
+        residual = setup.layers * layer if setup.training else layer
+        parts = {"attention": layers * inside, "mlp": layers * mlp, "residual": residual, "embedding": layer}
+        return Traced(parts, {**parts, "gradients": layer, "head": setup.predicted * 128 * 4})
+
+
+def grid():
+    """Settings that differ in what bounds them: weights, activations, the sampler's cache, vLLM's copy."""
+    samplers = [{}, {"max_tokens_per_generation_batch": 64}, {"use_vllm": True}]
+    shares = [0.95, 0.8, 0.6, 0.4, 0.2, 0.05, 0.01]
+    choices = itertools.product([False, True], [False, True], ["float32", "bfloat16"], samplers, shares)
+    # A fifth of them holds every pair of values.
+    for number, (use_peft, checkpointing, dtype, sampler, share) in enumerate(itertools.islice(choices, 0, None, 5)):
+        fields = {"load_in_4bit": True} if use_peft and number % 4 == 0 else {}
+        fields |= {"beta": 0.1} if number % 3 == 0 else {}
+        fields |= {"optim": "adamw_torch_8bit"} if number % 5 == 0 else {}
+        config = settings(
+            use_peft=use_peft, gradient_checkpointing=checkpointing, dtype=dtype, lora_r=[3, 8][number % 2],
+            max_completion_length=1000, max_tokens_per_microbatch=[1024, 4096][number % 2], **sampler, **fields,
+        )  # fmt: skip
+        yield config, share
+
+
+def test_what_is_recommended_fits_by_the_plan():
+    """At a share of what each setting takes: one switch where one is enough, and None where none fits."""
+    tracer, prompt = Formula(medium()), 24
+    found = {"one": 0, "several": 0, "shorter": 0, "none": 0}
+
+    def fits(config, vram):
+        return plan_memory(config, tracer.model_config, prompt, tracer).fits(vram)
+
+    for config, share in grid():
+        vram = holding(int(share * plan_memory(config, tracer.model_config, prompt, tracer).peak))
+        assert not fits(config, vram)
+        changes = possible_changes(config, prompt)
+        alone = []
+        for name, each in changes.items():
+            with suppress(UserError):
+                alone += [name] * fits(replace(config, **merged(config, [each])), vram)
+        longest = longest_answer(config, tracer, vram, prompt)
+        assert longest == 0 or fits(replace(config, max_completion_length=longest), vram)
+        remedy = smallest_remedy(config, tracer, vram, prompt)
+        if remedy:
+            assert remedy.config == replace(config, **merged(config, (changes[name] for name in remedy.names)))
+            assert fits(remedy.config, vram)
+            assert remedy.names == alone[:1] if alone else len(remedy.names) > 1
+            found["one" if alone else "several"] += 1
+            continue
+        assert not alone
+        shorter = shorter_remedy(config, tracer, vram, prompt)
+        found["shorter" if shorter else "none"] += 1
+        if shorter:
+            answer = shorter.config.max_completion_length
+            assert answer < config.max_completion_length
+            assert shorter.names[0] == f"max_completion_length={answer}"
+            assert fits(shorter.config, vram)
+        else:
+            assert longest == 0
+    assert min(found.values()) > 0, found
 
 
 def test_reference_and_offloaded_state_are_in_host_memory():
@@ -325,7 +467,8 @@ def test_reference_and_offloaded_state_are_in_host_memory():
     ("arguments", "status", "message"),
     [
         (["--vram", "24GiB"], 0, "fits"),
-        (["--vram", "2GiB"], 1, "does not fit: "),
+        (["--vram", "2GiB"], 1, "no combination of these switches fits, not even with shorter answers"),
+        (["--vram", "24GiB", "--load_in_4bit=true", "--use_vllm=true"], 0, "load_in_4bit does not make that smaller"),
         (["--vram", "lots"], 2, "--vram 'lots' is not a size of memory"),
         (["--vram"], 2, "--vram needs a value"),
         (["--vram", "24GiB", "--prompt_tokens", "0"], 2, "--prompt_tokens='0' is not allowed"),
@@ -338,7 +481,7 @@ def test_command(arguments, status, message, capsys):
     lengths = ["--max_completion_length=512", "--max_tokens_per_microbatch=1024", "--gradient_checkpointing=true"]
     assert main(["plan", *model, *lengths, "--max_tokens_per_generation_batch=8192", *arguments]) == status
     output = capsys.readouterr()
-    assert message in output.out + output.err
+    assert message in " ".join((output.out + output.err).split())
     assert max(map(len, output.out.splitlines()), default=0) <= 100
 
 
