@@ -72,8 +72,8 @@ class GRPOConfig:
         reward_weights: a weight for each of them (default: 1 each).
         reward_timeout: seconds that a reward function may take for a completion.
         on_reward_error: a completion for which a function fails has no reward from it (none), or ends the run (raise).
-        code_isolation: how programs that `unit_tests` runs are held: the best way that this machine has (available), no
-            start without namespaces and a filter of system calls (strict), or limits on resources alone (none).
+        code_isolation: how `unit_tests` contains generated code: the best level that this machine has (available), only
+            namespaces with a system call filter (strict: no start without), or resource limits only (none).
         eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
         eval_steps: measure the held-out prompts every so many steps; 0 for before and after training only.
         num_generations: completions sampled for each prompt, G.

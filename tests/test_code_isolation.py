@@ -1,4 +1,4 @@
-"""How well generated code is held: attacks at every level that this machine has, as root and as an ordinary user."""
+"""How generated code is contained: attacks at every level that this machine has, as root and as an ordinary user."""
 
 import os
 import re
@@ -101,23 +101,23 @@ def missing(*levels):
 @pytest.mark.parametrize(
     ("code_isolation", "absent", "level", "note"),
     [
-        ("available", [], "bubblewrap", r"runs in bubblewrap, with a filter of system calls$"),
+        ("available", [], "bubblewrap", r"runs in bubblewrap, with a system call filter$"),
         ("available", NAMES[:1], "namespaces", r"namespaces .*; for more: bubblewrap \(not here: apt-get install bub"),
         (
             "available",
             NAMES[:2],
             "seccomp",
-            r"in no namespaces; for more: bubblewrap .*, or namespaces \(not here: a k",
+            r"without namespaces; for more: bubblewrap .*, or namespaces \(not here: a k",
         ),
         (
             "available",
             NAMES[:3],
             "rlimits",
-            r"limited resources, .*seccomp \(not here: pip install 'grpo-fast\[train\]",
+            r"resource limits only, .*seccomp \(not here: pip install 'grpo-fast\[train\]",
         ),
         ("strict", [], "bubblewrap", "runs in bubblewrap"),
         ("strict", NAMES[:1], "namespaces", "namespaces of its own"),
-        ("none", [], "rlimits", r"in a process with limited resources, which may signal this user's others$"),
+        ("none", [], "rlimits", r"in a process with resource limits only, which can signal this user's others$"),
     ],
 )
 def test_choose_takes_the_best_level_and_says_what_is_missing(code_isolation, absent, level, note):
@@ -157,7 +157,7 @@ def test_strict_refuses_before_a_run_starts(monkeypatch):
         RewardModel(["unit_tests"], None, code_isolation="strict")
     model = RewardModel(["unit_tests"], None)
     assert model.settings["code_isolation"] == "seccomp"
-    assert "in no namespaces" in model.notes[0]
+    assert "without namespaces" in model.notes[0]
     # Those that run no generated code are no concern of this.
     assert RewardModel(["exact_answer"], None, code_isolation="strict").notes == []
 

@@ -211,7 +211,7 @@ def test_run_tests_right_programs_pass(program, tests):
 
 def test_run_tests_threads_pass_where_they_are_held():
     if isolation.choose("available").level == "rlimits":
-        pytest.skip("without a filter of system calls a program has no threads")
+        pytest.skip("without a system call filter a program has no threads")
     program = (
         "import threading, concurrent.futures, queue\ndef squares(xs):\n"
         "    with concurrent.futures.ThreadPoolExecutor(8) as pool:\n        return [*pool.map(lambda x: x * x, xs)]\n"
@@ -375,7 +375,7 @@ def test_trainer_says_how_generated_code_is_run(tmp_path, capsys):
     settings |= {"max_steps": 1, "max_eval_samples": 1, "generation_batch_size": 4, "code_isolation": "none"}
     GRPOTrainer(GRPOConfig(**settings, output_dir=str(tmp_path / "run"))).train()
     AcceleratorState._reset_state(reset_partial_state=True)
-    said = "unit_tests: generated code runs in a process with limited resources, which may signal this user's others"
+    said = "unit_tests: generated code runs in a process with resource limits only, which can signal this user's others"
     assert said in " ".join(capsys.readouterr().out.split())
 
 

@@ -9,10 +9,11 @@ pipe and compares what comes back as plain data. Both are sandboxed (``sandbox.p
   ours, no new processes. What it prints is thrown away.
 - It never sees its tests, only the arguments of each call, and it passes only if it still runs when they have ended.
 
-With the filter of system calls, there is no memory but its address space (no shared memory, no memfd), no signal to and
-no setting of another process, and no network; threads are allowed. In namespaces (bubblewrap or our own) there are no
-files but Python's and the system's libraries, and 64 MiB of its own in memory. Outside of them Landlock limits files,
-where the kernel has it, and otherwise an audit hook in Python does, which a program that is made to can get around.
+With the system call filter, a program has no memory beyond its address space (no shared memory, no memfd), cannot
+signal or change another process, and has no network; threads are allowed. In namespaces (bubblewrap or our own) it sees
+no files but Python's and the system's libraries, and 64 MiB of its own in memory. Outside of them, Landlock limits files
+where the kernel has it, and otherwise an audit hook in Python, which a malicious program can get around; and only time
+limits how many files it writes.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ def unit_tests(prompts, completions, tests, reward_timeout=10.0, code_isolation=
             outputs of the completion as a script, ``{"inputs": [...], "outputs": [...]}``, with ``fn_name`` arguments
             and results of that function; or a list of ``{"input": ..., "output": ...}``; these also as JSON.
         reward_timeout: seconds for a sample, of which the program gets all but a second.
-        code_isolation: how well the program must be held, see :func:`grpo_fast.rewards.isolation.choose`.
+        code_isolation: how the program must be contained, see :func:`grpo_fast.rewards.isolation.choose`.
 
     Raises:
         ValueError: a sample's tests are at fault.

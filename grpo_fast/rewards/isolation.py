@@ -1,4 +1,4 @@
-"""How well generated code is held on this machine: the levels, what each needs, and how a sandbox is started."""
+"""How well this machine can contain generated code: the levels, what each needs, and how a sandbox is started."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from grpo_fast.rewards.system_calls import filter_program, numbers
 
 @dataclass(frozen=True)
 class Level:
-    """A way to hold generated code.
+    """A way to contain generated code.
 
     Args:
-        holds: whether a program that means harm cannot reach other processes, the network or files.
-        filtered: whether it needs the filter of system calls.
+        holds: whether it keeps a malicious program from other processes, the network and files.
+        filtered: whether it needs the system call filter.
         says: what is in force, for the log.
-        needs: what one can do to have it.
+        needs: what to do to get it.
     """
 
     name: str
@@ -45,22 +45,24 @@ class Level:
 
 # From the best to the worst.
 LEVELS = (
-    Level("bubblewrap", True, True, "in bubblewrap, with a filter of system calls", "apt-get install bubblewrap"),
+    Level("bubblewrap", True, True, "in bubblewrap, with a system call filter", "apt-get install bubblewrap"),
     Level(
         "namespaces",
         True,
         True,
-        "in namespaces of its own, with a filter of system calls",
+        "in namespaces of its own, with a system call filter",
         "a kernel that lets ordinary users make namespaces (user.max_user_namespaces above 0, Linux 5.12)",
     ),
     Level(
         "seccomp",
         False,
         True,
-        "in a process with a filter of system calls, but in no namespaces",
+        "in a process with a system call filter, but without namespaces",
         "pip install 'grpo-fast[train]', on x86-64 or ARM64",
     ),
-    Level("rlimits", False, False, "in a process with limited resources, which may signal this user's others", "Linux"),
+    Level(
+        "rlimits", False, False, "in a process with resource limits only, which can signal this user's others", "Linux"
+    ),
 )
 CHOICES = ("strict", "available", "none")
 
@@ -83,7 +85,7 @@ module.main(setup)
 """
 _MODULES = ("wire", "judging", "sandbox")
 LONGEST_VERDICT = 1000
-# Users whom root becomes: none of them is anybody's.
+# Root runs programs as one of these users, who own nothing.
 _FIRST_USER, _USERS = 20000, 40000
 
 
@@ -97,7 +99,7 @@ class Outcome(NamedTuple):
 
 @cache
 def readable_paths() -> list[str]:
-    """What a Python program reads: Python itself and the system's libraries; none of them lies in another."""
+    """What a Python program reads: Python itself and the system's libraries. No path lies inside another."""
     wanted = {"/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store", sys.base_prefix, sys.base_exec_prefix}
     wanted |= {os.path.dirname(os.__file__), python()}
     found = sorted(path for path in wanted if os.path.exists(path))
@@ -126,12 +128,12 @@ def _command(level: str) -> list[str]:
     start = [python(), "-P", "-s", "-S", "-B", "-c", _START]
     if level != "bubblewrap":
         return start
-    # Bubblewrap makes the folders above a mount for their owner alone.
+    # Bubblewrap creates the folders above a mount with mode 0700, which other users cannot pass.
     above = sorted({str(one) for path in (*readable_paths(), *sandbox.DEVICES) for one in Path(path).parents} - {"/"})
     folders = [word for path in above for word in ("--perms", "0755", "--dir", path)]
     binds = [word for path in readable_paths() for word in ("--ro-bind", path, path)]
     devices = [word for path in sandbox.DEVICES for word in ("--dev-bind", path, path)]
-    # What the sandbox needs to bound its folder, and root to become somebody else; it gives these up.
+    # The sandbox needs these to bound its folder, and root to become another user; then it drops them.
     rights = ["CAP_SYS_ADMIN", *(["CAP_SETUID", "CAP_SETGID"] if os.getuid() == 0 else [])]
     return [
         "bwrap", "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
@@ -194,7 +196,7 @@ def run(
             answer = _read(process.stdout.fileno(), deadline)
         finally:
             number, started, verdict = answer.partition(b"\n")
-            # The program's process is this one's grandchild: it is killed first, while its parent keeps its number.
+            # The program's process may have left the group. Until its parent ends, its number cannot be reused.
             with suppress(ProcessLookupError, ValueError, PermissionError):
                 if not spaces:
                     os.kill(int(number), signal.SIGKILL)
@@ -235,7 +237,7 @@ def _nothing() -> Iterator[None]:
 def _folder(needed: bool) -> Iterator[str]:
     """An empty folder for a program, which is removed with all that it has left there."""
     if not needed:
-        # In namespaces it is in memory and goes with them.
+        # In namespaces the folder is in memory and disappears with them.
         yield "/"
         return
     folder = tempfile.mkdtemp(prefix="grpo-fast-")
@@ -261,7 +263,7 @@ def _processes() -> int:
 
 @cache
 def obstacle(level: str) -> str:
-    """Why a level cannot be had on this machine; empty where it works, as a program and its tests have shown."""
+    """Why this machine lacks a level; empty where a trial of it works."""
     if level == "bubblewrap" and not shutil.which("bwrap"):
         return "bwrap is not installed"
     try:
@@ -304,11 +306,12 @@ class Chosen(NamedTuple):
 
 
 def choose(code_isolation: str, obstacle: Callable[[str], str] = obstacle) -> Chosen:
-    """The best level that this machine has, as far as `code_isolation` wants it.
+    """The best level that this machine has and `code_isolation` allows.
 
     Args:
-        code_isolation: ``strict``: a level that holds programs that mean harm; ``available``: the best there is;
-            ``none``: limits on resources alone. The name of a level is that level.
+        code_isolation: ``strict``: one that contains malicious programs; ``available``: the best there is; ``none``:
+            resource limits only; or a level by name.
+        obstacle: why this machine lacks a level, or an empty string.
 
     Raises:
         UserError: there is none.

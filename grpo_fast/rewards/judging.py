@@ -1,8 +1,9 @@
 """The two sides of a judgement: the program in one process, and its tests in another, which calls it through a `Peer`.
 
 The program's side holds nothing of the tests. Of each call it sees the arguments, and what it returns is compared on
-the other side, as plain data. A `Remote` stands there for an object of the program: it can be called, looked into and
-passed back, but it is never equal to plain data, is in no order with it, and takes no operator together with it.
+the other side, as plain data. There, a `Remote` stands for an object of the program: it can be called, inspected and
+passed back, but it never equals plain data, cannot be ordered against it, and takes no operator together with it: it
+could otherwise wait for the expected value and then agree with it.
 
 Runs inside the sandbox (`sandbox.py`), so it imports as little as it can.
 """
@@ -117,7 +118,7 @@ class Program:
         match operation:
             case "name":
                 names = vars(self.module)
-                # Absent names are common, and no exception that the program has raised.
+                # A missing name is not an exception that the program has raised.
                 return (True, names[plain[0]]) if plain[0] in names else (False, _MISSING)
             case "call":
                 return values[0](*values[1:], **keywords)
@@ -183,8 +184,8 @@ class Program:
 
 
 class Names(dict):
-    """The global names of tests: their own, Python's functions and modules unless these are `tested`, and else the
-    program's, which replaces none that the tests rely on."""
+    """The global names of tests: their own; Python's functions and modules, which a program must not replace, unless
+    they are `tested`; and the program's."""
 
     def __init__(self, judge: "Judge", tested: list[str]):
         super().__init__(__name__="tests", __builtins__=builtins)
@@ -196,7 +197,7 @@ class Names(dict):
                 return __import__(name)
             if hasattr(builtins, name):
                 raise KeyError(name)
-        # Whatever comes back: a program does not make its own failure one of the tests.
+        # Counted before the reply, so that a program cannot pass its own failure off as one of the tests.
         self.judge.uses += 1
         found, value = self.judge.peer.request("name", name)
         if found is not True:
@@ -212,7 +213,7 @@ class Judge:
         self.uses = 0
 
     def perform(self, operation: str, plain: list, values: list, keywords: dict):
-        """What the program may do with objects of the tests: use what it was given, not look into how it is made."""
+        """What the program may do with objects of the tests: use them, but not inspect how they are made."""
         value, *others = values
         match operation:
             case "call" if callable(value):
@@ -239,12 +240,12 @@ class Judge:
             well, output = self.peer.request("run", arguments=(given,))
             if well is not True or _lines(output) != _lines(expected):
                 return False
-        # A program that has ended early is none that passes, whatever the tests made of that.
+        # A program that has exited does not pass, even if its tests caught that.
         return self.peer.request("here") is True
 
 
 def _is_public(value, name: str) -> bool:
-    """Attributes of objects whose class the tests define; frames, functions and code lead to everything."""
+    """Whether it is an attribute of an object whose class the tests define. Frames and functions lead to everything."""
     own = getattr(type(value), "__module__", "") in ("tests", "_io")
     return own and type(name) is str and not name.startswith("_")
 

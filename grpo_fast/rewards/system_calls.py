@@ -1,4 +1,4 @@
-"""The filter of system calls for generated code: what a Python program needs that computes and has files and threads.
+"""The system call filter for generated code: what a Python program needs that computes and has files and threads.
 
 All others fail, as do those that reach other processes, the network, other namespaces, or memory that no limit counts.
 Compiled by seccompy (extra `train`) where the run is; the sandbox gets the finished program.
@@ -63,7 +63,7 @@ def numbers() -> dict[str, int]:
     try:
         syscalls.audit_arch()
     except Exception as error:
-        raise UserError(f"no filter of system calls for this processor: {one_line(error)}") from None
+        raise UserError(f"no system call filter for this processor: {one_line(error)}") from None
     found = {}
     for name in (*ALLOWED, *IN_NAMESPACES, *ABSENT, *PARTLY, "pivot_root"):
         # Newer processors do without the older calls.

@@ -34,8 +34,8 @@ LOOKS = 0.2
 def keep(parent: int) -> None:
     """Split into a keeper, which does not return, and the worker, which does.
 
-    The keeper waits for the worker's end, for SIGTERM, or for the end of `parent`, whatever that ends by. Then it ends
-    everything that the worker has started, also in other process groups, and itself.
+    The keeper waits until the worker or `parent` has ended, however it ends, or for SIGTERM. Then it kills everything
+    that the worker has started, in other process groups too, and exits.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
