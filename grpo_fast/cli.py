@@ -23,7 +23,7 @@ from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say
 from grpo_fast.files import read_yaml, user_path
 from grpo_fast.startup import leaving_at_once
-from grpo_fast.terminal import lasting_output, open_standard_streams, print_error, silence
+from grpo_fast.terminal import open_standard_streams, print_error, silence
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -241,8 +241,7 @@ def train(argv: Sequence[str]) -> int:
         from grpo_fast.distributed import disconnect
         from grpo_fast.trainer import GRPOTrainer
 
-    with lasting_output():
-        GRPOTrainer(config).train()
+    GRPOTrainer(config).train()
     disconnect()
     return 0
 
@@ -405,8 +404,7 @@ def evaluate(argv: Sequence[str]) -> int:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (user_path(path) if path else None for path in (output, compare))
     options = EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)
-    with lasting_output():
-        EvalRun(config, options).run()
+    EvalRun(config, options).run()
     return 0
 
 

@@ -35,6 +35,7 @@ from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.run_folder import claim, claim_new, release
+from grpo_fast.terminal import lasting_output
 from grpo_fast.trust import remember_own
 
 # What decides which prompts a run holds out, besides the data.
@@ -157,7 +158,8 @@ class EvalRun:
     def run(self) -> dict[str, Any]:
         """Sample, score and write what is not yet there, and return the summary."""
         try:
-            return self.measure()
+            with lasting_output():
+                return self.measure()
         finally:
             release(self.folder)
 

@@ -63,6 +63,7 @@ from grpo_fast.rollout.sampler import Sampler
 from grpo_fast.run_folder import choose_run_folder, claim, refuse_other_run, release
 from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.signals import LearningSignals, Warnings
+from grpo_fast.terminal import lasting_output
 from grpo_fast.trackers import Trackers, tracker_arguments
 from grpo_fast.trust import remember_own
 
@@ -174,11 +175,12 @@ class GRPOTrainer:
     def train(self) -> Summary:
         """Evaluate, train for `max_steps` optimizer steps, evaluate again, and write the run folder.
 
-        A run that is stopped, by SIGINT or SIGTERM, by the user or by wrong rewards, still leaves its metrics and a
-        checkpoint. A resumed one goes on after its last checkpoint as if it had never stopped.
+        A run that is stopped, by a signal, by the user or by wrong rewards, still leaves its metrics and a checkpoint.
+        A resumed one goes on after its last checkpoint as if it had never stopped.
         """
         try:
-            return self.run()
+            with lasting_output():
+                return self.run()
         finally:
             release(self.run_folder)
 

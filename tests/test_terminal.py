@@ -18,9 +18,11 @@ from accelerate.state import AcceleratorState
 
 from grpo_fast.checkpoint import checkpoints
 from grpo_fast.cli import main
+from grpo_fast.eval_run import EvalOptions, EvalRun
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.metrics import read_metrics
 from grpo_fast.terminal import lasting_output
+from grpo_fast.trainer import GRPOTrainer
 from runs import assert_same_run, config, trainer
 
 
@@ -93,10 +95,10 @@ def test_a_run_that_ignores_the_hangup_goes_on_without_its_terminal(tmp_path, mo
 
 @pytest.mark.slow
 def test_output_that_breaks_off_ends_no_run(tmp_path):
-    """Each in a shell: what reads the output ends after a line, the disk is full, the streams are closed."""
+    """Each in a shell: what reads the output ends after a line, or the streams are closed from the start."""
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(dataclasses.asdict(config(tmp_path, max_steps=3))))
-    ways = {"pipe": "2>errors | head -n 1", "full": "&>/dev/full", "closed": ">&- 2>&-"}
+    ways = {"pipe": "2>errors | head -n 1", "closed": ">&- 2>&-"}
     train = f"{sys.executable} -m grpo_fast train {path} --output_dir {tmp_path}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     shells = {}
@@ -114,6 +116,27 @@ def test_output_that_breaks_off_ends_no_run(tmp_path):
     for way in ways:
         assert (tmp_path / way / "run" / "summary.json").is_file()
         assert_same_run(tmp_path / way / "run", tmp_path / "closed" / "run")
+
+
+@pytest.mark.parametrize("way", ["pipe", "full"])
+@pytest.mark.parametrize("act", ["train", "eval"])
+def test_output_that_breaks_off_ends_no_trainer_either(tmp_path, monkeypatch, capfd, act, way):
+    """As from a program of one's own."""
+    if way == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    settings = config(tmp_path / "run", max_steps=2)
+    made = EvalRun(settings, EvalOptions(output=tmp_path / "eval")) if act == "eval" else GRPOTrainer(settings)
+    capfd.readouterr()
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as context:
+        context.setattr(sys, "stdout", stream)
+        made.run() if act == "eval" else made.train()
+    reason = {"pipe": "Broken pipe", "full": "No space left on device"}[way]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("grpo-fast:")]
+    assert told == [f"grpo-fast: stdout takes no more output ({reason}); going on without it"]
+    assert (tmp_path / ("eval" if act == "eval" else "run") / "summary.json").is_file()
 
 
 class Full(io.StringIO):
