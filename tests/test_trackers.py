@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rich.console import Console
 from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,6 +13,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import MACHINE_METRICS, peak_memory, read_metrics
 from grpo_fast.progress import Progress, step_figures
+from grpo_fast.terminal import Terminal
 from grpo_fast.trackers import Trackers, hyperparameters, tracker_arguments
 from grpo_fast.trainer import GRPOTrainer
 from test_trainer import SMALL
@@ -131,8 +131,8 @@ def test_a_step_fits_a_line():
 
 
 def progress(tmp_path, width, terminal, monkeypatch, total=120):
-    console = Console(width=width, force_terminal=terminal, highlight=False, markup=False, record=True, quiet=False)
-    monkeypatch.setattr("grpo_fast.progress.Console", lambda **_: console)
+    console = Terminal(width=width, force_terminal=terminal, record=True, quiet=False)
+    monkeypatch.setattr("grpo_fast.progress.Terminal", lambda **_: console)
     made = config(tmp_path, max_steps=total, reward_funcs=["exact_answer"])
     return Progress(made, tmp_path, "exact_answer", 1000), console
 
