@@ -151,10 +151,10 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
     if argv and not argv[0].startswith("-"):
         path = user_path(argv[0])
         argv = [f"--config={path}", *argv[1:]]
-    _check_options(argv)
     files = _config_files(argv)
     for file in files:
         _check_file(file)
+    _check_options(argv)
     try:
         values = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from grpo_fast.checkpoint import STATE_FILE, checkpoints, fingerprint, verify_model
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import Row, encode_prompts, encode_rows, load_rows
-from grpo_fast.errors import UserError, one_line
+from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.estimates import Estimate, estimate, pass_at_k
 from grpo_fast.eval_progress import EvalProgress
 from grpo_fast.evaluate import own_generators, sample_and_score
@@ -277,7 +277,7 @@ class EvalRun:
 
 
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}", file=sys.stderr)
 
 
 def check_split(config: GRPOConfig, held_out: list[Row], tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from grpo_fast.advantages import UNCENTRED
 from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import say
 from grpo_fast.files import replace_text
 from grpo_fast.metrics import LinesFile
 from grpo_fast.report.run import read_lines
@@ -120,7 +121,7 @@ class Warnings:
 
     def __init__(self, path: Path):
         self.path, self.said = path, set()
-        self.say: Callable[[str], None] = lambda text: print(f"warning: {text}", file=sys.stderr)
+        self.say: Callable[[str], None] = lambda text: say(f"warning: {text}", file=sys.stderr)
 
     def start(self, step: int, say: Callable[[str], None]) -> None:
         """Leave warnings to `say` from now on, and take back those of a run that goes on after `step`."""

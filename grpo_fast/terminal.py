@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from grpo_fast.errors import one_line, printable
+from grpo_fast.errors import one_line, say
 
 NAMES = ("stdout", "stderr")
 
@@ -40,7 +40,7 @@ def silence(stream: TextIO) -> None:
 def print_error(text: str) -> None:
     """A line on standard error, where there still is one."""
     with suppress(OSError, ValueError):
-        print(printable(text), file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 class Outlet:
@@ -70,11 +70,7 @@ class Outlet:
         other = next(name for name in NAMES if name != self.name)
         reason = error.strerror or one_line(error)
         with suppress(OSError, ValueError):
-            print(
-                f"grpo-fast: {self.name} takes no more output ({reason}); going on without it",
-                file=getattr(sys, other),
-                flush=True,
-            )
+            say(f"grpo-fast: {self.name} takes no more output ({reason}); going on without it", getattr(sys, other))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

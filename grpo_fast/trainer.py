@@ -36,7 +36,7 @@ from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advant
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows, prompt_order
 from grpo_fast.distributed import connect, is_main, on_main, size
-from grpo_fast.errors import CheckpointError, NotFiniteError, UserError, writing
+from grpo_fast.errors import CheckpointError, NotFiniteError, UserError, say, writing
 from grpo_fast.evaluate import evaluate, score_responses
 from grpo_fast.files import remove_leftovers
 from grpo_fast.finite import check_finite
@@ -159,7 +159,7 @@ class GRPOTrainer:
     def warn(self, text: str) -> None:
         """Say something before the run's own lines begin, once for all processes."""
         if is_main():
-            print(f"warning: {text}", file=sys.stderr)
+            say(f"warning: {text}", file=sys.stderr)
 
     def build_sampler(self) -> Sampler:
         """The engine that `config` names, synced with the policy and probed whenever it has changed."""

@@ -10,10 +10,10 @@ pipe and compares what comes back as plain data. Both are sandboxed (``sandbox.p
 - It never sees its tests, only the arguments of each call, and it passes only if it still runs when they have ended.
 
 With the system call filter, a program has no memory beyond its address space (no shared memory, no memfd), cannot
-signal or change another process, and has no network; threads are allowed. In namespaces (bubblewrap or ours) it sees
-no files but Python's and the system's libraries, and 64 MiB of its own in memory. Outside them, Landlock limits files
-where the kernel has it, and otherwise an audit hook in Python, which a malicious program can get around; and only time
-limits how many files it writes.
+signal or change another process, and has no network; threads are allowed. In namespaces (bubblewrap or our own) it sees
+no files but Python's and the system's libraries, and 64 MiB of its own in memory. Outside of them, Landlock limits
+files where the kernel has it, and otherwise an audit hook in Python, which a malicious program can get around; and only
+time limits how many files it writes.
 """
 
 from __future__ import annotations
