@@ -191,7 +191,7 @@ def scored(tokenizer, rows, *completions, finish_reason="length"):
     responses = [Response(tokenizer.encode(text, add_special_tokens=False), finish_reason) for text in completions]
     rollout, seen = SimpleNamespace(generate=lambda prompts, sampling: responses), []
     prompts = encode_prompts(rows, tokenizer, config())
-    sample_and_score(rollout, lambda *arguments: seen.append(arguments), tokenizer, rows, prompts, Sampling(1, 9))
+    sample_and_score(rollout, lambda *arguments: seen.append(arguments[:3]), tokenizer, rows, prompts, Sampling(1, 9))
     return seen
 
 

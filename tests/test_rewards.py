@@ -266,7 +266,7 @@ def test_a_column_may_have_any_name(bound):
     columns = {name: [f"{name} 1", f"{name} 2"] for name in [*names, "correct", "reward_timeout", "signature"]}
     model.check_columns(columns)
     model.check_columns(columns)
-    model(["p", "p"], ["a", "b"], {**columns, "completion_ids": [[1], [1, 2]]})
+    model(["p", "p"], ["a", "b"], {**columns, "completion_ids": [[1], [1, 2]]}, num_generations=2)
     ((prompts, completions, seen),) = counted.seen
     assert (prompts, completions, seen.pop("completion_ids")) == (["p", "p"], ["a", "b"], [[1], [1, 2]])
     assert seen == {name: columns[name] for name in columns if name not in ("self", *RESERVED_COLUMNS)}
