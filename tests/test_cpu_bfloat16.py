@@ -120,6 +120,23 @@ def test_no_setting_of_torch_is_changed(monkeypatch):
         outcome(run, make(9, 16, 100))
 
 
+def test_log_probabilities_are_exact_under_the_users_own_setting():
+    arguments = make(64, 64, 4096, trainable="")
+    arguments["hidden"] = (arguments["hidden"] * 6.5).bfloat16()
+    logits = arguments["hidden"].double() @ arguments["weight"].double().T
+    assert 25 < logits.abs().max() < 40
+    exact = torch.log_softmax(logits, -1).gather(1, arguments["targets"][:, None])[:, 0]
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        found = linear_logprob(**arguments)
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+    assert (found - exact).abs().max() <= 2e-5
+
+
 def test_float32_products_of_other_threads_stay_exact():
     before = torch.backends.mkldnn.matmul.fp32_precision
     a, b = torch.randn(128, 256), torch.randn(256, 128)
