@@ -134,12 +134,13 @@ class Quantity(NamedTuple):
     value: Fraction
     percent: bool = False
 
-    def equals(self, other: Quantity) -> bool:
-        """50% is 0.5, but its sign may also be missing."""
-        if self.percent == other.percent:
-            return self.value == other.value
-        percent, bare = (self, other) if self.percent else (other, self)
-        return bare.value in (percent.value, percent.value / 100)
+    def allows(self, given: Quantity) -> bool:
+        """Whether `given` is this number: 50% is 0.5, but a sign may be missing, too. What is 1/4 is not 0.25%."""
+        if self.percent == given.percent:
+            return self.value == given.value
+        if self.percent:
+            return given.value in (self.value, self.value / 100)
+        return given.value == 100 * self.value or (given.value == self.value and abs(self.value) > 1)
 
 
 def plain(text: str) -> str:

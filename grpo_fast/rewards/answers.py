@@ -169,14 +169,14 @@ def _same_number(expected: Answer, given: Answer) -> bool | None:
     if number is None:
         return None
     if given_number is not None:
-        return number.equals(given_number)
+        return number.allows(given_number)
     if (given.bare or " " not in given.text) and _VARIABLE.fullmatch(unlatex(given.text)):
         # To math-verify "2t" is two tons.
         return False
     last = None if given.bare else last_number(given.stated)
-    if isinstance(last, str) and "," in last:
-        # Of "1,2001" math-verify reads 1,200. A single comma may be a decimal one.
-        return read_number(last.replace(",", ".")) == number
+    if isinstance(last, str) and re.search("[,:]", last):
+        # Of "1,2001" and "4:10" math-verify reads 1,200 and 4. The comma may be a decimal one, and the colon a ratio's.
+        return read_number(last.replace(",", ".").replace(":", "/")) == number
     if last is not None and len(str(number.value.numerator)) > _EXACT_DIGITS:
         return last == number.value
     return None
