@@ -1,6 +1,6 @@
 """The oldest versions that pyproject.toml allows, as constraints for pip: ``python tests/oldest.py > oldest.txt``
 
-torch and triton are left out unless ``--torch`` is given: the builds of an old torch that PyPI has bring CUDA with them.
+torch and triton are left out unless ``--torch`` is given: the builds of an old torch that PyPI has bring CUDA along.
 """
 
 import re
