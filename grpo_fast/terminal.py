@@ -79,7 +79,8 @@ class Outlet:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Within it, a closed pipe, a full disk or a terminal that is gone end no run; see :class:`Outlet`."""
-    before = {name: getattr(sys, name) for name in NAMES}
+    # A program without a console has None.
+    before = {name: getattr(sys, name) for name in NAMES if getattr(sys, name) is not None}
     for name, stream in before.items():
         setattr(sys, name, Outlet(stream, name))
     try:

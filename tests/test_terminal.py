@@ -168,6 +168,8 @@ def test_lasting_output_hands_the_streams_back(monkeypatch, capsys):
         assert sys.stdout.isatty() is False
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr().out == "a\n"
+    with contextlib.redirect_stdout(None), lasting_output():
+        assert sys.stdout is None
 
 
 def test_output_that_the_terminal_cannot_encode(monkeypatch):
