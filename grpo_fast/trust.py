@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rewards.registry import MAKERS, REWARDS
+from grpo_fast.rewards.registry import is_built_in
 
 # Arguments of `from_pretrained` that fetch or run code.
 _CODE_ARGUMENTS = {"trust_remote_code", "code_revision", "attn_implementation", "allow_all_kernels", "use_kernels"}
@@ -30,8 +30,7 @@ _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "settings.json", "summary.json",
 def named_code(config: GRPOConfig) -> dict[str, Any]:
     """The fields that make a run execute Python beside this package's and the libraries' own."""
     code: dict[str, Any] = {}
-    rewards = [name for name in config.reward_funcs if name not in REWARDS and name.partition("(")[0] not in MAKERS]
-    if rewards:
+    if not all(map(is_built_in, config.reward_funcs)):
         code["reward_funcs"] = config.reward_funcs
     if config.trust_remote_code:
         code["trust_remote_code"] = True
@@ -57,7 +56,7 @@ def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None
     if not any(any(place.glob(name)) for place in (folder, folder.parent) for name in _RUN_FILES):
         return
     code = {name: value for name, value in named_code(config).items() if name not in allowed}
-    code = {name: value for name, value in code.items() if not _record(folder, name, value).is_file()}
+    code = {name: value for name, value in code.items() if not _is_own(folder, name, value)}
     if code:
         options = " ".join(f"--{name} {shlex.quote(json.dumps(value))}" for name, value in code.items())
         raise UserError(
@@ -69,11 +68,17 @@ def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None
 def remember_own(folder: Path, config: GRPOConfig) -> None:
     """Record that this user runs, in `folder`, the Python that `config` names."""
     for name, value in named_code(config).items():
-        record = _record(folder, name, value)
         # Without a home, the next command has to name it again.
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
+            record = _record(folder, name, value)
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(f"{folder.resolve()}\n", encoding="utf-8")
+
+
+def _is_own(folder: Path, name: str, value: Any) -> bool:
+    with suppress(OSError, RuntimeError):
+        return _record(folder, name, value).is_file()
+    return False
 
 
 def _record(folder: Path, name: str, value: Any) -> Path:
@@ -82,5 +87,7 @@ def _record(folder: Path, name: str, value: Any) -> Path:
         parts = [reward.rpartition(":") for reward in value]
         value = [[str(Path(file).expanduser().resolve()) if colon else "", last] for file, colon, last in parts]
     content = json.dumps([str(folder.resolve()), name, value])
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    # A relative one would be looked for in the present folder, which may come from elsewhere.
+    state = state if state.is_absolute() else Path.home() / ".local" / "state"
     return state / "grpo-fast" / "own-runs" / hashlib.sha256(content.encode()).hexdigest()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
+from grpo_fast.trust import remember_own
 from runs import config, trainer
 
 PYTHON = (
@@ -109,6 +110,27 @@ def test_ones_own_run_goes_on_without_asking(tmp_path, monkeypatch):
         parse_config([str(tmp_path / "copy" / "config.yaml")])
 
 
+def test_a_record_inside_of_the_folder_counts_for_nothing(downloaded, monkeypatch):
+    """Without a home of its own, a command looks for no record in the present folder."""
+    remember_own(downloaded, parse_config(["run/config.yaml", "--reward_funcs", f"[{downloaded / 'mine.py'}:mine]"]))
+    option = json.dumps(["exact_answer", f"{downloaded / 'mine.py'}:mine"])
+    remember_own(downloaded, parse_config(["run/config.yaml", "--reward_funcs", option]))
+    parse_config(["run/config.yaml"])
+    (record,) = {path.parent for path in Path("state").rglob("*") if path.is_file()}
+    for state in ("", "state", "~"):
+        shutil.copytree(record, Path("~/.local/state/grpo-fast/own-runs"), dirs_exist_ok=True)
+        monkeypatch.setenv("XDG_STATE_HOME", state)
+        monkeypatch.setattr(Path, "home", no_home)
+        with pytest.raises(UserError, match="names Python to be run"):
+            parse_config(["run/config.yaml"])
+        # Nor does a run end for want of one.
+        remember_own(downloaded, parse_config(["run/config.yaml", "--reward_funcs", option]))
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_a_recipe_that_lies_elsewhere_is_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text(PYTHON)
     recipe = tmp_path / "recipe.yaml"
@@ -129,10 +151,11 @@ def test_a_recipe_that_lies_elsewhere_is_ones_own(tmp_path):
     [
         ({"trust_remote_code": True}, "--trust_remote_code true"),
         ({"reward_funcs": ["os.path.join"]}, "--reward_funcs '[\"os.path.join\"]'"),
+        ({"reward_funcs": ["kimi_length(x).py:f"]}, "--reward_funcs '[\"kimi_length(x).py:f\"]'"),
         ({"attn_implementation": "someone/kernel"}, "--attn_implementation '\"someone/kernel\"'"),
         ({"model_init_kwargs": {"allow_all_kernels": True}}, "--model_init_kwargs '{\"allow_all_kernels\": true}'"),
     ],
-    ids=["code of the model", "a module", "a kernel", "arguments"],
+    ids=["code of the model", "a module", "a file", "a kernel", "arguments"],
 )
 def test_every_field_that_names_python(tmp_path, fields, option, capsys):
     folder = tmp_path / "run"

@@ -49,6 +49,12 @@ _FOLDERS: set[Path] = set()
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
+def is_built_in(name: str) -> bool:
+    """Whether `load_reward` would find `name` in this package."""
+    call = _CALL.fullmatch(name)
+    return name in REWARDS or bool(call and call[1] in MAKERS)
+
+
 def load_reward(name: str) -> RewardFunction:
     """A built-in by name, one with arguments (``soft_overlong(4096, 819)``), ``package.module.function``, or
     ``path/to/file.py:function``.
