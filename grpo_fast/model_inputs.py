@@ -46,6 +46,7 @@ INSTEAD = {
 # Arguments that a model's forward names, but that would give another result, or one that is not returned.
 REFUSED = {
     "past_key_values": "a call computes whole sequences, so give all of input_ids",
+    "cache": "a call computes whole sequences, so give all of input_ids",
     "inputs_embeds": "give input_ids",
     "output_attentions": "only log-probabilities, entropies and the loss are returned",
     "output_hidden_states": "only log-probabilities, entropies and the loss are returned",

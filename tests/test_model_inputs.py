@@ -12,6 +12,7 @@ from transformers import GPT2Config
 from grpo_fast.errors import UserError
 from grpo_fast.model_inputs import INSTEAD, RENAMED
 from grpo_fast.policy import FusedPolicy
+from grpo_fast.rollout.rows import cache_argument
 from grpo_kernels import PolicyObjective
 from test_fused_policy import alone  # noqa: F401
 from tiny import VOCAB, tiny_model
@@ -37,7 +38,7 @@ UNKNOWN = {
     "segments": "segments is no argument of this call",
 }
 UNUSABLE = {
-    "past_key_values": transformers.DynamicCache(),
+    cache_argument(tiny_model()): transformers.DynamicCache(),
     "inputs_embeds": torch.zeros(1, 4, 32),
     "output_attentions": True,
     "output_hidden_states": True,

@@ -323,7 +323,7 @@ def test_read_tests_knows_every_form(tests):
         ("", "tests are empty"),
         ([], "tests are empty"),
         ("  \n", "tests are empty"),
-        (None, "tests must be code, a list of code"),
+        (5, "tests must be code, a list of code"),
         (3, "tests must be code"),
         ("assert square(3) = 9", "tests are no valid Python: .*, line 1"),
         ("# nothing", "tests call nothing of the program"),

@@ -147,7 +147,7 @@ def test_options_of_vllm_do_not_open_the_server(monkeypatch, option):
 def test_the_server_is_started_with_the_middleware(monkeypatch, tmp_path):
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    command = serve.server_command(config(use_cpu=True), tmp_path)
+    command = serve.server_command(config(use_cpu=True, max_completion_length=16), tmp_path)
     assert command[command.index("--middleware") + 1] == f"{Guard.__module__}.{Guard.__qualname__}"
     # Everybody on the machine can read the list of processes, and nobody else an environment.
     assert KEY not in " ".join(command)

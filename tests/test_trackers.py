@@ -10,10 +10,10 @@ from rich.text import Text
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.console import Terminal
 from grpo_fast.errors import UserError
 from grpo_fast.metrics import MACHINE_METRICS, peak_memory, read_metrics
 from grpo_fast.progress import Progress, step_figures
-from grpo_fast.terminal import Terminal
 from grpo_fast.trackers import Trackers, hyperparameters, tracker_arguments
 from grpo_fast.trainer import GRPOTrainer
 from test_trainer import SMALL
