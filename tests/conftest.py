@@ -1,6 +1,7 @@
 """Fixtures every test gets: reproducible random numbers, and uninitialised memory that cannot pass for a result."""
 
 import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,11 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile  # noqa: E402
 
 # Two workers share two cores; threads of their own would only wait for each other.
 torch.set_num_threads(1)
+
+# A runner in the background (nohup, CI) may ignore these signals, and so would every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
