@@ -15,7 +15,7 @@ help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
 	@echo "make demo-seeds  the demo with three seeds"
 	@echo "make sort-comparison  raw, centred and normalised rewards and more, in one figure (CPU; goes on if stopped)"
-	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (about 5 minutes, CPU)"
+	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (a few minutes, CPU)"
 	@echo "make test        the whole test suite"
 	@echo "make test-oldest the same with the oldest libraries that pyproject.toml allows, in an environment of its own"
 	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
