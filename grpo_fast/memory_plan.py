@@ -29,7 +29,7 @@ from grpo_fast.rollout.kv_plan import kv_bytes_per_token, plan_kv_cache
 from grpo_fast.rollout.transformers import continuous
 from grpo_fast.rollout.vllm_common import BLOCK
 from grpo_kernels._common import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
-from grpo_kernels._head import CPU_BLOCK_BYTES, NARROW_COPIES, equal_parts
+from grpo_kernels._head import NARROW_COPIES, cpu_block_bytes, equal_parts
 
 GIB = 1 << 30
 # Left free: the CUDA context with its libraries, and what the allocator cannot use between blocks. Not measured here.
@@ -286,8 +286,9 @@ class _Planner:
         row = vocab * (2 if half else 4) + NARROW_COPIES * self.text.hidden_size * 4
         if not config.use_cpu:
             return row * equal_parts(predicted, budget // row)
-        rows = equal_parts(predicted, (budget - (2 * CPU_BLOCK_BYTES if budget > 4 * CPU_BLOCK_BYTES else 0)) // row)
-        return row * rows + 2 * 4 * vocab * equal_parts(rows, CPU_BLOCK_BYTES // (4 * vocab))
+        block = cpu_block_bytes(budget)
+        rows = equal_parts(predicted, (budget - 2 * block) // row)
+        return row * rows + 2 * 4 * vocab * equal_parts(rows, block // (4 * vocab))
 
     def padded(self, answer: int) -> tuple[int, int]:
         """Rows and columns of a batch that `generate` runs: whole groups under the token budget, at least one."""
