@@ -29,7 +29,7 @@ from grpo_fast.rollout.kv_plan import kv_bytes_per_token, plan_kv_cache
 from grpo_fast.rollout.transformers import continuous
 from grpo_fast.rollout.vllm_common import BLOCK
 from grpo_kernels._common import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
-from grpo_kernels._head import BLOCK_SHARE, CPU_BLOCK_BYTES, NARROW_COPIES, equal_parts
+from grpo_kernels._head import NARROW_COPIES, cpu_block_bytes, equal_parts
 
 GIB = 1 << 30
 # Left free: the CUDA context with its libraries, and what the allocator cannot use between blocks. Not measured here.
@@ -291,7 +291,7 @@ class _Planner:
         row = vocab * (2 if half else 4) + NARROW_COPIES * self.text.hidden_size * 4
         if not config.use_cpu:
             return row * equal_parts(predicted, budget // row)
-        block = min(int(BLOCK_SHARE * budget), CPU_BLOCK_BYTES)
+        block = cpu_block_bytes(budget)
         rows = equal_parts(predicted, (budget - 2 * block) // row)
         return row * rows + 2 * 4 * vocab * equal_parts(rows, block // (4 * vocab))
 

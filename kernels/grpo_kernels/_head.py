@@ -149,8 +149,7 @@ class Head:
     @property
     def block_bytes(self) -> int:
         """Memory of a block of rows, or of copies of operands, that is worked on at once."""
-        most = int(BLOCK_SHARE * self.max_buffer_bytes)
-        return min(most, CPU_BLOCK_BYTES) if self.on_cpu else most
+        return cpu_block_bytes(self.max_buffer_bytes) if self.on_cpu else int(BLOCK_SHARE * self.max_buffer_bytes)
 
     def rows_per_chunk(self) -> int:
         """Rows that fit the byte budget, the same on every rank of the group."""
@@ -322,6 +321,11 @@ class Head:
             grad_bias.add_(d.sum(0, dtype=self.dtype), alpha=1 / self.logit_scale)
         else:
             grad_bias.addmv_(d.t(), row_scale / self.logit_scale)
+
+
+def cpu_block_bytes(max_buffer_bytes: int) -> int:
+    """`Head.block_bytes` on a CPU."""
+    return min(CPU_BLOCK_BYTES, int(BLOCK_SHARE * max_buffer_bytes))
 
 
 def equal_parts(num_rows: int, most: int) -> int:
