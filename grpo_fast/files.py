@@ -17,6 +17,8 @@ from grpo_fast.errors import UserError, import_extra, one_line, writing
 YAML_BYTES, YAML_CHARACTERS = 1 << 20, 4 << 20
 # Characters of an integer in YAML; Python refuses to print one of more than 4,300 digits.
 LONGEST_INTEGER = 100
+# Levels of lists and mappings inside each other. How many Python itself can read depends on who calls.
+DEEPEST_YAML = 100
 
 
 def parse_json(text: str) -> Any:
@@ -47,7 +49,13 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
     if len(content) > YAML_BYTES:
         raise UserError(f"{name} is too large: a YAML file may have {YAML_BYTES:,} bytes")
     try:
-        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST_YAML:
+                raise RecursionError
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_fast.trainer
 from grpo_fast import distributed
@@ -31,7 +32,6 @@ from grpo_fast.rollout.weights import engine_weights
 from grpo_fast.sharding import check_processes, ddp_arguments, whole
 from grpo_fast.trainer import GRPOTrainer
 from test_trainer import SMALL
-from test_vocab_parallel import CountCollectives
 from tiny import random_samples, tiny_model
 
 MODES = {"ddp": {}, "fsdp": {"fsdp": True}}
@@ -226,6 +226,14 @@ def work(rank: int, port: int, folder: Path) -> None:
         found["bad steps"] = bad_steps()
     torch.save(found, folder / f"found{rank}.pt")
     dist.destroy_process_group()
+
+
+class CountCollectives(TorchDispatchMode, dict):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__
+            self[name] = self.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
 
 
 def gathers_of_a_microbatch() -> list[int]:
