@@ -18,12 +18,13 @@ from accelerate.state import AcceleratorState
 
 from grpo_fast.checkpoint import checkpoints
 from grpo_fast.cli import main
+from grpo_fast.config import GRPOConfig
 from grpo_fast.eval_run import EvalOptions, EvalRun
 from grpo_fast.interrupt import Interrupt
 from grpo_fast.metrics import read_metrics
 from grpo_fast.terminal import lasting_output
 from grpo_fast.trainer import GRPOTrainer
-from runs import assert_same_run, config, trainer
+from runs import assert_same_run, config
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +50,29 @@ def on_terminal(fields: dict, tty: str, ignored: bool) -> None:
     sys.exit(main(["train", str(path)]))
 
 
-def hang_up(settings, ignored: bool = False) -> int:
-    """The exit status of a run whose terminal is closed after its second step."""
+def train_apart(fields: dict) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    GRPOTrainer(GRPOConfig(**fields)).train()
+
+
+def forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["grpo_fast.trainer", "transformers.models.llama.modeling_llama", "jsonargparse"])
+    return context
+
+
+def finish(settings) -> int:
+    """The exit status of a run that nothing disturbs, in a process like that of `hang_up`."""
+    process = forkserver().Process(target=train_apart, args=(dataclasses.asdict(settings),))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def hang_up(settings, ignored: bool = False) -> int:
+    """The exit status of a run whose terminal is closed after its second step."""
+    context = forkserver()
     terminal, tty = os.openpty()
     fields = dataclasses.asdict(settings)
     process = context.Process(target=on_terminal, args=(fields, os.ttyname(tty), ignored))
@@ -81,8 +101,8 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch)
     steps = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert [path.name for path in checkpoints(tmp_path / "run")] == [f"checkpoint-{steps}"]
     fields = {"max_steps": steps + 1, "lr_scheduler_type": "constant"}
-    trainer(tmp_path / "whole", **fields).train()
-    trainer(tmp_path / "run", resume=True, **fields).train()
+    assert finish(config(tmp_path / "whole", **fields)) == 0
+    assert finish(config(tmp_path / "run", resume_from_checkpoint=True, **fields)) == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
