@@ -44,7 +44,7 @@ def print_error(text: str) -> None:
 
 
 class Outlet:
-    """A text stream that is silenced at its first error, which the other stream is told of."""
+    """A text stream that is silenced at its first error, with a note on the other stream."""
 
     def __init__(self, stream: TextIO, name: str):
         self.stream, self.name = stream, name

@@ -50,7 +50,7 @@ def encode_rows(
     Args:
         max_positions: of the model, where it has a limit.
         kind: what the rows are called, such as "training".
-        warn: is told how many rows `long_prompts` drops.
+        warn: called with a line that says how many rows `long_prompts` drops.
 
     Raises:
         UserError: the chat template refuses a prompt, or one is empty or too long; with ``long_prompts="drop"`` none is
