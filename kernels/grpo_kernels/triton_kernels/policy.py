@@ -20,7 +20,7 @@ from grpo_kernels.policy_loss import STATISTICS, VESPO_BOUNDS, Terms, Tokens
 from grpo_kernels.triton_kernels.launch import on_device
 from grpo_kernels.triton_kernels.math import expm1, sigmoid
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 1024, 8
 CLIP, CISPO, SAPO, VESPO, REINFORCE = (tl.constexpr(index) for index in range(5))
 KINDS = {"clip": 0, "cispo": 1, "sapo": 2, "vespo": 3, "reinforce": 4}
 VESPO_LOW, VESPO_HIGH = (tl.constexpr(bound) for bound in VESPO_BOUNDS)
