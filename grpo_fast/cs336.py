@@ -22,7 +22,7 @@ from grpo_fast.packing import Microbatch
 from grpo_fast.rollout import Sampling, TransformersRollout
 from grpo_kernels import PRESETS, PolicyObjective
 from grpo_kernels import masked_mean as fused_masked_mean
-from grpo_kernels.policy_loss import TOKEN_LOSSES
+from grpo_kernels._policy_terms import TOKEN_LOSSES
 
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
 RewardFunction = Callable[[str, str], dict[str, float]]

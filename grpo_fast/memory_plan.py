@@ -28,8 +28,14 @@ from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
 from grpo_fast.rollout.kv_plan import kv_bytes_per_token, plan_kv_cache
 from grpo_fast.rollout.transformers import continuous
 from grpo_fast.rollout.vllm_common import BLOCK
-from grpo_kernels._common import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
-from grpo_kernels._head import NARROW_COPIES, cpu_block_bytes, equal_parts
+from grpo_kernels.budget import (
+    CPU_BUFFER_BYTES,
+    FROZEN_GPU_BUFFER_BYTES,
+    GPU_BUFFER_BYTES,
+    NARROW_COPIES,
+    cpu_block_bytes,
+    equal_parts,
+)
 
 GIB = 1 << 30
 # Left free: the CUDA context with its libraries, and what the allocator cannot use between blocks. Not measured here.

@@ -15,7 +15,7 @@ if DEVICE == "cpu":
 else:
     torch.set_default_device(DEVICE)
 
-from grpo_kernels import _common  # noqa: E402
+from grpo_kernels import _backend  # noqa: E402
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile  # noqa: E402
 
 # Two workers share two cores; threads of their own would only wait for each other.
@@ -64,10 +64,10 @@ def backend(request, monkeypatch):
     """``backend="auto"`` means this one, where it can serve the tensors at hand (float64 is torch's alone)."""
 
     def choose(device, dtype):
-        served = request.param == "torch" or _common.triton_obstacle(device, dtype) is None
+        served = request.param == "torch" or _backend.triton_obstacle(device, dtype) is None
         return request.param if served else "torch"
 
-    monkeypatch.setattr(_common, "auto_backend", choose)
+    monkeypatch.setattr(_backend, "auto_backend", choose)
     return request.param
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
-from grpo_kernels.triton_kernels.engine import TritonHead
+from grpo_kernels.triton_kernels.triton_head import TritonHead
 
 
 class LargestTensor(TorchDispatchMode):

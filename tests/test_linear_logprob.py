@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_kernels import linear_logprob
-from grpo_kernels._common import MIB
+from grpo_kernels.budget import MIB
 from measure import LargestTensor, count_flops
 from oracle import compare, relative_error
 

@@ -14,7 +14,7 @@ from grpo_fast.models import add_adapter
 from grpo_fast.packing import build_microbatch, plan_rows
 from grpo_fast.policy import LossInputs
 from grpo_kernels import PRESETS
-from grpo_kernels.policy_loss import Tokens, policy_loss_ref
+from grpo_kernels._policy_terms import Tokens, policy_loss_ref
 from test_packing import LAYOUTS, plain_logprobs
 from tiny import random_samples, tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_kernels import PRESETS, policy_loss, token_weights
-from grpo_kernels.objective import AGGREGATIONS
+from grpo_kernels.token_weights import AGGREGATIONS
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
 EXPECTED = {

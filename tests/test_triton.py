@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
 from grpo_kernels._head_arguments import make_head
-from grpo_kernels.triton_kernels import engine, launch, tiles
+from grpo_kernels.triton_kernels import launch, tiles, triton_head
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, nearest_architecture, splits_of
 from oracle import SLACK, relative_error
 from test_linear_logprob import make, run
@@ -42,7 +42,7 @@ def compiled(*command: str) -> str:
 @pytest.mark.parametrize("architecture", COMPILED)
 def test_every_kernel_compiles(architecture):
     """Every tile of the table, default and candidate, fits the GPU and keeps its inner loop in registers."""
-    lines = compiled("-m", "grpo_kernels.triton_kernels.resources", architecture, "--json").splitlines()
+    lines = compiled("-m", "grpo_kernels.triton_kernels.compile_report", architecture, "--json").splitlines()
     reports = [json.loads(line) for line in lines]
     row = ARCHITECTURES[architecture]
     names = {report["kernel"] for report in reports}
@@ -69,8 +69,8 @@ def test_seventy_thousand_rows(monkeypatch):
     """More rows than a grid's second dimension could count, in one launch of each kernel."""
     row = ARCHITECTURES["interpreter"]
     monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(row, single=(Tile(1024, 16, 16, 16, 4, 2),)))
-    monkeypatch.setattr(engine, "GRADIENT_ROWS", 2048)
-    monkeypatch.setattr(engine, "COMBINE_ROWS", 8192)
+    monkeypatch.setattr(triton_head, "GRADIENT_ROWS", 2048)
+    monkeypatch.setattr(triton_head, "COMBINE_ROWS", 8192)
     N = 70_000
     arguments = {"hidden": torch.randn(N, 4).requires_grad_(), "weight": torch.randn(11, 4).requires_grad_()}
     arguments["targets"] = torch.randint(0, 11, (N,))
@@ -106,7 +106,7 @@ def test_offsets_beyond_32_bits():
         "test", arguments["hidden"], weight, arguments["targets"], bias=None, temperature=1.0, logit_scale=1.0,
         softcap=None, max_buffer_bytes=None, process_group=None,
     )  # fmt: skip
-    head = engine.TritonHead(**vars(head))
+    head = triton_head.TritonHead(**vars(head))
     results = []
     for out in (torch.empty(4, 8)[:, :5], far_apart(torch.zeros(4, 5), stride)):
         stats = head.forward_(head.operand(arguments["hidden"]), arguments["targets"], None, out, True)
@@ -124,13 +124,13 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("V", [264, 259])
 def test_descriptors(V, trainable, monkeypatch):
     """The loads and stores of sm_90 and later. V = 259 leaves a last block that is not full."""
-    used, describe = [], engine.TensorDescriptor.from_tensor
+    used, describe = [], triton_head.TensorDescriptor.from_tensor
 
     def recorded(matrix, block_shape):
         used.append(block_shape)
         return describe(matrix, block_shape)
 
-    monkeypatch.setattr(engine.TensorDescriptor, "from_tensor", recorded)
+    monkeypatch.setattr(triton_head.TensorDescriptor, "from_tensor", recorded)
     monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(ARCHITECTURES["interpreter"], descriptors=True))
     arguments = make(70, 40, V, trainable=trainable, bias=torch.randn(V))
     got = run(arguments, backend="triton")
@@ -161,7 +161,7 @@ def test_a_nan_is_seen():
 @interpreted
 def test_unchecked_values_lead_nowhere(monkeypatch):
     """On a GPU ids and offsets are not read beforehand: a wrong one shows as NaN or is cut off, and harms nothing."""
-    for module in ("grpo_kernels._common", "grpo_kernels._head_arguments"):
+    for module in ("grpo_kernels._checks", "grpo_kernels._head_arguments"):
         monkeypatch.setattr(f"{module}.values_can_be_checked", lambda device: False)
     arguments = make(5, 8, 130, trainable="")
     expected = linear_logprob(**arguments)
@@ -195,13 +195,13 @@ def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path):
     monkeypatch.setenv("GRPO_KERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "cache"))
     launches = []
-    original = engine.TritonHead.launch_forward
+    original = triton_head.TritonHead.launch_forward
 
     def counted(head, tile, *args):
         launches.append(tile)
         return original(head, tile, *args)
 
-    monkeypatch.setattr(engine.TritonHead, "launch_forward", counted)
+    monkeypatch.setattr(triton_head.TritonHead, "launch_forward", counted)
     arguments = {name: value.detach() for name, value in make(9, 8, 130).items()}
     first = linear_logprob(**arguments, backend="triton")
     assert set(launches[:-1]) == set(candidates)

@@ -14,7 +14,7 @@ time, and their results are added up in float32.
 
 The row scale (coefficient, 1 / sum(e), temperature, logit scale) is applied to the narrow [C, H] operands, so the wide
 [C, V] buffer is written once by the product and once by the exponential. It is the only buffer of width V. This is the
-portable engine; `triton_kernels.engine.TritonHead` replaces the steps that touch logits by kernels.
+portable engine; `triton_kernels.triton_head.TritonHead` replaces the steps that touch logits by kernels.
 """
 
 from __future__ import annotations
@@ -27,14 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_kernels._common import MIB, chunks
-
-# What a CPU works on at once, rows of the buffer or copies of operands: it stays in the last-level cache.
-CPU_BLOCK_BYTES = 4 * MIB
-# The most that such a block takes of the byte budget. Two are alive at once.
-BLOCK_SHARE = 0.125
-# [C, H] temporaries alive at once beside the logits: hidden states and gradients, each also scaled or rounded.
-NARROW_COPIES = 3
+from grpo_kernels.budget import BLOCK_SHARE, NARROW_COPIES, chunks, cpu_block_bytes, equal_parts
 
 
 class RowStatistics(NamedTuple):
@@ -323,17 +316,6 @@ class Head:
             grad_bias.addmv_(d.t(), row_scale / self.logit_scale)
 
 
-def cpu_block_bytes(max_buffer_bytes: int) -> int:
-    """`Head.block_bytes` on a CPU."""
-    return min(CPU_BLOCK_BYTES, int(BLOCK_SHARE * max_buffer_bytes))
-
-
-def equal_parts(num_rows: int, most: int) -> int:
-    """Rows of a chunk, at most `most` and at least 1, such that the last chunk is not much shorter than the others."""
-    rows = max(min(most, num_rows), 1)
-    return -(-num_rows // -(-num_rows // rows)) if num_rows else 1
-
-
 def local_targets(head: Head, targets: Tensor) -> Tensor:
     """Target ids within this rank's shard, -1 for those of other shards; int64."""
     targets = targets.long().contiguous()
@@ -341,21 +323,3 @@ def local_targets(head: Head, targets: Tensor) -> Tensor:
         return targets
     local = targets - head.vocab_start
     return torch.where((local >= 0) & (local < head.vocab_size), local, -1)
-
-
-def partition(category: Tensor, count: int) -> list[Tensor]:
-    """The indices at which ``category [N]`` int is 0, 1, .. `count` - 1, each in order.
-
-    Their numbers are read by the host once, which waits for a GPU: a row that is not multiplied has to be known.
-    """
-    if category.device.type == "cpu":
-        return [(category == value).nonzero().squeeze(1) for value in range(count)]
-    order = torch.argsort(category, stable=True)
-    sizes = torch.stack([(category == value).sum() for value in range(count)]).tolist()
-    return list(order[: sum(sizes)].split(sizes))
-
-
-def row_chunks(rows: Tensor, num_tokens: int, most: int) -> Iterator[Tensor | slice]:
-    """The row indices `rows` in chunks of at most `most`; slices, which copy nothing, where they are all rows."""
-    for chunk in chunks(rows.numel(), most):
-        yield chunk if rows.numel() == num_tokens else rows[chunk]

@@ -6,10 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_kernels._common import (
-    CPU_BUFFER_BYTES,
-    FROZEN_GPU_BUFFER_BYTES,
-    GPU_BUFFER_BYTES,
+from grpo_kernels._checks import (
     IGNORE_INDEX,
     accumulation_dtype,
     require,
@@ -23,6 +20,7 @@ from grpo_kernels._common import (
     values_can_be_checked,
 )
 from grpo_kernels._head import Head
+from grpo_kernels.budget import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
 
 
 def make_head(

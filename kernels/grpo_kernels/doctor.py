@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
-from grpo_kernels._common import backend_name, triton_obstacle
+from grpo_kernels._backend import backend_name, triton_obstacle
 
 OPERATIONS = ("linear_logprob", "policy_loss", "linear_policy_loss", "kl_estimate", "masked_mean")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

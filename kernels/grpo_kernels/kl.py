@@ -15,38 +15,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import (
+from grpo_kernels._backend import choose_backend
+from grpo_kernels._checks import (
     accumulation_dtype,
-    choose_backend,
     require,
     require_device,
     require_floating,
     require_shape,
     require_tensors,
 )
-
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
-
-def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """The definition above, differentiated by autograd: the oracle of the tests."""
-    dtype = accumulation_dtype(logprobs, ref_logprobs)
-    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
-    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
-
-
-def kl_and_derivative(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """The estimate and its derivative with respect to `logprobs`, both elementwise.
-
-    ``expm1`` keeps k3 accurate where policy and reference nearly agree, which is where training spends its time.
-    """
-    d = logprobs - ref_logprobs
-    if estimator == "k1":
-        return d, torch.ones_like(d)
-    if estimator == "k2":
-        return d.square() / 2, d
-    excess = torch.expm1(-d)
-    return excess + d, -excess
+from grpo_kernels._policy_terms import kl_and_derivative, kl_estimate_ref
+from grpo_kernels.objective import KL_ESTIMATORS
 
 
 class _KLEstimate(torch.autograd.Function):
@@ -70,7 +49,7 @@ class _KLEstimate(torch.autograd.Function):
 
 
 def _kl_estimate_triton(logprobs, ref_logprobs, estimator):
-    from grpo_kernels.triton_kernels.elementwise import KLEstimateTriton
+    from grpo_kernels.triton_kernels.elementwise_kernels import KLEstimateTriton
 
     return KLEstimateTriton.apply(logprobs, ref_logprobs, estimator)
 

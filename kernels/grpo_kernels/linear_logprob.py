@@ -23,9 +23,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import IGNORE_INDEX, accumulation_dtype, choose_backend, require
-from grpo_kernels._head import Head, local_targets, partition, row_chunks
+from grpo_kernels._backend import choose_backend
+from grpo_kernels._checks import IGNORE_INDEX, accumulation_dtype, require
+from grpo_kernels._head import local_targets
 from grpo_kernels._head_arguments import make_head
+from grpo_kernels._passes import Gradients, forward_rows, partition, recompute_gradients, row_chunks, score
 
 
 def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, logit_scale=1.0, softcap=None):
@@ -44,25 +46,6 @@ def linear_logprob_ref(hidden, weight, targets, *, bias=None, temperature=1.0, l
     finite = torch.where(log_p == float("-inf"), 0.0, log_p)
     entropy = -(log_p.exp() * finite).sum(-1)
     return torch.where(valid, logprobs, 0.0), torch.where(valid, entropy, 0.0)
-
-
-def forward_rows(head: Head, hidden, targets, temperature, rows, out, with_entropy):
-    """The forward of one chunk: (hidden operand, e, statistics, temperatures)."""
-    operand = head.operand(hidden[rows])
-    row_temperature = None if temperature is None else temperature[rows]
-    e = out[: operand.shape[0]]
-    stats = head.forward_(operand, targets[rows], row_temperature, e, with_entropy)
-    return operand, e, stats, row_temperature
-
-
-def score(head: Head, hidden, targets, temperature, rows, logprobs, entropy) -> None:
-    """1U: write log-probabilities (and entropies, where a tensor is given) of `rows` in place."""
-    buffer = head.scoring_buffer(rows.numel())
-    for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
-        _, _, stats, _ = forward_rows(head, hidden, targets, temperature, at, buffer, entropy is not None)
-        logprobs[at] = stats.logprobs
-        if entropy is not None:
-            entropy[at] = stats.entropy
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -144,65 +127,6 @@ def _frozen_slopes(head, hidden, targets, temperature, rows, logprobs, entropy):
     return slopes
 
 
-class Gradients:
-    """Where the gradients of (hidden, weight, bias) are collected; None where one is not wanted.
-
-    The weight's and the bias's are in the accumulation dtype, hidden's is in hidden's own unless it is given.
-    """
-
-    def __init__(
-        self,
-        head: Head,
-        hidden: Tensor,
-        needs: tuple[bool, bool, bool],
-        weight_buffer: Tensor | None = None,
-        hidden_dtype: torch.dtype | None = None,
-    ):
-        self.hidden = torch.zeros_like(hidden, dtype=hidden_dtype) if needs[0] else None
-        self.weight = weight_buffer
-        # The first chunk writes a weight gradient of its own, and the others add to it.
-        self.unwritten = weight_buffer is None and needs[1]
-        if self.unwritten:
-            self.weight = torch.empty(head.weight.shape, dtype=head.dtype, device=hidden.device)
-        self.bias = hidden.new_zeros(head.vocab_size, dtype=head.dtype) if needs[2] else None
-
-    def add(self, head: Head, d: Tensor, row_scale: Tensor | None, operand: Tensor, rows: Tensor | slice) -> None:
-        """2U: send one chunk's dL/dlogits on to the gradients that are wanted."""
-        if self.hidden is not None:
-            self.hidden[rows] = head.grad_hidden(d, row_scale).to(self.hidden.dtype)
-        if self.weight is not None:
-            head.accumulate_grad_weight(d, row_scale, operand, self.weight, self.unwritten)
-            self.unwritten = False
-        if self.bias is not None:
-            head.accumulate_grad_bias(d, row_scale, self.bias)
-
-    def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of (hidden, weight, bias), once all chunks were added."""
-        if self.unwritten:
-            self.weight.zero_()
-        return self.hidden, self.weight, self.bias
-
-
-def recompute_gradients(
-    head, hidden, targets, temperature, rows, grad_logprobs, grad_entropy, gradients: Gradients
-) -> None:
-    """3U: collect `gradients` for given dL/dlogp and dL/dentropy (or None), ``[N]`` each, of `rows`."""
-    buffer = head.buffer(rows.numel())
-    for at in row_chunks(rows, targets.numel(), buffer.shape[0]):
-        operand, e, stats, row_temperature = forward_rows(
-            head, hidden, targets, temperature, at, buffer, grad_entropy is not None
-        )
-        d, row_scale = head.gradient_(
-            e,
-            stats,
-            targets[at],
-            row_temperature,
-            grad_logprobs[at],
-            None if grad_entropy is None else grad_entropy[at],
-        )
-        gradients.add(head, d, row_scale, operand, at)
-
-
 def _linear_logprob_torch(hidden, weight, bias, targets, temperature, head, with_entropy):
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -210,7 +134,7 @@ def _linear_logprob_torch(hidden, weight, bias, targets, temperature, head, with
 
 
 def _linear_logprob_triton(hidden, weight, bias, targets, temperature, head, with_entropy):
-    from grpo_kernels.triton_kernels.engine import TritonHead
+    from grpo_kernels.triton_kernels.triton_head import TritonHead
 
     return _linear_logprob_torch(hidden, weight, bias, targets, temperature, TritonHead(**vars(head)), with_entropy)
 

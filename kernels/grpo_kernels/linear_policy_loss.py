@@ -29,9 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import (
+from grpo_kernels._backend import choose_backend
+from grpo_kernels._checks import (
     IGNORE_INDEX,
-    choose_backend,
     require,
     require_device,
     require_floating,
@@ -40,25 +40,13 @@ from grpo_kernels._common import (
     sequence_ids,
     values_can_be_checked,
 )
-from grpo_kernels._head import local_targets, partition, row_chunks
+from grpo_kernels._head import local_targets
 from grpo_kernels._head_arguments import make_head
-from grpo_kernels.linear_logprob import (
-    Gradients,
-    forward_rows,
-    linear_logprob_ref,
-    recompute_gradients,
-    score,
-)
+from grpo_kernels._passes import Gradients, forward_rows, partition, recompute_gradients, row_chunks, score
+from grpo_kernels._policy_terms import Terms, Tokens, policy_loss_ref, policy_terms
+from grpo_kernels.linear_logprob import linear_logprob_ref
 from grpo_kernels.objective import PolicyObjective
-from grpo_kernels.policy_loss import (
-    PolicyLoss,
-    Terms,
-    Tokens,
-    flatten_tokens,
-    named_statistics,
-    policy_loss_ref,
-    policy_terms,
-)
+from grpo_kernels.policy_loss import PolicyLoss, flatten_tokens, named_statistics
 
 
 def linear_policy_loss_ref(hidden, weight, targets, tokens: Tokens, objective, offsets=None, **head_options):
@@ -236,8 +224,8 @@ def _linear_policy_loss_torch(hidden, weight, bias, targets, temperature, head, 
 
 
 def _linear_policy_loss_triton(hidden, weight, bias, targets, temperature, head, tokens, objective, offsets, options):
-    from grpo_kernels.triton_kernels.engine import TritonHead
-    from grpo_kernels.triton_kernels.policy import policy_terms_triton
+    from grpo_kernels.triton_kernels.policy_kernels import policy_terms_triton
+    from grpo_kernels.triton_kernels.triton_head import TritonHead
 
     return _linear_policy_loss_torch(
         hidden, weight, bias, targets, temperature, TritonHead(**vars(head)), tokens, objective, offsets,

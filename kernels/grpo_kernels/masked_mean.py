@@ -12,14 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import (
-    accumulation_dtype,
-    choose_backend,
-    require,
-    require_device,
-    require_floating,
-    require_tensors,
-)
+from grpo_kernels._backend import choose_backend
+from grpo_kernels._checks import accumulation_dtype, require, require_device, require_floating, require_tensors
 
 
 def masked_mean_ref(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -51,7 +45,7 @@ class _MaskedMean(torch.autograd.Function):
 
 
 def _masked_mean_triton(values, mask, dim):
-    from grpo_kernels.triton_kernels.elementwise import MaskedMeanTriton
+    from grpo_kernels.triton_kernels.elementwise_kernels import MaskedMeanTriton
 
     return MaskedMeanTriton.apply(values, mask, dim)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._common import (
+from grpo_kernels._checks import (
     require,
     require_device,
     require_floating,

@@ -28,3 +28,15 @@ def sigmoid(x):
     """1 / (1 + exp(-x)), whose exponential never overflows."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def kl_terms(d, KL: tl.constexpr):
+    """The estimate k1, k2 or k3 of ``d = logprobs - ref_logprobs``, and its derivative."""
+    if KL == 1:
+        return d, tl.full(d.shape, 1.0, d.dtype)
+    elif KL == 2:
+        return d * d * 0.5, d
+    else:
+        excess = expm1(-d)
+        return excess + d, -excess

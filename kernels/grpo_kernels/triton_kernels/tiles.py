@@ -1,6 +1,6 @@
 """The tile of `head_forward` for each architecture, and how its work is split over a GPU.
 
-Chosen from the compiler's resource reports (`python -m grpo_kernels.triton_kernels.resources` prints them): the
+Chosen from the compiler's resource reports (`python -m grpo_kernels.triton_kernels.compile_report` prints them): the
 largest tile whose inner loop keeps everything in registers and whose stages fit the shared memory. With
 GRPO_KERNELS_AUTOTUNE=1 the candidates are measured once for each head instead, and the winner is kept on disk.
 """

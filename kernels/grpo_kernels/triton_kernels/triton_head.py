@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grpo_kernels._head import Head, RowStatistics, equal_parts
-from grpo_kernels.triton_kernels.head import combine_splits, head_forward, head_gradient
+from grpo_kernels._head import Head, RowStatistics
+from grpo_kernels.budget import equal_parts
+from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, on_device, processors
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, splits_of
 

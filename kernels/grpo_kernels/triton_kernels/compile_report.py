@@ -1,7 +1,7 @@
 """Compile every kernel for every architecture, without a GPU, and report what each needs.
 
-    python -m grpo_kernels.triton_kernels.resources              # a table
-    python -m grpo_kernels.triton_kernels.resources sm_90 --json # one architecture, for a program to read
+    python -m grpo_kernels.triton_kernels.compile_report              # a table
+    python -m grpo_kernels.triton_kernels.compile_report sm_90 --json # one architecture, for a program to read
 
 A row names shared memory in bytes, registers a thread, spilled bytes a thread ("stack") and how many instructions of
 the innermost loop around the matrix products touch spilled values.
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_kernels.triton_kernels import elementwise, engine, head, policy
+from grpo_kernels.triton_kernels import elementwise_kernels, head_kernels, policy_kernels, triton_head
 from grpo_kernels.triton_kernels.launch import interpreting
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 
@@ -98,7 +98,7 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
     name = f"{dtype} {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} {'store' if store else 'score'}"
     name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
     aligned = frozenset({"hidden", "weight", "out", "V", "H", "hidden_stride", "weight_stride_v", "out_stride"})
-    return Variant(head.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
+    return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
 
 
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
@@ -108,43 +108,46 @@ def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
     types |= dict.fromkeys((*names, "grad_entropy"), "*fp32")
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
-        "PART_V": part, "PARTS": engine.GRADIENT_PARTS, "ROWS": engine.GRADIENT_ROWS,
+        "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS, "ROWS": triton_head.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
     aligned = frozenset({"e", "V", "stride"})
-    return Variant(head.head_gradient, name, types, constants, engine.GRADIENT_WARPS, aligned=aligned)
+    return Variant(head_kernels.head_gradient, name, types, constants, triton_head.GRADIENT_WARPS, aligned=aligned)
 
 
 def small_variants() -> Iterator[Variant]:
     """The kernels that are bound by memory; the same on every architecture."""
     types = {"partials": "*fp32", "statistics": "*fp32", "targets": "*i64", "N": "i32", "V": "i32", "splits": "i32"}
-    constants = {"CHECK_TARGETS": True, "BLOCK": engine.COMBINE_ROWS}
-    yield Variant(head.combine_splits, "", types, constants, engine.COMBINE_WARPS)
+    constants = {"CHECK_TARGETS": True, "BLOCK": triton_head.COMBINE_ROWS}
+    yield Variant(head_kernels.combine_splits, "", types, constants, triton_head.COMBINE_WARPS)
     names = ("logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy")
     types = {**dict.fromkeys((*names, "grad_logprobs", "sums"), "*fp32"), "offsets": "*i64", "N": "i32"}
     numbers = ("low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta", "entropy_coef")
     types |= dict.fromkeys(numbers, "fp32")
     flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_TIMES_RATIO", "PRODUCT")
-    for kernel in (policy.policy_tokens, policy.policy_sequences):
-        for kind, index in policy.KINDS.items():
-            constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy.BLOCK}
-            yield Variant(kernel, kind, types, constants, policy.WARPS)
-    block = {"BLOCK": elementwise.BLOCK}
+    for kernel in (policy_kernels.policy_tokens, policy_kernels.policy_sequences):
+        for kind, index in policy_kernels.KINDS.items():
+            constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy_kernels.BLOCK}
+            yield Variant(kernel, kind, types, constants, policy_kernels.WARPS)
+    block = {"BLOCK": elementwise_kernels.BLOCK}
     for kl in (1, 2, 3):
         types = {"logprobs": "*bf16", "ref_logprobs": "*fp32", "out": "*fp32", "N": "i32"}
-        yield Variant(elementwise.kl_forward, f"k{kl}", types, {"KL": kl, **block})
+        yield Variant(elementwise_kernels.kl_forward, f"k{kl}", types, {"KL": kl, **block})
         types = {"logprobs": "*bf16", "ref_logprobs": "*fp32", "grad_output": "*fp32"}
         types |= {"grad_logprobs": "*bf16", "grad_ref": "*fp32", "N": "i32"}
         yield Variant(
-            elementwise.kl_backward, f"k{kl}", types, {"KL": kl, "NEEDS_LOGPROBS": True, "NEEDS_REF": True, **block}
+            elementwise_kernels.kl_backward,
+            f"k{kl}",
+            types,
+            {"KL": kl, "NEEDS_LOGPROBS": True, "NEEDS_REF": True, **block},
         )
     sizes = dict.fromkeys(("numel", "length", "inner"), "i32")
     for inner in (1, 128):
         types = {"values": "*bf16", "mask": "*i1", "sums": "*fp32", "counts": "*fp32", **sizes}
-        constants = {"BLOCK_L": elementwise.BLOCK // inner, "BLOCK_I": inner}
-        yield Variant(elementwise.masked_sums, f"inner {inner}", types, constants)
+        constants = {"BLOCK_L": elementwise_kernels.BLOCK // inner, "BLOCK_I": inner}
+        yield Variant(elementwise_kernels.masked_sums, f"inner {inner}", types, constants)
     types = {"mask": "*i1", "grad_mean": "*fp32", "grad_values": "*bf16", **sizes}
-    yield Variant(elementwise.masked_mean_backward, "", types, block)
+    yield Variant(elementwise_kernels.masked_mean_backward, "", types, block)
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -226,7 +229,7 @@ def reports(architecture: str) -> Iterator[Report]:
 
 def main() -> int:
     known = [name for name in ARCHITECTURES if name != "interpreter"]
-    parser = argparse.ArgumentParser(prog="python -m grpo_kernels.triton_kernels.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m grpo_kernels.triton_kernels.compile_report", description=__doc__)
     parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     chosen = parser.parse_args()

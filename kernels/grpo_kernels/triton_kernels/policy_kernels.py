@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels._policy_terms import STATISTICS, VESPO_BOUNDS, Terms, Tokens
 from grpo_kernels.objective import PolicyObjective
-from grpo_kernels.policy_loss import STATISTICS, VESPO_BOUNDS, Terms, Tokens
 from grpo_kernels.triton_kernels.launch import on_device
-from grpo_kernels.triton_kernels.math import expm1, sigmoid
+from grpo_kernels.triton_kernels.math import kl_terms, sigmoid
 
 BLOCK, WARPS = 1024, 8
 CLIP, CISPO, SAPO, VESPO, REINFORCE = (tl.constexpr(index) for index in range(5))
@@ -26,18 +26,6 @@ KINDS = {"clip": 0, "cispo": 1, "sapo": 2, "vespo": 3, "reinforce": 4}
 VESPO_LOW, VESPO_HIGH = (tl.constexpr(bound) for bound in VESPO_BOUNDS)
 _POINTERS = ["logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy", "offsets"]
 _POINTERS += ["grad_logprobs", "sums"]
-
-
-@triton.jit
-def kl_terms(d, KL: tl.constexpr):
-    """The estimate k1, k2 or k3 of ``d = logprobs - ref_logprobs``, and its derivative."""
-    if KL == 1:
-        return d, tl.full(d.shape, 1.0, d.dtype)
-    elif KL == 2:
-        return d * d * 0.5, d
-    else:
-        excess = expm1(-d)
-        return excess + d, -excess
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_kernels.triton_kernels.launch import on_device, stored_dtype
-from grpo_kernels.triton_kernels.policy import kl_terms
+from grpo_kernels.triton_kernels.math import kl_terms
 
 BLOCK = 1024
 # Rows that one program of a full reduction adds up.

@@ -7,58 +7,13 @@ used or refused, never replaced.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-BACKENDS = ("auto", "triton", "torch", "reference")
-
-MIB = 1 << 20
-CPU_BUFFER_BYTES = 256 * MIB
-GPU_BUFFER_BYTES = 1024 * MIB
-# A frozen head has no gradient that each chunk reads and writes, so its chunks may be shorter.
-FROZEN_GPU_BUFFER_BYTES = 512 * MIB
-
-
-def choose_backend(
-    op: str, implementations: Mapping[str, Callable], backend: str, device: torch.device, dtype: torch.dtype
-) -> Callable:
-    """Return the implementation of `op` for `backend`; `dtype` is what it accumulates in.
-
-    Raises:
-        ValueError: `backend` is not one of :data:`BACKENDS`, or ``"triton"`` cannot serve this device or dtype.
-    """
-    return implementations[backend_name(op, backend, device, dtype)]
-
-
-def backend_name(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The row of an operation's table that `backend` means; as :func:`choose_backend`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return auto_backend(device, dtype)
-    if backend == "triton":
-        obstacle = triton_obstacle(device, dtype)
-        require(obstacle is None, f"{op}: backend='triton' cannot run here: {obstacle}")
-    return backend
-
-
-def auto_backend(device: torch.device, dtype: torch.dtype) -> str:
-    return "triton" if device.type == "cuda" and triton_obstacle(device, dtype) is None else "torch"
-
-
-def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot take tensors of `device` and `dtype`; None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    from grpo_kernels.triton_kernels.launch import obstacle
-
-    return obstacle(device, dtype)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -182,10 +137,3 @@ def sequence_ids(offsets: Tensor, num_tokens: int) -> Tensor:
     tokens = torch.arange(num_tokens, device=offsets.device)
     # A search, unlike a repetition, stays within bounds where unchecked offsets do not end at `num_tokens`.
     return torch.searchsorted(offsets[1:].long(), tokens, right=True).clamp(max=max(offsets.numel() - 2, 0))
-
-
-def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
-    """Split `num_rows` into slices of nearly equal length, none longer than `rows_per_chunk`."""
-    count = -(-num_rows // max(rows_per_chunk, 1))
-    for index in range(count):
-        yield slice(index * num_rows // count, (index + 1) * num_rows // count)

@@ -1,0 +1,36 @@
+"""Byte budgets of temporary memory, and the chunks that keep to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+MIB = 1 << 20
+CPU_BUFFER_BYTES = 256 * MIB
+GPU_BUFFER_BYTES = 1024 * MIB
+# A frozen head has no gradient that each chunk reads and writes, so its chunks may be shorter.
+FROZEN_GPU_BUFFER_BYTES = 512 * MIB
+
+# What a CPU works on at once, rows of the buffer or copies of operands: it stays in the last-level cache.
+CPU_BLOCK_BYTES = 4 * MIB
+# The most that such a block takes of the byte budget. Two are alive at once.
+BLOCK_SHARE = 0.125
+# [C, H] temporaries alive at once beside the logits: hidden states and gradients, each also scaled or rounded.
+NARROW_COPIES = 3
+
+
+def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
+    """Split `num_rows` into slices of nearly equal length, none longer than `rows_per_chunk`."""
+    count = -(-num_rows // max(rows_per_chunk, 1))
+    for index in range(count):
+        yield slice(index * num_rows // count, (index + 1) * num_rows // count)
+
+
+def cpu_block_bytes(max_buffer_bytes: int) -> int:
+    """`Head.block_bytes` on a CPU."""
+    return min(CPU_BLOCK_BYTES, int(BLOCK_SHARE * max_buffer_bytes))
+
+
+def equal_parts(num_rows: int, most: int) -> int:
+    """Rows of a chunk, at most `most` and at least 1, such that the last chunk is not much shorter than the others."""
+    rows = max(min(most, num_rows), 1)
+    return -(-num_rows // -(-num_rows // rows)) if num_rows else 1
