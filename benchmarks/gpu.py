@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.accuracy import run_accuracy
-from benchmarks.contenders import BY_NAME, OURS, Contender, choose
 from benchmarks.cpu import Part, chosen_parts, run_parts
 from benchmarks.growth import run_growth
+from benchmarks.harness.contenders import BY_NAME, OURS, Contender, choose
+from benchmarks.harness.measure import Run, device_name, main, parser, release, start
+from benchmarks.harness.problem import MODES, Shape, make_problem
 from benchmarks.head import KEY, cases_for, gate, run_head
 from benchmarks.loss import run_loss
-from benchmarks.measure import Run, device_name, main, parser, release, start
-from benchmarks.problem import MODES, Shape, make_problem
 from benchmarks.race import run_race
 from benchmarks.step import run_step
 from grpo_fast.errors import UserError

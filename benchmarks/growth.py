@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import BY_NAME, OURS, Contender, Loss, NotApplicable
+from benchmarks.harness.contenders import BY_NAME, OURS, Contender, Loss, NotApplicable
+from benchmarks.harness.measure import Run, describe_failure, fit_exponent, interleave, main, parser, release, start
+from benchmarks.harness.problem import Problem, Shape, Truth, errors, make_problem, verdict
 from benchmarks.head import measure_problem
-from benchmarks.measure import Run, describe_failure, fit_exponent, interleave, main, parser, release, start
-from benchmarks.problem import Problem, Shape, Truth, errors, make_problem, verdict
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, linear_policy_loss
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, FLOOR, Contender, NotApplicable, choose, floor_call, prepared
-from benchmarks.measure import (
+from benchmarks.harness.contenders import CONTENDERS, FLOOR, Contender, NotApplicable, choose, floor_call, prepared
+from benchmarks.harness.measure import (
     Run,
     Table,
     describe_failure,
@@ -27,7 +27,7 @@ from benchmarks.measure import (
     show_seconds,
     start,
 )
-from benchmarks.problem import HEADS, MODES, UNITS, Problem, Shape, Truth, errors, make_problem, verdict
+from benchmarks.harness.problem import HEADS, MODES, UNITS, Problem, Shape, Truth, errors, make_problem, verdict
 from grpo_fast.errors import UserError, one_line
 
 KEY = ("model", "N", "H", "V", "dtype", "head", "contender")

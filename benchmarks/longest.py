@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import (
+from benchmarks.harness.measure import (
     Run,
     Table,
     available_bytes,
@@ -32,8 +32,8 @@ from benchmarks.measure import (
     start,
     version,
 )
+from benchmarks.harness.trainers import missing_trl, quiet
 from benchmarks.step import OURS, TRL
-from benchmarks.trainers import missing_trl, quiet
 from benchmarks.trial import GROUP, Job, missing, model_config, planned
 from benchmarks.worker import OutOfTime, Worker
 from grpo_fast.errors import UserError
@@ -238,7 +238,7 @@ def find_row(table: Table, row: dict[str, Any]) -> dict[str, str]:
 
 def run_longest(run: Run, contenders: list[Contender], caps: list[float], again: bool = False) -> None:
     """All contenders under all caps. Those that were measured before are kept, unless `again`."""
-    from grpo_fast.memory_trace import Tracer
+    from grpo_fast.memory.trace import Tracer
 
     quiet()
     model = "qwen3-8b" if run.device.type == "cuda" and not run.quick else "qwen3-tiny"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Run, describe_failure, interleave, main, parser, seconds_of, show_seconds, start
+from benchmarks.harness.measure import Run, describe_failure, interleave, main, parser, seconds_of, show_seconds, start
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, kl_estimate, masked_mean, policy_loss
 

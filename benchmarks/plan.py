@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.measure import Run, main, parser, show_bytes, start
+from benchmarks.harness.measure import Run, main, parser, show_bytes, start
+from benchmarks.harness.trainers import quiet
 from benchmarks.step import OURS
-from benchmarks.trainers import quiet
 from benchmarks.trial import Job, Trials, missing, planned
 from benchmarks.worker import OutOfTime, Worker
 from grpo_fast.errors import UserError

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, FLOOR, OURS
-from benchmarks.measure import RESULTS, ROOT, main, read_csv, show_bytes, show_seconds
+from benchmarks.harness.contenders import CONTENDERS, FLOOR, OURS
+from benchmarks.harness.measure import RESULTS, ROOT, main, read_csv, show_bytes, show_seconds
 from grpo_fast.errors import UserError, nearest
 
 Rows = list[dict[str, str]]

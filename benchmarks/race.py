@@ -21,8 +21,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Run, main, parser, peak_memory, release, show_bytes, start, version
-from benchmarks.trainers import PacedTRL, Stopped, missing_trl, our_config, our_steps, quiet, require, trl_trainer
+from benchmarks.harness.measure import Run, main, parser, peak_memory, release, show_bytes, start, version
+from benchmarks.harness.trainers import (
+    PacedTRL,
+    Stopped,
+    missing_trl,
+    our_config,
+    our_steps,
+    quiet,
+    require,
+    trl_trainer,
+)
 from grpo_fast.errors import UserError
 
 KEY = ("trainer", "seed")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import (
+from benchmarks.harness.measure import (
     Run,
     Times,
     describe_failure,
@@ -33,8 +33,8 @@ from benchmarks.measure import (
     start,
     version,
 )
+from benchmarks.harness.trainers import our_config, quiet
 from benchmarks.step import FIRST_TOKEN, RANDOM, Setting, build_model
-from benchmarks.trainers import our_config, quiet
 from grpo_fast.errors import UserError
 
 KEY = ("model", "dtype", "sequences", "longest_tokens", "contender")
@@ -73,7 +73,7 @@ class Case:
 
 def build_case(run: Run, name: str, folder: Path, longest: int) -> Case:
     """16 sequences with --quick, 64 of llama-16m and 32 of SmolLM2, which takes longer."""
-    from grpo_fast.models import load_model
+    from grpo_fast.model.loading import load_model
 
     prompts, group = (4, 4) if run.quick else (4, 8) if name not in RANDOM else (8, 8)
     dtype = "float32" if run.device.type == "cpu" else "bfloat16"

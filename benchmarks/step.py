@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import (
+from benchmarks.harness.measure import (
     Run,
     Times,
     describe_failure,
@@ -37,7 +37,7 @@ from benchmarks.measure import (
     start,
     version,
 )
-from benchmarks.trainers import (
+from benchmarks.harness.trainers import (
     PacedTRL,
     Stopped,
     alone_in_accelerate,

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import ROOT, describe_failure, release
+from benchmarks.harness.measure import ROOT, describe_failure, release
+from benchmarks.harness.trainers import our_config, quiet, require, synchronize, trl_arguments
 from benchmarks.step import FIRST_TOKEN, OURS, FixedRollout, parity_reward
-from benchmarks.trainers import our_config, quiet, require, synchronize, trl_arguments
 
 # A body whose activations matter beside its head, small enough for a CPU.
 TINY = {
@@ -95,7 +95,7 @@ def model_config(name: str) -> Any:
 
 def planned(job: Job, answer: int, tracer: Any = None) -> Any:
     """The memory plan of a job for answers of `answer` tokens; `tracer` keeps what earlier plans of the model found."""
-    from grpo_fast.memory_plan import plan_memory
+    from grpo_fast.memory.plan import plan_memory
 
     return plan_memory(job.config(Path(), answer), model_config(job.model), PROMPT_TOKENS, tracer)
 
@@ -139,7 +139,7 @@ def quantise(model: nn.Module, config: Any) -> None:
         )  # fmt: skip
         packed.weight = bitsandbytes.nn.Params4bit(plain.weight.data, requires_grad=False, **options)
         packed.bias = plain.bias
-        # As in `grpo_fast.models`: sampling on a CPU must not repack the weights.
+        # As in `grpo_fast.model.loading`: sampling on a CPU must not repack the weights.
         packed.support_avx512bf16_for_cpu = False
         model.set_submodule(name, packed.to(plain.weight.device))
     model.is_loaded_in_4bit = True
@@ -193,7 +193,7 @@ class TRLSteps:
     def __init__(self, job: Job, folder: Path):
         from transformers.trainer_callback import PrinterCallback
 
-        from grpo_fast.models import add_adapter
+        from grpo_fast.model.loading import add_adapter
 
         trl, datasets = require("trl", "trl"), require("datasets", "datasets")
         self.job, config = job, job.config(folder, SHORT)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import (
+from benchmarks.harness.measure import (
     ROOT,
     Run,
     Times,
@@ -36,6 +36,7 @@ from benchmarks.measure import (
     start,
     version,
 )
+from benchmarks.harness.trainers import PacedTRL, missing_trl, our_config, quiet, require, trl_arguments
 from benchmarks.step import (
     LIMITS,
     RANDOM,
@@ -47,7 +48,6 @@ from benchmarks.step import (
     make_rollouts,
     parity_reward,
 )
-from benchmarks.trainers import PacedTRL, missing_trl, our_config, quiet, require, trl_arguments
 from grpo_fast.errors import UserError
 
 KEY = ("model", "dtype", "case", "trainer")
@@ -84,7 +84,7 @@ def build_trainer(job: Job) -> Any:
     trl, datasets, peft = (require(name, name) for name in ("trl", "datasets", "peft"))
     from transformers.trainer_callback import PrinterCallback
 
-    from grpo_fast.models import load_model
+    from grpo_fast.model.loading import load_model
 
     setting, folder = Setting(**job.setting), Path(job.folder) / job.trainer
     rollouts = make_rollouts(setting, job.vocab, 0.0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import ROOT, Deadline, main
+from benchmarks.harness.measure import ROOT, Deadline, main
 from benchmarks.trial import Job, Trials
 from grpo_fast.errors import UserError
 

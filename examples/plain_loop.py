@@ -11,7 +11,7 @@ import argparse
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_fast.policy import FusedPolicy
+from grpo_fast import FusedPolicy
 from grpo_kernels import PRESETS
 
 DIGITS, ARROW, END = 2, 10, 11  # the tokens are the ten digits, an arrow behind the question, and the end

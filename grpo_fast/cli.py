@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import get_args, get_type_hints
 
-from grpo_fast import __version__
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say
 from grpo_fast.files import read_yaml, user_path
+from grpo_fast.report.terminal import open_standard_streams, print_error, silence
 from grpo_fast.startup import leaving_at_once
-from grpo_fast.terminal import open_standard_streams, print_error, silence
+from grpo_kernels import __version__
 
 USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
 
@@ -164,7 +164,7 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
     if values.get("run_name") is None and path is not None:
         values["run_name"] = path.stem
     config = GRPOConfig(**values)
-    from grpo_fast.trust import check_code
+    from grpo_fast.train.trust import check_code
 
     # Not a part of a field, as in --model_init_kwargs.head_dim, which leaves the rest to the file.
     named = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
@@ -238,7 +238,7 @@ def train(argv: Sequence[str]) -> int:
     with leaving_at_once():
         quiet_libraries()
         import_extra("accelerate", "train")
-        from grpo_fast.distributed import disconnect
+        from grpo_fast.distributed.processes import disconnect
         from grpo_fast.trainer import GRPOTrainer
 
     GRPOTrainer(config).train()
@@ -313,7 +313,7 @@ def plan(argv: Sequence[str]) -> int:
         quiet_libraries()
         import torch
 
-        from grpo_fast.plan_report import parse_size, print_plan
+        from grpo_fast.memory.report import parse_size, print_plan
 
     if vram is not None:
         size = parse_size(vram)
@@ -344,7 +344,7 @@ def serve(argv: Sequence[str]) -> int:
     config = parse_config(argv[:cut], unused=["reward_funcs"])
     with leaving_at_once():
         quiet_libraries()
-        from grpo_fast.rollout.serve import serve as start
+        from grpo_fast.rollout.vllm.serve import serve as start
 
     start(config, argv[cut + 1 :])
     return 0
@@ -397,8 +397,8 @@ def evaluate(argv: Sequence[str]) -> int:
     with leaving_at_once():
         quiet_libraries()
         import_extra("accelerate", "train")
-        from grpo_fast.distributed import launched
-        from grpo_fast.eval_run import EvalOptions, EvalRun
+        from grpo_fast.distributed.processes import launched
+        from grpo_fast.evaluation.run import EvalOptions, EvalRun
 
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ YAML_BYTES, YAML_CHARACTERS = 1 << 20, 4 << 20
 LONGEST_INTEGER = 100
 # Levels of lists and mappings inside each other. How many Python itself can read depends on who calls.
 DEEPEST_YAML = 100
+
+_CHECKSUM = re.compile(r', "crc32": (\d+)\}$')
 
 
 def parse_json(text: str) -> Any:
@@ -150,3 +156,126 @@ def remove_leftovers(folder: Path) -> None:
     for pattern in (".*.partial", ".*.removed"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def json_ready(content: Any) -> Any:
+    """`content` with None for what JSON has no number for: NaN and the infinities."""
+    if isinstance(content, dict):
+        return {key: json_ready(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [json_ready(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+class LinesFile:
+    """A JSON-lines file, an object a line, flushed at once, so that an interrupted run keeps what it wrote.
+
+    With `append`, the lines that are there stay. With `checksums`, each gets a last entry ``crc32``: that of the line
+    without it.
+    """
+
+    def __init__(self, path: Path, append: bool = False, checksums: bool = False):
+        self.path, self.mode, self.checksums, self.file = path, "a" if append else "w", checksums, None
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with writing(self.path):
+            if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open(self.mode, encoding="utf-8")
+            line = json.dumps(json_ready(entry), ensure_ascii=False)
+            if self.checksums:
+                line = f'{line[:-1]}, "crc32": {zlib.crc32(line.encode())}}}'
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def __enter__(self) -> LinesFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            # What could not be flushed was reported when it was written.
+            with suppress(OSError):
+                self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The figures of every step in ``metrics.jsonl``, NaN where a number is missing.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    lines, damaged = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
+    if damaged:
+        raise UserError(f"{path}: line {damaged[0]} is damaged")
+    return [entry for _, entry in lines]
+
+
+def cut_metrics(path: Path, step: int) -> tuple[list[dict[str, float]], str]:
+    """Keep only the lines up to `step`, and return what they say; those after it are about to be written once more.
+
+    Where lines are damaged, and where all are to be written once more, the file as it was stays beside it under
+    another name, and a note that says so is returned, too.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if not path.exists():
+        return [], ""
+    lines, damaged = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
+    kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
+    note = ""
+    if damaged or (lines and not kept):
+        with writing(path):
+            copy = _keep_copy(path)
+        numbers = ", ".join(map(str, damaged[:3])) + f" and {len(damaged) - 3} more" * (len(damaged) > 3)
+        what = f"line {numbers} is damaged and left out" if damaged else f"{len(lines)} steps are made once more"
+        note = f"{path}: {what}; the file as it was is kept as {copy}"
+    replace_text(path, "".join(line + "\n" for line, _ in kept))
+    return [entry for _, entry in kept], note
+
+
+def without_checksum(line: str) -> str:
+    """A line of ``metrics.jsonl`` without the CRC-32 at its end; as it is where there is none.
+
+    Raises:
+        ValueError: the checksum is not that of the line.
+    """
+    line = line.rstrip("\n")
+    found = _CHECKSUM.search(line)
+    if not found:
+        return line
+    bare = line[: found.start()] + "}"
+    if zlib.crc32(bare.encode()) != int(found[1]):
+        raise ValueError("its checksum is that of another line")
+    return bare
+
+
+def parse_metrics(text: str) -> tuple[list[tuple[str, dict[str, float]]], list[int]]:
+    """The lines of ``metrics.jsonl`` with what they say, and the numbers of those that are damaged.
+
+    A last line that was cut off by a kill is neither. A run of an earlier version has lines without checksums, which
+    are damaged only where they are not JSON, or stand behind one that has its checksum.
+    """
+    lines, damaged, checked = [], [], False
+    for number, line in enumerate(split_lines(text), 1):
+        found = bool(_CHECKSUM.search(line))
+        checked = checked or found
+        try:
+            entry = json.loads(without_checksum(line))
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and type(entry.get("step")) is int and found == checked:
+            lines.append((line, {name: math.nan if value is None else value for name, value in entry.items()}))
+        else:
+            damaged.append(number)
+    if not text.endswith("\n") and damaged[-1:] == [text.count("\n") + 1]:
+        damaged.pop()
+    return lines, damaged
+
+
+def _keep_copy(path: Path) -> Path:
+    """Copy a file to ``NAME.1``, or the first number that is free."""
+    number = 1
+    while (copy := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return Path(shutil.copy2(path, copy))

@@ -18,32 +18,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from grpo_fast.activations import check_activations
-from grpo_fast.checkpoint import (
-    TrainerState,
-    check_same,
-    check_space,
-    fingerprint,
-    fixed_fields,
-    keep_newest,
-    load_tensors,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-    verify_model,
-)
-from grpo_fast.collect import Groups, StepBatch, build_step_batch, reward_advantages, sample_groups, token_advantages
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows, prompt_order
-from grpo_fast.distributed import connect, is_main, on_main, size
+from grpo_fast.distributed.processes import connect, is_main, on_main, size
+from grpo_fast.distributed.rng import rng_state, set_rng_state
+from grpo_fast.distributed.sharding import check_processes, ddp_arguments, whole_weights
 from grpo_fast.errors import CheckpointError, NotFiniteError, UserError, say, writing
-from grpo_fast.evaluate import evaluate, score_responses
-from grpo_fast.files import remove_leftovers
-from grpo_fast.finite import check_finite
-from grpo_fast.interrupt import Interrupt
-from grpo_fast.learner import Learner
-from grpo_fast.metrics import LinesFile, completion_metrics, cut_metrics, peak_memory, reward_metrics
-from grpo_fast.models import (
+from grpo_fast.evaluation.held_out import evaluate
+from grpo_fast.files import LinesFile, cut_metrics, remove_leftovers
+from grpo_fast.memory.report import write_plan
+from grpo_fast.model.activations import check_activations
+from grpo_fast.model.loading import (
     LORA_FIELDS,
     adapter_fields,
     check_vocabulary,
@@ -52,20 +37,37 @@ from grpo_fast.models import (
     max_positions,
     random_base,
 )
-from grpo_fast.optimizers import check_optimizer
-from grpo_fast.progress import Progress, resume_command
-from grpo_fast.report import Summary, plot_run, write_config, write_json, write_plan, write_report
+from grpo_fast.report import Summary, plot_run, write_config, write_json, write_report
+from grpo_fast.report.learning_checks import LearningSignals, Warnings
+from grpo_fast.report.progress import Progress, resume_command
+from grpo_fast.report.terminal import lasting_output
+from grpo_fast.report.trackers import Trackers, tracker_arguments
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rollout import Sampling, build_rollout, check_engine
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
-from grpo_fast.run_folder import choose_run_folder, claim, refuse_other_run, release
-from grpo_fast.sharding import check_processes, ddp_arguments, whole_weights
-from grpo_fast.signals import LearningSignals, Warnings
-from grpo_fast.terminal import lasting_output
-from grpo_fast.trackers import Trackers, tracker_arguments
-from grpo_fast.trust import remember_own
+from grpo_fast.train.advantages import reward_advantages
+from grpo_fast.train.batch import StepBatch, build_step_batch
+from grpo_fast.train.checkpoint import (
+    TrainerState,
+    check_same,
+    check_space,
+    fingerprint,
+    fixed_fields,
+    keep_newest,
+    load_tensors,
+    save_checkpoint,
+    verify_model,
+)
+from grpo_fast.train.finite import check_finite
+from grpo_fast.train.groups import Groups, sample_groups, score_responses, token_advantages
+from grpo_fast.train.interrupt import Interrupt
+from grpo_fast.train.learner import Learner
+from grpo_fast.train.metrics import completion_metrics, peak_memory, reward_metrics
+from grpo_fast.train.optimizers import check_optimizer
+from grpo_fast.train.run_folder import choose_run_folder, claim, refuse_other_run, release
+from grpo_fast.train.trust import remember_own
 
 
 class GRPOTrainer:

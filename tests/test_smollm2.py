@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_fast.cli import main
-from grpo_fast.metrics import read_metrics
+from grpo_fast.files import read_metrics
 
 pytestmark = [
     pytest.mark.slow,

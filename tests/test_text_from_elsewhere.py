@@ -15,14 +15,14 @@ from rich.table import Table
 import grpo_fast
 from grpo_fast.cli import main, parse_config
 from grpo_fast.config import GRPOConfig
-from grpo_fast.console import Terminal
 from grpo_fast.errors import UserError, one_line, printable
-from grpo_fast.eval_progress import EvalProgress
-from grpo_fast.eval_run import SETTINGS, check_settings
+from grpo_fast.evaluation.progress import EvalProgress
+from grpo_fast.evaluation.run import SETTINGS, check_settings
 from grpo_fast.files import LONGEST_INTEGER, YAML_BYTES, parse_json, read_yaml
-from grpo_fast.models import load_trained
-from grpo_fast.progress import Progress
+from grpo_fast.model.loading import load_trained
 from grpo_fast.report import Summary
+from grpo_fast.report.console import Terminal
+from grpo_fast.report.progress import Progress
 from grpo_fast.report.run import read_run
 from grpo_fast.rewards.engine import RewardModel
 

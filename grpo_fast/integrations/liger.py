@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from grpo_fast.head_weight import require_plain
-from grpo_fast.heads import require_temperature
-from grpo_fast.model_inputs import check_tensors
+from grpo_fast.model.heads import require_plain, require_temperature
+from grpo_fast.model.inputs import check_tensors
 from grpo_kernels import PRESETS, PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, token_weights
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")

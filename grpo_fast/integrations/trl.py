@@ -20,10 +20,17 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from grpo_fast.errors import UserError, import_extra
-from grpo_fast.head_weight import head_tensors, require_values
-from grpo_fast.heads import body, logit_transform, output_head, require_no_skipped_hooks, require_temperature
-from grpo_fast.model_inputs import check_keywords
-from grpo_fast.policy import FusedPolicy
+from grpo_fast.model.heads import (
+    body,
+    head_tensors,
+    logit_transform,
+    output_head,
+    require_no_skipped_hooks,
+    require_temperature,
+    require_values,
+)
+from grpo_fast.model.inputs import check_keywords
+from grpo_fast.model.policy import FusedPolicy
 from grpo_kernels import PRESETS, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
 
 _trl = import_extra("trl.trainer.grpo_trainer", "trl")

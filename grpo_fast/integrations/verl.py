@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast.errors import import_extra
-from grpo_fast.head_weight import require_plain
-from grpo_fast.heads import require_temperature
-from grpo_fast.model_inputs import check_tensors
+from grpo_fast.model.heads import require_plain, require_temperature
+from grpo_fast.model.inputs import check_tensors
 from grpo_kernels import linear_logprob
 
 REDUCTIONS = {"none": lambda values: values, "sum": torch.sum, "mean": torch.mean}

@@ -2,7 +2,7 @@
 
 from grpo_fast.report.curves import plot_run
 from grpo_fast.report.page import write_report
-from grpo_fast.report.summary import Summary, clock, is_share, show, write_config, write_json, write_plan
+from grpo_fast.report.summary import Summary, clock, is_share, show, write_config, write_json
 
 __all__ = [
     "Summary",
@@ -12,6 +12,5 @@ __all__ = [
     "show",
     "write_config",
     "write_json",
-    "write_plan",
     "write_report",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.checkpoint import FREE_FIELDS
+from grpo_fast.config import FREE_FIELDS
 from grpo_fast.errors import UserError, say, writing
 from grpo_fast.report.curves import column, plain, smooth
 from grpo_fast.report.run import Run, read_run
@@ -159,7 +159,7 @@ def print_curves(curves: list[Curve], metric: str) -> None:
     """The figures of the last tenth of the steps and the held-out scores, as a table."""
     from rich.table import Table
 
-    from grpo_fast.console import Terminal
+    from grpo_fast.report.console import Terminal
 
     share = is_share(*(value for curve in curves for value in curve.last))
     columns = {"in the last tenth": "last", "held out, before": "before", "held out, after": "after"}

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.files import parse_json, read_yaml
-from grpo_fast.metrics import without_checksum
+from grpo_fast.files import parse_json, read_yaml, without_checksum
 from grpo_fast.report.curves import number
 
 # Steps whose completions are shown, prompts of each, rewards of a completion, and characters of a text.

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError
-from grpo_fast.files import replace_text
-from grpo_fast.metrics import json_ready
+from grpo_fast.files import json_ready, replace_text
 
 
 @dataclass(frozen=True)
@@ -40,18 +37,6 @@ def write_config(path: Path, config: GRPOConfig) -> None:
     import yaml
 
     replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-
-
-def write_plan(path: Path, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
-    """The planned memory by part, in bytes, for the fullest moment of training and of the rollout.
-
-    Nothing is written for a model that the planner cannot follow.
-    """
-    from grpo_fast.memory_plan import plan_memory
-
-    with suppress(UserError):
-        plan = plan_memory(config, model_config, prompt_tokens)
-        write_json(path, {"training": plan.training, "rollout": plan.rollout})
 
 
 def is_share(*values: float) -> bool:

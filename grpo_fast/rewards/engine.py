@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grpo_fast.advantages import LARGEST
+from grpo_fast.config import LARGEST_REWARD
 from grpo_fast.errors import UserError, one_line, say
-from grpo_fast.process_rewards import Steps, mean_reward, read_steps
 from grpo_fast.rewards.base import RewardFunction, settings_of, text_of
 from grpo_fast.rewards.calls import Outcome, call, failed
 from grpo_fast.rewards.columns import (
@@ -27,6 +26,7 @@ from grpo_fast.rewards.columns import (
 )
 from grpo_fast.rewards.pool import WorkerPool, check_workers
 from grpo_fast.rewards.registry import load_reward, metric_names
+from grpo_fast.rewards.steps import Steps, mean_reward, read_steps
 
 
 class Rewards(NamedTuple):
@@ -290,8 +290,8 @@ def _number(value: object, index: int) -> float:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= LARGEST_REWARD:
         raise UserError(
-            f"returned {value!r:.80} for completion {index}; it must be a number within +-{LARGEST:.1e}, or None"
+            f"returned {value!r:.80} for completion {index}; it must be a number within +-{LARGEST_REWARD:.1e}, or None"
         )
     return number

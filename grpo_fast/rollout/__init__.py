@@ -19,7 +19,7 @@ def check_engine(config: GRPOConfig) -> None:
     if config.use_vllm and config.vllm_mode == "colocate":
         require_extra("vllm", "vllm")
     elif config.use_vllm:
-        from grpo_fast.rollout.vllm_common import server_client
+        from grpo_fast.rollout.vllm.common import server_client
 
         server_client(config)
 
@@ -38,10 +38,10 @@ def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_
     if not config.use_vllm:
         return TransformersRollout(model, tokenizer, config.max_tokens_per_generation_batch)
     if config.vllm_mode == "server":
-        from grpo_fast.rollout.vllm_server import VLLMServer
+        from grpo_fast.rollout.vllm.server import VLLMServer
 
         return VLLMServer(config, model, tokenizer, longest_prompt)
-    from grpo_fast.rollout.vllm_colocate import VLLMColocate
+    from grpo_fast.rollout.vllm.colocate import VLLMColocate
 
     return VLLMColocate(config, model, tokenizer, longest_prompt)
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from grpo_fast import distributed
+from grpo_fast.distributed import processes
+from grpo_fast.distributed.rng import own_random_numbers
 from grpo_fast.rollout.base import Response, Rollout, Sampling
 
 
@@ -30,11 +31,9 @@ class DealtRollout(Rollout):
     def __init__(self, build: Callable[[], Rollout], separate: bool, gathered: Callable[[], AbstractContextManager]):
         self.separate, self.gathered = separate, gathered
         self.engine: Rollout | None = None
-        self.group = distributed.new_group()
+        self.group = processes.new_group()
         self._each(lambda: setattr(self, "engine", build()))
-        self.copies_weights, self.warning = distributed.on_main(
-            lambda: (self.engine.copies_weights, self.engine.warning)
-        )
+        self.copies_weights, self.warning = processes.on_main(lambda: (self.engine.copies_weights, self.engine.warning))
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         with self.gathered():
@@ -45,13 +44,13 @@ class DealtRollout(Rollout):
             if sampling.seed is None:
                 # Drawn by all, so that their generators stay alike.
                 sampling = replace(sampling, seed=int(torch.randint(2**31, ())))
-            return distributed.on_main(lambda: self.engine.generate(prompt_ids, sampling), self.group)
-        mine = distributed.share(prompt_ids)
-        with self.gathered(), distributed.own_random_numbers():
-            shares = distributed.gather(lambda: self.engine.generate(mine, sampling) if mine else [], self.group)
+            return processes.on_main(lambda: self.engine.generate(prompt_ids, sampling), self.group)
+        mine = processes.share(prompt_ids)
+        with self.gathered(), own_random_numbers():
+            shares = processes.gather(lambda: self.engine.generate(mine, sampling) if mine else [], self.group)
         size = sampling.num_generations
         groups = [[share[at : at + size] for at in range(0, len(share), size)] for share in shares]
-        return [response for group in distributed.join(groups) for response in group]
+        return [response for group in processes.join(groups) for response in group]
 
     def sync(self, model: nn.Module) -> None:
         with self.gathered():
@@ -69,5 +68,5 @@ class DealtRollout(Rollout):
 
     def _each(self, call: Callable[[], None]) -> None:
         """Call it where there is an engine; what fails in one process fails in all."""
-        run = distributed.on_main if self.separate else distributed.gather
+        run = processes.on_main if self.separate else processes.gather
         run(call, self.group)

@@ -13,11 +13,14 @@ from grpo_kernels.policy_loss import PolicyLoss, policy_loss
 from grpo_kernels.sampling_ratio import SAMPLING_RATIO_MODES, sampling_ratio
 from grpo_kernels.token_weights import high_entropy_mask, token_weights
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PRESETS",
     "SAMPLING_RATIO_MODES",
     "PolicyLoss",
     "PolicyObjective",
+    "__version__",
     "high_entropy_mask",
     "kl_estimate",
     "linear_logprob",

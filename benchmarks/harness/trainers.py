@@ -1,0 +1,246 @@
+"""The two trainers of `step` and `race`, set up alike and stepped by hand.
+
+TRL's trainer runs its own `train()` in a thread that stops before every optimizer step until it is told to go on, so
+that steps of both trainers can be timed in turn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.measure import describe_failure
+from grpo_fast.errors import UserError
+
+# What a trainer says while it is built has no place between the figures.
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def require(module: str, command: str) -> Any:
+    """Import a module, or say in one line which pip command brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; it comes with: pip install {command}") from None
+
+
+def missing_trl() -> str | None:
+    """One line that says what to install, or None."""
+    try:
+        getattr(require("trl", "trl"), "GRPOTrainer")  # noqa: B009 - imported on access
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        return f"trl cannot be imported: {describe_failure(error)}"
+    return None
+
+
+def quiet() -> None:
+    """No progress bars and deprecations of the libraries between the figures."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("transformers", "trl", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging_ = require("transformers", "'grpo-fast[train]'").utils.logging
+    logging_.disable_progress_bar()
+    logging_.set_verbosity_error()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def our_config(device: torch.device, folder: Path, **fields: Any) -> Any:
+    """A configuration of ours; `folder` gets the run folder."""
+    from grpo_fast.config import GRPOConfig
+
+    return GRPOConfig(use_cpu=device.type == "cpu", output_dir=str(folder), log_completions_steps=0, **fields)
+
+
+def trl_arguments(config: Any, folder: Path, rows_per_microbatch: int, **others: Any) -> Any:
+    """TRL's configuration with the settings of ours, one generation a step, and nothing written or reported; `others`
+    come before ours."""
+    trl = require("trl", "trl")
+    samples = config.generation_batch_size
+    steps = -(-samples // rows_per_microbatch)
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": samples // steps,
+        "gradient_accumulation_steps": steps,
+        "num_generations": config.num_generations,
+        "max_completion_length": config.max_completion_length,
+        "temperature": config.temperature,
+        "loss_type": config.loss_type,
+        "beta": config.beta,
+        "scale_rewards": config.scale_rewards,
+        "num_iterations": config.num_iterations,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "max_steps": config.max_steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": config.bf16,
+        "use_cpu": config.use_cpu,
+        "shuffle_dataset": config.shuffle_dataset,
+        "seed": config.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return trl.GRPOConfig(**{**settings, **others})
+
+
+def trl_trainer(
+    config: Any,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    reward: Callable[..., list[float]],
+    rows_per_microbatch: int,
+    rollout: Callable[..., dict[str, Any]] | None = None,
+) -> Any:
+    """TRL's trainer on the same model and prompts; `rollout` takes the place of its generation."""
+    trl = require("trl", "trl")
+    datasets = require("datasets", "datasets")
+    from transformers.trainer_callback import PrinterCallback
+
+    from grpo_fast.model.loading import load_model
+
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model(config)
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=[reward],
+        args=trl_arguments(config, folder, rows_per_microbatch),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        rollout_func=rollout,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class Stopped(Exception):
+    """TRL's training ended before it was expected to; carries the description of why."""
+
+
+class PacedTRL:
+    """TRL's `train()`, one optimizer step at a time.
+
+    Args:
+        trainer: TRL's trainer.
+        before_optimizer: called with the model's named parameters before every optimizer step, gradients in place.
+    """
+
+    def __init__(self, trainer: Any, device: torch.device, before_optimizer: Callable[[Any], None] | None = None):
+        self.trainer, self.device = trainer, device
+        self._go: queue.Queue[bool] = queue.Queue()
+        self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._begin = 0.0
+        self.ended = False
+        self.logs: list[dict[str, float]] = []
+        trainer.add_callback(self._callback(before_optimizer))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._expect("ready")
+
+    def _run(self) -> None:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            self.trainer.train()
+            self._events.put(("end", ""))
+        except Exception as error:
+            self._events.put(("end", describe_failure(error)))
+
+    def _callback(self, before_optimizer: Callable[[Any], None] | None) -> Any:
+        from transformers import TrainerCallback
+
+        paced = self
+
+        class Pace(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                paced._events.put(("ready", None))
+                if not paced._go.get():
+                    control.should_training_stop = True
+                    raise Stopped
+                synchronize(paced.device)
+                paced._begin = time.perf_counter()
+
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                if before_optimizer is not None:
+                    before_optimizer(model.named_parameters())
+
+            def on_step_end(self, args, state, control, **kwargs):
+                synchronize(paced.device)
+                paced._events.put(("done", time.perf_counter() - paced._begin))
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                paced.logs.append(dict(logs or {}))
+
+        return Pace()
+
+    def _expect(self, wanted: str) -> Any:
+        kind, value = self._events.get()
+        if kind != wanted:
+            self.ended = True
+            raise Stopped(value or "it ended early")
+        return value
+
+    def step(self) -> float:
+        """Seconds of one optimizer step. Returns when the thread stands before the next one, or has ended."""
+        if self.ended:
+            raise Stopped("it has no steps left")
+        self._go.put(True)
+        seconds = self._expect("done")
+        kind, failure = self._events.get()
+        self.ended = kind == "end"
+        if self.ended and failure:
+            raise Stopped(failure)
+        return seconds
+
+    def stop(self) -> None:
+        """End the training; the thread is gone afterwards."""
+        self._go.put(False)
+        self._thread.join()
+        self.trainer = None
+
+
+@contextmanager
+def alone_in_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state a process: while TRL's trainer waits in the middle of an accumulation, it would make
+    every other optimizer skip its step."""
+    from accelerate.state import GradientState
+
+    state = GradientState()
+    before = state.sync_gradients
+    state._set_sync_gradients(True)
+    try:
+        yield
+    finally:
+        state._set_sync_gradients(before)
+
+
+def our_steps(trainer: Any, device: torch.device) -> Iterator[tuple[float, dict[str, float]]]:
+    """Seconds and metrics of each optimizer step of ours."""
+    steps = trainer.steps()
+    while True:
+        synchronize(device)
+        begin = time.perf_counter()
+        metrics = next(steps, None)
+        if metrics is None:
+            return
+        synchronize(device)
+        yield time.perf_counter() - begin, metrics

@@ -1,0 +1,1 @@
+"""The processes of a run, what each holds of the model, and their random numbers."""

@@ -1,0 +1,70 @@
+"""Random state: read, restored, and kept apart."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import Tensor
+
+from grpo_fast.distributed.processes import rank, size
+
+
+def rng_state() -> dict[str, Tensor]:
+    """States of the random generators of torch (CPU, and the GPU in use), Python and numpy."""
+    _, python, gauss = random.getstate()
+    _, keys, *numpy_rest = numpy.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(python),
+        # A normal number kept for the next call, or NaN.
+        "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype("int64")),
+        "numpy_rest": torch.tensor(numpy_rest, dtype=torch.float64),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda.0"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Put the generators where `rng_state` found them."""
+    gauss = state["python_gauss"].item()
+    random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
+    position, has_gauss, cached = state["numpy_rest"].tolist()
+    numpy.random.set_state(("MT19937", state["numpy"].numpy().astype("uint32"), int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_initialized() and "cuda.0" in state:
+        torch.cuda.set_rng_state(state["cuda.0"])
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Other random numbers in each process within it; after it all go on with the same ones.
+
+    A single process goes on with those that it has.
+    """
+
+    if size() == 1:
+        yield
+        return
+    seed = int(torch.randint(2**31, ()))
+    with own_generators(seed + rank()):
+        yield
+
+
+@contextmanager
+def own_generators(seed: int) -> Iterator[None]:
+    """Random numbers by `seed` within it; after it, all generators are where they were."""
+    kept = rng_state()
+    try:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        yield
+    finally:
+        set_rng_state(kept)

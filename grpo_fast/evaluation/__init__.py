@@ -1,0 +1,1 @@
+"""Scores on held-out prompts: in a run, and by `grpo-fast eval`."""

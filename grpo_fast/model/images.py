@@ -1,0 +1,58 @@
+"""Images (and videos) of a batch: the positions of their tokens in a packed row, and rows that have them twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.model.inputs import function_arguments
+from grpo_fast.model.layout import Layout
+
+
+def has_images(model_inputs: Mapping[str, Any], input_ids: Tensor) -> bool:
+    """Whether there are inputs other than one number for each token."""
+    return any(
+        isinstance(value, list) or (isinstance(value, Tensor) and value.shape != input_ids.shape)
+        for value in model_inputs.values()
+    )
+
+
+def places_images(inner: nn.Module) -> bool:
+    """Whether a model's body numbers the tokens of an image by their place in it (Qwen2-VL's M-RoPE and its kin)."""
+    return hasattr(inner, "get_rope_index")
+
+
+def image_positions(inner: nn.Module, layout: Layout, model_inputs: Mapping[str, Any]) -> Tensor | None:
+    """The positions ``[3, 1, T]`` of a packed row by the model's own rule, each sequence for itself; without such a
+    rule those of `layout`."""
+    if not places_images(inner):
+        return layout.position_ids
+    lengths = torch.tensor([group.length for group in layout.segments.groups])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(layout.input_ids.device)
+    known = function_arguments(inner.get_rope_index.__func__)
+    given = {name: value for name, value in model_inputs.items() if name in known}
+
+    def rows(packed: Tensor) -> Tensor:
+        """``[S, longest]``, padded on the right, from ``[1, T]``."""
+        return packed.new_zeros(mask.shape).masked_scatter(mask, packed)
+
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.shape == layout.input_ids.shape:
+            given[name] = rows(value)
+    positions, _ = inner.get_rope_index(rows(layout.input_ids), attention_mask=mask.long(), **given)
+    return positions[:, mask][:, None]
+
+
+def twice(value: Any, length: int, axis: int) -> Any:
+    """An input of one row, for two rows that have the same (`axis` 0), or for one row of both (`axis` 1).
+
+    What has a number for each of the row's `length` tokens is put together along `axis`, images one after another.
+    """
+    if isinstance(value, list):
+        return value * 2
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    return torch.cat([value, value], dim=axis if value.shape[:2] == (1, length) else 0)

@@ -1,0 +1,1 @@
+"""Sampling by vLLM: in the trainer's process, or from a server."""

@@ -1,0 +1,1 @@
+"""One optimizer step: groups, advantages, batches, the learner, its optimizers and checkpoints."""

@@ -1,0 +1,219 @@
+"""Advantages from rewards, normalised within the group of a prompt's completions."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import UNCENTRED, GRPOConfig
+from grpo_fast.data.encoding import completion_text
+from grpo_fast.rewards.engine import Rewards
+from grpo_fast.rewards.steps import Steps
+
+EPSILON = 1e-4
+
+
+class Advantages(NamedTuple):
+    """Per-completion advantages ``[B]``, and whether all rewards of a completion's group are equal ``[B]``."""
+
+    values: Tensor
+    equal: Tensor
+
+
+def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """Standard deviation (Bessel's correction) of the entries that are not NaN; 0 where there are fewer than two."""
+    values = values.flatten() if dim is None else values
+    dim = 0 if dim is None else dim
+    count = (~values.isnan()).sum(dim, keepdim=True)
+    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    std = torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
+    return std if keepdim else std.squeeze(dim)
+
+
+def group_advantages(
+    rewards: Tensor, num_generations: int, scale_rewards: str = "group", baseline: str = "mean"
+) -> Advantages:
+    """``(r - baseline of the group) / (std + 1e-4)``, as in TRL (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
+
+    Computed in float64: the square of a reward of 1e20 is no number of float32.
+
+    Args:
+        rewards: ``[B]`` float, the completions of a prompt side by side; NaN for a completion without a reward, which
+            counts in no mean and gets advantage 0.
+        num_generations: G, which divides B and is at least 2.
+        scale_rewards: standard deviation to divide by (with Bessel's correction): of the ``"group"``, of the
+            ``"batch"``, or ``"none"`` (Dr. GRPO, arXiv 2503.20783).
+        baseline: one of `BASELINES`, see there.
+
+    Returns:
+        :class:`Advantages` in the dtype of `rewards`. A group of equal rewards has advantages of exactly 0, but with
+        the baselines ``"none"`` and ``"best_only"``.
+
+    Raises:
+        ValueError: G does not divide B or is below 2, a reward is infinite, or `scale_rewards` or `baseline` is
+            unknown.
+    """
+    if num_generations < 2 or rewards.numel() % num_generations:
+        raise ValueError(f"num_generations={num_generations} must be at least 2 and divide {rewards.numel()} rewards")
+    if bool(rewards.isinf().any()):
+        raise ValueError("rewards must be finite")
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline={baseline!r} is unknown; choose one of {', '.join(BASELINES)}")
+    groups = rewards.double().view(-1, num_generations)
+    equal = _equal(groups)
+    # The mean of equal numbers may differ from them by rounding, which the division would blow up.
+    nothing = groups.isnan() | (equal if baseline not in UNCENTRED else False)
+    values = BASELINES[baseline](groups).masked_fill(nothing, 0.0)
+    if scale_rewards == "group":
+        values = values / (nanstd(groups, 1, keepdim=True) + EPSILON)
+    elif scale_rewards == "batch":
+        values = values / (nanstd(groups) + EPSILON)
+    elif scale_rewards != "none":
+        raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; choose 'group', 'batch' or 'none'")
+    return Advantages(values.flatten().to(rewards.dtype), equal.expand_as(groups).flatten())
+
+
+def apart_advantages(each: Tensor, weights: Tensor, num_generations: int) -> Advantages:
+    """Several rewards, each normalised in its group, then summed and normalised over the batch, as in TRL.
+
+    GDPO, arXiv 2601.05242; TRL's `multi_objective_aggregation="normalize_then_sum"`. A reward of small spread keeps its
+    voice beside one of large spread.
+
+    Args:
+        each: ``[B, F]`` float, the rewards of F functions, NaN where one has none.
+        weights: ``[F]``, their weights in the sum.
+        num_generations: G, which divides B and is at least 2.
+
+    Returns:
+        :class:`Advantages` in the dtype of `each`; a group is equal where every function's rewards are.
+    """
+    apart = [group_advantages(column.double().contiguous(), num_generations) for column in each.T]
+    total = (torch.stack([found.values for found in apart], 1) * weights).sum(1)
+    total = total.masked_fill(each.isnan().all(1), torch.nan)
+    equal = torch.stack([found.equal for found in apart]).all(0)
+    values = (total - total.nanmean()) / (nanstd(total) + EPSILON)
+    return Advantages(values.masked_fill(equal | total.isnan(), 0.0).to(each.dtype), equal)
+
+
+def _equal(groups: Tensor) -> Tensor:
+    lowest = groups.nan_to_num(nan=float("inf")).amin(1, keepdim=True)
+    return _highest(groups) <= lowest
+
+
+def _centred(groups: Tensor) -> Tensor:
+    return groups - groups.nanmean(1, keepdim=True)
+
+
+def _leave_one_out(groups: Tensor) -> Tensor:
+    count = (~groups.isnan()).sum(1, keepdim=True)
+    return _centred(groups) * count / (count - 1).clamp(min=1)
+
+
+def _highest(groups: Tensor) -> Tensor:
+    return groups.nan_to_num(nan=-float("inf")).amax(1, keepdim=True)
+
+
+# What is left of the rewards ``[P, G]`` of P groups:
+#   mean           r - mean of the group
+#   leave_one_out  r - mean of the others, G / (G - 1) times the former (RLOO, arXiv 2402.14740)
+#   max            r - highest of the group
+#   none           r itself
+#   best_only      r where it is the group's highest, else 0 (the "max rewards" of Stanford's CS336, lecture 17)
+BASELINES = {
+    "mean": _centred,
+    "leave_one_out": _leave_one_out,
+    "max": lambda groups: groups - _highest(groups),
+    "none": lambda groups: groups,
+    "best_only": lambda groups: groups.where(groups == _highest(groups), 0.0),
+}
+
+
+def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int], ended: bool) -> list[int]:
+    """How many tokens belong to a step or to one before it, for each of the steps' `ends` (characters, rising).
+
+    A token across the end of a step belongs to that step. So does one without characters of its own right after the
+    end: one that completes a character, or the one that `ended` the completion.
+    """
+
+    def characters(index: int) -> int:
+        return len(completion_text(tokenizer, token_ids[: index + 1], ended and index + 1 == len(token_ids)))
+
+    counts, first = [], 0
+    for end in ends:
+        first = bisect_left(range(len(token_ids)), end, lo=first, key=characters)
+        after = bisect_right(range(len(token_ids)), end, lo=first, key=characters)
+        counts.append(min(max(first + 1, after), len(token_ids)))
+    return counts
+
+
+def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str, baseline: str) -> Advantages:
+    """Normalised rewards of the steps of B completions, those of a prompt side by side; all of a prompt are one group.
+
+    Args:
+        steps: each completion's steps, none where it has none.
+        num_generations: G, which divides B.
+        scale_rewards, baseline: see :func:`grpo_fast.train.advantages.group_advantages`.
+
+    Returns:
+        ``[B, M]`` float64 values for at most M steps, 0 where there is none, and ``[B]`` whether all steps of a
+        completion's group have the same reward.
+    """
+    longest = max(1, *map(len, steps))
+    rewards = torch.full((len(steps), longest), math.nan, dtype=torch.float64)
+    for line, pairs in zip(rewards, steps, strict=True):
+        line[: len(pairs)] = torch.tensor([reward for _, reward in pairs], dtype=torch.float64)
+    found = group_advantages(rewards.flatten(), num_generations * longest, scale_rewards, baseline)
+    return Advantages(found.values.view(-1, longest), found.equal.view(-1, longest)[:, 0])
+
+
+def spread_steps(advantages: Tensor, counts: list[int], values: Sequence[float]) -> None:
+    """Add to a completion's token `advantages` ``[T]`` each step's value, on the `step_tokens` up to the step's end."""
+    for count, value in zip(counts, values, strict=False):
+        advantages[:count] += value
+
+
+@dataclass
+class RewardAdvantages:
+    """Advantages of completions ``[B]``, those of their steps by reward function, and whether a group has none."""
+
+    outcome: Tensor
+    equal: Tensor
+    steps: dict[int, Tensor] = field(default_factory=dict)
+
+
+def reward_advantages(
+    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None
+) -> RewardAdvantages:
+    """Advantages as `config` says, before they are spread over the tokens.
+
+    Functions that rewarded whole completions make up the outcome; those that rewarded steps are normalised each by
+    itself.
+
+    Args:
+        rewards: of B completions, those of a prompt side by side.
+        weights: ``[F]``, the functions' weights.
+        config: how rewards are normalised.
+        penalty: ``[B]``, taken from the outcome's reward.
+    """
+    size, scale, baseline = config.num_generations, config.scale_rewards, config.reward_baseline
+    process = sorted({index for found in rewards.steps for index in found})
+    each = rewards.each.clone()
+    # A completion whose steps were rewarded is not without a reward.
+    nothing = each[:, process].isnan() | (len(process) < each.shape[1])
+    each[:, process] = torch.zeros_like(each[:, process]).masked_fill(nothing, torch.nan)
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        outcome = apart_advantages(each, weights, size)
+    else:
+        total = (each.nan_to_num(nan=0.0) * weights).sum(1).masked_fill(each.isnan().all(1), torch.nan)
+        outcome = group_advantages(total if penalty is None else total - penalty, size, scale, baseline)
+    made, equal = {}, outcome.equal
+    for index in process:
+        found: Advantages = normalise_steps([steps.get(index, []) for steps in rewards.steps], size, scale, baseline)
+        made[index], equal = weights[index] * found.values, equal & found.equal
+    return RewardAdvantages(outcome.values, equal, made)

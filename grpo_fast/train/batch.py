@@ -1,0 +1,72 @@
+"""The completions of a step, their weights and advantages, in the order of training."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.model.packing import Sample, token_offsets
+from grpo_kernels import PolicyObjective, token_weights
+
+
+@dataclass
+class StepBatch:
+    """Everything of one generation that the updates need. Token tensors are flat ``[N]`` over all completions.
+
+    `counted` says of each completion whether it is in the loss at all; `active` lists the samples that are computed;
+    `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
+    `sampling_logprobs` are the sampler's own, where the loss corrects for their difference by `correction`.
+    """
+
+    samples: list[Sample]
+    offsets: Tensor
+    counted: Tensor
+    advantages: Tensor
+    weights: Tensor
+    active: list[int]
+    drawn: int = 0
+    ref_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    high_entropy: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
+    correction: Tensor | None = None
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The token tensors on the device of the microbatches; the plan of rows stays on the CPU."""
+        return dataclasses.replace(self, advantages=self.advantages.to(device), weights=self.weights.to(device))
+
+    def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
+        """Give every token its advantage ``[N]``, and leave out the samples that cannot move the policy."""
+        self.advantages = advantages.to(self.weights.device)
+        moves = self.counted
+        if objective.advantage_alone:
+            moves = moves & (self.sums((advantages != 0).float()) > 0)
+        self.active = moves.nonzero().squeeze(1).tolist()
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums ``[S]`` over each completion's tokens."""
+        samples = torch.arange(len(self.samples)).repeat_interleave(self.offsets.diff()).to(values.device)
+        return values.new_zeros(len(self.samples)).index_add(0, samples, values)
+
+
+def build_step_batch(
+    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig
+) -> StepBatch:
+    """Flat token tensors of a step, with one set of weights for all its microbatches and no advantages yet.
+
+    `counted` is ``[S]``, whether a completion is in the loss at all. Active is what has to be scored: all completions
+    where the KL is part of their reward, else those in the loss.
+    """
+    offsets = token_offsets(samples)
+    weights = token_weights(
+        counted.repeat_interleave(offsets.diff()), objective.aggregation, cu_seqlens=offsets,
+        constant_length=config.max_completion_length,
+    )  # fmt: skip
+    scored = torch.ones_like(counted) if config.kl_in_reward else counted
+    return StepBatch(
+        samples, offsets, counted, torch.zeros_like(weights), weights, scored.nonzero().squeeze(1).tolist()
+    )

@@ -1,0 +1,363 @@
+"""Checkpoints: everything that decides the rest of a run, in a folder that appears only when it is whole.
+
+``checkpoint-N/`` holds what `from_pretrained` loads (the model and its tokenizer; of an adapted model the adapter
+alone) and beside it ``trainer_state.json``, ``optimizer.safetensors`` and ``rng.safetensors``, and with
+`sync_ref_model` the reference policy's weights, ``reference.safetensors``. The state is written last and lists every
+other file with its length and checksum. The folder is written under another name, synced to the disk and renamed. A
+learning rate follows from the step and needs no state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import zlib
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from grpo_fast.config import FREE_FIELDS, GRPOConfig
+from grpo_fast.distributed.sharding import cut_like
+from grpo_fast.errors import CheckpointError, UserError, one_line
+from grpo_fast.files import discard, json_ready, sha256_sums, sync
+
+STATE_FILE = "trainer_state.json"
+# Of trainer_state.json: 1 had no checksums. A higher one is that of a newer version.
+FORMAT = 2
+# What a run needs to go on, and a model does not.
+RUN_FILES = frozenset({"optimizer.safetensors", "rng.safetensors", "reference.safetensors"})
+
+
+@dataclass
+class TrainerState:
+    """``trainer_state.json``.
+
+    Args:
+        step: optimizer steps that were taken.
+        num_tokens: tokens of prompts and completions that were trained on.
+        num_prompts: prompts that were drawn from the training rows.
+        train_seconds: time of the steps, seconds.
+        before: score on the held-out prompts before training, None where it is not a number.
+        fixed: what the resumed run must have in common with this one.
+        best_step: the step with the best score on the held-out prompts so far, 0 for none.
+        best_score: its score, None for none.
+        files: bytes of every other file of the checkpoint.
+        sha256: and their checksums.
+        format: version of this file.
+    """
+
+    step: int
+    num_tokens: int
+    num_prompts: int
+    train_seconds: float
+    before: float | None
+    fixed: dict[str, Any]
+    best_step: int = 0
+    best_score: float | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The run's checkpoints, by their steps."""
+    found = [path for path in run_folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    state: TrainerState,
+    tensors: dict[str, dict[str, Tensor]],
+    weights: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write `model` (a PeftModel: its adapter), `tokenizer`, each of `tensors` as ``NAME.safetensors``, and `state`.
+
+    A sharded model's `weights` are given, whole.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written to; other checkpoints are as they were.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if hasattr(model, "get_base_model"):
+            # Otherwise peft asks the hub whether the embeddings were resized.
+            options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+            model.save_pretrained(partial, state_dict=weights, **options)
+        else:
+            model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        for name, content in tensors.items():
+            save_file(content, partial / f"{name}.safetensors")
+        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        names = [path.relative_to(partial).as_posix() for path in paths]
+        files = {name: path.stat().st_size for name, path in zip(names, paths, strict=True)}
+        sums = dict(zip(names, sha256_sums(paths), strict=True))
+        content = json_ready(dataclasses.asdict(dataclasses.replace(state, files=files, sha256=sums)))
+        text = json.dumps({**content, "checksum": _checksum(content)}, indent=2)
+        (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        partial.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise CheckpointError(f"the checkpoint {folder} could not be written: {reason}") from None
+    return folder
+
+
+def keep_newest(run_folder: Path, limit: int, best_step: int = 0) -> None:
+    """Remove all checkpoints but the newest `limit` and that of `best_step`."""
+    for folder in checkpoints(run_folder)[:-limit]:
+        if folder.name != f"checkpoint-{best_step}":
+            discard(folder)
+
+
+class _Damage(Exception):
+    """What is wrong with a checkpoint."""
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The state of a checkpoint whose files are all there, as long as they were written.
+
+    Raises:
+        UserError: they are not, the state was changed since, or a newer version wrote it.
+    """
+    try:
+        state = _parse_state(folder)
+        _check_files(folder, state, list(state.files), sums=False)
+    except _Damage as damage:
+        raise damaged(folder, str(damage)) from None
+    return state
+
+
+def _parse_state(folder: Path) -> TrainerState:
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise _Damage(f"{STATE_FILE} holds no state")
+        version = content.get("format", 1)
+        if type(version) is int and version > FORMAT:
+            raise UserError(
+                f"the checkpoint {folder} is of a newer version of grpo-fast (format {version}, this one reads up to "
+                f"{FORMAT}); install that version"
+            )
+        checksum = content.pop("checksum", None)
+        if version != 1 and checksum != _checksum(content):
+            raise _Damage(f"{STATE_FILE} was changed after it was written")
+        state = TrainerState(**{"format": 1, **content})
+    except UserError:
+        raise
+    except OSError as error:
+        raise _Damage(f"{STATE_FILE}: {error.strerror}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _Damage(f"{STATE_FILE}: {one_line(error)}") from None
+    reason = _wrong_field(state)
+    if reason:
+        raise _Damage(f"{STATE_FILE}: {reason}")
+    return state
+
+
+def _wrong_field(state: TrainerState) -> str | None:
+    """A value of the state that cannot be; those who change it by hand may also mend the checksum."""
+    for name in ("step", "num_tokens", "num_prompts", "best_step"):
+        value = getattr(state, name)
+        if type(value) is not int or value < 0:
+            return f"{name}={value!r} is not a number from 0 on"
+    for name in ("train_seconds", "before", "best_score"):
+        value = getattr(state, name)
+        if not (isinstance(value, (int, float)) or (value is None and name != "train_seconds")):
+            return f"{name}={value!r} is not a number"
+    for name, kind in (("fixed", object), ("files", int), ("sha256", str)):
+        value = getattr(state, name)
+        if not isinstance(value, dict) or not all(isinstance(each, kind) for each in value.values()):
+            return f"{name} is not what a run writes"
+    return None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of the state without it, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_files(folder: Path, state: TrainerState, names: list[str], sums: bool) -> None:
+    """Whether files of the checkpoint are as they were written; with `sums`, by reading them."""
+    for name in names:
+        path, size = folder / name, state.files[name]
+        if not path.is_file():
+            raise _Damage(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise _Damage(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
+    # A checkpoint of format 1 has none.
+    names = [name for name in names if name in state.sha256] if sums else []
+    try:
+        found = sha256_sums(folder / name for name in names)
+    except OSError as error:
+        raise _Damage(f"{error.filename}: {error.strerror}") from None
+    for name, checksum in zip(names, found, strict=True):
+        if checksum != state.sha256[name]:
+            raise _Damage(f"{name} was changed after it was written: its SHA-256 is not the one in {STATE_FILE}")
+
+
+def verify_model(folder: Path) -> None:
+    """Check the weights of a checkpoint that serves as a model; of any other folder there is nothing to compare.
+
+    Raises:
+        UserError: a file is not as it was written, or a newer version wrote the checkpoint.
+    """
+    if not (folder / STATE_FILE).is_file():
+        return
+    try:
+        state = _parse_state(folder)
+        weights = [name for name in state.files if name.endswith(".safetensors") and name not in RUN_FILES]
+        _check_files(folder, state, weights, sums=True)
+    except _Damage as damage:
+        raise UserError(f"model_name_or_path={str(folder)!r} is damaged: {damage}") from None
+
+
+def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, TrainerState] | None:
+    """The newest checkpoint, whose files are as they were written, and its state; None where there is none.
+
+    Raises:
+        UserError: it is damaged, or the configuration is that of another run.
+    """
+    found = checkpoints(run_folder)
+    if not found:
+        return None
+    state = read_state(found[-1])
+    check_same(found[-1], state.fixed, fixed_fields(config))
+    if state.step > config.max_steps:
+        raise UserError(f"max_steps={config.max_steps} is less than the {state.step} steps of {found[-1]}")
+    try:
+        _check_files(found[-1], state, list(state.files), sums=True)
+    except _Damage as damage:
+        raise damaged(found[-1], str(damage)) from None
+    return found[-1], state
+
+
+def damaged(folder: Path, reason: str) -> UserError:
+    """The error for a checkpoint that cannot be read; it says what remains."""
+    older = [path.name for path in checkpoints(folder.parent) if path != folder]
+    return UserError(
+        f"the checkpoint {folder} is damaged ({reason}); remove that folder to "
+        + (f"go on from {older[-1]}" if older else "start from the beginning")
+    )
+
+
+def fixed_fields(config: GRPOConfig) -> dict[str, Any]:
+    """The fields that a resumed run must not change, as JSON gives them back."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    return json.loads(json.dumps(values))
+
+
+def fingerprint(encoded: list[list[int]]) -> str:
+    """Number of prompts and a checksum of their tokens."""
+    checksum = 0
+    for ids in encoded:
+        checksum = zlib.crc32(array("q", [len(ids), *ids]).tobytes(), checksum)
+    return f"{len(encoded)} prompts ({checksum:08x})"
+
+
+def check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """What a resumed run has in common with the one that wrote the checkpoint; its learning_rate may be smaller.
+
+    Raises:
+        UserError: a value differs; the line names it, and both values.
+    """
+    for name, value in now.items():
+        if name not in saved or saved[name] == value or (name == "learning_rate" and value < saved[name]):
+            continue
+        allowed = "that value or a smaller one" if name == "learning_rate" else "that value"
+        raise UserError(
+            f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run goes on as it began; "
+            f"take {allowed}, or another output_dir for a new run"
+        )
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of ``NAME.safetensors``.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return load_file(folder / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise damaged(folder, f"{name}.safetensors: {one_line(error)}") from None
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Give `model` (a PeftModel: its adapter) the checkpoint's weights, bit for bit.
+
+    Raises:
+        UserError: they cannot be read, or are those of another model.
+    """
+    load = _load_adapter if hasattr(model, "get_base_model") else _load_model
+    try:
+        load(folder, model)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise damaged(folder, one_line(error)) from None
+
+
+def _load_model(folder: Path, model: nn.Module) -> None:
+    # Not the file's tensors by their names: transformers may name or join them otherwise than the model does.
+    loaded, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"it lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
+    own = model.state_dict()
+    model.load_state_dict({name: cut_like(tensor, own[name]) for name, tensor in loaded.state_dict().items()})
+
+
+def _load_adapter(folder: Path, model: nn.Module) -> None:
+    import peft
+
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if weights.keys() != own.keys():
+        raise ValueError(f"it lacks or adds the weights {', '.join(sorted(weights.keys() ^ own.keys())[:3])}")
+    peft.set_peft_model_state_dict(model, {name: cut_like(tensor, own[name]) for name, tensor in weights.items()})
+
+
+def checkpoint_bytes(model: nn.Module, config: GRPOConfig) -> int:
+    """Bytes of one checkpoint: the weights, or the trained ones where they are an adapter, and AdamW's two moments.
+
+    A reference policy that is refreshed is one more model.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if config.use_peft else list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in saved)
+    # float32 moments and, offloaded, float32 weights; 8-bit ones come with a float32 scale for 256 of them.
+    each = {"adamw_torch_fused": 12 if config.optim_offload else 8}.get(config.optim, 2 * (1 + 4 / 256))
+    reference = weights if config.sync_ref_model else 0
+    return weights + reference + math.ceil(each * sum(p.numel() for p in trained))
+
+
+def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
+    """The disk must have room for the checkpoints that are there at once: those kept, and the one being written.
+
+    Raises:
+        UserError: it does not.
+    """
+    saves = math.ceil(config.max_steps / config.save_steps) if config.save_steps else 1
+    saves += math.ceil(config.max_steps / config.eval_steps) if config.keep_best else 0
+    count, size = min(config.save_total_limit + 1 + config.keep_best, saves), checkpoint_bytes(model, config)
+    written = sum(path.stat().st_size for old in checkpoints(folder) for path in old.rglob("*"))
+    free = shutil.disk_usage(folder).free
+    if free + written < count * size:
+        raise UserError(
+            f"output_dir={str(folder)!r}: the disk has {free / 2**20:,.1f} MiB left, and {count} "
+            f"checkpoint{'s take' if count > 1 else ' takes'} {count * size / 2**20:,.1f} MiB"
+            + ("; lower save_total_limit" if count > 1 else "")
+        )

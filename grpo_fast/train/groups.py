@@ -1,0 +1,172 @@
+"""What the updates of one generation batch need: sampled groups, their advantages and flat token tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data import Row
+from grpo_fast.data.encoding import as_scored, completion_text, rendered_prompt
+from grpo_fast.distributed.processes import on_main
+from grpo_fast.errors import UserError
+from grpo_fast.model.packing import Sample
+from grpo_fast.rewards import Rewards
+from grpo_fast.rewards.engine import RewardModel
+from grpo_fast.rollout import Response
+from grpo_fast.rollout.base import Rollout, Sampling
+from grpo_fast.train.advantages import RewardAdvantages, reward_advantages, spread_steps, step_tokens
+from grpo_fast.train.batch import StepBatch
+
+
+@dataclass
+class Groups:
+    """P prompts and their completions, G of each prompt side by side."""
+
+    rows: list[dict[str, Any]]
+    prompts: list[list[int]]
+    responses: list[Response]
+    texts: list[str]
+    rewards: Rewards
+
+    def samples(self) -> list[Sample]:
+        size = len(self.responses) // len(self.prompts)
+        return [
+            Sample(self.prompts[index // size], response.token_ids, index // size)
+            for index, response in enumerate(self.responses)
+        ]
+
+    def counted(self, config: GRPOConfig) -> Tensor:
+        """Whether each completion is in the loss ``[B]``."""
+        ended = torch.tensor([response.finish_reason == "stop" for response in self.responses])
+        return ended | (not config.mask_truncated_completions)
+
+    def lines(self, step: int, names: list[str], batch: StepBatch) -> Iterator[dict[str, Any]]:
+        """For the log: every completion with its rewards and the advantage of its first token."""
+        firsts = batch.advantages[batch.offsets[:-1].to(batch.advantages.device)].tolist()
+        size = len(self.responses) // len(self.prompts)
+        for index, (text, advantage) in enumerate(zip(self.texts, firsts, strict=True)):
+            rewards = dict(zip(names, self.rewards.each[index].tolist(), strict=True))
+            group = index // size
+            entry = {"step": step, "group": group, "prompt": self.rows[group]["prompt"], "completion": text}
+            yield {**entry, "rewards": rewards, "advantage": advantage}
+
+    def replaced(self, places: list[int], others: Groups) -> Groups:
+        """These groups, but at `places` those of `others`."""
+        size = len(self.responses) // len(self.prompts)
+        inside = [place * size + index for place in places for index in range(size)]
+        rewards = {"steps": _put(self.rewards.steps, inside, others.rewards.steps)}
+        for name in ("total", "each", "errors"):
+            rewards[name] = getattr(self.rewards, name).clone()
+            rewards[name][inside] = getattr(others.rewards, name)
+        return Groups(
+            _put(self.rows, places, others.rows),
+            _put(self.prompts, places, others.prompts),
+            _put(self.responses, inside, others.responses),
+            _put(self.texts, inside, others.texts),
+            self.rewards._replace(**rewards),
+        )
+
+
+def _put(items: list, places: list[int], others: list) -> list:
+    items = list(items)
+    for place, other in zip(places, others, strict=True):
+        items[place] = other
+    return items
+
+
+def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: Any) -> Tensor:
+    """The advantage of every token ``[N]`` float32: the outcome's, and those of the steps that end at or after it.
+
+    Raises:
+        UserError: one is beyond float32.
+    """
+    tokens = []
+    for place, (response, steps) in enumerate(zip(groups.responses, groups.rewards.steps, strict=True)):
+        values = torch.full((len(response.token_ids),), advantages.outcome[place].item(), dtype=torch.float64)
+        for index, pairs in steps.items():
+            ends, ended = [end for end, _ in pairs], response.finish_reason == "stop"
+            counts = step_tokens(tokenizer, response.token_ids, ends, ended)
+            spread_steps(values, counts, advantages.steps[index][place].tolist())
+        tokens.append(values)
+    advantage = torch.cat(tokens).float()
+    if not bool(advantage.isfinite().all()):
+        raise UserError(
+            "an advantage is beyond the numbers of float32; set smaller reward_weights, or scale_rewards: group"
+        )
+    return advantage
+
+
+def sample_groups(
+    sample: Callable[[int], Groups], weights: Tensor, config: GRPOConfig
+) -> tuple[Groups, int, dict[str, float]]:
+    """The groups of a step; with `dynamic_sampling`, others in place of those without variance.
+
+    As in DAPO (arXiv 2503.14476, section 3.2): a prompt whose completions all have the same reward teaches nothing.
+    Just as many prompts as such groups are sampled anew, until there is none or `max_num_gen_batches` batches were
+    sampled; groups without variance that are left then stay, so that a batch always has its full size.
+
+    Args:
+        sample: samples and scores so many further prompts.
+        weights: ``[F]``, weights of the reward functions.
+        config: the run.
+
+    Returns:
+        The groups, the number of prompts that were drawn, and the figures of the refilling: batches that were sampled,
+        the share of groups that were refilled, and the mean reward of everything that was sampled, which, other than
+        that of the batch, does not depend on what was kept.
+    """
+    groups = sample(config.prompts_per_step)
+    if not config.dynamic_sampling:
+        return groups, config.prompts_per_step, {}
+    drawn, batches, sampled = config.prompts_per_step, 1, [groups.rewards.total]
+    equal = first = without_variance(groups.rewards, weights, config)
+    while equal and batches < config.max_num_gen_batches:
+        groups = groups.replaced(equal, others := sample(len(equal)))
+        drawn, batches = drawn + len(equal), batches + 1
+        sampled.append(others.rewards.total)
+        equal = without_variance(groups.rewards, weights, config)
+    return groups, drawn, {
+        "dynamic_sampling/num_gen_batches": batches,
+        "dynamic_sampling/refilled_share": len(first) / config.prompts_per_step if batches > 1 else 0.0,
+        "dynamic_sampling/sampled_reward": torch.cat(sampled).nanmean().item(),
+    }  # fmt: skip
+
+
+def without_variance(rewards: Rewards, weights: Tensor, config: GRPOConfig) -> list[int]:
+    """Places of the groups whose rewards are all equal."""
+    equal = reward_advantages(rewards, weights, config).equal
+    return equal[:: config.num_generations].nonzero().squeeze(1).tolist()
+
+
+def sample_and_score(
+    rollout: Rollout,
+    rewards: RewardModel,
+    tokenizer: Any,
+    rows: list[Row],
+    prompt_ids: list[list[int]],
+    sampling: Sampling,
+) -> tuple[list[Response], list[str], Rewards]:
+    """Sample `num_generations` responses to each row and score them: (responses, their texts, rewards)."""
+    return score_responses(rewards, tokenizer, rows, prompt_ids, rollout.generate(prompt_ids, sampling))
+
+
+def score_responses(
+    rewards: RewardModel, tokenizer: Any, rows: list[Row], prompt_ids: list[list[int]], responses: list[Response]
+) -> tuple[list[Response], list[str], Rewards]:
+    """The same for responses that are there, those of a row side by side."""
+    ids = [list(response.token_ids) for response in responses]
+    texts = [completion_text(tokenizer, r.token_ids, r.finish_reason == "stop") for r in responses]
+    size = len(responses) // len(rows)
+    repeated = [row for row in rows for _ in range(size)]
+    rendered = [rendered_prompt(tokenizer, i, row["prompt"]) for i, row in zip(prompt_ids, rows, strict=True)]
+    turns = [as_scored(row["prompt"], text) for row, text in zip(repeated, texts, strict=True)]
+    prompts, completions = map(list, zip(*turns, strict=True))
+    columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}
+    columns |= {"completion_ids": ids, "rendered_prompts": [text for text in rendered for _ in range(size)]}
+    # Once, wherever there are several processes: a reward function may count, or cost.
+    return responses, texts, on_main(lambda: rewards(prompts, completions, columns, size))

@@ -1,0 +1,73 @@
+"""SIGINT, SIGTERM and SIGHUP while a run goes on: the first asks it to stop, a second one ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+
+from grpo_fast.distributed.processes import is_main, largest, size
+
+# A terminal that goes away sends SIGHUP, often twice; Windows has none.
+HANGUP = getattr(signal, "SIGHUP", None)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
+NOTE = b"\nstopping after this generation batch, with a checkpoint"
+
+_RESTORED = object()
+
+
+class Interrupt:
+    """Within it, the first signal is only kept in ``signal``; after that SIGINT and SIGTERM do again what they did.
+
+    A further SIGHUP changes nothing, and a signal that was ignored before, as SIGHUP is under nohup, is still ignored.
+    Of several processes, whose launcher passes on what it gets itself, each keeps all signals. Outside of the main
+    thread, where Python takes no signals, nothing changes.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._keep) for number in heard}
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore(self._handlers)
+
+    def _restore(self, numbers: Iterable[int]) -> None:
+        for number in list(numbers):
+            # Another signal may come, and restore them, in the middle of this.
+            handler = self._handlers.pop(number, _RESTORED)
+            if handler is not _RESTORED:
+                # A handler that was not set from Python reads as None.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _keep(self, number: int, frame: object) -> None:
+        first, self.signal = self.signal is None, self.signal or number
+        if size() == 1:
+            self._restore(self._handlers.keys() - {HANGUP})
+        if first and is_main():
+            # Not print: the handler may run in the middle of one. There may be nobody left to read it.
+            with suppress(OSError):
+                os.write(2, NOTE + (b"; a second signal stops at once\n" if size() == 1 else b"\n"))
+
+    def agree(self) -> int | None:
+        """The signal that any process of the run has kept; asked by all of them at the same point."""
+        self.signal = largest(self.signal or 0) or None
+        return self.signal
+
+    def exit(self) -> None:
+        """End as a program that was stopped by the signal does: with status 130, 143 or 129.
+
+        Raises:
+            KeyboardInterrupt: after SIGINT.
+            SystemExit: after SIGTERM or SIGHUP.
+        """
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.signal)

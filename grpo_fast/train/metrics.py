@@ -1,0 +1,115 @@
+"""The figures of a step, under TRL's names."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grpo_fast.rewards import Rewards
+from grpo_fast.rollout import Response
+from grpo_fast.train.advantages import nanstd
+from grpo_kernels import PolicyObjective
+
+if TYPE_CHECKING:
+    from grpo_fast.train.batch import StepBatch
+
+# Figures that depend on the machine: the same run gives others elsewhere, or a second time.
+MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})
+
+
+def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
+    """``reward``, ``reward_std`` and ``frac_reward_zero_std``, and mean, std and share of errors of each function."""
+    metrics = {
+        "reward": rewards.total.nanmean().item(),
+        "reward_std": nanstd(rewards.total).item(),
+        "frac_reward_zero_std": equal.float().mean().item(),
+    }
+    for index, name in enumerate(names):
+        metrics[f"rewards/{name}/mean"] = rewards.each[:, index].nanmean().item()
+        metrics[f"rewards/{name}/std"] = nanstd(rewards.each[:, index]).item()
+        metrics[f"rewards/{name}/errors"] = rewards.errors[:, index].float().mean().item()
+    return metrics
+
+
+def completion_metrics(responses: list[Response]) -> dict[str, float]:
+    """Lengths of all completions and of those that ended by themselves, and the share that was cut off."""
+    lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
+    ended = torch.tensor([response.finish_reason == "stop" for response in responses])
+    metrics = {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1 - ended.float().mean().item(),
+    }
+    terminated = lengths[ended] if ended.any() else torch.zeros(1)
+    metrics["completions/mean_terminated_length"] = terminated.mean().item()
+    metrics["completions/min_terminated_length"] = terminated.min().item()
+    metrics["completions/max_terminated_length"] = terminated.max().item()
+    return metrics
+
+
+def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: PolicyObjective) -> dict[str, float]:
+    """From the sums that `linear_policy_loss` returned, added up over the microbatches of a step.
+
+    Entropy, KL and clip ratios are means over the tokens (sequences, where ratios are theirs) that were computed:
+    groups dropped for want of variance are not among them. `stats` is None where all were dropped.
+    """
+    if stats is None:
+        return {"loss": loss.item()}
+    sums = {name: value.item() for name, value in stats.items()}
+    tokens, ratios = max(sums["tokens"], 1.0), max(sums["ratios"], 1.0)
+    metrics = {"loss": loss.item(), "entropy": sums["entropy"] / tokens}
+    if objective.uses_reference:
+        metrics["kl"] = sums["kl"] / tokens
+    low, high = sums["clip_low"] / ratios, sums["clip_high"] / ratios
+    if objective.kind == "clip":
+        metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    elif objective.kind == "cispo":
+        metrics["cispo_clip_ratio"] = high
+    return metrics
+
+
+def sampling_metrics(batch: StepBatch, logprobs: Tensor, by_token: bool) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's ``[N]``, and the ratios that correct for it.
+
+    Over the tokens (of ratios that are the sequence's: the sequences) that were computed, as in TRL over all.
+    """
+    if not batch.active:
+        return {}
+    active = torch.zeros(len(batch.samples), dtype=torch.bool)
+    active[batch.active] = True
+    computed = active.repeat_interleave(batch.offsets.diff()).to(logprobs.device)
+    difference = (logprobs - batch.sampling_logprobs).abs()[computed].nan_to_num(nan=0.0)
+    firsts = batch.offsets[:-1][active].to(logprobs.device)
+    ratio = batch.correction[computed] if by_token else batch.correction[firsts]
+    return {
+        "sampling/sampling_logp_difference/mean": difference.mean().item(),
+        "sampling/sampling_logp_difference/max": difference.max().item(),
+        "sampling/importance_sampling_ratio/min": ratio.min().item(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+        "sampling/importance_sampling_ratio/max": ratio.max().item(),
+    }
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in GiB: on a GPU what tensors took since the last call, else the process' largest resident size."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return {"memory/peak_allocated_gib": peak / 2**30}
+    return {"memory/peak_rss_gib": _peak_rss() / 2**30}
+
+
+def _peak_rss() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    # In KiB, but on a Mac in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,291 @@
+"""Templates and prompt files, and how a chat that ends in the assistant's turn is encoded and scored."""
+
+import copy
+import datetime
+import json
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from grpo_fast.config import GRPOConfig
+from grpo_fast.data import PROMPTS, as_scored, completion_text, encode_prompts, load_template
+from grpo_fast.errors import UserError
+from grpo_fast.rewards import answer_format, think_format
+from grpo_fast.rollout import Response, Sampling
+from grpo_fast.train.advantages import step_tokens
+from grpo_fast.train.groups import sample_and_score
+
+QUESTION = {"question": "What is {1, 2}?", "answer": "a set"}
+COUNTDOWN = {"nums": [3, 4, 5], "target": 17}
+USER = {"role": "user", "content": "Hi"}
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def config(**fields):
+    return GRPOConfig("m", dataset_name="d.jsonl", reward_funcs=["exact_answer"], **fields)
+
+
+def build(row, **fields):
+    return load_template(config(**fields))(row)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a character."""
+    characters = sorted({chr(i) for i in range(32, 127)} | {"\n"})
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def text_of(ids, tokenizer):
+    return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_built_in_prompts_take_their_columns():
+    assert set(PROMPTS) == {"r1_zero", "question_only", "countdown", "countdown_short"}
+    assert build(QUESTION, prompt_file="question_only") == QUESTION["question"]
+    r1_zero = build(QUESTION, prompt_file="r1_zero")
+    assert QUESTION["question"] in r1_zero
+    assert r1_zero.endswith("Assistant: <think>")
+    system, user, assistant = build(COUNTDOWN, prompt_file="countdown")
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert "[3, 4, 5]" in user["content"]
+    assert "17" in user["content"]
+    assert assistant == {"role": "assistant", "content": "<think>"}
+    assert build(COUNTDOWN, prompt_file="countdown_short")[-2:] == [
+        {"role": "user", "content": "Make 17 from the numbers [3, 4, 5]."},
+        {"role": "assistant", "content": "<answer>"},
+    ]
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(b"\xef\xbb\xbfQ: {question}\r\nAnswer in \\boxed{{}}.\n")
+    text = "Q: What is {1, 2}?\nAnswer in \\boxed{}."
+    assert build(QUESTION, prompt_file=str(path)) == text
+    chat = [{"role": "system", "content": "Be {brief}."}, {"role": "user", "content": text}]
+    assert build(QUESTION, prompt_file=str(path), system_prompt="Be {brief}.") == chat
+    assert build(QUESTION, prompt_file=str(path), apply_chat_template=True) == chat[1:]
+
+
+def test_a_template_may_repeat_a_column_and_format_it():
+    assert build(COUNTDOWN, prompt_template="{target:03d} {nums} {target}") == "017 [3, 4, 5] 17"
+    row = {"the-question 2": "a", "2nd": "b", "q.text": "c", "Question (en)": "d", "self": "e", "args[0]": "f", "題": 1}
+    template = "{the-question 2} {2nd} {q.text} {Question (en)} {self} {args[0]} {題:02d}"
+    assert build(row, prompt_template=template) == "a b c d e f 01"
+    assert build({"a": "x", "b": 0.5}, prompt_template="{a:>999}{b:.3f}") == "x".rjust(999) + "0.500"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ([{"role": "user", "content": "Hi"}], "list"),
+        ([["a"]], "list"),
+        (["a", "b"], "list"),
+        ([1, None], "list"),
+        ({"text": "a"}, "dict"),
+        (b"a", "bytes"),
+        (object(), "object"),
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"system_prompt": "Be brief."}], ids=["text", "chat"])
+def test_columns_without_a_text_of_their_own_are_refused(value, kind, fields):
+    message = (
+        rf"prompt_template uses column 'a', which is a {kind} here; it can be text, a number, a date or a list of n"
+    )
+    with pytest.raises(UserError, match=message):
+        build({"a": value}, prompt_template="{a}", **fields)
+
+
+def test_columns_with_a_text_of_their_own_are_filled_in():
+    day = datetime.date(2026, 11, 25)
+    row = {"a": "x", "b": 2, "c": 0.5, "d": [1, 2.5], "e": day, "f": []}
+    assert build(row, prompt_template="{a} {b} {c:.1%} {d} {e:%d.%m.} {f}") == "x 2 50.0% [1, 2.5] 25.11. []"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_file": "r1_zer"}, "is neither a file nor one of .*did you mean 'r1_zero'"),
+        ({"prompt_file": "countdown"}, "prompt_file='countdown' uses column 'target', but there is question, answer"),
+        ({"prompt_file": "countdown", "system_prompt": "a"}, "brings its own messages; leave system_prompt out"),
+        ({"prompt_template": r"\boxed{}"}, r"cannot be filled: {} names no column; {{ and }} stand for braces"),
+        (
+            {"prompt_template": r"\frac{1}{2}"},
+            r"uses column '1', but there is .* \({{ and }} stand for braces",
+        ),
+        ({"prompt_template": "{question.__class__}"}, "uses column 'question.__class__', but there is question"),
+        ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but there is question"),
+        ({"prompt_template": "{question!x}"}, "cannot be filled"),
+        ({"prompt_template": "{question:d}"}, "cannot be filled: Unknown format code 'd'"),
+        (
+            {"prompt_template": "{question:{width}}"},
+            r"filled: the width in {question:{width}} must be below 1000",
+        ),
+        ({"prompt_template": "{question:>1000}"}, r"the width in {question:>1000} must be below 1000"),
+        ({"prompt_template": "{question:.1000000000f}"}, r"the width in {question:.1000000000f} must be"),
+        ({"prompt_template": "{question!r:>0001000}"}, "must be below 1000"),
+        ({"prompt_template": "{hint}"}, "uses column 'hint', which is empty here"),
+        ({}, r"no column 'prompt' \(it has question, answer, hint\); set prompt_template, as in .* or prompt_file"),
+    ],
+)
+def test_wrong_templates_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        build({**QUESTION, **({} if "prompt_file" in fields else {"hint": None})}, **fields)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        ("txt", b"\xff", "is not UTF-8 text"),
+        ("txt", b"{", "cannot be filled"),
+        ("yaml", b"- [", "is not valid YAML"),
+        ("yaml", b"role: user\ncontent: a\n", "must hold a list of messages, each with a role and a content"),
+        ("yaml", b"- role: user\n", "must hold a list of messages"),
+        ("yml", b"[]", "must hold a list of messages"),
+        ("yaml", b"[" * 5000, "is not valid YAML: nested too deeply"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, suffix, content, message):
+    path = tmp_path / f"p.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        build(QUESTION, prompt_file=str(path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_of_template_and_file():
+    with pytest.raises(UserError, match="prompt_template and prompt_file both make the prompt"):
+        config(prompt_template="{question}", prompt_file="r1_zero")
+    with pytest.raises(UserError, match="system_prompt goes with prompt_template or prompt_file"):
+        config(system_prompt="a")
+
+
+def test_the_assistants_turn_is_opened_or_gone_on_with(tokenizer):
+    user = {"role": "user", "content": "Hi"}
+    rows = [{"prompt": [user]}, {"prompt": [user, {"role": "assistant", "content": "<think>"}]}, {"prompt": "Hi"}]
+    texts = [text_of(ids, tokenizer) for ids in encode_prompts(rows, tokenizer, config())]
+    assert texts == ["<|user|>Hi<|end|><|assistant|>", "<|user|>Hi<|end|><|assistant|><think>", "Hi"]
+
+
+def test_a_turn_is_scored_from_its_beginning():
+    """As in TRL, the message that is scored begins with what the prompt put into the assistant's mouth."""
+    user, opened = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>"}
+    assert as_scored("Hi <think>", "a") == ("Hi <think>", "a")
+    assert as_scored([user], "a") == ([user], [{"role": "assistant", "content": "a"}])
+    prompt = [user, opened]
+    assert as_scored(prompt, "a") == ([user], [{"role": "assistant", "content": "<think>a"}])
+    assert prompt == [user, opened]
+
+
+def scored(tokenizer, rows, *completions, finish_reason="length"):
+    """What the rewards are called with for these completions, one for each row."""
+    responses = [Response(tokenizer.encode(text, add_special_tokens=False), finish_reason) for text in completions]
+    rollout, seen = SimpleNamespace(generate=lambda prompts, sampling: responses), []
+    prompts = encode_prompts(rows, tokenizer, config())
+    sample_and_score(rollout, lambda *arguments: seen.append(arguments[:3]), tokenizer, rows, prompts, Sampling(1, 9))
+    return seen
+
+
+def test_rewards_get_whole_turns(tokenizer):
+    rows = [{"prompt": build(COUNTDOWN, prompt_file="countdown"), **COUNTDOWN}]
+    ((prompts, completions, columns),) = scored(tokenizer, rows, "x</think>")
+    assert [message["role"] for message in prompts[0]] == ["system", "user"]
+    assert completions == [[{"role": "assistant", "content": "<think>x</think>"}]]
+    assert (columns["nums"], columns["target"]) == ([[3, 4, 5]], [17])
+
+
+@pytest.fixture
+def tagged(tokenizer):
+    """The same with BOS and EOS, which it puts around a text, and tags that are special tokens."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool_call>", "<|im_end|>"]})
+    ends = [(token, made.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    return made
+
+
+def test_text_begins_with_one_bos_and_ends_with_no_eos(tagged):
+    assert tagged("Hi")["input_ids"] == tagged.encode("<s>Hi</s>", add_special_tokens=False)
+    prompts = ["Hi", "<s>Hi", "", "Hi</s>", "<s>", "a"]
+    encoded = encode_prompts([{"prompt": prompt} for prompt in prompts], tagged, config())
+    assert [text_of(ids, tagged) for ids in encoded] == ["<s>Hi", "<s>Hi", "<s>", "<s>Hi</s>", "<s>", "<s>a"]
+    tagged.chat_template = "{{ bos_token }}" + TEMPLATE
+    (ids,) = encode_prompts([{"prompt": [USER]}], tagged, config())
+    assert text_of(ids, tagged) == "<s><|user|>Hi<|end|><|assistant|>"
+
+
+def test_tags_that_are_special_tokens_reach_the_rewards(tagged):
+    rows = [{"prompt": "p"}] * 3
+    texts = ["<think>a</think><tool_call>b</s>", "<s><pad>c</s>", "<think>d<|im_end|>"]
+    ((_, completions, _),) = scored(tagged, rows, *texts, finish_reason="stop")
+    assert completions == ["<think>a</think><tool_call>b", "c", "<think>d"]
+    ((_, completions, _),) = scored(tagged, rows, *texts, finish_reason="length")
+    assert completions == ["<think>a</think><tool_call>b", "c", "<think>d<|im_end|>"]
+
+
+def test_a_token_that_only_pads_is_text(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.pad_token = "a"
+    assert completion_text(made, made.encode("banana"), False) == "banana"
+
+
+def test_steps_of_a_text_with_tags_have_their_tokens(tagged):
+    ids = tagged.encode("<think>ab</think>c</s>", add_special_tokens=False)
+    text = completion_text(tagged, ids, True)
+    ends = [len("<think>"), len("<think>ab"), len("<think>ab</think>"), len(text)]
+    assert step_tokens(tagged, ids, ends, True) == [1, 3, 4, 6]
+
+
+OPENS = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>\n")
+
+
+@pytest.mark.parametrize("reward", [think_format, answer_format])
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion", "value"),
+    [
+        (OPENS, [USER], "a</think> <answer>b</answer>", 1.0),
+        (OPENS, [USER], "<think>a</think> <answer>b</answer>", 0.0),
+        (TEMPLATE, [USER], "<think>a</think> <answer>b</answer>", 1.0),
+        (TEMPLATE, [USER], "a</think> <answer>b</answer>", 0.0),
+        # What a user writes opens nothing.
+        (TEMPLATE, [{"role": "user", "content": "Use <think>"}], "a</think> <answer>b</answer>", 0.0),
+        (TEMPLATE, [USER, {"role": "assistant", "content": "<think>\n"}], "a</think> <answer>b</answer>", 1.0),
+        (OPENS, [USER, {"role": "assistant", "content": "<think>"}], "<think>a</think> <answer>b</answer>", 0.0),
+        (TEMPLATE, "Assistant: <think>", "a</think> <answer>b</answer>", 1.0),
+        (TEMPLATE, "Assistant:", "a</think> <answer>b</answer>", 0.0),
+    ],
+)
+def test_a_tag_that_the_template_opens_counts(tagged, reward, template, prompt, completion, value):
+    tagged.chat_template = template
+    ((prompts, completions, columns),) = scored(tagged, [{"prompt": prompt}], completion)
+    assert reward(prompts, completions, **columns) == [value]
+
+
+def test_rendered_prompts_end_where_the_completions_begin(tagged):
+    tagged.chat_template = OPENS
+    rows = [{"prompt": [USER]}, {"prompt": [USER, {"role": "assistant", "content": " Well. "}]}, {"prompt": "p"}]
+    ((_, completions, columns),) = scored(tagged, rows, "a", "b", "c")
+    start = "<|user|>Hi<|end|>"
+    assert columns["rendered_prompts"] == [f"{start}<|assistant|><think>\n", f"{start}<|assistant|> ", "<s>p"]
+    assert [message if isinstance(message, str) else message[0]["content"] for message in completions] == [
+        "a", " Well. b", "c",
+    ]  # fmt: skip
+
+
+def test_row_and_file_are_named(tmp_path):
+    from grpo_fast.data import load_rows
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"question": "a"}, {"question": None})))
+    with pytest.raises(UserError, match=r"a\.jsonl, row 2: prompt_file='r1_zero' uses column 'question', which is"):
+        load_rows(GRPOConfig("m", dataset_name=str(path), reward_funcs=["r"], prompt_file="r1_zero"))

@@ -1,0 +1,72 @@
+"""The portable path's products on a GPU, where bfloat16 operands give float32 results, with the products emulated.
+
+A CPU refuses `out_dtype`; here it is made of widened operands, so that everything around the products is the real code.
+"""
+
+import pytest
+import torch
+
+from grpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss
+from grpo_kernels._head import Head
+from support.loss_cases import make
+from support.oracle import SLACK, relative_error
+
+mm, addmm = torch.mm, torch.addmm
+
+
+@pytest.fixture
+def gpu_products(monkeypatch):
+    calls = []
+
+    def check(a, b, out_dtype):
+        assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        calls.append(a.shape)
+
+    def mixed_mm(a, b, *, out_dtype=None, out=None):
+        if a.dtype == torch.float64:
+            return mm(a, b, out=out)
+        check(a, b, out_dtype)
+        return mm(a.float(), b.float(), out=out)
+
+    def mixed_addmm(c, a, b, *, out_dtype=None, out=None):
+        check(a, b, out_dtype)
+        assert c.dtype == torch.float32
+        return addmm(c, a.float(), b.float(), out=out)
+
+    monkeypatch.setattr(torch, "mm", mixed_mm)
+    monkeypatch.setattr(torch, "addmm", mixed_addmm)
+    monkeypatch.setattr(Head, "mixed_products", property(lambda head: head.operand_dtype == torch.bfloat16))
+    return calls
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trainable", ["hw", "h"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_loss_and_gradients(level, trainable, weight_dtype, gpu_products):
+    objective = PolicyObjective(level=level, beta=0.1)
+    arguments = make(dtype=torch.bfloat16, trainable=trainable)
+    trained = arguments["weight"].requires_grad
+    arguments["weight"] = arguments["weight"].detach().to(weight_dtype).requires_grad_(trained)
+    # Mixed weights are promoted to float32 unless autocast asks for bfloat16, as a trainer does.
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_policy_loss(objective=objective, **arguments, max_buffer_bytes=20_000)
+        got.loss.backward()
+    assert len(gpu_products) >= 4
+    exact = {k: v.detach() for k, v in arguments.items()}
+    for name in ("hidden", "weight"):
+        exact[name] = exact[name].double().requires_grad_(arguments[name].requires_grad)
+    expected = linear_policy_loss(objective=objective, **exact, backend="reference")
+    expected.loss.backward()
+    assert relative_error(got.loss, expected.loss) < 1e-5
+    for name in ("hidden", "weight"):
+        if arguments[name].requires_grad:
+            # One rounding of the operands of the gradient's product, and one of the gradient.
+            assert relative_error(arguments[name].grad, exact[name].grad) < 3 * SLACK[torch.bfloat16]
+
+
+def test_log_probabilities_stay_exact(gpu_products):
+    hidden, weight = torch.randn(20, 64).bfloat16() * 4, torch.randn(500, 64).bfloat16()
+    targets = torch.randint(0, 500, (20,))
+    exact = linear_logprob(hidden.double(), weight.double(), targets, backend="reference")
+    assert (linear_logprob(hidden, weight, targets) - exact).abs().max() < 2e-5
+    assert gpu_products

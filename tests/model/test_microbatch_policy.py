@@ -1,0 +1,95 @@
+import pytest
+import torch
+import transformers
+
+from grpo_fast.errors import UserError
+from grpo_fast.model import attention
+from grpo_fast.model.microbatch_policy import MicrobatchPolicy
+from support.rows import LAYOUTS, packed_logprobs, plain_logprobs
+from support.tiny import random_samples, tiny_model
+
+ARCHITECTURES = {
+    "llama, tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+    "mistral, window": (transformers.MistralConfig, {"sliding_window": 5}),
+    "gemma2, softcap": (transformers.Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "gemma2, softcap in eager attention": (
+        transformers.Gemma2Config,
+        {"head_dim": 8, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"},
+    ),
+    "gemma3, window": (transformers.Gemma3TextConfig, {"head_dim": 8, "sliding_window": 7}),
+    "granite, scaled": (transformers.GraniteConfig, {"logits_scaling": 3.0}),
+    "cohere, scaled": (transformers.CohereConfig, {"logit_scale": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_models_own_logits(name, layout):
+    """Log-probabilities, and the gradient of every parameter."""
+    config_class, overrides = ARCHITECTURES[name]
+    model = tiny_model(config_class=config_class, **overrides)
+    policy = MicrobatchPolicy(model)
+    policy.check_head(list(range(2, 20)))
+    assert policy.check_packing(list(range(2, 20)), "always")
+    samples = random_samples(longest=30)
+    expected = plain_logprobs(model, samples)
+    coefficients = torch.randn(expected.shape, dtype=torch.float64)
+    (expected * coefficients).sum().backward()
+    expected_grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    got = packed_logprobs(policy, samples, 200, layout)
+    (got * coefficients).sum().backward()
+    # transformers' norms and rotary embeddings compute in float32 whatever the dtype.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for parameter, grad in zip(model.parameters(), expected_grads, strict=True):
+        assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm() + 1e-9
+
+
+def test_temperature_divides_the_logits():
+    model = tiny_model()
+    samples = random_samples(groups=1, per_group=1)
+    prompt, completion, _ = samples[0]
+    ids = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        expected = (model(input_ids=ids).logits[0, :-1] / 0.7).log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+        got = packed_logprobs(MicrobatchPolicy(model, temperature=0.7), samples, 100, "packed")
+    torch.testing.assert_close(got, expected[len(prompt) - 1 :])
+
+
+def test_unknown_logit_transform_is_refused():
+    model = tiny_model()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 1.5
+        return output
+
+    model.forward = scaled
+    with pytest.raises(UserError, match="transforms its logits"):
+        MicrobatchPolicy(model).check_head([2, 3, 4, 5])
+
+
+def test_packing_is_left_where_attention_is_of_another_kind(monkeypatch):
+    model = tiny_model()
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    policy = MicrobatchPolicy(model)
+    assert not policy.check_packing([2, 3, 4, 5], "auto")
+    with pytest.raises(UserError, match=r"padding_free='always' is not possible.*cannot be replaced"):
+        policy.check_packing([2, 3, 4, 5], "always")
+
+
+def test_packing_is_left_where_it_gives_something_else(monkeypatch):
+    """A model that adds to its scores, or one that looks across sequences, cannot slip through."""
+    policy = MicrobatchPolicy(tiny_model())
+    monkeypatch.setattr(attention, "UNKNOWN", ("scaling",))
+    assert not policy.check_packing([2, 3, 4, 5], "auto")
+    with pytest.raises(UserError, match="adds scaling to its scores"):
+        policy.check_packing([2, 3, 4, 5], "always")
+    monkeypatch.undo()
+    assert policy.check_packing([2, 3, 4, 5], "always")
+    monkeypatch.setattr(attention, "packed_attention", lambda query, key, value, *_, **__: query)
+    with pytest.raises(UserError, match="differ by"):
+        policy.check_packing([2, 3, 4, 5], "always")

@@ -1,0 +1,133 @@
+"""Several runs in one figure."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib import pyplot as plt
+
+from grpo_fast.cli import main, parse_config
+from grpo_fast.errors import UserError
+from grpo_fast.report.compare import Curve, plot_curves, read_curves, spread
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RAW = {"reward_baseline": "none", "scale_rewards": "none"}
+CENTRED = {"scale_rewards": "none"}
+
+
+def write_run(folder, scores, after=None, **config):
+    """A run folder with a step for each of the scores."""
+    folder.mkdir(parents=True)
+    config = {"run_name": folder.name, "reward_funcs": ["digits_included", "mine.py:mine"], "seed": 1, **config}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [{"step": step, "rewards/mine/mean": score, "reward": 2 * score} for step, score in enumerate(scores, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if after is not None:
+        summary = {"metric": "mine", "before": 0.1, "after": after, "steps": len(scores), "train_seconds": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path):
+    folders = [
+        write_run(tmp_path / f"a{seed}", [0.1 * seed, 0.5], 0.2 * seed, run_name="a", seed=seed) for seed in (1, 2)
+    ]
+    folders.insert(1, write_run(tmp_path / "b", [0.3], beta=0.1))
+    metric, (a, b) = read_curves(folders)
+    assert metric == "mine"
+    assert (a.label, b.label) == ("a", "b")
+    assert a.lines == [([1, 2], [0.1, 0.5]), ([1, 2], [0.2, 0.5])]
+    assert (a.before, a.after) == ([0.1, 0.1], [0.2, 0.4])
+    assert (b.lines, b.after) == ([([1], [0.3])], [])
+    assert a.last == [0.5, 0.5]
+    assert spread(a.after, share=True) == "30.0% (20.0% to 40.0%)"
+    assert spread([1.5], share=False) == "1.500"
+    _, (whole,) = read_curves(folders[:1], "reward")
+    assert (whole.lines, whole.last, whole.after) == ([([1, 2], [0.2, 1.0])], [1.0], [])
+
+
+def test_settings_of_one_name_are_told_apart_by_their_fields(tmp_path):
+    folders = [write_run(tmp_path / str(b), [0.5], run_name="sort", beta=b, output_dir=str(b)) for b in (0.0, 0.1)]
+    _, curves = read_curves(folders)
+    assert [curve.label for curve in curves] == ["beta=0.0", "beta=0.1"]
+
+
+def test_what_cannot_be_compared(tmp_path):
+    one = write_run(tmp_path / "one", [0.5], 0.5)
+    other = write_run(tmp_path / "other", [0.5], eval_metric="digits_included")
+    with pytest.raises(UserError, match=r"is scored by 'mine', .*other by 'digits_included'; choose one with --metric"):
+        read_curves([one, other])
+    with pytest.raises(UserError, match="one has no figures of 'no_such'"):
+        read_curves([one], "no_such")
+    with pytest.raises(UserError, match="is not a run folder"):
+        read_curves([tmp_path / "none"])
+
+
+def test_the_figure_holds_every_line_and_the_mean_over_seeds(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    curve = Curve("a", [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8])], [0.5], [], [0.25])
+    plot_curves({"left": [curve], "right": [curve, curve]}, "mine", tmp_path / "new" / "figure.png")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    left, right = figures[0].axes
+    drawn = [(list(line.get_xdata()), [round(float(y), 6) for y in line.get_ydata()]) for line in left.lines]
+    assert drawn == [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8]), ([2, 3], [0.3, 0.6])]
+    assert len(right.lines) == 6
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a: 25.0%"]
+
+
+def test_the_command(tmp_path, capsys):
+    folders = [str(write_run(tmp_path / name, [0.1, 0.6], after)) for name, after in (("a", 0.5), ("b", 0.7))]
+    output = str(tmp_path / "figure.svg")
+    assert main(["compare", *folders, "--output", output]) == 0
+    printed = capsys.readouterr().out
+    assert ["60.0%", "10.0%", "70.0%"] in [re.findall(r"[\d.]+%", line) for line in printed.splitlines()]
+    assert "</svg>" in (tmp_path / "figure.svg").read_text()
+    for arguments, message in (
+        ([*folders, "--output", "x.txt"], "--output='x.txt' is not allowed: it must end in .png, .svg or .pdf"),
+        ([str(tmp_path / "c")], "c is not a run folder"),
+        ([], "grpo-fast compare RUN RUN ..."),
+    ):
+        assert main(["compare", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_sorting_experiments_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import sort_comparison
+
+    panels = {"a": {"raw, small": RAW, "centred": CENTRED}, "b": {"centred": CENTRED}}
+    monkeypatch.setattr(sort_comparison, "PANELS", panels)
+    small = ["--max_steps", "2", "--generation_batch_size", "16", "--max_eval_samples", "5"]
+    made = []
+    trainer = sort_comparison.GRPOTrainer
+    monkeypatch.setattr(sort_comparison, "GRPOTrainer", lambda config: made.append(config) or trainer(config))
+    monkeypatch.setattr(sys, "argv", ["main", "--seeds", "1", "--output_dir", str(tmp_path), *small])
+    for _ in range(2):
+        sort_comparison.main()
+        assert [(config.reward_baseline, config.seed) for config in made] == [("none", 1), ("mean", 1)]
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "raw, small" in capsys.readouterr().out
+
+
+def test_every_sorting_experiment_is_a_valid_configuration(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import sort_comparison
+
+    for changes in (changes for panel in sort_comparison.PANELS.values() for changes in panel.values()):
+        options = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in changes.items()]
+        config = parse_config([str(sort_comparison.RECIPE), *options])
+        assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_damaged_records_are_said(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [0.5, 0.6])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("{}\n")
+    read_curves([run])
+    assert (
+        f"warning: {run}: metrics.jsonl: line 3 (its step is None) is damaged and left out" in capsys.readouterr().err
+    )
