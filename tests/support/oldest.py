@@ -1,6 +1,6 @@
 """The oldest versions that pyproject.toml allows, as constraints for pip.
 
-torch and triton are left out unless ``--torch`` is given: the builds of an old torch that PyPI has bring CUDA along.
+torch and triton are left out unless ``--torch`` is given, because PyPI's builds of an old torch include CUDA.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def oldest(project: dict) -> dict[str, str]:
-    """The lower bound of each requirement of the package itself and of its extra `train`."""
+    """The lower bound of each requirement of the package and of its extra `train`."""
     requirements = [*project["dependencies"], *project["optional-dependencies"]["train"]]
     return dict(re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", line).groups() for line in requirements)
 
