@@ -70,7 +70,7 @@ def used_outside(trees: dict[str, ast.Module]) -> set[str]:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 used.update(node.value.split())
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
                 owner = ast.unparse(node.value)
                 used.add(f"{modules.get(owner, owner)}.{node.attr}")
     return used
