@@ -94,7 +94,7 @@ doctor: $(VENV)/.train  ## which kernels run on this machine, and whether their 
 # What `make test` leaves out has a target below, or needs hardware or software that most machines lack.
 LEFT_OUT := not gpu and not vllm and not benchmark and not long
 
-test: $(VENV)/.dev  ## the whole suite, except what the targets below run
+test: $(VENV)/.dev  ## the test suite, without long tests and those that need a GPU or vLLM
 	$(BIN)/python -m pytest -n 2 -m "$(LEFT_OUT)" $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the same without the tests that take more than ten seconds each
