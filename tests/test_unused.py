@@ -14,7 +14,6 @@ PROGRAMS = {"benchmarks": ROOT / "benchmarks", "examples": ROOT / "examples"}
 FOR_USERS = "grpo_fast.integrations."
 EXCEPTIONS = {
     "grpo_fast.files.read_metrics": "the tests of several folders read the metrics of whole runs with it",
-    "grpo_fast.rewards.sandbox.main": "called by the program text in grpo_fast/rewards/isolation.py",
 }
 
 
@@ -30,7 +29,10 @@ def read_modules(folders: dict[str, Path]) -> dict[str, ast.Module]:
 
 
 def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that a module defines, dunder names apart, each with the statement that does."""
+    """The names that a module defines, each with the statement that does.
+
+    Dunder names are left out, and so is `main`: scripts, ``python -m`` and the sandbox's program start with it.
+    """
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names = [node.name]
@@ -39,7 +41,7 @@ def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
             names = [target.id for target in targets if isinstance(target, ast.Name)]
         else:
             continue
-        yield from ((name, node) for name in names if not name.startswith("__"))
+        yield from ((name, node) for name in names if name != "main" and not name.startswith("__"))
 
 
 def used_inside(name: str, definition: ast.stmt, tree: ast.Module) -> bool:
