@@ -56,7 +56,7 @@ def test_help_lists_every_target():
 def test_commands_name_what_exists(target):
     """Files, modules, markers and tests; each may have moved since the command was written."""
     commands = make("--dry-run", *FRESH, target)
-    paths = set(re.findall(r"(?:tests|examples|benchmarks|kernels)/[\w./-]*\w", commands))
+    paths = set(re.findall(r"(?:tests|examples|benchmarks|kernels|docs)/[\w./-]*\w", commands))
     assert not [path for path in paths if not (ROOT / path).exists()]
     for module in re.findall(r"-m ((?:benchmarks|grpo_kernels)[\w.]+)", commands):
         path = module.replace(".", "/") + ".py"

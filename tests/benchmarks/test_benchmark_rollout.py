@@ -18,6 +18,7 @@ def run(tmp_path):
     return Run(torch.device("cpu"), quick=True, repeats=1, output=tmp_path)
 
 
+@pytest.mark.slow
 def test_rows_of_all_ways_to_sample(run, tmp_path):
     rollout.run_rollout(run, ["llama-tiny"], contenders=[rollout.OURS, rollout.PADDED])
     measured = rows(tmp_path)

@@ -22,6 +22,9 @@ from grpo_kernels import PRESETS, linear_policy_loss
 from support.processes import ALLOWED, CASES, MODES, SERVED, STEPS, Given, Served, train, trajectory, work
 from support.runs import assert_same_run, figures, saved_weights
 
+# The fixture `runs` takes 35 s of processor time.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict, list[dict], Path]:
