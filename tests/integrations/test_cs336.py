@@ -251,6 +251,7 @@ def sevens(response, truth):
     return {"reward": share, "format_reward": 1.0, "answer_reward": share}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", cs336.NEEDED)
 def test_grpo_train_loop_learns(loss_type):
     """Random weights learn to answer with sevens."""
