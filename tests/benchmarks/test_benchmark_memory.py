@@ -16,6 +16,7 @@ from grpo_fast.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL = plan.SMALL
+pytestmark = pytest.mark.slow  # the fixture `steps` takes 15 s
 
 
 def test_a_search_ends_within_five_percent():
@@ -54,20 +55,17 @@ def steps():
     return {setting.name: plan.measure_setting(run, setting) for setting in plan.ON_CPU}
 
 
-@pytest.mark.slow
 def test_plans_hold_on_the_cpu(steps):
     for row in steps.values():
         assert row["status"] == "ok", row
         assert row["ratio"] == pytest.approx(1, abs=0.05), row
 
 
-@pytest.mark.slow
 def test_peak_grows_linearly_with_the_answer(steps):
     peaks = [steps[name]["measured_bytes"] for name in ("300", "600", "1200")]
     assert (peaks[2] - peaks[1]) / (peaks[1] - peaks[0]) == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.slow
 def test_a_group_in_one_microbatch_costs_what_the_plan_says(steps):
     apart, together = steps["8x300-apart"], steps["8x300-together"]
     measured = together["measured_bytes"] - apart["measured_bytes"]

@@ -6,6 +6,8 @@ import torch
 from benchmarks import rollout
 from benchmarks.harness.measure import Run
 
+pytestmark = pytest.mark.slow
+
 
 def rows(folder):
     (path,) = folder.glob("*/rollout.csv")
@@ -18,7 +20,6 @@ def run(tmp_path):
     return Run(torch.device("cpu"), quick=True, repeats=1, output=tmp_path)
 
 
-@pytest.mark.slow
 def test_rows_of_all_ways_to_sample(run, tmp_path):
     rollout.run_rollout(run, ["llama-tiny"], contenders=[rollout.OURS, rollout.PADDED])
     measured = rows(tmp_path)
