@@ -1,4 +1,4 @@
-"""Sampling completions: one small protocol, one file a backend."""
+"""Sampling completions: one small interface (`base.Rollout`), with one module for each engine."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from grpo_fast.rollout.transformers import TransformersRollout
 
 
 def check_engine(config: GRPOConfig) -> None:
-    """Refuse, before a model is loaded, an engine that is not installed, or a server without the key that it needs.
+    """Refuse an engine that is not installed, or a server without the key that it needs, before a model is loaded.
 
     Raises:
-        UserError: it says how to install it, or how to set the key.
+        UserError: it says how to install the engine, or how to set the key.
     """
     if config.use_vllm and config.vllm_mode == "colocate":
         require_extra("vllm", "vllm")
@@ -25,15 +25,15 @@ def check_engine(config: GRPOConfig) -> None:
 
 
 def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int) -> Rollout:
-    """The sampling engine that `config` asks for: transformers, vLLM in this process, or a vLLM server.
+    """Start the engine that `config` names: transformers, vLLM in this process, or a vLLM server.
 
     Args:
         model: a transformers causal LM, on its device.
         tokenizer: its tokenizer, with a padding token.
-        longest_prompt: tokens of the longest prompt that will be sampled from.
+        longest_prompt: length of the longest prompt, in tokens.
 
     Raises:
-        UserError: the engine cannot be started, reached or used for this model.
+        UserError: the engine cannot be started or reached, or cannot sample from this model.
     """
     if not config.use_vllm:
         return TransformersRollout(model, tokenizer, config.max_tokens_per_generation_batch)

@@ -494,7 +494,7 @@ def test_a_server_killed_while_a_run_samples(servers, tmp_path):
     assert line.startswith(
         f"grpo-fast: error: the vLLM server at http://127.0.0.1:{killed.fields['vllm_server_port']} no"
     )
-    assert "start it again and --resume this run" in line
+    assert "restart it and continue this run with --resume" in line
     assert "Traceback" not in errors
     steps = len(rewards(run))
     assert (run / f"checkpoint-{steps}" / "trainer_state.json").is_file()
@@ -512,6 +512,6 @@ def test_a_server_killed_in_the_middle_of_a_request(servers):
     prompts, sampling = [LONG[:200]] * 64, Sampling(64, 150)
     assert len(rollout.generate(prompts[:1], replace(sampling, num_generations=1))) == 1
     threading.Timer(0.5, server.kill).start()
-    with pytest.raises(UserError, match=r"no longer answers \(.*\); start it again and --resume this run$") as error:
+    with pytest.raises(UserError, match=r"no longer answers \(.*\); restart it and continue this run with --resume$") as error:
         rollout.generate(prompts, sampling)
     assert "\n" not in str(error.value)

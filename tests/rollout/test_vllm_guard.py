@@ -119,7 +119,7 @@ def test_a_server_that_others_reach_needs_a_key_on_both_sides(monkeypatch, addre
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
     monkeypatch.setattr(serve, "server_command", lambda *_: pytest.fail("nothing is loaded before"))
     monkeypatch.setattr(serve.socket, "create_server", lambda *_, **__: pytest.fail("nothing listens before"))
-    message = r"^a vLLM server at \S+ can be reached by others, so it needs a key: set VLLM_API_KEY in the environment"
+    message = r"^other machines can reach a vLLM server at \S+, so it needs a key: set VLLM_API_KEY to the same secret in the"
     for start in (serve.serve, check_engine):
         with pytest.raises(UserError, match=message):
             start(config(**address))

@@ -97,7 +97,7 @@ def test_errors_are_repeated_a_bounded_number_of_times(start):
         rollout.generate([[5]], Sampling(1, 8))
     assert str(error.value) == (
         f"the vLLM server at {server.url} no longer answers (status 500: engine is dead); "
-        "start it again and --resume this run"
+        "restart it and continue this run with --resume"
     )
     assert len(server.called("/inference/v1/generate")) == 4
 
@@ -129,7 +129,7 @@ def test_a_server_that_dies_while_it_samples(start):
         server.http.socket.close()
 
     threading.Thread(target=stop).start()
-    with pytest.raises(UserError, match=r"no longer answers .*; start it again and --resume this run$") as error:
+    with pytest.raises(UserError, match=r"no longer answers .*; restart it and continue this run with --resume$") as error:
         rollout.generate(PROMPTS * 10, Sampling(2, 8))
     assert "\n" not in str(error.value)
 
@@ -295,13 +295,13 @@ def scored(*values):
         (None, "TypeError"),
         ({"choices": []}, "0 completions instead of 1"),
         (edited(logprobs=None), "TypeError"),
-        (edited(logprobs={"content": [{"token_id": 4, "logprob": -1.0}]}), "log-probabilities of other tokens"),
-        (edited(token_ids=[], logprobs={"content": []}), "0 tokens with 0 log-probabilities"),
-        (edited(finish_reason="abort"), "ended by 'abort'"),
-        (edited(finish_reason="\x1b]0;hi\x07" * 999), r"ended by '\\x1b\]0;hi.*\.\.\..*', which is no completion$"),
-        (edited(finish_reason=[[[[[[[[[]]]]]]]]]), r"ended by \[+\.\.\.\]+, which"),
+        (edited(logprobs={"content": [{"token_id": 4, "logprob": -1.0}]}), "log-probabilities of different tokens"),
+        (edited(token_ids=[], logprobs={"content": []}), r"0 tokens \(at most 8 were requested\), 0 log-probabilities"),
+        (edited(finish_reason="abort"), "the finish reason 'abort'"),
+        (edited(finish_reason="\x1b]0;hi\x07" * 999), r"the finish reason '\\x1b\]0;hi.*\.\.\..*'$"),
+        (edited(finish_reason=[[[[[[[[[]]]]]]]]]), r"the finish reason \[+\.\.\.\]+$"),
         (edited(weight_versions=None), "TypeError"),
-        (edited(index=3), "1 completions instead of 1, by their numbers"),
+        (edited(index=3), "1 completions instead of 1, or wrong numbers"),
         (scored(4.0, -1.0), r"the token id 4\.0; it must be from 0 to 40"),
         (scored(True, -1.0), "the token id True"),
         (scored("4", -1.0), "the token id '4'"),
@@ -315,7 +315,7 @@ def scored(*values):
         (scored(4, float("-inf")), "the log-probability -inf"),
         (scored(4, 0.5), r"the log-probability 0\.5"),
         (scored(4, -(10**400)), r"the log-probability -1000"),
-        (scored(*[4, -1.0] * 9), "9 tokens with 9 log-probabilities where at most 8 were asked for"),
+        (scored(*[4, -1.0] * 9), r"9 tokens \(at most 8 were requested\), 9 log-probabilities"),
         ("[" * 100_000, r"no longer answers \(not JSON \(nested too deeply\): \[\["),
         ("1" * 5000, r"no longer answers \(not JSON"),
         ("\x1b[2J\x9b2J\u202e", r"not JSON .*: \\x1b\[2J\\x9b2J\\u202e\)"),
@@ -368,16 +368,16 @@ def test_a_server_that_starts_late_is_waited_for(start, capsys):
         ),
         (
             {**OPTIONS, "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 19}},
-            "takes 19 tokens, but the longest prompt and completion have 20",
+            "accepts 19 tokens, but the longest prompt and completion have 20",
         ),
-        ({}, "does not tell its options"),
+        ({}, "does not report its options"),
         (
             {**OPTIONS, "parallel_config": {"worker_extension_cls": "\x1b[2J" * 99}},
             r"--worker-extension-cls (\\x1b\[2J){20}, but needs",
         ),
         (
             {**OPTIONS, "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": float("inf")}},
-            "does not tell its options",
+            "does not report its options",
         ),
     ],
 )
@@ -429,7 +429,7 @@ def test_the_server_is_started_where_the_run_looks_for_it(monkeypatch, tmp_path)
     monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: folder.mkdir() or str(folder))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         fields["vllm_server_port"] = taken.getsockname()[1]
-        with pytest.raises(UserError, match=r"no server can be started at http://127.0.0.1:\d+: Address already"):
+        with pytest.raises(UserError, match=r"cannot start a server at http://127.0.0.1:\d+: Address already"):
             serve.serve(GRPOConfig("no_such_model", **fields))
     with pytest.raises(UserError, match="no_such_model"):
         serve.serve(GRPOConfig("no_such_model", **fields))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.rows import cache_argument
-from grpo_fast.rollout.vllm.common import engine_options, model_length, plan
+from grpo_fast.rollout.vllm.common import engine_options, model_length, plan_engine_cache
 from grpo_fast.rollout.vllm.kv_plan import kv_bytes_per_token, plan_kv_cache
 from grpo_fast.rollout.vllm.serve import server_command
 from grpo_fast.rollout.vllm.weights import engine_weights
@@ -160,7 +160,7 @@ def test_as_many_sequences_as_fit():
     assert plan_kv_cache(10, 20, 8, (5 * 2 + 1) * 160, 16) == (5, (5 * 2 + 1) * 160)
     assert plan_kv_cache(10, 20, 8, (5 * 2 + 1) * 160 - 1, 16).sequences == 4
     for available in (3 * 160 - 1, 0, -5):
-        with pytest.raises(UserError, match=r"one sequence of 20 tokens takes .* GiB; take a smaller max_completion_l"):
+        with pytest.raises(UserError, match=r"one sequence of 20 tokens needs .* GiB; choose a smaller max_completion_l"):
             plan_kv_cache(10, 20, 8, available, 16)
 
 
@@ -174,9 +174,9 @@ def make_config(**fields):
 def test_a_generation_batch_is_sampled_at_once_within_the_token_budget():
     config = make_config(num_generations=4, generation_batch_size=64, max_tokens_per_generation_batch=200)
     model_config = make_model("Llama").config
-    assert plan(config, model_config, torch.float32, "cpu", 10, 10**9).sequences == 20
-    assert plan(config, model_config, torch.float32, "cpu", 2, 10**9).sequences == 64
-    assert plan(config, model_config, torch.float32, "cpu", 1000, 10**9).sequences == 1
+    assert plan_engine_cache(config, model_config, torch.float32, "cpu", 10, 10**9).sequences == 20
+    assert plan_engine_cache(config, model_config, torch.float32, "cpu", 2, 10**9).sequences == 64
+    assert plan_engine_cache(config, model_config, torch.float32, "cpu", 1000, 10**9).sequences == 1
 
 
 def test_the_longest_sequence():
