@@ -12,8 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -84,14 +83,6 @@ class LiveMemory(TorchDispatchMode):
         self.marked = Counter(self.live)
         self.largest, self.peak = self.total, Counter(self.live)
 
-    @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        self.modules.append(label)
-        try:
-            yield
-        finally:
-            self.modules.pop()
-
     def watch(self, model: nn.Module) -> None:
         """Label what the model's modules allocate."""
         for name, module in model.named_modules():
@@ -149,13 +140,15 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, live):
-        with live.labelled("head"):
-            grad_hidden, grad_weight = torch.empty_like(hidden), None
-            if ctx.needs_input_grad[1]:
-                grad_weight = torch.empty_like(weight, dtype=torch.float32)
-            live.mark()
-            ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-            return hidden.new_empty(())
+        live.modules.append("head")
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight, dtype=torch.float32)
+        live.mark()
+        ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        loss = hidden.new_empty(())
+        live.modules.pop()
+        return loss
 
     @staticmethod
     def backward(ctx, grad):

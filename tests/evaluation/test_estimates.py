@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from grpo_fast.evaluation.estimates import bootstrap_interval, estimate, pass_at_k
-from grpo_fast.evaluation.run import score_estimates
+from grpo_fast.evaluation.estimates import bootstrap_interval, estimate, pass_at_k, score_estimates
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

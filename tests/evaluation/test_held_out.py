@@ -116,7 +116,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
         made.run()
     assert len(samples(folder)) == 32
     assert not (folder / "summary.json").exists()
-    assert f"to go on: grpo-fast eval {folder}/config.yaml --output {folder} --resume --batch_size 8" in (
+    assert f"to continue: grpo-fast eval {folder}/config.yaml --output {folder} --resume --batch_size 8" in (
         capsys.readouterr().out
     )
     # As a kill leaves it: a batch that is not whole, and a line without its end.
@@ -125,7 +125,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     path.write_text("".join(kept[:21]) + kept[21][:9])
     with pytest.raises(UserError, match="already holds an evaluation"):
         EvalRun(config(tmp_path, **fields), options(folder))
-    with pytest.raises(UserError, match=r"--resume: batch_size=4 is not that of .*, 8"):
+    with pytest.raises(UserError, match=r"--resume: batch_size=4 differs from 8, the value in "):
         EvalRun(config(tmp_path, **fields), options(folder, resume=True, batch_size=4))
     made = EvalRun(config(tmp_path, **fields), options(folder, resume=True))
     generate, batches = made.rollout.generate, []
@@ -415,7 +415,7 @@ def test_evaluations_wait_for_the_end_of_a_generation_batch(tmp_path):
 
 
 def test_scores_that_are_no_number_are_never_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_evaluate.SCORES", [math.nan] * 6)
+    monkeypatch.setattr(f"{__name__}.SCORES", [math.nan] * 6)
     scripted(tmp_path).train()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["best_score"], summary["best_checkpoint"]) == (None, None)

@@ -512,6 +512,8 @@ def test_a_server_killed_in_the_middle_of_a_request(servers):
     prompts, sampling = [LONG[:200]] * 64, Sampling(64, 150)
     assert len(rollout.generate(prompts[:1], replace(sampling, num_generations=1))) == 1
     threading.Timer(0.5, server.kill).start()
-    with pytest.raises(UserError, match=r"no longer answers \(.*\); restart it and continue this run with --resume$") as error:
+    with pytest.raises(
+        UserError, match=r"no longer answers \(.*\); restart it and continue this run with --resume$"
+    ) as error:
         rollout.generate(prompts, sampling)
     assert "\n" not in str(error.value)

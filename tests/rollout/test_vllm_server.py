@@ -129,7 +129,9 @@ def test_a_server_that_dies_while_it_samples(start):
         server.http.socket.close()
 
     threading.Thread(target=stop).start()
-    with pytest.raises(UserError, match=r"no longer answers .*; restart it and continue this run with --resume$") as error:
+    with pytest.raises(
+        UserError, match=r"no longer answers .*; restart it and continue this run with --resume$"
+    ) as error:
         rollout.generate(PROMPTS * 10, Sampling(2, 8))
     assert "\n" not in str(error.value)
 

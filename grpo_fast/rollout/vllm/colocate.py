@@ -18,19 +18,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.model.loading import base_config
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
-from grpo_fast.rollout.vllm.common import (
-    RESERVE,
-    TRAINING_BYTES,
-    engine_options,
-    free_memory,
-    model_length,
-    plan_engine_cache,
-    prompt_seeds,
-    quiet_vllm,
-    response,
-    sampling_arguments,
-    save_config,
-)
+from grpo_fast.rollout.vllm import common
 from grpo_fast.rollout.vllm.weights import engine_weights
 
 
@@ -40,11 +28,7 @@ class VLLMColocate(Rollout):
     Sleep uses vLLM's level 2, which discards the weights and the KV cache. (Level 1 keeps a copy of the weights in host
     memory, but every sync replaces them.) On a CPU vLLM frees no memory, so `sleep` does nothing there.
 
-    Args:
-        config: the run.
-        model: a transformers causal LM, on its device.
-        tokenizer: its tokenizer.
-        longest_prompt: length of the longest prompt, in tokens.
+    The arguments are those of `build_rollout`.
 
     Raises:
         UserError: vLLM is not installed, does not support the model, or has too little memory.
@@ -56,7 +40,7 @@ class VLLMColocate(Rollout):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise UserError("vllm_mode='colocate' requires a single process; use vllm_mode='server' with several")
         # Errors are raised, so the log need not repeat them.
-        quiet_vllm("CRITICAL")
+        common.quiet_vllm("CRITICAL")
         # One process, so that weights are passed without copies between processes; sockets on this machine only.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
@@ -70,7 +54,7 @@ class VLLMColocate(Rollout):
         self.has_weights = False
         self.llm = None
         dtype = model.get_input_embeddings().weight.dtype
-        length = model_length(config, longest_prompt)
+        length = common.model_length(config, longest_prompt)
         weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         share, total = config.vllm_gpu_memory_utilization, 0
         if self.device == "cuda":
@@ -79,15 +63,15 @@ class VLLMColocate(Rollout):
             available = int(share * total) - weights
         else:
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-            available = int((1 - RESERVE) * free_memory(self.device)) - weights - TRAINING_BYTES * trained
-        kv = plan_engine_cache(config, model.config, dtype, self.device, length, available)
-        options = engine_options(config, dtype, self.device, length, kv)
+            available = common.usable_memory(self.device) - weights - common.TRAINING_BYTES * trained
+        kv = common.plan_engine_cache(config, model.config, dtype, self.device, length, available)
+        options = common.engine_options(config, dtype, self.device, length, kv)
         options |= {"kv_cache_memory_bytes": kv.bytes, "enable_sleep_mode": self.sleeps, "seed": config.seed % 2**32}
         if self.device == "cuda":
             # vLLM checks that this share of the GPU is free before it starts.
             options["gpu_memory_utilization"] = min(1.0, (weights + kv.bytes) / total) if share is None else share
         with tempfile.TemporaryDirectory(prefix="grpo-fast-") as folder, undisturbed():
-            save_config(model, Path(folder))
+            common.save_config(model, Path(folder))
             name = base_config(config).model_name_or_path if config.trust_remote_code else folder
             try:
                 self.llm = self.vllm.LLM(name, **options)
@@ -99,7 +83,7 @@ class VLLMColocate(Rollout):
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         try:
-            sampling_arguments(sampling, self.eos_token_ids)
+            common.sampling_arguments(sampling, self.eos_token_ids)
             self._generate([prompt_ids], sampling.one_token())
         except UserError:
             raise
@@ -139,8 +123,8 @@ class VLLMColocate(Rollout):
         self.vllm.distributed.cleanup_dist_env_and_memory()
 
     def _generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
-        arguments = sampling_arguments(sampling, self.eos_token_ids)
-        seeds = prompt_seeds(sampling, len(prompt_ids))
+        arguments = common.sampling_arguments(sampling, self.eos_token_ids)
+        seeds = common.prompt_seeds(sampling, len(prompt_ids))
         parameters = [self.vllm.SamplingParams(**arguments, seed=seed) for seed in seeds]
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         # Compilation for a CPU needs a compiler and takes longer than it saves.
@@ -148,7 +132,7 @@ class VLLMColocate(Rollout):
         with undisturbed(), eager:
             outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
         return [
-            response(
+            common.response(
                 list(completion.token_ids),
                 [each[token].logprob for token, each in zip(completion.token_ids, completion.logprobs, strict=True)],
                 completion.finish_reason,

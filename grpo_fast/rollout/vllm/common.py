@@ -143,11 +143,10 @@ def server_client(config: GRPOConfig) -> JsonClient:
     return client
 
 
-def free_memory(device: str) -> int:
-    """Free bytes of the GPU, or of the machine's memory."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
+def usable_memory(device: str) -> int:
+    """Free bytes of the GPU or of the machine's memory, less RESERVE."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return int((1 - RESERVE) * free)
 
 
 def save_config(model: nn.Module, folder: Path) -> None:

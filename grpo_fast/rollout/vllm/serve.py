@@ -18,17 +18,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows
 from grpo_fast.errors import UserError, require_extra, say
 from grpo_fast.model.loading import adapter_fields, base_config, load_model, max_positions
-from grpo_fast.rollout.vllm.common import (
-    RESERVE,
-    engine_options,
-    free_memory,
-    model_length,
-    plan_engine_cache,
-    quiet_vllm,
-    save_config,
-    server_address,
-    server_client,
-)
+from grpo_fast.rollout.vllm import common
 from grpo_fast.rollout.vllm.guard import KEY_VARIABLE, MIDDLEWARE
 
 # vLLM's options that decide who can reach the server, and what sets them here.
@@ -54,14 +44,13 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     prompts = []
     for rows, kind in ((train, "training"), (held_out, "held-out")):
         prompts += encode_rows(rows, tokenizer, config, max_positions(model.config), kind, print)[1]
-    length = model_length(config, max(map(len, prompts)))
+    length = common.model_length(config, max(map(len, prompts)))
     dtype = model.get_input_embeddings().weight.dtype
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    kv = plan_engine_cache(
-        config, model.config, dtype, device, length, int((1 - RESERVE) * free_memory(device)) - weights
-    )
-    save_config(model, folder)
-    options = engine_options(config, dtype, device, length, kv)
+    available = common.usable_memory(device) - weights
+    kv = common.plan_engine_cache(config, model.config, dtype, device, length, available)
+    common.save_config(model, folder)
+    options = common.engine_options(config, dtype, device, length, kv)
     if device == "cpu":
         options["kv_cache_memory_bytes"] = kv.bytes
     elif config.vllm_gpu_memory_utilization is not None:
@@ -82,7 +71,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
 
 def server_environment(config: GRPOConfig) -> dict[str, str]:
     """Environment variables of the server; vLLM's "development mode" allows weight updates over HTTP."""
-    quiet_vllm("WARNING")
+    common.quiet_vllm("WARNING")
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     if config.use_cpu or not torch.cuda.is_available():
         environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -109,7 +98,7 @@ def listening_at(config: GRPOConfig) -> tuple[str, int]:
     Raises:
         UserError: the address is invalid, or others can reach it and no key is set.
     """
-    parts = urlsplit(server_client(config).base_url)
+    parts = urlsplit(common.server_client(config).base_url)
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
@@ -125,12 +114,13 @@ def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise UserError(f"cannot start a server at {server_address(config)}: {error.strerror or error}") from None
+        address = common.server_address(config)
+        raise UserError(f"cannot start a server at {address}: {error.strerror or error}") from None
     folder = Path(tempfile.mkdtemp(prefix="grpo-fast-serve-"))
     try:
         command = server_command(config, folder, more)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    say(f"starting vLLM at {server_address(config)}")
+    say(f"starting vLLM at {common.server_address(config)}")
     os.execve(command[0], command, server_environment(config))

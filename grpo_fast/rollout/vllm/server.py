@@ -37,11 +37,7 @@ class VLLMServer(Rollout):
     Each prompt is one request with its own seed, repeated if the connection is lost. Every answer names the version of
     the weights that it was sampled from, so a server that was restarted or serves another run is detected.
 
-    Args:
-        config: the run.
-        model: a transformers causal LM.
-        tokenizer: its tokenizer.
-        longest_prompt: length of the longest prompt, in tokens.
+    The arguments are those of `build_rollout`.
 
     Raises:
         UserError: no server answers in time, or its options do not suit this run.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -39,14 +40,9 @@ def engine_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if not conversions:
         yield from _tensors(model)
         return
-    # A checkpoint may split or join what the model holds, such as the matrices of a layer's experts.
-    layer: dict[str, Tensor] = {}
-    for name, tensor in _tensors(model):
-        if layer and _layer(name) != _layer(next(iter(layer))):
-            yield from revert_weight_conversion(model, layer).items()
-            layer = {}
-        layer[name] = tensor
-    yield from revert_weight_conversion(model, layer).items()
+    # A checkpoint may split or join tensors of the model, such as the matrices of a layer's experts.
+    for _, layer in groupby(_tensors(model), lambda pair: _layer(pair[0])):
+        yield from revert_weight_conversion(model, dict(layer)).items()
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:
