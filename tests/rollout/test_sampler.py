@@ -137,6 +137,52 @@ def test_sync_tolerance_in_mixed_precision(tmp_path, use):
     assert read_metrics(tmp_path / "bf16" / "metrics.jsonl")[0]["sampling/sampling_logp_difference/max"] > 1e-3
 
 
+FILTERS = [{"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.2}]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "".join(filters))
+def test_check_support_refuses_filters_that_change_the_correction(tmp_path, use, filters):
+    """Before any work, and naming the two ways out; sampling for an evaluation is not affected."""
+    use(CopyEngine)
+    ((name, value),) = filters.items()
+    message = f"^{name}={value} is not allowed in training with use_vllm.*or set vllm_importance_sampling_correction=f"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **filters, **FIELDS, reward_funcs=["no_such_reward"])
+    assert not (tmp_path / "config.yaml").exists()
+    GRPOConfig(**{**SMALL, **filters, "use_vllm": True})
+
+
+@pytest.mark.parametrize("fields", [{"use_vllm": False}, {"vllm_importance_sampling_correction": False}], ids=str)
+def test_check_support_allows_filters_without_the_correction(tmp_path, use, fields):
+    """The loss takes its old log-probabilities from the trainer, over the whole vocabulary."""
+    use(
+        CopyEngine
+        if fields.get("use_vllm", True)
+        else lambda model, tokenizer: TransformersRollout(model, tokenizer, 9)
+    )
+    made = trainer(tmp_path, **{**FIELDS, **fields, "top_p": 0.9, "top_k": 4, "min_p": 0.05, "max_steps": 2})
+    batch, _ = made.collect()
+    assert batch.sampling_logprobs is None
+    made.train()
+    (first, *_) = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["grad_norm"] > 0
+    assert not any(name.startswith("sampling/") for name in first)
+
+
+def test_filtered_logprobs_cover_only_the_kept_tokens(tmp_path, use, monkeypatch):
+    """Why the filters are refused: each token's ratio is the kept probability, so that of a sequence vanishes."""
+    monkeypatch.setattr("grpo_fast.trainer.check_support", lambda config: None)
+    use(CopyEngine)
+    made = trainer(tmp_path, top_k=4, **FIELDS)
+    batch, _ = made.collect()
+    active = torch.zeros(len(batch.samples), dtype=torch.bool)
+    active[batch.active] = True
+    logprobs = made.learner.score(made.learner.policy, batch)[active.repeat_interleave(batch.offsets.diff())]
+    sampled = batch.sampling_logprobs[active.repeat_interleave(batch.offsets.diff())]
+    assert len(sampled) > 0
+    assert (logprobs - sampled).exp().max() < 0.95
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "cispo", "vespo"])
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "geometric_mask"])
 def test_correction_uses_the_logprobs_of_the_trainer(tmp_path, use, monkeypatch, mode, loss_type):
