@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -240,11 +241,9 @@ class EvalRun:
         if not path.exists():
             return []
         texts, lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
-        for text in texts:
-            try:
+        with suppress(ValueError):
+            for text in texts:
                 lines.append(parse_json(text))
-            except ValueError:
-                break
         count = self.sampling.num_generations
         if len(lines) < len(self.prompts) * count:
             whole = self.options.batch_size * count
@@ -357,8 +356,6 @@ def check_settings(folder: Path, now: dict[str, Any]) -> None:
     path = folder / SETTINGS
     try:
         saved = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--resume: {folder} holds no evaluation") from None
     except ValueError:
         raise UserError(f"--resume: {path} is damaged; start the evaluation again in another folder") from None
     for name, value in json.loads(json.dumps(now)).items():

@@ -27,7 +27,7 @@ from grpo_fast.memory.trace import Setup, Traced, Tracer, weights_dtype
 from grpo_fast.model.attention import Group
 from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
 from grpo_fast.rollout.transformers import not_continuous
-from grpo_fast.rollout.vllm.common import plan_engine_cache, sequences_at_once
+from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache, sequences_at_once
 from grpo_kernels.budget import (
     CPU_BUFFER_BYTES,
     FROZEN_GPU_BUFFER_BYTES,
@@ -195,11 +195,6 @@ class _Planner:
         self.config, self.tracer, self.prompt_tokens = config, tracer, prompt_tokens
         self.text = tracer.model_config.get_text_config()
         self.dtype = weights_dtype(tracer.model_config, config)
-        self.query_heads = self.text.num_attention_heads
-        self.key_heads = getattr(self.text, "num_key_value_heads", None) or self.query_heads
-        head_dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // self.query_heads
-        # One key and one value of one head.
-        self.kv_bytes = 2 * head_dim * self.dtype.itemsize
         key = tuple(getattr(config, name) for name in COUNTED), tuple(config.lora_target_modules or ())
         if key not in tracer.counted:
             model = tracer.model(config)
@@ -207,12 +202,12 @@ class _Planner:
         self.weights, self.continuous = tracer.counted[key]
 
     def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
+        """The plan for completions of `answer` tokens; interpolated traces are faster, and an upper bound."""
         config, weights = self.config, self.weights
         tokens = max(config.max_tokens_per_microbatch, self.prompt_tokens + answer)
         setup, trace = self.setup(tokens, answer), self.between if interpolated else self.tracer.trace
         traced = trace(setup)
-        layer_4bit = weights.largest_4bit
-        fixed = {"weights": weights.bytes, "unpacked 4-bit layer": layer_4bit, "adapters": weights.adapters}
+        fixed = {"weights": weights.bytes, "adapters": weights.adapters, "unpacked 4-bit layer": weights.largest_4bit}
         host = {}
         offloads = config.optim_offload or config.optim == "paged_adamw_8bit"
         (host if offloads else fixed)["optimizer state"] = weights.optimizer
@@ -244,7 +239,7 @@ class _Planner:
         )
 
     def setup(self, tokens: int, answer: int) -> Setup:
-        """The trace of a microbatch of whole completions, which share their prompt when rows are packed."""
+        """The microbatch to trace: whole completions, which share their prompt when rows are packed."""
         config, prompt = self.config, self.prompt_tokens
         shares = config.share_prompts != "never" and config.padding_free != "never"
         together = min(max((tokens - prompt) // answer, 1), config.num_generations) if shares else 1
@@ -345,7 +340,7 @@ class _Planner:
         While a layer computes, its cache exists twice, because growing copies it. Masked attention adds a copy with as
         many key and value heads as query heads.
         """
-        config, vocab, heads = self.config, self.text.vocab_size, self.key_heads
+        config, vocab, (queries, keys, kv_bytes) = self.config, self.text.vocab_size, self.heads()
         wide = max(rows * max(self.cached(width)) for rows, width in states)
         logits = sequences * vocab
         if self.continuous:
@@ -353,10 +348,10 @@ class _Planner:
         else:
             filters = config.top_p < 1 or config.top_k > 0 or config.min_p
             sampled = logits * (4 * LOGIT_COPIES + (SORTED_BYTES if filters else 0))
-        repeated = self.query_heads if self.query_heads > heads else 0
+        repeated = queries if queries > keys else 0
         return {
-            "KV cache": self.kv_bytes * heads * max(rows * sum(self.cached(width)) for rows, width in states),
-            "KV cache of a layer, copied": self.kv_bytes * wide * (heads / 2 + repeated),
+            "KV cache": kv_bytes * keys * max(rows * sum(self.cached(width)) for rows, width in states),
+            "KV cache of a layer, copied": kv_bytes * wide * (keys / 2 + repeated),
             "logits of a token": logits * self.dtype.itemsize + sampled,
         }
 
@@ -370,8 +365,15 @@ class _Planner:
         alone = longest if longest > room else self.prompt_tokens
         tokens = max(min(PREFILL_TOKENS, config.prompts_per_step * self.prompt_tokens), alone)
         forward = Setup(setup.config, setup.layers, min(tokens, PREFILL_TOKENS), 1, training=False)
-        cache = self.kv_bytes * self.key_heads * tokens * self.text.num_hidden_layers
+        _, keys, kv_bytes = self.heads()
+        cache = kv_bytes * keys * tokens * self.text.num_hidden_layers
         return cache + sum(self.tracer.trace(forward).peak.values())
+
+    def heads(self) -> tuple[int, int, int]:
+        """The numbers of query heads and of key heads, and the bytes of one key and one value of a head."""
+        queries = self.text.num_attention_heads
+        dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // queries
+        return queries, getattr(self.text, "num_key_value_heads", None) or queries, 2 * dim * self.dtype.itemsize
 
     def cached(self, width: int) -> list[int]:
         """Columns that each layer's cache keeps of `width`."""

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.rows import cache_argument
-from grpo_fast.rollout.vllm.common import engine_options, model_length, plan_engine_cache
-from grpo_fast.rollout.vllm.kv_plan import kv_bytes_per_token, plan_kv_cache
+from grpo_fast.rollout.vllm.common import engine_options, model_length
+from grpo_fast.rollout.vllm.kv_plan import kv_bytes_per_token, plan_engine_cache, plan_kv_cache
 from grpo_fast.rollout.vllm.serve import server_command
 from grpo_fast.rollout.vllm.weights import engine_weights
 

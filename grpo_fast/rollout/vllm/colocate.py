@@ -19,6 +19,7 @@ from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.model.loading import base_config
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.vllm import common
+from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache
 from grpo_fast.rollout.vllm.weights import engine_weights
 
 
@@ -64,7 +65,7 @@ class VLLMColocate(Rollout):
         else:
             trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             available = common.usable_memory(self.device) - weights - common.TRAINING_BYTES * trained
-        kv = common.plan_engine_cache(config, model.config, dtype, self.device, length, available)
+        kv = plan_engine_cache(config, model.config, dtype, self.device, length, available)
         options = common.engine_options(config, dtype, self.device, length, kv)
         options |= {"kv_cache_memory_bytes": kv.bytes, "enable_sleep_mode": self.sleeps, "seed": config.seed % 2**32}
         if self.device == "cuda":

@@ -20,13 +20,11 @@ from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Response, Sampling
 from grpo_fast.rollout.vllm.guard import server_key
 from grpo_fast.rollout.vllm.json_client import JsonClient
-from grpo_fast.rollout.vllm.kv_plan import KVPlan, kv_bytes_per_token, plan_kv_cache
+from grpo_fast.rollout.vllm.kv_plan import KVPlan
 from grpo_fast.rollout.vllm.worker import WORKER_EXTENSION
 
 # The generation_kwargs that vLLM supports, and its names for them.
 FILTERS = {"repetition_penalty": "repetition_penalty", "min_new_tokens": "min_tokens"}
-# Tokens that vLLM allocates together (a block or several).
-BLOCK = {"cpu": 128, "cuda": 16}
 # Bytes that training keeps for each trained parameter while vLLM samples: the gradient and Adam's two moments.
 TRAINING_BYTES = 12
 # Share of the free memory that is left for activations while sampling and for fragmentation.
@@ -111,19 +109,6 @@ def model_length(config: GRPOConfig, longest_prompt: int) -> int:
             f"({longest_prompt} tokens) and max_completion_length={config.max_completion_length}"
         )
     return length
-
-
-def sequences_at_once(config: GRPOConfig, length: int) -> int:
-    """Completions of `length` tokens to sample at once: a generation batch, or what the token budget allows of it."""
-    return max(1, min(config.generation_batch_size, config.max_tokens_per_generation_batch // length))
-
-
-def plan_engine_cache(
-    config: GRPOConfig, model_config: Any, dtype: torch.dtype, device: str, length: int, available: int
-) -> KVPlan:
-    """The KV cache of `sequences_at_once`, or of as many of them as fit `available` bytes; the others wait."""
-    token = kv_bytes_per_token(model_config, dtype)
-    return plan_kv_cache(token, length, sequences_at_once(config, length), available, BLOCK[device])
 
 
 def server_address(config: GRPOConfig) -> str:

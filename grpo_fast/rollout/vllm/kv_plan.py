@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
+
+# Tokens that vLLM allocates together (a block or several).
+BLOCK = {"cpu": 128, "cuda": 16}
 
 
 class KVPlan(NamedTuple):
@@ -57,3 +61,16 @@ def plan_kv_cache(bytes_per_token: int, tokens_each: int, sequences: int, availa
             f"tokens needs {(each + block_bytes) / 2**30:.2f} GiB; choose a smaller max_completion_length"
         )
     return KVPlan(fitting, fitting * each + block_bytes)
+
+
+def sequences_at_once(config: GRPOConfig, length: int) -> int:
+    """Completions of `length` tokens to sample at once: a generation batch, or what the token budget allows of it."""
+    return max(1, min(config.generation_batch_size, config.max_tokens_per_generation_batch // length))
+
+
+def plan_engine_cache(
+    config: GRPOConfig, model_config: Any, dtype: torch.dtype, device: str, length: int, available: int
+) -> KVPlan:
+    """The KV cache of `sequences_at_once`, or of as many of them as fit `available` bytes; the others wait."""
+    token = kv_bytes_per_token(model_config, dtype)
+    return plan_kv_cache(token, length, sequences_at_once(config, length), available, BLOCK[device])

@@ -20,6 +20,7 @@ from grpo_fast.errors import UserError, require_extra, say
 from grpo_fast.model.loading import adapter_fields, base_config, load_model, max_positions
 from grpo_fast.rollout.vllm import common
 from grpo_fast.rollout.vllm.guard import KEY_VARIABLE, MIDDLEWARE
+from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache
 
 # vLLM's options that decide who can reach the server, and what sets them here.
 SET_ELSEWHERE = {"host": "vllm_server_host", "api-key": f"{KEY_VARIABLE} in the environment"}
@@ -48,7 +49,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     dtype = model.get_input_embeddings().weight.dtype
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     available = common.usable_memory(device) - weights
-    kv = common.plan_engine_cache(config, model.config, dtype, device, length, available)
+    kv = plan_engine_cache(config, model.config, dtype, device, length, available)
     common.save_config(model, folder)
     options = common.engine_options(config, dtype, device, length, kv)
     if device == "cpu":

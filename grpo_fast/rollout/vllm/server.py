@@ -106,9 +106,9 @@ class VLLMServer(Rollout):
             self.client.request("POST", "/collective_rpc", _call("load_folder", folder), timeout=LOAD_TIMEOUT)
         except ServerError as error:
             if "no weights in" in str(error):
-                raise UserError(
-                    f"the vLLM server at {self.client.base_url} cannot read {folder}: it must share this machine's "
-                    "temporary folder; set TMPDIR to a folder that both can read"
+                raise self._error(
+                    f"cannot read {folder}: it must share this machine's temporary folder; set TMPDIR to a folder that "
+                    "both can read"
                 ) from None
             raise self._gone(error) from None
         self._repack_head()
@@ -126,7 +126,7 @@ class VLLMServer(Rollout):
                 return
             # A request that has just ended may still hold blocks.
             time.sleep(0.2)
-        raise UserError(f"the vLLM server at {self.client.base_url} keeps its prefix cache; is another run using it?")
+        raise self._error("keeps its prefix cache; is another run using it?")
 
     def _post(self, path: str, body: Any) -> Any:
         try:
@@ -151,16 +151,14 @@ class VLLMServer(Rollout):
         except UserError:
             raise
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"the vLLM server at {self.client.base_url} did not answer with completions "
-                f"({type(error).__name__}: {one_line(error, 80)})"
-            ) from None
+            reason = f"{type(error).__name__}: {one_line(error, 80)}"
+            raise self._error(f"did not answer with completions ({reason})") from None
 
     def _check_version(self, found: set[str]) -> None:
         if self.version is not None and found != {self.version}:
-            raise UserError(
-                f"the vLLM server at {self.client.base_url} sampled from other weights than this run's: it was "
-                "restarted, or another run uses it; continue this run with --resume"
+            raise self._error(
+                "sampled from other weights than this run's: it was restarted, or another run uses it; continue this "
+                "run with --resume"
             )
 
     def _wait(self, timeout: float) -> None:
@@ -201,27 +199,20 @@ class VLLMServer(Rollout):
         wanted = {"--worker-extension-cls": WORKER_EXTENSION, "--logprobs-mode": "processed_logprobs"}
         for option, value in wanted.items():
             if found[option] != value:
-                raise UserError(
-                    f"the vLLM server at {self.client.base_url} was started with {option} {_text(found[option])}, "
-                    f"but needs {value}; {START}"
-                )
+                raise self._error(f"was started with {option} {_text(found[option])}, but needs {value}; {START}")
         if longest < length:
-            raise UserError(
-                f"the vLLM server at {self.client.base_url} accepts {longest} tokens, but the longest prompt and "
-                f"completion have {length}; {START}"
-            )
+            raise self._error(f"accepts {longest} tokens, but the longest prompt and completion have {length}; {START}")
 
     def _gone(self, error: Exception) -> UserError:
         if isinstance(error, KeyRefused):
             sent = f"the key in {KEY_VARIABLE}" if self.client.key else f"requests without {KEY_VARIABLE}"
-            return UserError(
-                f"the vLLM server at {self.client.base_url} refuses {sent}: set {KEY_VARIABLE} to the value with "
-                "which the server was started"
-            )
-        return UserError(
-            f"the vLLM server at {self.client.base_url} no longer answers ({one_line(error, 160)}); "
-            "restart it and continue this run with --resume"
+            return self._error(f"refuses {sent}: set {KEY_VARIABLE} to the value with which the server was started")
+        return self._error(
+            f"no longer answers ({one_line(error, 160)}); restart it and continue this run with --resume"
         )
+
+    def _error(self, text: str) -> UserError:
+        return UserError(f"the vLLM server at {self.client.base_url} {text}")
 
 
 def _call(method: str, *arguments: str) -> dict[str, Any]:
