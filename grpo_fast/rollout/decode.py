@@ -100,7 +100,8 @@ class Decoder:
 
     def remaining(self, sequences: list[Sequence]) -> int:
         """The number of further columns that `sequences` may need together."""
-        return max(s.cached + self.max_new_tokens - len(s.tokens) for s in sequences) - max(s.cached for s in sequences)
+        longest = max(len(each.prompt) for each in sequences) - 1 + self.max_new_tokens
+        return longest - max(each.cached for each in sequences)
 
     def joining(self) -> int:
         """The number of waiting sequences for which there is room, with half of their width left to grow."""
