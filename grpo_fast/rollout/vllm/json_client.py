@@ -93,24 +93,21 @@ class JsonClient:
                 raise ServerError(reason)
             time.sleep(pause)
 
-    def post_all(
-        self, path: str, bodies: Sequence[Any], patience: float, max_bytes: Sequence[int] | None = None
-    ) -> list[Any]:
+    def post_all(self, path: str, bodies: Sequence[Any], patience: float, max_bytes: Sequence[int]) -> list[Any]:
         """Post all `bodies` and return their answers, as long as the server answers ``GET /health``.
 
         Args:
             patience: seconds in which at least one pending answer must arrive.
-            max_bytes: the longest allowed answer to each body (default: ANSWER_BYTES).
+            max_bytes: the longest allowed answer to each body.
 
         Raises:
             ServerError: as `request`; all other requests are then ended as well.
         """
         self._hung_up = False
-        limits = max_bytes or [ANSWER_BYTES] * len(bodies)
         with ThreadPoolExecutor(min(len(bodies), PARALLEL)) as pool:
             futures = [
                 pool.submit(self.request, "POST", path, body, None, None, limit)
-                for body, limit in zip(bodies, limits, strict=True)
+                for body, limit in zip(bodies, max_bytes, strict=True)
             ]
             try:
                 pending, last = set(futures), time.monotonic()
