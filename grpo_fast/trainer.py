@@ -43,7 +43,7 @@ from grpo_fast.report.progress import Progress, resume_command
 from grpo_fast.report.terminal import lasting_output
 from grpo_fast.report.trackers import Trackers, tracker_arguments
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rollout import Sampling, build_rollout, check_engine
+from grpo_fast.rollout import Sampling, build_rollout, check_engine, check_support
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
@@ -94,6 +94,7 @@ class GRPOTrainer:
         """Load and check everything, and go to the checkpoint that was `found`."""
         config = self.config
         self.objective = config.objective()
+        check_support(config)
         self.rewards = RewardModel(
             config.reward_funcs,
             config.reward_weights,

@@ -1,25 +1,25 @@
-"""What a sample of completions says about a score: pass@k, standard errors and intervals.
+"""Estimates of a score from sampled completions: pass@k, standard errors and confidence intervals.
 
-Every figure is a mean over prompts. Completions of one prompt are alike, so prompts, not completions, are what the
-errors and intervals count as independent.
+Every estimate is a mean over prompts. Completions of the same prompt are correlated, so standard errors and intervals
+treat prompts, not completions, as independent.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 LEVEL = 0.95
 RESAMPLES = 4000
-# Numbers that are drawn at once.
+# Indices that are drawn at once.
 _CHUNK = 1 << 22
 
 
 class Estimate(NamedTuple):
-    """A mean over prompts with its 95% interval and its standard error; NaN where the sample does not tell."""
+    """A mean over prompts, its 95% interval and its standard error; NaN where they cannot be estimated."""
 
     value: float
     low: float
@@ -28,13 +28,13 @@ class Estimate(NamedTuple):
 
 
 def pass_at_k(correct: Tensor, samples: Tensor, k: int) -> Tensor:
-    """Chance that at least one of `k` completions is right, without bias, for every prompt.
+    """Unbiased estimate, for each prompt, of the probability that at least one of `k` completions is correct.
 
-    ``1 - C(n - c, k) / C(n, k)`` of the Codex paper (arXiv 2107.03374, section 2.1), as a product of `k` factors.
+    ``1 - C(n - c, k) / C(n, k)`` (Codex paper, arXiv 2107.03374, section 2.1), computed as a product of `k` factors.
 
     Args:
-        correct: right completions ``c`` of each prompt, ``[P]``.
-        samples: completions ``n`` of each prompt, ``[P]``.
+        correct: number ``c`` of correct completions of each prompt, ``[P]``.
+        samples: number ``n`` of completions of each prompt, ``[P]``.
         k: at least 1.
 
     Returns:
@@ -47,9 +47,10 @@ def pass_at_k(correct: Tensor, samples: Tensor, k: int) -> Tensor:
 
 
 def estimate(values: Tensor, seed: int = 0, shares: bool = True) -> Estimate:
-    """Mean of one value a prompt, ``[P]``; prompts with NaN are left out. `shares` as in `bootstrap_interval`.
+    """The mean of ``[P]`` values, one for each prompt, without NaN. `shares` as in `bootstrap_interval`.
 
-    With as many completions for every prompt, the standard error is the clustered one (arXiv 2411.00640, section 2.2).
+    If all prompts have equally many completions, the standard error is the clustered one (arXiv 2411.00640, section
+    2.2).
     """
     known = values[~values.isnan()].double()
     if not len(known):
@@ -59,10 +60,10 @@ def estimate(values: Tensor, seed: int = 0, shares: bool = True) -> Estimate:
 
 
 def bootstrap_interval(values: Tensor, seed: int = 0, shares: bool = True, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of `values` ``[P]`` (P >= 1, no NaN), by `seed`.
+    """Percentile bootstrap interval of the mean of `values` ``[P]`` (P >= 1, no NaN), with random seed `seed`.
 
-    Resampling shows no spread where all values are equal. Of `shares` that are all 0 or all 1 the interval is then the
-    exact binomial one (Clopper and Pearson); of others it is NaN.
+    If all values are equal, resampling has no spread. For `shares` that are all 0 or all 1, the interval is then the
+    exact binomial one (Clopper and Pearson); otherwise it is NaN.
     """
     count, first = len(values), values[0].item()
     tail = (1 - level) / 2
@@ -79,3 +80,23 @@ def bootstrap_interval(values: Tensor, seed: int = 0, shares: bool = True, level
         means.append(values[drawn].mean(1))
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
     return low, high
+
+
+def score_estimates(values: Tensor, ks: list[int], threshold: float, seed: int) -> dict[str, Estimate]:
+    """``mean@n`` and ``pass@k`` of one reward function's values ``[P, n]``, which are NaN where it abstained.
+
+    A completion is correct if its value is at least `threshold`. Prompts without values, or with fewer than k, are
+    left out.
+    """
+    found = {f"mean@{values.shape[1]}": estimate(values.nanmean(1), seed)}
+    correct, samples = (values >= threshold).sum(1), (~values.isnan()).sum(1)
+    return found | {f"pass@{k}": estimate(pass_at_k(correct, samples, k), seed) for k in ks}
+
+
+def scores(lines: list[dict[str, Any]], num_prompts: int) -> dict[str, Tensor]:
+    """The values ``[P, n]`` of every reward function in the lines of ``samples.jsonl``; NaN where it abstained."""
+    values = {name: [line["rewards"][name] for line in lines] for name in lines[0]["rewards"]}
+    return {
+        name: torch.tensor([math.nan if v is None else v for v in each], dtype=torch.float64).reshape(num_prompts, -1)
+        for name, each in values.items()
+    }

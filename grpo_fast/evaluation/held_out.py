@@ -1,4 +1,4 @@
-"""Completions of prompts with their rewards, and the figures of a policy on held-out prompts."""
+"""The metrics of a policy on held-out prompts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def evaluate(
     sampling: Sampling,
     seed: int,
 ) -> dict[str, float]:
-    """Means over completions of `rows`, sampled by a seed of their own: of every reward function, and lengths.
+    """Means over sampled completions of `rows`: of every reward function, of the lengths, and the clipped ratio.
 
-    The names are those of training's metrics after ``eval/``, as in ``eval/rewards/exact_answer/mean``.
+    Sampling uses its own random generators, seeded with `seed`. The names are those of training metrics with the prefix
+    ``eval/``, as in ``eval/rewards/exact_answer/mean``.
     """
     with own_generators(seed):
         responses, _, scored = sample_and_score(rollout, rewards, tokenizer, rows, prompt_ids, sampling)

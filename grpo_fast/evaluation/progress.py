@@ -1,4 +1,4 @@
-"""What a person sees of ``grpo-fast eval``: a live line on a terminal, plain lines anywhere else, and a table."""
+"""Console progress of ``grpo-fast eval``: a live line on a terminal, plain lines elsewhere, and a final table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_fast.report.console import Terminal
 
 
 class EvalProgress:
-    """Live figures of an evaluation; use as a context manager around it."""
+    """Progress of an evaluation; use it as a context manager around the evaluation."""
 
     def __init__(self, title: str, num_prompts: int, metric: str, folder: Path):
         self.title, self.num_prompts, self.metric, self.folder = title, num_prompts, metric, folder
@@ -41,17 +41,15 @@ class EvalProgress:
         self.console.print(f"warning: {text}", soft_wrap=True, style="yellow")
 
     def update(self, lines: list[dict[str, Any]]) -> None:
-        """Show what the lines of ``samples.jsonl`` hold so far."""
+        """Show the progress and the mean score of the lines of ``samples.jsonl`` so far."""
         done = lines[-1]["index"] + 1 if lines else 0
         figures = f"{done}/{self.num_prompts} prompts"
-        # What a resumed evaluation found says nothing of its speed.
+        # Prompts from before a resume do not count towards the speed.
         self.first = done if self.first is None else self.first
         if done > self.first:
             left = (time.perf_counter() - self.start) / (done - self.first) * (self.num_prompts - done)
             figures += f"  left {clock(left)}"
-        values = [line["rewards"][self.metric] for line in lines]
-        values = [value for value in values if value is not None]
-        if values:
+        if values := [value for line in lines if (value := line["rewards"][self.metric]) is not None]:
             score = sum(values) / len(values)
             figures += f"  {self.metric} {show(score, is_share(score))}"
         self.bar.update(self.task, completed=done, figures=figures)
@@ -60,7 +58,7 @@ class EvalProgress:
 
     def stopped(self, command: str) -> None:
         self.bar.stop()
-        self.console.print(f"stopped; what was sampled is in {self.folder}; to go on: {command}", soft_wrap=True)
+        self.console.print(f"stopped; the samples so far are in {self.folder}; to continue: {command}", soft_wrap=True)
 
     def finished(self, summary: dict[str, Any]) -> None:
         table = Table(title=f"on {self.num_prompts} held-out prompts", title_justify="left")
@@ -78,7 +76,9 @@ class EvalProgress:
                 table.add_row(metric if row == 0 else "", label, value, interval, error)
         self.console.print(table)
         if summary["compared_with"]:
-            self.console.print(f"difference: to the means in {summary['compared_with']}, by prompts", soft_wrap=True)
+            self.console.print(
+                f"difference: to the means in {summary['compared_with']}, paired by prompt", soft_wrap=True
+            )
         self.console.print(
             f"mean length {summary['mean_length']:.1f} tokens, {summary['clipped_ratio']:.1%} cut off", soft_wrap=True
         )

@@ -1,15 +1,14 @@
-"""``grpo-fast eval``: a model's completions of the held-out prompts, written as they come, and what they say."""
+"""``grpo-fast eval``: sample completions of the held-out prompts, write them as they are made, and estimate scores."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.data import Row, encode_prompts, encode_rows, load_rows
 from grpo_fast.distributed.rng import own_generators
 from grpo_fast.errors import UserError, one_line, say
-from grpo_fast.evaluation.estimates import Estimate, estimate, pass_at_k
+from grpo_fast.evaluation.estimates import estimate, score_estimates, scores
 from grpo_fast.evaluation.progress import EvalProgress
 from grpo_fast.files import LinesFile, json_ready, parse_json, replace_text
 from grpo_fast.model.loading import check_vocabulary, load_trained, max_positions
@@ -38,7 +37,7 @@ from grpo_fast.train.groups import sample_and_score
 from grpo_fast.train.run_folder import claim, claim_new, release
 from grpo_fast.train.trust import remember_own
 
-# What decides which prompts a run holds out, besides the data.
+# The fields that decide, with the data, which prompts a run holds out.
 _DATA_FIELDS = ("dataset_name", "dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split")
 _DATA_FIELDS += ("eval_dataset_name", "prompt_template", "prompt_file", "system_prompt", "apply_chat_template")
 _DATA_FIELDS += ("chat_template_kwargs",)
@@ -48,16 +47,16 @@ SAMPLES, SETTINGS, SUMMARY = "samples.jsonl", "settings.json", "summary.json"
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What an evaluation has beside the run's configuration.
+    """The options of an evaluation, in addition to the run's configuration.
 
     Args:
-        greedy: one completion a prompt, of the likeliest tokens, instead of `num_generations_eval` sampled ones.
-        k: pass@k is estimated for each of these; at most the number of completions. Empty for 1 and that number.
-        threshold: a completion counts as right from this reward on.
-        batch_size: prompts that are sampled and written at once.
+        greedy: one completion for each prompt, of the most likely tokens, instead of `num_generations_eval` samples.
+        k: the values of k for pass@k, at most the number of completions; empty for 1 and that number.
+        threshold: the reward from which a completion counts as correct.
+        batch_size: number of prompts that are sampled and written at once.
         output: the folder to write (default: runs/eval-NAME-TIME).
-        resume: go on with an interrupted evaluation in that folder.
-        compare: the folder of another evaluation of the same prompts; the means' difference is estimated, too.
+        resume: continue an interrupted evaluation in that folder.
+        compare: the folder of another evaluation of the same prompts, to estimate the difference of the means.
     """
 
     greedy: bool = False
@@ -73,7 +72,7 @@ class EvalRun:
     """Evaluates the model of `config` on its held-out prompts.
 
     Raises:
-        UserError: anything about the options, the configuration, the data or the model that would fail later.
+        UserError: the options, the configuration, the data or the model cannot be used.
     """
 
     def __init__(self, config: GRPOConfig, options: EvalOptions):
@@ -87,11 +86,11 @@ class EvalRun:
             raise
 
     def prepare(self) -> None:
-        """Load and check everything."""
+        """Load and check everything that the evaluation needs."""
         config, options = self.config, self.options
         self.sampling = Sampling.from_config(config, config.num_generations_eval)
         if options.greedy:
-            self.sampling = dataclasses.replace(self.sampling, num_generations=1, temperature=0.0)
+            self.sampling = replace(self.sampling, num_generations=1, temperature=0.0)
         count = self.sampling.num_generations
         self.ks = sorted(set(options.k or (1, count)))
         for k in self.ks:
@@ -108,18 +107,16 @@ class EvalRun:
             config.code_isolation,
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
-        _, held_out = load_rows(dataclasses.replace(config, max_eval_samples=None))
+        _, held_out = load_rows(replace(config, max_eval_samples=None))
         self.rows = held_out[: config.max_eval_samples]
         self.rewards.check_rows(self.rows, "held-out data")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         verify_model(Path(config.model_name_or_path))
         model, self.tokenizer = load_trained(config)
-        # Nothing is trained, so no microbatch has to hold a prompt.
-        endless = dataclasses.replace(config, max_tokens_per_microbatch=2**62)
-        self.rows, self.prompts = encode_rows(
-            self.rows, self.tokenizer, endless, max_positions(model.config), "held-out", warn
-        )
+        # Nothing is trained, so prompts need not fit a microbatch.
+        endless, positions = replace(config, max_tokens_per_microbatch=2**62), max_positions(model.config)
+        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, "held-out", warn)
         check_split(config, held_out, self.tokenizer)
         check_vocabulary(model, self.prompts, self.tokenizer)
         if not config.load_in_4bit:
@@ -136,14 +133,14 @@ class EvalRun:
             "reward_funcs": config.reward_funcs,
             "seed": config.seed,
             "batch_size": options.batch_size,
-            **dataclasses.asdict(self.sampling),
+            **asdict(self.sampling),
         }
         if options.resume:
             check_settings(self.folder, self.settings)
         self.others = read_scores(options.compare, self.settings["prompts"]) if options.compare else {}
 
     def probe(self, model: nn.Module) -> None:
-        """Prove that the engine has the weights of `model`; see `rollout.probe`."""
+        """Check that the engine has the weights of `model`; see `rollout.probe`."""
         config, policy = self.config, FusedPolicy(model, self.config.temperature)
         longest = max(map(len, self.prompts)) + config.max_completion_length
         probe = Probe(self.prompts[0], longest, config.temperature, tolerance(config, model.dtype))
@@ -156,7 +153,7 @@ class EvalRun:
         probe.check(self.rollout, score)
 
     def run(self) -> dict[str, Any]:
-        """Sample, score and write what is not yet there, and return the summary."""
+        """Sample, score and write the completions that are missing, and return the summary."""
         try:
             with lasting_output():
                 return self.measure()
@@ -164,7 +161,7 @@ class EvalRun:
             release(self.folder)
 
     def measure(self) -> dict[str, Any]:
-        """The evaluation in its folder, which no other process writes to."""
+        """Run the evaluation in its folder, to which no other process writes."""
         claim(self.folder, "--output")
         if not self.options.resume:
             refuse_other_evaluation(self.folder)
@@ -192,7 +189,7 @@ class EvalRun:
             except KeyboardInterrupt:
                 progress.stopped(self.resume_command())
                 raise
-        summary = {
+        found = {
             **self.settings,
             "threshold": self.options.threshold,
             "compared_with": str(self.options.compare) if self.options.compare else None,
@@ -200,7 +197,7 @@ class EvalRun:
             **self.summarize(lines),
             "seconds": round(time.perf_counter() - start, 2),
         }
-        summary = json_ready(summary)
+        summary = json_ready(found)
         write_json(self.folder / SUMMARY, summary)
         progress.finished(summary)
         return summary
@@ -208,7 +205,7 @@ class EvalRun:
     def sample(self, first: int) -> Iterator[dict[str, Any]]:
         """One line of ``samples.jsonl`` for every completion of the batch that begins with prompt `first`.
 
-        Each batch has generators of its own, so that a resumed evaluation samples what a whole one does.
+        Each batch has its own random generators, so that a resumed evaluation samples the same as an uninterrupted one.
         """
         batch = slice(first, first + self.options.batch_size)
         rows, prompts = self.rows[batch], self.prompts[batch]
@@ -229,30 +226,24 @@ class EvalRun:
             }
 
     def resume_command(self) -> str:
-        """What goes on with this evaluation."""
+        """The command that continues this evaluation."""
+        options = self.options
         words = ["eval", str(self.folder / "config.yaml"), "--output", str(self.folder), "--resume"]
-        words += ["--greedy"] * self.options.greedy
-        for name in ("threshold", "batch_size"):
-            value = getattr(self.options, name)
-            if value != getattr(EvalOptions, name):
+        words += ["--greedy"] * options.greedy + (["--k", ",".join(map(str, options.k))] if options.k else [])
+        for name in ("threshold", "batch_size", "compare"):
+            if (value := getattr(options, name)) != getattr(EvalOptions, name):
                 words += [f"--{name}", str(value)]
-        if self.options.k:
-            words += ["--k", ",".join(map(str, self.options.k))]
-        if self.options.compare:
-            words += ["--compare", str(self.options.compare)]
         return f"{command()} {shlex.join(words)}"
 
     def keep_whole_batches(self) -> list[dict[str, Any]]:
-        """The lines of an interrupted evaluation, but for a batch that was not written to its end."""
+        """The lines of an interrupted evaluation, without the last batch if it is incomplete."""
         path = self.folder / SAMPLES
         if not path.exists():
             return []
         texts, lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
-        for text in texts:
-            try:
+        with suppress(ValueError):
+            for text in texts:
                 lines.append(parse_json(text))
-            except ValueError:
-                break
         count = self.sampling.num_generations
         if len(lines) < len(self.prompts) * count:
             whole = self.options.batch_size * count
@@ -261,12 +252,12 @@ class EvalRun:
         return lines
 
     def summarize(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
-        """Estimates of every reward function, and the completions' lengths."""
+        """The estimates of every reward function, and the lengths of the completions."""
         metrics, seed = {}, self.config.seed
         for name, values in scores(lines, len(self.prompts)).items():
             found = score_estimates(values, self.ks, self.options.threshold, seed)
             if name in self.others:
-                # Prompt by prompt: how hard each one is cancels out.
+                # Paired by prompt, so that the difficulty of each prompt cancels out.
                 found["difference"] = estimate(values.nanmean(1) - self.others[name].nanmean(1), seed, shares=False)
             metrics[name] = {label: one._asdict() for label, one in found.items()}
         return {
@@ -281,9 +272,9 @@ def warn(text: str) -> None:
 
 
 def check_split(config: GRPOConfig, held_out: list[Row], tokenizer: Any) -> None:
-    """Warn where a checkpoint is measured on its own run's data, but on other rows than that run held out.
+    """Warn if a checkpoint is evaluated on its own run's data, but not on the rows that the run held out.
 
-    The data may have changed since, or an earlier release made the split, which followed from the seed.
+    The data may have changed since the run, or an earlier release, whose split depended on the seed, made the split.
     """
     path = Path(config.model_name_or_path) / STATE_FILE
     if not path.is_file() or config.eval_dataset_name is not None:
@@ -295,26 +286,15 @@ def check_split(config: GRPOConfig, held_out: list[Row], tokenizer: Any) -> None
     if theirs != run["held-out data"]:
         warn(
             f"the held-out prompts of {config.dataset_name} are not those of the run that made "
-            f"{config.model_name_or_path}: {theirs}, not {run['held-out data']}; it may have been trained on some"
+            f"{config.model_name_or_path}: {theirs}, not {run['held-out data']}; it may have trained on some of them"
         )
 
 
-def scores(lines: list[dict[str, Any]], num_prompts: int) -> dict[str, Tensor]:
-    """Every reward function's values ``[P, n]`` from the lines of ``samples.jsonl``; NaN where it abstained."""
-    return {
-        name: torch.tensor(
-            [math.nan if line["rewards"][name] is None else line["rewards"][name] for line in lines],
-            dtype=torch.float64,
-        ).reshape(num_prompts, -1)
-        for name in lines[0]["rewards"]
-    }
-
-
 def read_scores(folder: Path, prompts: str) -> dict[str, Tensor]:
-    """The scores of a finished evaluation of `prompts`, which are given by their fingerprint.
+    """The scores of a finished evaluation; `prompts` is the fingerprint of the prompts that it must have.
 
     Raises:
-        UserError: the folder holds none, or one of other prompts.
+        UserError: the folder holds no finished evaluation, or one of other prompts.
     """
     if not (folder / SUMMARY).is_file() or not (folder / SAMPLES).is_file():
         raise UserError(f"--compare={str(folder)!r} holds no finished evaluation")
@@ -333,21 +313,11 @@ def read_scores(folder: Path, prompts: str) -> dict[str, Tensor]:
         raise UserError(f"--compare={str(folder)!r} is damaged: {one_line(error)}") from None
 
 
-def score_estimates(values: Tensor, ks: list[int], threshold: float, seed: int) -> dict[str, Estimate]:
-    """``mean@n`` and ``pass@k`` of one reward function's values ``[P, n]``, NaN where it abstained.
-
-    A completion is right from `threshold` on. Prompts without values, or with fewer than k, are left out.
-    """
-    found = {f"mean@{values.shape[1]}": estimate(values.nanmean(1), seed)}
-    correct, samples = (values >= threshold).sum(1), (~values.isnan()).sum(1)
-    return found | {f"pass@{k}": estimate(pass_at_k(correct, samples, k), seed) for k in ks}
-
-
 def choose_folder(config: GRPOConfig, options: EvalOptions) -> Path:
-    """The folder to write, claimed for this process; it must not hold an evaluation but one to resume.
+    """The folder to write, claimed for this process.
 
     Raises:
-        UserError: another process has it, or it holds something else.
+        UserError: another process uses it, or it holds anything but an evaluation to resume.
     """
     if options.output is None:
         if options.resume:
@@ -361,20 +331,14 @@ def choose_folder(config: GRPOConfig, options: EvalOptions) -> Path:
     if options.resume and not (folder / SETTINGS).exists():
         raise UserError(f"--resume: {folder} holds no evaluation")
     if not options.resume:
-        # Before the claim, which would leave its file there.
+        # Before the claim, which creates a file there; `EvalRun.measure` checks again after it.
         refuse_other_evaluation(folder)
     claim(folder, "--output")
-    try:
-        if not options.resume:
-            refuse_other_evaluation(folder)
-    except BaseException:
-        release(folder)
-        raise
     return folder
 
 
 def refuse_other_evaluation(folder: Path) -> None:
-    """A new evaluation never goes into the folder of another one.
+    """Refuse to write a new evaluation to the folder of another one.
 
     Raises:
         UserError: `folder` holds an evaluation.
@@ -384,18 +348,16 @@ def refuse_other_evaluation(folder: Path) -> None:
 
 
 def check_settings(folder: Path, now: dict[str, Any]) -> None:
-    """What an evaluation that goes on has in common with what was written.
+    """Check that a resumed evaluation has the settings with which it was started.
 
     Raises:
-        UserError: a value differs, or the file of settings cannot be read.
+        UserError: a value differs, or the settings file cannot be read.
     """
     path = folder / SETTINGS
     try:
         saved = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--resume: {folder} holds no evaluation") from None
     except ValueError:
         raise UserError(f"--resume: {path} is damaged; start the evaluation again in another folder") from None
     for name, value in json.loads(json.dumps(now)).items():
         if saved.get(name) != value:
-            raise UserError(f"--resume: {name}={value!r} is not that of {folder}, {saved.get(name)!r}")
+            raise UserError(f"--resume: {name}={value!r} differs from {saved.get(name)!r}, the value in {folder}")

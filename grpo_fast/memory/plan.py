@@ -1,13 +1,14 @@
-"""What a run needs in memory, before it is started: the parts of training and of sampling, in bytes.
+"""The memory that a run needs, planned before it starts: bytes by part, for training and for sampling.
 
     plan = plan_memory(config, model_config)
     plan.training, plan.rollout     the parts at the fullest moment of each
     plan.fits(24 << 30)
 
-Parameters are counted on the model itself, built without storage; activations are those that autograd keeps
-(`memory_trace`); the head, the optimizer and the KV cache follow from their shapes. Sampling uses the policy's own
-weights, or vLLM's copy in this process, so the optimizer's state stays beside it, while gradients and activations are
-gone.
+Four modules share the subject. This one adds up the plan: parameters are counted on the model, built without storage;
+the head, the optimizer and the KV cache follow from their shapes. `trace` measures activations by running the model on
+tensors without data. `switches` finds the settings that save memory. `report` prints all of it (``grpo-fast plan``).
+
+While the run samples, the weights and the optimizer's state stay on the device; gradients and activations are gone.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from grpo_fast.errors import UserError
 from grpo_fast.memory.trace import Setup, Traced, Tracer, weights_dtype
 from grpo_fast.model.attention import Group
 from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
-from grpo_fast.rollout.transformers import continuous
-from grpo_fast.rollout.vllm.common import BLOCK
-from grpo_fast.rollout.vllm.kv_plan import kv_bytes_per_token, plan_kv_cache
+from grpo_fast.rollout.transformers import not_continuous
+from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache, sequences_at_once
 from grpo_kernels.budget import (
     CPU_BUFFER_BYTES,
     FROZEN_GPU_BUFFER_BYTES,
@@ -38,23 +38,23 @@ from grpo_kernels.budget import (
 )
 
 GIB = 1 << 30
-# Left free: the CUDA context with its libraries, and what the allocator cannot use between blocks. Not measured here.
+# Left free (assumed, not measured): the CUDA context with its libraries, and gaps between the allocator's blocks.
 CONTEXT_BYTES = GIB
 FRAGMENTATION = 0.05
-# Elements that share a scale: of 4-bit weights, of those scales where they are quantised too, of 8-bit moments.
+# Elements that share a scale: 4-bit weights, the scales themselves if they are quantised, 8-bit moments.
 BLOCK_4BIT, BLOCK_SCALES, BLOCK_8BIT = 64, 256, 256
 # Below this size a moment is not quantised.
 LEAST_8BIT = 4096
-# Layers whose inputs are on the device while the others' are in host memory: in use, and on their way.
+# With activation offloading, layers whose inputs are on the device: one in use, one being copied.
 LAYERS_IN_FLIGHT = 2
-# Of each logit that a token is being sampled from: float32 logits, filtered ones, log-probabilities, probabilities, and
-# float64 cumulated ones. Filters that sort take no more: values, int64 indices, cumulated probabilities.
+# Bytes for each logit while a token is sampled: float32 logits, filtered logits, log-probabilities and probabilities,
+# and float64 cumulative probabilities. Filters that sort need no more (values, int64 indices, cumulative sums).
 SAMPLED_BYTES = 24
-# The same in transformers' own loop, which samples all rows at once; and with a filter that sorts.
+# transformers' own loop samples all rows at once: float32 copies, and the bytes that a sorting filter adds.
 LOGIT_COPIES, SORTED_BYTES = 3, 16
-# Fields that decide what is counted on a model.
+# Fields that change what `count_weights` counts.
 COUNTED = ("dtype", "use_peft", "lora_r", "load_in_4bit", "use_bnb_nested_quant", "optim", "optim_offload")
-# Lengths at which activations are traced to find the longest answer; in between they are interpolated.
+# Lengths at which activations are traced to find the longest answer; lengths in between are interpolated.
 LENGTHS = [1024 << (2 * step) for step in range(6)]
 
 
@@ -63,13 +63,13 @@ class MemoryPlan:
     """Bytes of a run by part.
 
     Attributes:
-        moments: the parts at every moment that may be the fullest: ``head``, ``backward``, ``reference`` (its
-            scoring, where it is a copy) and ``rollout``.
-        host: what is kept in host memory instead.
-        parameters: number of weights.
-        trained: number of those, or of the adapters', that are trained.
-        tokens: positions of one microbatch.
-        sequences: completions sampled at once, at most.
+        moments: the parts at each moment that can be the fullest: ``head``, ``backward``, ``reference`` (scoring by a
+            reference copy, if there is one) and ``rollout``.
+        host: the parts in host memory.
+        parameters: number of weights, without adapters.
+        trained: number of trained weights, adapters included.
+        tokens: positions in one microbatch.
+        sequences: most completions that are sampled at once.
     """
 
     moments: dict[str, dict[str, int]]
@@ -100,13 +100,13 @@ def total(parts: dict[str, int]) -> int:
 
 
 def usable(vram: int) -> int:
-    """Bytes of a device that a plan may fill."""
+    """Bytes of a `vram`-byte device that a plan may fill."""
     return int((1 - FRAGMENTATION) * vram) - CONTEXT_BYTES
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Counts of a model, and bytes of what belongs to its parameters."""
+    """Numbers of parameters (`parameters`, `trained`), and bytes of what belongs to them."""
 
     parameters: int
     trained: int
@@ -114,41 +114,38 @@ class Weights:
     adapters: int
     gradients: int
     optimizer: int
-    head_bytes: int
     head_trained: bool
     largest_4bit: int
 
 
 def count_weights(model: nn.Module, config: GRPOConfig) -> Weights:
-    """Count the parameters of a model, which may be on the meta device; tied ones count once."""
+    """Count the parameters of a model, which may be on the meta device; tied parameters count once.
+
+    Raises:
+        UserError: the model's output head is not linear.
+    """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear output head, but {type(head).__name__}")
     named = dict(model.named_parameters())
-    adapters = {id(p) for name, p in named.items() if "lora_" in name}
-    quantised = {}
-    if config.load_in_4bit:
-        linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        quantised = {
-            id(m.weight): m.weight for m in linear if m.weight is not head.weight and id(m.weight) not in adapters
-        }
-    own = [p for p in named.values() if id(p) not in adapters]
+    adapters = [p for name, p in named.items() if "lora_" in name]
+    adapter_ids = set(map(id, adapters))
+    own = [p for p in named.values() if id(p) not in adapter_ids]
     trained = [p for p in named.values() if p.requires_grad]
+    quantised: dict[int, torch.Tensor] = {}
+    if config.load_in_4bit:
+        weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        quantised = {id(w): w for w in weights if w is not head.weight and id(w) not in adapter_ids}
     return Weights(
         parameters=sum(p.numel() for p in own),
         trained=sum(p.numel() for p in trained),
-        bytes=sum(_bytes_4bit(p.numel(), config) if id(p) in quantised else _bytes(p) for p in own),
-        adapters=sum(_bytes(p) for p in named.values() if id(p) in adapters),
-        gradients=sum(map(_bytes, trained)),
+        bytes=sum(_bytes_4bit(p.numel(), config) if id(p) in quantised else p.nbytes for p in own),
+        adapters=sum(p.nbytes for p in adapters),
+        gradients=sum(p.nbytes for p in trained),
         optimizer=sum(_optimizer_bytes(p.numel(), config) for p in trained),
-        head_bytes=_bytes(head.weight),
         head_trained=head.weight.requires_grad,
-        largest_4bit=max(map(_bytes, quantised.values()), default=0),
+        largest_4bit=max((w.nbytes for w in quantised.values()), default=0),
     )
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _bytes_4bit(count: int, config: GRPOConfig) -> int:
@@ -158,12 +155,11 @@ def _bytes_4bit(count: int, config: GRPOConfig) -> int:
 
 
 def _optimizer_bytes(count: int, config: GRPOConfig) -> int:
-    """Two moments: float32, or 8 bits with a float32 scale a block. In host memory the float32 weights join them."""
+    """Two moments: float32, or 8 bits with one float32 scale a block; in host memory also float32 weights."""
     if config.optim_offload:
         return 12 * count
-    if config.optim == "adamw_torch_fused" or count < LEAST_8BIT:
-        return 8 * count
-    if config.optim == "adamw_torch_8bit" and count % BLOCK_8BIT:
+    indivisible = config.optim == "adamw_torch_8bit" and count % BLOCK_8BIT
+    if config.optim == "adamw_torch_fused" or count < LEAST_8BIT or indivisible:
         return 8 * count
     return 2 * (count + 4 * math.ceil(count / BLOCK_8BIT))
 
@@ -171,45 +167,47 @@ def _optimizer_bytes(count: int, config: GRPOConfig) -> int:
 def plan_memory(
     config: GRPOConfig, model_config: Any, prompt_tokens: int = 512, tracer: Tracer | None = None
 ) -> MemoryPlan:
-    """The memory of a run, with every completion as long as `max_completion_length`.
+    """Plan the memory of a run whose completions all have `max_completion_length` tokens.
 
     Args:
         config: the run.
         model_config: the model's transformers configuration.
         prompt_tokens: length of the longest prompt.
-        tracer: keeps traces of the same model from earlier plans.
+        tracer: reuses the traces of earlier plans for the same model.
 
     Raises:
-        UserError: the model cannot be built or followed.
+        UserError: the model cannot be built or traced.
     """
-    tracer = tracer or Tracer(model_config)
-    return _Planner(config, tracer, prompt_tokens).plan(config.max_completion_length)
+    return _Planner(config, tracer or Tracer(model_config), prompt_tokens).plan(config.max_completion_length)
+
+
+def longest_answer(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> int:
+    """The longest completion, in tokens, with which the run fits `vram` bytes; 0 if none does."""
+    planner = _Planner(config, tracer, prompt_tokens)
+    fits = planner.plan(config.max_completion_length).fits(vram)
+    return planner.longest(vram, config.max_completion_length if fits else 0)
 
 
 class _Planner:
-    """The plans of one configuration for answers of any length."""
+    """Plans one configuration for completions of any length; lengths are in tokens, results in bytes."""
 
     def __init__(self, config: GRPOConfig, tracer: Tracer, prompt_tokens: int):
         self.config, self.tracer, self.prompt_tokens = config, tracer, prompt_tokens
-        self.model_config = tracer.model_config
         self.text = tracer.model_config.get_text_config()
-        self.itemsize = weights_dtype(self.model_config, config).itemsize
+        self.dtype = weights_dtype(tracer.model_config, config)
         key = tuple(getattr(config, name) for name in COUNTED), tuple(config.lora_target_modules or ())
         if key not in tracer.counted:
             model = tracer.model(config)
-            tracer.counted[key] = count_weights(model, config), continuous(model)
+            tracer.counted[key] = count_weights(model, config), not_continuous(model) is None
         self.weights, self.continuous = tracer.counted[key]
 
     def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
+        """The plan for completions of `answer` tokens; interpolated traces are faster, and an upper bound."""
         config, weights = self.config, self.weights
         tokens = max(config.max_tokens_per_microbatch, self.prompt_tokens + answer)
         setup, trace = self.setup(tokens, answer), self.between if interpolated else self.tracer.trace
         traced = trace(setup)
-        fixed = {
-            "weights": weights.bytes,
-            "unpacked 4-bit layer": weights.largest_4bit,
-            "adapters": weights.adapters,
-        }
+        fixed = {"weights": weights.bytes, "adapters": weights.adapters, "unpacked 4-bit layer": weights.largest_4bit}
         host = {}
         offloads = config.optim_offload or config.optim == "paged_adamw_8bit"
         (host if offloads else fixed)["optimizer state"] = weights.optimizer
@@ -241,7 +239,7 @@ class _Planner:
         )
 
     def setup(self, tokens: int, answer: int) -> Setup:
-        """A microbatch of whole answers, which share prompts where rows are packed."""
+        """The microbatch to trace: whole completions, which share their prompt when rows are packed."""
         config, prompt = self.config, self.prompt_tokens
         shares = config.share_prompts != "never" and config.padding_free != "never"
         together = min(max((tokens - prompt) // answer, 1), config.num_generations) if shares else 1
@@ -253,18 +251,18 @@ class _Planner:
         return Setup(config, self.text.num_hidden_layers, tokens, predicted, gathered, masked)
 
     def between(self, setup: Setup) -> Traced:
-        """The trace of a length between two of `LENGTHS`. Peaks bend upwards, so a line lies above them."""
+        """A trace interpolated between two of `LENGTHS`: an upper bound, because peaks are convex in the length."""
         high = next((length for length in LENGTHS[1:] if length >= setup.tokens), LENGTHS[-1])
         low = LENGTHS[LENGTHS.index(high) - 1]
         ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0, masked=0)) for t in (low, high)]
         return ends[0].mixed(ends[1], (setup.tokens - low) / (high - low))
 
     def named(self, traced: dict[str, float], tokens: int, host: dict[str, int] | None = None) -> dict[str, float]:
-        """The parts of a trace by the names of a plan, the layers' inputs apart where they are kept."""
+        """The parts of a trace under the plan's names; the layer inputs that checkpointing keeps are a part."""
         parts = dict(traced)
         boundaries = 0
         if self.config.gradient_checkpointing and host is not None:
-            layer = tokens * self.text.hidden_size * self.itemsize
+            layer = tokens * self.text.hidden_size * self.dtype.itemsize
             # The first layer's input is the embedding's output.
             boundaries = min(max(self.text.num_hidden_layers - 1, 0) * layer, int(parts.get("residual", 0)))
             parts["residual"] = parts.get("residual", 0) - boundaries
@@ -285,14 +283,14 @@ class _Planner:
         }
 
     def head_workspace(self, predicted: int) -> int:
-        """The logits of a chunk and the narrow copies beside them, within the budget and not more than the rows need.
+        """The logits of one chunk and its narrow copies, at most the buffer budget and what `predicted` rows need.
 
-        16-bit heads keep 16-bit logits on a GPU. On a CPU the entropies take two copies of a block of rows.
+        On a GPU, 16-bit heads have 16-bit logits. On a CPU, the entropies need two copies of a block of rows.
         """
         config, weights = self.config, self.weights
         on_gpu = GPU_BUFFER_BYTES if weights.head_trained else FROZEN_GPU_BUFFER_BYTES
         budget = config.max_buffer_bytes or (CPU_BUFFER_BYTES if config.use_cpu else on_gpu)
-        half = not config.use_cpu and (config.bf16 or self.itemsize == 2)
+        half = not config.use_cpu and (config.bf16 or self.dtype.itemsize == 2)
         vocab = self.text.vocab_size
         row = vocab * (2 if half else 4) + NARROW_COPIES * self.text.hidden_size * 4
         if not config.use_cpu:
@@ -302,19 +300,20 @@ class _Planner:
         return row * rows + 2 * 4 * vocab * equal_parts(rows, block // (4 * vocab))
 
     def padded(self, answer: int) -> tuple[int, int]:
-        """Rows and columns of a batch that `generate` runs: whole groups under the token budget, at least one."""
-        config = self.config
-        tokens = self.prompt_tokens + answer
-        groups = config.max_tokens_per_generation_batch // (config.num_generations * tokens)
-        training = min(max(groups, 1), config.prompts_per_step) * config.num_generations
-        groups = config.max_tokens_per_generation_batch // (config.num_generations_eval * tokens)
-        evaluation = min(max(groups, 1), config.max_eval_samples or math.inf) * config.num_generations_eval
-        return int(max(training, evaluation)), tokens
+        """Rows and columns of a batch of `generate`: as many whole groups as the token budget holds, at least one."""
+        config, tokens = self.config, self.prompt_tokens + answer
+        kinds = (
+            (config.num_generations, config.prompts_per_step),
+            (config.num_generations_eval, config.max_eval_samples or sys.maxsize),
+        )
+        budget = config.max_tokens_per_generation_batch
+        return max(min(max(budget // (size * tokens), 1), prompts) * size for size, prompts in kinds), tokens
 
     def sampled(self, answer: int) -> list[tuple[int, int]]:
-        """Rows and columns of the decoder's cache when it may be largest: before the budget takes rows away, and after.
+        """Rows and columns of the decoder's cache in the two states that can be largest.
 
-        A cache that stops growing at a window is smaller with few wide rows than with many narrow ones.
+        Either all rows are in the cache, as wide as the budget allows, or the rows have their full width and the
+        budget limits their number. With sliding windows the first can be larger.
         """
         config, budget, longest = self.config, self.config.max_tokens_per_generation_batch, self.prompt_tokens + answer
         evaluation = (config.max_eval_samples or math.inf) * config.num_generations_eval
@@ -323,72 +322,67 @@ class _Planner:
         return [(max(min(most, budget // width), 1), width) for width in (fullest, longest)]
 
     def engine(self, answer: int) -> tuple[dict[str, int], int]:
-        """vLLM's weights, keys and values in this process (a server has memory of its own), and its sequences.
+        """Weights and KV cache of vLLM in this process (nothing for a server), and the sequences it samples at once.
 
-        All that may be sampled at once; with less memory vLLM samples fewer side by side. Its workspace is not counted.
+        With less memory vLLM samples fewer sequences at once. Its workspace is not counted.
         """
         config, length = self.config, self.prompt_tokens + answer
-        sequences = max(1, min(config.generation_batch_size, config.max_tokens_per_generation_batch // length))
         if config.vllm_mode == "server":
-            return {}, sequences
-        token = kv_bytes_per_token(self.model_config, weights_dtype(self.model_config, config))
-        cache = plan_kv_cache(token, length, sequences, sys.maxsize, BLOCK["cuda"])
-        # Adapters come merged.
+            return {}, sequences_at_once(config, length)
+        cache = plan_engine_cache(config, self.tracer.model_config, self.dtype, "cuda", length, sys.maxsize)
+        # vLLM's weights include the adapters, merged.
         merged = self.weights.parameters - (self.weights.trained if config.use_peft else 0)
-        return {"vLLM's weights": merged * self.itemsize, "vLLM's KV cache": cache.bytes}, sequences
+        return {"vLLM's weights": merged * self.dtype.itemsize, "vLLM's KV cache": cache.bytes}, cache.sequences
 
     def sampling(self, states: list[tuple[int, int]], sequences: int) -> dict[str, float]:
-        """The KV cache in the largest of `states`, rows and columns, and the logits of one token of each sequence.
+        """The KV cache in the largest of `states` (rows, columns), and the logits of one token of each sequence.
 
-        While a layer works, its cache exists twice, since it grows by copying, and once more with a key and value head
-        for each query head, which masked attention needs.
+        While a layer computes, its cache exists twice, because growing copies it. Masked attention adds a copy with as
+        many key and value heads as query heads.
         """
-        text, config = self.text, self.config
-        heads = text.num_attention_heads
-        token = 2 * self.head_dim() * self.itemsize
+        config, vocab, (queries, keys, kv_bytes) = self.config, self.text.vocab_size, self.heads()
         wide = max(rows * max(self.cached(width)) for rows, width in states)
-        logits = sequences * text.vocab_size
+        logits = sequences * vocab
         if self.continuous:
-            sampled = min(logits, max(CHUNK_LOGITS, text.vocab_size)) * SAMPLED_BYTES
+            sampled = min(logits, max(CHUNK_LOGITS, vocab)) * SAMPLED_BYTES
         else:
             filters = config.top_p < 1 or config.top_k > 0 or config.min_p
             sampled = logits * (4 * LOGIT_COPIES + (SORTED_BYTES if filters else 0))
-        keys = self.key_heads()
+        repeated = queries if queries > keys else 0
         return {
-            "KV cache": token * keys * max(rows * sum(self.cached(width)) for rows, width in states),
-            "KV cache of a layer, copied": token * wide * (keys / 2 + (heads if heads > keys else 0)),
-            "logits of a token": logits * self.itemsize + sampled,
+            "KV cache": kv_bytes * keys * max(rows * sum(self.cached(width)) for rows, width in states),
+            "KV cache of a layer, copied": kv_bytes * wide * (keys / 2 + repeated),
+            "logits of a token": logits * self.dtype.itemsize + sampled,
         }
 
     def prompts(self, setup: Setup, answer: int) -> float:
-        """What computing prompts takes: their cache and one forward.
+        """Memory while prompts are computed: their KV cache and one forward.
 
-        A sequence that gave way under the budget comes back as a prompt of nearly its full length.
+        A sequence that the budget evicted is computed again like a prompt, of nearly full length.
         """
         config, longest = self.config, self.prompt_tokens + answer
         room = config.max_tokens_per_generation_batch // max(config.generation_batch_size, config.num_generations_eval)
         alone = longest if longest > room else self.prompt_tokens
         tokens = max(min(PREFILL_TOKENS, config.prompts_per_step * self.prompt_tokens), alone)
-        at_once = replace(
-            setup, tokens=min(tokens, PREFILL_TOKENS), predicted=1, gathered=1.0, masked=0, training=False
-        )  # fmt: skip
-        cache = 2 * self.head_dim() * self.itemsize * self.key_heads() * tokens * self.text.num_hidden_layers
-        return cache + sum(self.tracer.trace(at_once).peak.values())
+        forward = Setup(setup.config, setup.layers, min(tokens, PREFILL_TOKENS), 1, training=False)
+        _, keys, kv_bytes = self.heads()
+        cache = kv_bytes * keys * tokens * self.text.num_hidden_layers
+        return cache + sum(self.tracer.trace(forward).peak.values())
+
+    def heads(self) -> tuple[int, int, int]:
+        """The numbers of query heads and of key heads, and the bytes of one key and one value of a head."""
+        queries = self.text.num_attention_heads
+        dim = getattr(self.text, "head_dim", None) or self.text.hidden_size // queries
+        return queries, getattr(self.text, "num_key_value_heads", None) or queries, 2 * dim * self.dtype.itemsize
 
     def cached(self, width: int) -> list[int]:
-        """Columns that each layer keeps of `width`."""
+        """Columns that each layer's cache keeps of `width`."""
         types = getattr(self.text, "layer_types", None) or ["full_attention"] * self.text.num_hidden_layers
         window = getattr(self.text, "sliding_window", None) or width
         return [min(window, width) if kind == "sliding_attention" else width for kind in types]
 
-    def key_heads(self) -> int:
-        return getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
-
-    def head_dim(self) -> int:
-        return getattr(self.text, "head_dim", None) or self.text.hidden_size // self.text.num_attention_heads
-
     def longest(self, vram: int, shortest: int = 0) -> int:
-        """The longest answer, in tokens, with which the plan fits: 0 where none does, at most the model's positions."""
+        """The longest completion that fits, at most the model's positions; `shortest` (0 or one that fits) if none."""
         positions = getattr(self.text, "max_position_embeddings", None) or LENGTHS[-1]
         low, high = shortest, max(positions - self.prompt_tokens, 0)
         if high <= low:
@@ -398,14 +392,7 @@ class _Planner:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.plan(middle, True).fits(vram) else (low, middle)
-        # Interpolated; what is returned fits by the plan itself.
+        # The search interpolated traces; the length that is returned fits by its exact plan.
         while low > shortest and not self.plan(low).fits(vram):
             low = max(low - max(low // 64, 1), shortest)
         return low
-
-
-def longest_answer(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> int:
-    """The longest answer that fits, in tokens; 0 where none does."""
-    planner = _Planner(config, tracer, prompt_tokens)
-    fits = planner.plan(config.max_completion_length).fits(vram)
-    return planner.longest(vram, config.max_completion_length if fits else 0)

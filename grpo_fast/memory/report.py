@@ -1,4 +1,4 @@
-"""What ``grpo-fast plan`` prints: the parts of a memory plan, whether it fits, and what each switch would buy."""
+"""What ``grpo-fast plan`` prints: the parts of a memory plan, whether it fits, and what each switch would save."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from grpo_fast.memory.trace import Tracer
 from grpo_fast.model.loading import BUILT_IN, adapter_fields, base_config, max_positions
 from grpo_fast.report.console import Terminal
 from grpo_fast.report.summary import write_json
-from grpo_fast.rollout.transformers import not_continuous, padded_warning
+from grpo_fast.rollout.transformers import padded_warning
 
 WIDTH = 100
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 1 << 20, "mib": 1 << 20, "mb": 10**6}
@@ -43,7 +43,7 @@ def parse_size(text: str) -> int:
     """Bytes of ``24GiB``, ``80GB``, ``512MiB`` or ``24`` (GiB).
 
     Raises:
-        UserError: it is none of these, or 0.
+        UserError: `text` has another form, or is 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not found or found[2] not in UNITS or not float(found[1]):
@@ -52,10 +52,10 @@ def parse_size(text: str) -> int:
 
 
 def load_model_config(config: GRPOConfig) -> Any:
-    """The configuration of the policy's model: of a folder, a config.json, a hub name or a built-in.
+    """The transformers configuration of the policy: from a folder, a config.json, a hub name or a built-in model.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be read.
     """
     transformers = import_extra("transformers", "train")
     name, options = config.model_name_or_path, {}
@@ -75,15 +75,15 @@ def load_model_config(config: GRPOConfig) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(name, **options)
     except Exception as error:
-        # Broken files and missing connections come as exceptions of many types.
+        # Damaged files and missing connections raise exceptions of many types.
         raise UserError(f"model_name_or_path={name!r}: no configuration could be read: {one_line(error)}") from None
 
 
 def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Terminal | None = None) -> bool:
-    """Print the plan of a run on a device of `vram` bytes; returns whether it fits.
+    """Print the plan of a run on a device with `vram` bytes, and return whether it fits.
 
     Raises:
-        UserError: the model's configuration cannot be read, or its memory not be planned.
+        UserError: the model's configuration cannot be read, or its memory cannot be planned.
     """
     console = console or Terminal(width=WIDTH)
     config = base_config(adapter_fields(config))
@@ -108,31 +108,30 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Termi
     _notes(console, config, tracer, prompt_tokens)
     if longest:
         console.print(f"Longest answer that fits with these settings: {longest:,} tokens.")
-    useful = switches(config, tracer, vram, prompt_tokens)
-    if useful:
-        table = Table("switch", title="What each switch buys by itself, GiB", title_justify="left")
+    if useful := switches(config, tracer, vram, prompt_tokens):
+        table = Table("switch", title="What each switch saves by itself, GiB", title_justify="left")
         for column in ("training", "sampling", "longest answer"):
             table.add_column(column, justify="right")
         for switch in useful:
             table.add_row(switch.name, _saved(switch.training), _saved(switch.rollout), f"{switch.longest:,}")
         console.print(table)
-    if not fits:
-        remedy = smallest_remedy(config, tracer, vram, prompt_tokens)
-        moment = MOMENTS[max(plan.moments, key=lambda name: total(plan.moments[name]))]
-        ways = [" and ".join(remedy.names)] if remedy else []
-        ways += [f"max_completion_length={longest}"] if longest else []
-        if not ways and (remedy := shorter_remedy(config, tracer, vram, prompt_tokens)):
-            ways = [" and ".join(remedy.names)]
-        none = "no combination of these switches fits, not even with shorter answers"
-        verdict = f"it would fit with {', or with '.join(ways)}" if ways else none
-        console.print(f"does not fit: {moment} takes {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB; {verdict}")
-    else:
+    if fits:
         console.print("fits")
-    return fits
+        return True
+    ways = [f"max_completion_length={longest}"] if longest else []
+    if remedy := smallest_remedy(config, tracer, vram, prompt_tokens):
+        ways.insert(0, " and ".join(remedy.names))
+    elif not ways and (remedy := shorter_remedy(config, tracer, vram, prompt_tokens)):
+        ways.append(" and ".join(remedy.names))
+    none = "no combination of these switches fits, not even with shorter answers"
+    verdict = f"it would fit with {', or with '.join(ways)}" if ways else none
+    moment = MOMENTS[max(plan.moments, key=lambda name: total(plan.moments[name]))]
+    console.print(f"does not fit: {moment} takes {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB; {verdict}")
+    return False
 
 
 def _parts(plan: MemoryPlan) -> Table:
-    """Parts down, moments across."""
+    """A table with one row for each part and one column for each moment."""
     table = Table("GiB on the device")
     for name in plan.moments:
         table.add_column(MOMENTS[name], justify="right")
@@ -144,16 +143,16 @@ def _parts(plan: MemoryPlan) -> Table:
 
 
 def _notes(console: Terminal, config: GRPOConfig, tracer: Tracer, prompt_tokens: int) -> None:
-    """What `train` would refuse or warn about, and what of the plan may surprise."""
+    """Print what `train` would refuse or warn about, and what may be unexpected in the plan."""
     sequence = prompt_tokens + config.max_completion_length
     positions = max_positions(tracer.model_config)
     model = tracer.model(config)
-    if not config.use_vllm and (reason := not_continuous(model)):
-        console.print(f"{padded_warning(model, reason)}.")
+    if not config.use_vllm and (warning := padded_warning(model)):
+        console.print(f"{warning}.")
     if config.load_in_4bit and config.use_vllm and config.vllm_mode == "colocate":
         console.print(
-            "vLLM in this process samples from a copy of its own, merged with the adapters, in 16 bits: load_in_4bit "
-            "does not make that smaller."
+            "vLLM in this process samples from its own 16-bit copy of the weights, merged with the adapters: "
+            "load_in_4bit does not make that smaller."
         )
     if sequence > config.max_tokens_per_microbatch:
         console.print(
@@ -176,9 +175,9 @@ def _saved(size: int) -> str:
 
 
 def write_plan(path: Path, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:
-    """The planned memory by part, in bytes, for the fullest moment of training and of the rollout.
+    """Write the bytes of each part at the fullest moments of training and of sampling.
 
-    Nothing is written for a model that the planner cannot follow.
+    Nothing is written for a model whose memory cannot be planned.
     """
     with suppress(UserError):
         plan = plan_memory(config, model_config, prompt_tokens)

@@ -1,4 +1,8 @@
-"""Which switches of the configuration save memory, how much each, and which of them make a run fit."""
+"""Which settings save memory, how much each saves, and which of them make a run fit.
+
+A "switch" is a change of a few fields that saves memory (`possible_changes`). `switches` measures each one alone;
+`smallest_remedy` and `shorter_remedy` search for the fewest that make the plan fit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any, NamedTuple
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.memory.plan import MemoryPlan, longest_answer, plan_memory, total
+from grpo_fast.memory.plan import longest_answer, plan_memory, total
 from grpo_fast.memory.trace import Setup, Traced, Tracer
 
 Changes = dict[str, Any]
@@ -18,7 +22,7 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Switch:
-    """What a change of the configuration buys: bytes in training and in sampling, and the longest answer with it."""
+    """What one change saves: bytes in training and in sampling, and the longest completion (tokens) with it."""
 
     name: str
     training: int
@@ -27,14 +31,14 @@ class Switch:
 
 
 class Remedy(NamedTuple):
-    """A configuration that fits, and the names of what was changed for it."""
+    """A configuration that fits, and the names of the changes that it took."""
 
     names: list[str]
     config: GRPOConfig
 
 
 class Untraced(Tracer):
-    """A tracer that leaves activations out, so that plans are quick lower bounds."""
+    """A tracer that counts no activations, for quick lower bounds."""
 
     def __init__(self, tracer: Tracer):
         super().__init__(tracer.model_config)
@@ -45,7 +49,7 @@ class Untraced(Tracer):
 
 
 def possible_changes(config: GRPOConfig, prompt_tokens: int) -> dict[str, Changes]:
-    """Changes that may save memory, by names that say all of them; those that cost the least come first."""
+    """Changes that can save memory, the cheapest first, under names that list every field that they change."""
     sequence = prompt_tokens + config.max_completion_length
     listed = [
         {"max_tokens_per_microbatch": sequence},
@@ -60,22 +64,24 @@ def possible_changes(config: GRPOConfig, prompt_tokens: int) -> dict[str, Change
         {"use_peft": True},
         {"load_in_4bit": True, "use_peft": True},
     ]
-    listed += [{"num_generations": n, "max_tokens_per_generation_batch": n * sequence} for n in (4, 2)]
+    for size in (4, 2):
+        if size < config.num_generations and config.generation_batch_size % size == 0:
+            listed.append({"num_generations": size, "max_tokens_per_generation_batch": size * sequence})
     impossible = {"optim_offload", "activation_offloading"} if config.use_cpu else set()
     if config.dtype == "auto" or config.optim in ("adamw_8bit", "paged_adamw_8bit"):
         impossible.add("dtype")
     found = {}
     for changes in listed:
-        first, value = next(iter(changes.items()))
-        different = {field: value for field, value in changes.items() if _lowers(config, field, value)}
-        if first == "num_generations" and (value >= config.num_generations or config.generation_batch_size % value):
-            continue
+        first = next(iter(changes))
+        different = {field: value for field, value in changes.items() if _differs(config, field, value)}
         if first in different and first not in impossible:
-            found[_name(different)] = changes
+            # Other fields stay in the change even if they do not differ: nothing combined with it may reset them.
+            found[_name(different)] = {f: v for f, v in changes.items() if f in different or not f.startswith("max_")}
     return found
 
 
-def _lowers(config: GRPOConfig, field: str, value: Any) -> bool:
+def _differs(config: GRPOConfig, field: str, value: Any) -> bool:
+    """Whether `value` is another value than the configuration's, or a smaller one for a limit."""
     now = getattr(config, field)
     return value < (now or math.inf) if field.startswith("max_") else now != value
 
@@ -89,55 +95,50 @@ def _name(changes: Changes) -> str:
     return f"{first} (with {', '.join(others)})" if others else first
 
 
-def merged(config: GRPOConfig, changes: Iterable[Changes]) -> Changes | None:
-    """The fields of all `changes` together, of limits the lowest; None where two of them contradict each other."""
+def merged(changes: Iterable[Changes]) -> Changes | None:
+    """The fields of all `changes`, with the lowest value of each limit; None if two changes contradict each other."""
     together: Changes = {}
     for fields in changes:
         for field, value in fields.items():
             if field.startswith("max_"):
-                together[field] = min(value, together.get(field, value), getattr(config, field) or value)
+                together[field] = min(value, together.get(field, value))
             elif together.setdefault(field, value) != value:
                 return None
     return together
 
 
-def _allowed_changes(config: GRPOConfig, tracer: Tracer, prompt_tokens: int) -> dict[str, Changes]:
-    """Those of `possible_changes` that this model takes: not every MLP can be tiled, say."""
-    allowed = {}
+def switches(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> list[Switch]:
+    """Each change by itself, the largest saving first; changes that save nothing or do not suit the model are left out.
+
+    Raises:
+        UserError: the model cannot be built or traced.
+    """
+
+    def measure(config: GRPOConfig) -> tuple[int, int, int, int]:
+        plan = plan_memory(config, tracer.model_config, prompt_tokens, tracer)
+        longest = longest_answer(config, tracer, vram, prompt_tokens)
+        return plan.peak, total(plan.training), total(plan.rollout), longest
+
+    peak, training, rollout, longest = measure(config)
+    useful = []
     for name, changes in possible_changes(config, prompt_tokens).items():
         try:
-            plan_memory(replace(config, **merged(config, [changes])), tracer.model_config, prompt_tokens, tracer)
+            now = measure(replace(config, **changes))
         except UserError:
+            # Not every MLP can be tiled, for example.
             continue
-        allowed[name] = changes
-    return allowed
-
-
-def switches(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> list[Switch]:
-    """Each change alone, in the order of what it saves; those that buy nothing are left out."""
-
-    def measure(config: GRPOConfig) -> tuple[MemoryPlan, int]:
-        return plan_memory(config, tracer.model_config, prompt_tokens, tracer), longest_answer(
-            config, tracer, vram, prompt_tokens
-        )
-
-    now, longest = measure(config)
-    found = []
-    for name, changes in _allowed_changes(config, tracer, prompt_tokens).items():
-        plan, answer = measure(replace(config, **merged(config, [changes])))
-        training = total(now.training) - total(plan.training)
-        found.append((now.peak - plan.peak, Switch(name, training, total(now.rollout) - total(plan.rollout), answer)))
-    useful = [entry for entry in found if max(*entry[:1], entry[1].training) > 0 or entry[1].longest > longest]
+        if now[0] < peak or now[1] < training or now[3] > longest:
+            useful.append((peak - now[0], Switch(name, training - now[1], rollout - now[2], now[3])))
     useful.sort(key=lambda entry: (-entry[0], -entry[1].longest, -entry[1].training))
     return [switch for _, switch in useful]
 
 
 def smallest_remedy(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> Remedy | None:
-    """The fewest changes with which the plan fits, and of those the cheapest; None where no combination does."""
+    """The fewest changes with which the plan fits, the cheapest of equally many; None if no combination fits."""
     untraced = Untraced(tracer)
 
     def fits(remedy: Remedy) -> bool:
-        # What does not fit without its activations need not be traced.
+        # A plan that is too large without activations need not be traced.
         plans = (plan_memory(remedy.config, tracer.model_config, prompt_tokens, each) for each in (untraced, tracer))
         try:
             return all(plan.fits(vram) for plan in plans)
@@ -148,24 +149,22 @@ def smallest_remedy(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens
 
 
 def _combinations(config: GRPOConfig, changes: dict[str, Changes]) -> Iterator[Remedy]:
-    """All different results of `changes` together, the fewest of them first."""
+    """The distinct allowed results of combining `changes`, the fewest changes first."""
     known = set()
     for size in range(1, len(changes) + 1):
         for names in combinations(changes, size):
-            together = merged(config, (changes[name] for name in names))
-            key = together and frozenset(together.items())
-            if together is None or key in known:
+            together = merged(changes[name] for name in names)
+            if together is None or (key := frozenset(together.items())) in known:
                 continue
             known.add(key)
             try:
-                made = replace(config, **together)
+                yield Remedy(list(names), replace(config, **together))
             except UserError:
                 continue
-            yield Remedy(list(names), made)
 
 
 def shorter_remedy(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> Remedy | None:
-    """The fewest changes that fit together with a half, a quarter, ... of the longest completion; None for none."""
+    """The fewest changes that fit together with half, a quarter, ... of the completion length; None if none fits."""
 
     def remedy(halvings: int) -> Remedy | None:
         answer = max(config.max_completion_length >> halvings, 1)

@@ -1,9 +1,10 @@
-"""What one forward and backward keep in memory, followed tensor by tensor without any data: no weights, no GPU.
+"""How activations are measured: one forward and backward on tensors that have shapes but no data.
 
-The model runs as it is trained, with adapters and checkpointing, on tensors that have a shape and no content, and
-autograd decides what lives how long. Stood in for is what looks at content or needs a GPU: attention (flash-attention
-keeps queries, keys, values, outputs and log-sum-exps), the output head (it keeps its gradients), liger-kernel's fused
-layers (by the model's own) and 4-bit layers (by 16-bit ones whose weights are not counted).
+The model runs as in training, with its adapters and checkpointing, and autograd decides what lives how long; no weights
+and no GPU are needed. Parts that read data or need a GPU are replaced: attention (by a function that keeps what
+flash-attention keeps: queries, keys, values, outputs and log-sum-exps), the output head (by one that keeps its
+gradients), liger-kernel's fused layers (by the model's own layers) and 4-bit layers (by 16-bit ones, whose weights are
+not counted here).
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,17 +31,17 @@ from grpo_fast.model.activations import prepare_activations
 from grpo_fast.model.loading import add_adapter
 
 ATTENTION = "planned"
-# Which part of a layer a module belongs to, by what models call it.
+# The part of a layer that a module belongs to, by the name that models give it.
 LABELS = {"attn": "attention", "attention": "attention", "mlp": "mlp", "feed_forward": "mlp", "moe": "mlp"}
 
 
 class LiveMemory(TorchDispatchMode):
-    """Adds up the storages that are alive, by the part of the model that made them.
+    """Adds up the bytes of live storages, labelled by the part of the model that allocated them.
 
     Attributes:
         live: bytes of each label now.
-        peak: the same at the moment when their sum was largest.
-        marked: the same when :meth:`mark` was called.
+        peak: bytes of each label when their sum was largest.
+        marked: bytes of each label when :meth:`mark` was called.
     """
 
     def __init__(self, known: list[Tensor]):
@@ -65,7 +65,7 @@ class LiveMemory(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage in self.storages:
             return
-        # A backward runs without grad mode, what it recomputes runs with it.
+        # The backward runs without grad mode, but recomputation within it runs with grad mode.
         label = self.modules[-1] if self.modules else "residual" if torch.is_grad_enabled() else "gradients"
         size = storage.nbytes()
         self.storages[storage] = weakref.ref(storage, partial(self._freed, label, size))
@@ -79,20 +79,12 @@ class LiveMemory(TorchDispatchMode):
         self.total -= size
 
     def mark(self) -> None:
-        """Remember what is alive now, and look for the peak from here on."""
+        """Record what is alive now, and start the search for the peak again."""
         self.marked = Counter(self.live)
         self.largest, self.peak = self.total, Counter(self.live)
 
-    @contextmanager
-    def labelled(self, label: str) -> Iterator[None]:
-        self.modules.append(label)
-        try:
-            yield
-        finally:
-            self.modules.pop()
-
     def watch(self, model: nn.Module) -> None:
-        """Label what the model's modules make."""
+        """Label what the model's modules allocate."""
         for name, module in model.named_modules():
             label = LABELS.get(name.rsplit(".", 1)[-1].removeprefix("self_"))
             if label is None and module is model.get_input_embeddings():
@@ -103,7 +95,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash-attention keeps; its backward adds the queries' gradient up in float32."""
+    """Keeps what flash-attention keeps; its backward accumulates the gradient of the queries in float32."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -123,10 +115,10 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(module, query, key, value, attention_mask, *, gathered=1.0, padded=False, masked=0, **_):
-    """transformers' attention function; `gathered` rows are attended for each of the packed row.
+    """An attention function for transformers; `gathered` is the number of attended positions per packed position.
 
-    `padded`: sequences go to a kernel that takes neither unequal lengths nor fewer key heads; `masked` rows at a time
-    under a mask, which it keeps in the queries' dtype.
+    With `padded` the kernel takes neither unequal lengths nor fewer key heads than query heads. With `masked` it takes
+    that many positions at a time, under a mask that it keeps in the dtype of the queries.
     """
     rows = query.shape[2]
     gathers = gathered != 1.0 or padded
@@ -144,32 +136,35 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class _Head(torch.autograd.Function):
-    """`linear_policy_loss` but for its chunks: the gradients are made in the forward and kept for the backward."""
+    """`linear_policy_loss` without its chunks: the forward computes the gradients and keeps them for the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, live):
-        with live.labelled("head"):
-            made = [torch.empty_like(hidden), None]
-            if ctx.needs_input_grad[1]:
-                made[1] = torch.empty_like(weight, dtype=torch.float32)
-            live.mark()
-            if made[1] is not None:
-                made[1] = made[1].to(weight.dtype)
-            ctx.made = made
-            return hidden.new_empty(())
+        live.modules.append("head")
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight, dtype=torch.float32)
+        live.mark()
+        ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        loss = hidden.new_empty(())
+        live.modules.pop()
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
-        made, ctx.made = ctx.made, None
-        return *made, None
+        grads, ctx.grads = ctx.grads, None
+        return *grads, None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that decides what autograd keeps; `tokens` positions, of which `predicted` reach the head.
+    """Everything that decides what autograd keeps.
 
-    `gathered`: positions of all sequences for each of the row, more than 1 where they share a prompt; or `masked`:
-    positions of a prompt and its completions that are attended as a whole, under a mask.
+    Attributes:
+        tokens: positions of the microbatch.
+        predicted: positions that reach the head.
+        gathered: attended positions per position, more than 1 if completions share a prompt.
+        masked: positions of a prompt with its completions, if they are attended together under a mask; else 0.
     """
 
     config: GRPOConfig
@@ -190,18 +185,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes beyond the weights, their gradients and the head's workspace, by part: attention, mlp, residual, ...
+    """Bytes by part (attention, mlp, residual, ...), without weights, their gradients and the head's workspace.
 
     Attributes:
         head: while the head is computed.
-        peak: at the peak of the backward (without training: of the forward).
+        peak: at the peak of the backward; of the forward if nothing is trained.
     """
 
     head: dict[str, float]
     peak: dict[str, float]
 
     def mixed(self, other: Traced, share: float) -> Traced:
-        """`share` of the other and the rest of this one; beyond 0 and 1 it goes on in a straight line."""
+        """Linear interpolation: this trace at `share` 0, the other at 1; shares outside extrapolate."""
 
         def mix(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
             return {name: a.get(name, 0) + share * (b.get(name, 0) - a.get(name, 0)) for name in {*a, *b}}
@@ -210,7 +205,7 @@ class Traced:
 
 
 def weights_dtype(model_config: Any, config: GRPOConfig) -> torch.dtype:
-    """The dtype that the weights are loaded in; a checkpoint that names none is in float32."""
+    """The dtype in which the weights are loaded; float32 if neither the run nor the checkpoint names one."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return getattr(model_config, "dtype", None) or torch.float32
@@ -240,17 +235,17 @@ def empty_model(model_config: Any, config: GRPOConfig, layers: int | None = None
 
 
 class Tracer:
-    """Traces and contentless models of one model's settings, each made once."""
+    """Makes and keeps the traces of one model, and its data-less copies, under different settings."""
 
     def __init__(self, model_config: Any):
         self.model_config = model_config
         self.made: dict[tuple, Traced | UserError] = {}
         self.models: dict[tuple, nn.Module] = {}
-        # What the plans have counted on the models.
+        # What `plan` has counted on the models.
         self.counted: dict[tuple, Any] = {}
 
     def model(self, config: GRPOConfig) -> nn.Module:
-        """The whole model on the meta device, for its parameters to be counted."""
+        """The whole model on the meta device, for counting its parameters."""
         key = (config.use_peft, config.lora_r, tuple(config.lora_target_modules or ()), config.dtype)
         if key not in self.models:
             with torch.device("meta"):
@@ -258,7 +253,11 @@ class Tracer:
         return self.models[key]
 
     def trace(self, setup: Setup) -> Traced:
-        """A trace at full depth: every layer beyond a few adds the same, so only those few are run."""
+        """A trace at full depth, extrapolated from a few layers, because every further layer adds the same.
+
+        Raises:
+            UserError: the model cannot be built or traced.
+        """
         period = _period(getattr(self.model_config.get_text_config(), "layer_types", None) or [])
         shallow, deep = 2 * period, 3 * period
         if setup.layers <= deep:
@@ -267,27 +266,27 @@ class Tracer:
         return first.mixed(second, (setup.layers - shallow) / period)
 
     def _run(self, setup: Setup) -> Traced:
-        if setup.key in self.made:
-            if isinstance(made := self.made[setup.key], UserError):
-                raise made
-            return made
-        # The meta device is faster, but knows no autocast: mixed precision, and adapters on experts.
+        if setup.key not in self.made:
+            self.made[setup.key] = self._trace_or_error(setup)
+        if isinstance(made := self.made[setup.key], UserError):
+            raise made
+        return made
+
+    def _trace_or_error(self, setup: Setup) -> Traced | UserError:
+        reason = ""
+        # The meta device is faster, but does not support autocast (mixed precision, adapters on experts).
         for device in ("cpu",) if setup.config.bf16 else ("meta", "cpu"):
             try:
-                self.made[setup.key] = _trace(self.model_config, setup, device)
-                return self.made[setup.key]
+                return _trace(self.model_config, setup, device)
             except UserError as error:
-                self.made[setup.key] = error
-                raise
+                return error
             except (NotImplementedError, RuntimeError, TypeError) as error:
                 reason = one_line(error)
-        failed = UserError(f"{setup.config.model_name_or_path}: this model's memory cannot be planned: {reason}")
-        self.made[setup.key] = failed
-        raise failed
+        return UserError(f"{setup.config.model_name_or_path}: this model's memory cannot be planned: {reason}")
 
 
 def _period(layer_types: list[str]) -> int:
-    """After how many layers their types repeat."""
+    """The number of layers after which their types repeat."""
     return next((n for n in range(1, len(layer_types)) if layer_types[n:] == layer_types[:-n]), 1)
 
 
@@ -297,10 +296,12 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
         with torch.device("meta"):
             model = empty_model(model_config, config, setup.layers)
         if device == "cpu":
-            # What it cannot do is raised as well; its log would only bury the one line about it.
+            # Its log would repeat, at length, the errors that it raises.
             logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
             stack.enter_context(FakeTensorMode())
-            _move(model, device)
+            copies = {id(t): torch.empty(t.shape, dtype=t.dtype) for t in (*model.parameters(), *model.buffers())}
+            copies |= {id(p): nn.Parameter(copies[id(p)], p.requires_grad) for p in model.parameters()}
+            model = copy.deepcopy(model, copies)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -325,17 +326,3 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
         if setup.training:
             loss.backward()
     return Traced(dict(live.marked), dict(live.peak))
-
-
-def _move(model: nn.Module, device: str) -> None:
-    """Put contentless tensors on `device`, the tied ones tied."""
-    moved: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in moved:
-                    made = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    moved[id(tensor)] = (
-                        nn.Parameter(made, tensor.requires_grad) if tensors is module._parameters else made
-                    )
-                tensors[name] = None if tensor is None else moved[id(tensor)]

@@ -1,20 +1,20 @@
-"""Sampling completions: one small protocol, one file a backend."""
+"""Sampling completions: one small interface (`base.Rollout`), with one module for each engine."""
 
 from typing import Any
 
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import require_extra
+from grpo_fast.errors import UserError, require_extra
 from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.transformers import TransformersRollout
 
 
 def check_engine(config: GRPOConfig) -> None:
-    """Refuse, before a model is loaded, an engine that is not installed, or a server without the key that it needs.
+    """Refuse an engine that is not installed, or a server without the key that it needs, before a model is loaded.
 
     Raises:
-        UserError: it says how to install it, or how to set the key.
+        UserError: it says how to install the engine, or how to set the key.
     """
     if config.use_vllm and config.vllm_mode == "colocate":
         require_extra("vllm", "vllm")
@@ -24,16 +24,38 @@ def check_engine(config: GRPOConfig) -> None:
         server_client(config)
 
 
+def check_support(config: GRPOConfig) -> None:
+    """Refuse to train with filters that would make the ratio to the sampler wrong.
+
+    vLLM normalises log-probabilities over the tokens that a filter keeps, the loss over the whole vocabulary. Each
+    token's ratio is therefore multiplied by the kept probability: at 0.95, the ratio of 1,000 tokens is 5e-23. Without
+    the correction, and with transformers as the engine, the loss does not use the sampler's log-probabilities.
+
+    Raises:
+        UserError: `top_p`, `top_k` or `min_p` is set for a run whose loss corrects for vLLM's log-probabilities.
+    """
+    if not config.corrects_sampler:
+        return
+    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
+        value = getattr(config, name)
+        if value and value != off:
+            raise UserError(
+                f"{name}={value!r} is not allowed in training with use_vllm and vllm_importance_sampling_correction, "
+                f"because vLLM's log-probabilities cover only the tokens that it keeps: leave out {name} "
+                f"({name}={'null' if off is None else off}), or set vllm_importance_sampling_correction=false"
+            )
+
+
 def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int) -> Rollout:
-    """The sampling engine that `config` asks for: transformers, vLLM in this process, or a vLLM server.
+    """Start the engine that `config` names: transformers, vLLM in this process, or a vLLM server.
 
     Args:
         model: a transformers causal LM, on its device.
         tokenizer: its tokenizer, with a padding token.
-        longest_prompt: tokens of the longest prompt that will be sampled from.
+        longest_prompt: length of the longest prompt, in tokens.
 
     Raises:
-        UserError: the engine cannot be started, reached or used for this model.
+        UserError: the engine cannot be started or reached, or cannot sample from this model.
     """
     if not config.use_vllm:
         return TransformersRollout(model, tokenizer, config.max_tokens_per_generation_batch)
@@ -46,4 +68,12 @@ def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_
     return VLLMColocate(config, model, tokenizer, longest_prompt)
 
 
-__all__ = ["Response", "Rollout", "Sampling", "TransformersRollout", "build_rollout", "check_engine"]
+__all__ = [
+    "Response",
+    "Rollout",
+    "Sampling",
+    "TransformersRollout",
+    "build_rollout",
+    "check_engine",
+    "check_support",
+]

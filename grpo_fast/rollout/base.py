@@ -1,21 +1,23 @@
-"""What every sampling backend takes and gives."""
+"""The interface of a sampling engine: what it takes and what it returns."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled: `num_generations` for each prompt, at most `max_completion_length` tokens each.
+    """How to sample: `num_generations` completions of each prompt, of at most `max_completion_length` tokens.
 
-    A temperature of 0 takes the likeliest token. An engine with generators of its own takes them from `seed`; None
-    draws one from torch's.
+    A temperature of 0 takes the most likely token. Engines with their own random generators seed them with `seed`, or
+    with a number drawn from torch's default generator if it is None.
     """
 
     num_generations: int
@@ -29,26 +31,41 @@ class Sampling:
 
     @classmethod
     def from_config(cls, config: GRPOConfig, num_generations: int) -> Sampling:
-        return cls(
-            num_generations=num_generations,
-            max_completion_length=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            generation_kwargs=config.generation_kwargs or {},
-        )
+        names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p")
+        given = {name: getattr(config, name) for name in names}
+        return cls(num_generations, **given, generation_kwargs=config.generation_kwargs or {})
 
     def one_token(self) -> Sampling:
-        """The same for a single token of a single completion, to try it out."""
+        """The same sampling for one completion of one token, as a test of the engine."""
         filters = {name: value for name, value in self.generation_kwargs.items() if name != "min_new_tokens"}
         return replace(self, num_generations=1, max_completion_length=1, generation_kwargs=filters, seed=self.seed or 0)
 
+    def check_generation_kwargs(self, allowed: Iterable[str], engine: str = "") -> None:
+        """Refuse `generation_kwargs` that are not `allowed`, and a `min_new_tokens` out of range.
+
+        Args:
+            engine: follows "is not allowed" in the message, such as " with vLLM".
+
+        Raises:
+            UserError: it names the value and what is allowed.
+        """
+        for name in self.generation_kwargs:
+            if name not in allowed:
+                raise UserError(
+                    f"generation_kwargs: {name!r} is not allowed{engine}{nearest(name, allowed)}; allowed are "
+                    f"{', '.join(allowed)}; temperature, top_p, top_k and min_p are fields of the configuration"
+                )
+        shortest, longest = self.generation_kwargs.get("min_new_tokens", 0), self.max_completion_length
+        if not isinstance(shortest, int) or not 0 <= shortest <= longest:
+            raise UserError(
+                f"generation_kwargs: min_new_tokens={shortest!r} is not allowed: it must be from 0 to {longest}"
+            )
+
 
 class Response(NamedTuple):
-    """A completion's tokens, its end-of-text token included, and whether it ended by itself or was cut off.
+    """A completion's tokens, with its end-of-text token, and whether it stopped there or reached the length limit.
 
-    `logprobs` are those of the distribution that each token was drawn from, after the temperature and every filter.
+    `logprobs` are log-probabilities of the tokens under the sampled distribution: after temperature and filters.
     """
 
     token_ids: list[int]
@@ -62,13 +79,14 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-class Rollout(Protocol):
-    """A sampling engine. One that subclasses it need only define what is not "nothing to do".
+class Rollout:
+    """A sampling engine. Only `generate` must be defined; the other methods default to what an engine on the policy's
+    own weights needs.
 
     Attributes:
-        copies_weights: it samples from weights of its own, which `sync` renews.
-        separate: it has a process, or a machine, of its own, so that it can sample beside an update.
-        warning: what a user should know about the way it samples this model; a run says it once.
+        copies_weights: it samples from a copy of the weights, which `sync` updates.
+        separate: it runs in another process or on another machine, so it can sample during an update.
+        warning: what a user should know about how this model is sampled; a run prints it once.
     """
 
     copies_weights: bool = False
@@ -76,29 +94,25 @@ class Rollout(Protocol):
     warning: str = ""
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
-        """Sample one token, so that what cannot work fails before anything long begins.
+        """Sample one token, so that wrong arguments and broken engines fail before any long work.
 
         Raises:
             UserError: the sampling arguments are refused, or the engine does not answer.
         """
-        ...
+        self.generate([prompt_ids], sampling.one_token())
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
-        """Responses to every prompt, those of a prompt side by side, in the order of the prompts."""
-        ...
+        """`num_generations` consecutive responses for every prompt, in the order of the prompts."""
+        raise NotImplementedError
 
     def sync(self, model: nn.Module) -> None:
         """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on."""
-        ...
 
     def sleep(self) -> None:
-        """Give memory back while the policy is trained."""
-        ...
+        """Release memory while the policy is trained."""
 
     def wake(self) -> None:
-        """Take the memory again; called before `sync` and `generate`."""
-        ...
+        """Reacquire the memory; called before `sync` and `generate`."""
 
     def close(self) -> None:
-        """End the engine; nothing is sampled after it."""
-        ...
+        """End the engine; nothing is sampled afterwards."""

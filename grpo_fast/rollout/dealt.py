@@ -1,4 +1,4 @@
-"""Sampling by several processes: each takes its share of the prompts, or the first one asks a server for all."""
+"""Sampling by several processes: each samples its share of the prompts, or the first one asks a server for all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from grpo_fast.rollout.base import Response, Rollout, Sampling
 
 
 class DealtRollout(Rollout):
-    """An engine of each process, or one of the first process alone; all get every response.
+    """One engine in each process, or one in the first process only; every process gets all responses.
 
-    A process samples with random numbers of its own, and with whole weights: a sharded policy is gathered for it.
+    Each process samples with its own random numbers, and from whole weights: a sharded policy is gathered first.
 
     Args:
         build: makes the engine.
-        separate: the engine is a server, which the first process alone connects to.
-        gathered: the context in which every process has all weights of the policy.
+        separate: the engine is a server, to which only the first process connects.
+        gathered: a context in which every process has all weights of the policy.
 
     Raises:
         UserError: the engine cannot be started or reached.
@@ -42,7 +42,7 @@ class DealtRollout(Rollout):
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
         if self.separate:
             if sampling.seed is None:
-                # Drawn by all, so that their generators stay alike.
+                # Every process draws it, so that their generators stay in the same state.
                 sampling = replace(sampling, seed=int(torch.randint(2**31, ())))
             return processes.on_main(lambda: self.engine.generate(prompt_ids, sampling), self.group)
         mine = processes.share(prompt_ids)
@@ -67,6 +67,6 @@ class DealtRollout(Rollout):
             self.engine.close()
 
     def _each(self, call: Callable[[], None]) -> None:
-        """Call it where there is an engine; what fails in one process fails in all."""
+        """Make the call in every process that has an engine; an error in one process is raised in all."""
         run = processes.on_main if self.separate else processes.gather
         run(call, self.group)

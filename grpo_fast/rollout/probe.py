@@ -1,4 +1,4 @@
-"""Proof that a sampler's weights are the trainer's: both score the same few tokens."""
+"""A check that the sampler has the trainer's weights: their log-probabilities of a few tokens are compared."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Rollout, Sampling
 
-# Largest difference by the dtype of the trainer's weights. A stale prefix or head is off by 1 and more.
+# Largest allowed difference, by the dtype of the trainer's weights. A stale prefix or head is off by 1 or more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 TOLERANCE_16_BIT = 0.3
-# Tokens of the probe: several of an engine's prefix blocks (16 to 128 tokens), so that stale ones are seen.
+# The prompt covers several blocks of an engine's prefix cache (16 to 128 tokens), so that stale blocks are detected.
 PROMPT_TOKENS, SAMPLED_TOKENS = 520, 8
 
 
 def tolerance(config: GRPOConfig, dtype: torch.dtype) -> float:
-    """The run's own, or what the trainer's precision allows: under autocast its scores are bfloat16's."""
-    exact = TOLERANCE_16_BIT if config.bf16 else TOLERANCE.get(dtype, TOLERANCE_16_BIT)
-    return config.sync_tolerance or exact
+    """`sync_tolerance`, or a default for the trainer's precision, which is bfloat16 under autocast."""
+    default = TOLERANCE_16_BIT if config.bf16 else TOLERANCE.get(dtype, TOLERANCE_16_BIT)
+    return config.sync_tolerance or default
 
 
 class Probe:
-    """A fixed prompt, whose continuation is sampled after every sync and scored by the trainer.
+    """A fixed prompt whose continuation is sampled after every sync and scored by the trainer.
 
-    The engine's own account of what it drew is compared, not its score of a given text: some engines compute the
-    latter without the prefix cache, and a stale prefix would go unseen.
+    The comparison uses the log-probabilities that the engine returns while it samples. Its scores of a given text would
+    not do: some engines compute those without the prefix cache, which would hide a stale prefix.
 
     Args:
         prompt_ids: any prompt; it is repeated to the probe's length.
-        longest: positions of the longest sequence that the run may sample, which the probe does not exceed.
+        longest: length in tokens of the run's longest sequence, which the probe does not exceed.
         temperature: the run's; no filters are applied.
-        tolerance: largest absolute difference of a token's log-probability, nats.
+        tolerance: largest allowed absolute difference of a token's log-probability, in nats.
     """
 
     def __init__(self, prompt_ids: list[int], longest: int, temperature: float, tolerance: float):
@@ -44,14 +44,13 @@ class Probe:
         self.tolerance = tolerance
 
     def check(self, rollout: Rollout, score: Callable[[list[int], list[int]], Tensor]) -> float:
-        """The largest difference.
+        """Sample from `rollout` and return the largest difference, in nats.
 
         Args:
-            rollout: the engine.
-            score: the trainer's log-probabilities of a completion, given the ids of its prompt and its own.
+            score: the trainer's log-probabilities ``[n]`` of a completion, given the ids of its prompt and its own.
 
         Raises:
-            UserError: it is above the tolerance.
+            UserError: the difference is above the tolerance.
         """
         (response,) = rollout.generate([self.prompt_ids], self.sampling)
         sampled = torch.tensor(response.logprobs)

@@ -1,4 +1,4 @@
-"""Keys and values of sequences that come and go while they are decoded."""
+"""A KV cache whose rows (sequences) can join and leave during decoding."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# A sliding layer moves its columns to the front of its buffer after so many steps.
+# Steps after which a sliding layer moves its columns to the front of its buffer.
 SLACK = 64
 
 
 class RowsLayer(DynamicLayer):
     """A layer's keys and values ``[rows, heads, columns, dim]``, in buffers with room for more rows and columns.
 
-    All rows end in the same column, so that a step appends one column to all of them; the columns before a shorter row
-    are zero and must be masked. A sliding layer keeps the last ``window - 1`` columns.
+    All rows end in the same column, so a step appends one column to each. Shorter rows have zeros on the left, which
+    must be masked. A sliding layer keeps the last ``window - 1`` columns.
     """
 
     def __init__(self, window: int | None = None):
@@ -26,7 +26,7 @@ class RowsLayer(DynamicLayer):
         self.room = (0, 0)
 
     def held(self, width: int) -> int:
-        """Columns that are kept of `width`."""
+        """The number of columns that the layer keeps of `width`."""
         return width if self.window is None else min(width, self.window - 1)
 
     def _columns(self) -> slice:
@@ -39,7 +39,7 @@ class RowsLayer(DynamicLayer):
         return like.new_empty(rows, like.shape[1], columns, like.shape[3])
 
     def reserve(self, rows: int, width: int, columns: int) -> None:
-        """Room for `rows` of `columns`; the present rows become `width` columns wide, the first ones zero."""
+        """Make room for `rows` of `columns`, and pad the present rows with zeros on the left to `width` columns."""
         self.room = rows, columns
         if self.is_initialized:
             kept, held = self._columns(), self.held(width)
@@ -54,7 +54,7 @@ class RowsLayer(DynamicLayer):
         self.start, self.width = 0, width
 
     def join(self, keys: Tensor | None, values: Tensor | None, sources: Tensor) -> None:
-        """Append a row for each of `sources`, rows of ``[., heads, columns, dim]``; without keys they are empty."""
+        """Append rows `sources` of `keys` and `values` ``[., heads, columns, dim]``, or empty rows if they are None."""
         rows, held = slice(self.rows, self.rows + len(sources)), self._columns()
         if keys is not None and not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -67,7 +67,7 @@ class RowsLayer(DynamicLayer):
         self.rows = rows.stop
 
     def move(self, places: Tensor, sources: Tensor, rows: int, width: int) -> None:
-        """Put the rows `sources` to `places`, keep the first `rows` rows and their last `width` columns."""
+        """Copy the rows `sources` to `places`, then keep the first `rows` rows and their last `width` columns."""
         if self.is_initialized:
             for buffer in (self.keys, self.values):
                 kept = buffer[:, :, self._columns()]
@@ -81,7 +81,7 @@ class RowsLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append a column ``[rows, heads, 1, dim]`` to all rows: the keys and values of all columns."""
+        """Append one column ``[rows, heads, 1, dim]`` and return the keys and values of all columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         kept = self._columns()
@@ -105,7 +105,7 @@ class RowsLayer(DynamicLayer):
 
 
 class RowsCache(Cache):
-    """A cache of :class:`RowsLayer`, for `layers` as :func:`plain_layers` gives them."""
+    """A cache of :class:`RowsLayer`, one for each of the layers that :func:`plain_layers` returns."""
 
     def __init__(self, layers: list[DynamicLayer]):
         super().__init__(layers=[RowsLayer(getattr(layer, "sliding_window", None)) for layer in layers])
@@ -125,7 +125,7 @@ class RowsCache(Cache):
 
 
 def forward_arguments(module: nn.Module) -> list[str]:
-    """The arguments that the module's `forward` names: its class's, where a wrapper around this one's names none."""
+    """The named arguments of the module's `forward`; those of its class if the instance has a wrapper without names."""
     for forward in (module.forward, type(module).forward):
         parameters = inspect.signature(forward).parameters.values()
         names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -135,16 +135,16 @@ def forward_arguments(module: nn.Module) -> list[str]:
 
 
 def cache_argument(module: nn.Module) -> str | None:
-    """What the module's `forward` calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+    """The name of the cache argument of the module's `forward`, or None if it takes no cache.
 
-    None where it takes neither.
+    It is ``cache`` since transformers 5.24 and ``past_key_values`` before.
     """
     names = forward_arguments(module)
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def plain_layers(config) -> list[DynamicLayer] | None:
-    """The layers of a model's cache; None where one is neither full attention nor a sliding window's."""
+    """The layers of a model's cache; None if one is neither full attention nor sliding-window attention."""
     layers = DynamicCache(config=config).layers
     plain = layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return layers if plain else None

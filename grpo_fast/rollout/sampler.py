@@ -1,4 +1,4 @@
-"""The trainer's sampler: an engine that always has the present weights, and sleeps while they are trained."""
+"""The trainer's sampler: it keeps an engine in sync with the weights, and asleep while they are trained."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from grpo_fast.rollout.probe import Probe
 
 
 class Sampler:
-    """Samples from `model` as it is, through an engine that may have a copy of it.
+    """Samples from the current weights of `model`, through an engine that may have a copy of them.
 
-    Whenever the weights have changed, the engine is woken, synced and probed before it samples again.
+    After the weights have changed, the engine is woken, synced and probed before it samples again.
 
     Args:
-        engine: what samples.
+        engine: the sampling engine.
         model: the trained model.
         probe: compares the engine's log-probabilities with the trainer's after a sync.
-        score: the trainer's log-probabilities of a completion, given the ids of its prompt and its own.
+        score: the trainer's log-probabilities ``[n]`` of a completion, given the ids of its prompt and its own.
     """
 
     def __init__(
@@ -42,23 +42,23 @@ class Sampler:
         return self.engine.generate(prompt_ids, sampling)
 
     def start(self, prompt_ids: list[list[int]], sampling: Sampling) -> None:
-        """Begin to sample beside what the trainer does next, from the weights as they are now."""
+        """Start sampling from the current weights in a thread, while the trainer goes on."""
         self.refresh()
         if sampling.seed is None:
-            # Here, since the order of draws in another thread would be chance.
+            # Drawn in this thread: from another one, the order of draws would be undefined.
             sampling = replace(sampling, seed=int(torch.randint(2**31, ())))
         self.ahead = Future()
         Thread(target=_fulfil, args=(self.ahead, self.engine, prompt_ids, sampling), daemon=True).start()
 
     def finish(self) -> list[Response] | None:
-        """The responses that :meth:`start` began, None if it did not; what failed there is raised here."""
+        """Wait for the responses of :meth:`start` (None if it was not called), and raise the error if it failed."""
         ahead, self.ahead = self.ahead, None
         return ahead and ahead.result()
 
     def refresh(self) -> None:
-        """Give the engine the present weights, if they have changed, and prove that it has them."""
+        """Update and probe the engine if the weights have changed."""
         if self.ahead is not None:
-            # Weights must not change under what is being sampled; its result, or failure, is kept for `finish`.
+            # Wait: weights must not change while they are sampled from. `finish` returns the result or raises.
             self.ahead.exception()
         if self.asleep:
             self.engine.wake()
@@ -69,7 +69,7 @@ class Sampler:
             self.stale = False
 
     def weights_change(self) -> None:
-        """The weights are about to be trained: the engine sleeps, unless it samples ahead, and is stale afterwards."""
+        """Call before training: marks the engine's copy as stale, and puts an engine in this process to sleep."""
         self.stale = self.engine.copies_weights
         if not self.asleep and not self.engine.separate:
             self.engine.sleep()

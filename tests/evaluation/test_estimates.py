@@ -1,4 +1,4 @@
-"""pass@k against all subsets; intervals that hold what they promise, and completions of a prompt as one."""
+"""pass@k against all subsets, and the coverage of intervals with correlated completions."""
 
 import itertools
 import math
@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 
-from grpo_fast.evaluation.estimates import bootstrap_interval, estimate, pass_at_k
-from grpo_fast.evaluation.run import score_estimates
+from grpo_fast.evaluation.estimates import bootstrap_interval, estimate, pass_at_k, score_estimates
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
+def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_one(n):
     for c in range(n + 1):
         right = [index < c for index in range(n)]
         for k in range(1, n + 1):
@@ -21,14 +20,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
             assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_pass_at_k_of_many_samples():
-    """Where binomial coefficients overflow a float."""
+def test_pass_at_k_with_many_samples():
+    """With binomial coefficients that overflow a float."""
     n, c, k = 10_000, 3, 2_000
     expected = 1 - math.comb(n - c, k) / math.comb(n, k)
     assert pass_at_k(torch.tensor([c]), torch.tensor([n]), k).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_prompts_with_too_few_completions_are_left_out():
+def test_score_estimates_leave_out_prompts_with_too_few_completions():
     values = torch.tensor([[1.0, 0.0, math.nan], [0.0, 1.0, 1.0], [math.nan] * 3])
     found = score_estimates(values, [1, 3], threshold=1.0, seed=0)
     assert found["mean@3"].value == pytest.approx((1 / 2 + 2 / 3) / 2)
@@ -38,15 +37,15 @@ def test_prompts_with_too_few_completions_are_left_out():
     assert lower["pass@1"].value == 1
 
 
-def test_standard_error_is_the_clustered_one():
+def test_estimate_standard_error_is_clustered_by_prompt():
     values = torch.rand(9, 4, dtype=torch.float64) + torch.rand(9, 1)
     residual = (values - values.mean()).sum(1)
     clustered = math.sqrt(residual.square().sum().item() * 9 / 8) / values.numel()
     assert estimate(values.mean(1)).standard_error == pytest.approx(clustered, rel=1e-9)
 
 
-def test_intervals_cover_the_mean_as_often_as_they_say(monkeypatch):
-    """Prompts of unequal difficulty, eight completions each; each taken for a prompt, intervals are too short."""
+def test_estimate_intervals_have_their_coverage(monkeypatch):
+    """Prompts of unequal difficulty; intervals that treat completions as independent are too short."""
     monkeypatch.setattr("grpo_fast.evaluation.estimates.RESAMPLES", 500)
     trials, prompts, n = 300, 60, 8
     covered = {"bootstrap": 0, "standard error": 0, "completions alone": 0}
@@ -59,13 +58,13 @@ def test_intervals_cover_the_mean_as_often_as_they_say(monkeypatch):
         covered["bootstrap"] += found.low <= 0.5 <= found.high
         covered["standard error"] += abs(found.value - 0.5) <= 1.96 * found.standard_error
         covered["completions alone"] += abs(found.value - 0.5) <= 1.96 * values.std().item() / values.numel() ** 0.5
-    # Two standard deviations of 300 trials are 2.5 points; at 60 prompts both are a little short of 95%.
+    # Two standard deviations of 300 trials are 2.5 points; with 60 prompts both are slightly below 95%.
     assert 0.91 <= covered["bootstrap"] / trials <= 0.98
     assert 0.91 <= covered["standard error"] / trials <= 0.98
     assert covered["completions alone"] / trials < 0.75
 
 
-def test_bootstrap_against_the_normal_distribution():
+def test_bootstrap_interval_of_normal_values():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2000, generator=generator, dtype=torch.float64)
     low, high = bootstrap_interval(values, seed=1)
@@ -76,18 +75,18 @@ def test_bootstrap_against_the_normal_distribution():
     assert bootstrap_interval(values, seed=2) != (low, high)
 
 
-def test_scores_without_spread_have_the_binomial_interval():
+def test_bootstrap_interval_of_equal_values():
     # Clopper and Pearson's limits for 0 of 32 and 32 of 32.
     low, high = bootstrap_interval(torch.zeros(32, dtype=torch.float64))
     assert (low, high) == (0, pytest.approx(0.1089, abs=1e-4))
     low, high = bootstrap_interval(torch.ones(32, dtype=torch.float64))
     assert (low, high) == (pytest.approx(1 - 0.1089, abs=1e-4), 1)
-    # A value that was always 0.5, and a difference that was always 0, say nothing of others.
+    # Values that are all 0.5, and differences that are all 0, have no interval.
     assert all(math.isnan(limit) for limit in bootstrap_interval(torch.full((3,), 0.5)))
     assert all(math.isnan(limit) for limit in bootstrap_interval(torch.zeros(3), shares=False))
 
 
-def test_without_values_nothing_is_said():
+def test_estimate_without_values_is_nan():
     assert all(math.isnan(part) for part in estimate(torch.full((3,), math.nan)))
     single = estimate(torch.tensor([0.5, math.nan]))
     assert single.value == 0.5

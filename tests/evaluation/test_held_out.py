@@ -1,4 +1,4 @@
-"""``grpo-fast eval``, and the held-out score while a run goes on."""
+"""``grpo-fast eval``, and held-out scores during training."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def options(folder, **fields) -> EvalOptions:
     return EvalOptions(**{"output": folder, "batch_size": 8, **fields})
 
 
-def test_a_checkpoint_scores_what_its_run_measured(trained, tmp_path, capsys):
+def test_eval_of_a_checkpoint_equals_the_score_of_its_run(trained, tmp_path, capsys):
     """With all prompts at once, the completions are those of the run's last evaluation."""
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["before"] != summary["after"]
@@ -63,7 +63,7 @@ def test_a_checkpoint_scores_what_its_run_measured(trained, tmp_path, capsys):
     assert "pass@4" in printed
 
 
-def test_samples_and_summary(trained, tmp_path):
+def test_eval_writes_samples_and_summary(trained, tmp_path):
     made = evaluate(tmp_path / "eval", trained / "config.yaml", "--k", "2,4", "--batch_size", 8)
     lines = samples(tmp_path / "eval")
     assert len(lines) == 80
@@ -88,7 +88,7 @@ def test_samples_and_summary(trained, tmp_path):
     assert lower["metrics"]["digits_included"]["pass@4"]["value"] > found["pass@4"]["value"]
 
 
-def test_greedy_is_one_completion_whatever_the_seed(trained, tmp_path):
+def test_eval_greedy_does_not_depend_on_the_seed(trained, tmp_path):
     model = ["--model_name_or_path", trained / "checkpoint-2", "--greedy"]
     made = evaluate(tmp_path / "a", *model)
     assert list(made["metrics"]["exact_answer"]) == ["mean@1", "pass@1"]
@@ -98,7 +98,7 @@ def test_greedy_is_one_completion_whatever_the_seed(trained, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
+def test_eval_resumes_an_interrupted_evaluation(tmp_path, capsys):
     fields = {"num_generations_eval": 2, "eval_metric": "digits_ordered", "max_eval_samples": 20}
     whole = EvalRun(config(tmp_path, **fields), options(tmp_path / "whole")).run()
     folder = tmp_path / "eval"
@@ -116,16 +116,16 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
         made.run()
     assert len(samples(folder)) == 32
     assert not (folder / "summary.json").exists()
-    assert f"to go on: grpo-fast eval {folder}/config.yaml --output {folder} --resume --batch_size 8" in (
+    assert f"to continue: grpo-fast eval {folder}/config.yaml --output {folder} --resume --batch_size 8" in (
         capsys.readouterr().out
     )
-    # As a kill leaves it: a batch that is not whole, and a line without its end.
+    # As after a kill: an incomplete batch, and an incomplete line.
     path = folder / "samples.jsonl"
     kept = [line + "\n" for line in split_lines(path.read_text())]
     path.write_text("".join(kept[:21]) + kept[21][:9])
     with pytest.raises(UserError, match="already holds an evaluation"):
         EvalRun(config(tmp_path, **fields), options(folder))
-    with pytest.raises(UserError, match=r"--resume: batch_size=4 is not that of .*, 8"):
+    with pytest.raises(UserError, match=r"--resume: batch_size=4 differs from 8, the value in "):
         EvalRun(config(tmp_path, **fields), options(folder, resume=True, batch_size=4))
     made = EvalRun(config(tmp_path, **fields), options(folder, resume=True))
     generate, batches = made.rollout.generate, []
@@ -136,7 +136,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, capsys):
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
 
 
-def test_two_evaluations_are_compared_by_prompts(trained, tmp_path, capsys):
+def test_eval_compares_two_evaluations_by_prompt(trained, tmp_path, capsys):
     first = evaluate(tmp_path / "a", trained / "config.yaml")
     model = ["--model_name_or_path", trained / "checkpoint-2"]
     made = evaluate(tmp_path / "b", *model, "--num_generations_eval", 3, "--compare", tmp_path / "a")
@@ -155,8 +155,8 @@ def test_two_evaluations_are_compared_by_prompts(trained, tmp_path, capsys):
     assert re.search(r"--compare='\S+/a' is of 20 prompts \(\w+\), not of", capsys.readouterr().err)
 
 
-def test_lines_end_at_newlines_alone(trained, tmp_path):
-    """A completion may hold what Unicode counts as a line break."""
+def test_lines_files_end_lines_only_at_newlines(trained, tmp_path):
+    """A completion may contain characters that Unicode treats as line breaks."""
     evaluate(tmp_path / "a", trained / "config.yaml")
     path, text = tmp_path / "a" / "samples.jsonl", "a\u2028b\u2029c\u0085d\x0b\x0ce\x1cf"
     lines = [{**line, "completion": text} for line in samples(tmp_path / "a")]
@@ -182,7 +182,7 @@ def test_lines_end_at_newlines_alone(trained, tmp_path):
     ]
 
 
-def test_batches_are_sampled_apart(tmp_path):
+def test_eval_samples_batches_with_different_random_numbers(tmp_path):
     rows = [{"prompt": "31>", "answer": "13"}] * 6
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     fields = dict.fromkeys(("dataset_name", "eval_dataset_name"), str(tmp_path / "rows.json"))
@@ -190,7 +190,7 @@ def test_batches_are_sampled_apart(tmp_path):
     assert len({line["completion"] for line in samples(tmp_path / "eval")}) > 1
 
 
-def test_a_run_is_measured_on_its_own_held_out_rows(tmp_path, capsys):
+def test_eval_uses_the_held_out_rows_of_the_run(tmp_path, capsys):
     rows = [{"prompt": f"{a}{b}>", "answer": f"{min(a, b)}{max(a, b)}"} for a in range(10) for b in range(10)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     fields = {"dataset_name": str(tmp_path / "rows.json"), "dataset_kwargs": None}
@@ -215,7 +215,7 @@ def test_a_run_is_measured_on_its_own_held_out_rows(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_long_prompts_are_dropped_by_training_and_evaluation(tmp_path, capsys):
+def test_long_prompts_are_dropped_in_training_and_evaluation(tmp_path, capsys):
     rows = [{"prompt": "1" * length + ">", "answer": "1"} for length in (2, 70, 3, 80, 4)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     fields = dict.fromkeys(("dataset_name", "eval_dataset_name"), str(tmp_path / "rows.json")) | {
@@ -237,7 +237,7 @@ def test_long_prompts_are_dropped_by_training_and_evaluation(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder_model", [False, True], ids=["built-in", "folder"])
-def test_adapters_are_put_into_their_base(tmp_path, folder_model):
+def test_eval_loads_an_adapter_into_its_base(tmp_path, folder_model):
     fields = {"use_peft": True, "lora_r": 4, "learning_rate": 0.05, "max_steps": 2, "eval_metric": "digits_included"}
     if folder_model:
         made = trainer(tmp_path / "other", seed=9)
@@ -278,7 +278,7 @@ def test_adapters_are_put_into_their_base(tmp_path, folder_model):
         (["--greeedy"], "unknown option --greeedy"),
     ],
 )
-def test_wrong_input_ends_in_one_line(trained, tmp_path, monkeypatch, arguments, message, capsys):
+def test_eval_with_wrong_input_ends_in_one_line(trained, tmp_path, monkeypatch, arguments, message, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").symlink_to(trained)
     (tmp_path / "file").write_text("")
@@ -298,20 +298,20 @@ def test_wrong_input_ends_in_one_line(trained, tmp_path, monkeypatch, arguments,
 
 
 def scripted(folder, resume=False, **fields):
-    """A run whose held-out score after step N is that of `SCORES`."""
+    """A run whose held-out score after step N is `SCORES[N]`."""
     made = trainer(folder, resume, **{"eval_steps": 1, "keep_best": True, "save_total_limit": 1, **fields})
     evaluate = made.evaluate
     made.evaluate = lambda: {**evaluate(), SCORE: SCORES[made.step]}
     return made
 
 
-def test_the_curve_while_training(tmp_path, capsys):
+def test_eval_steps_write_the_curve_of_scores(tmp_path, capsys):
     made = trainer(tmp_path / "run", eval_steps=2, logging_steps=5, log_completions_steps=0)
     steps = []
     evaluate = made.evaluate
     made.evaluate = lambda: steps.append(made.step) or evaluate()
     made.train()
-    # Once at the end, for the curve and for the summary.
+    # One evaluation at the end serves both the curve and the summary.
     assert steps == [0, 2, 4, 5]
     lines = {line["step"]: line for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert sorted(lines) == [2, 4, 5]
@@ -322,15 +322,15 @@ def test_the_curve_while_training(tmp_path, capsys):
     assert printed.count("held-out exact_answer") == 3
     assert "step 4: held-out exact_answer" in printed
     page = write_report(tmp_path / "run").read_text()
-    # The dots of steps 2, 4 and 5, beside that of before.
+    # The points of steps 2, 4 and 5, and the one before training.
     assert [page.count(f"held out, {label}:") >= 1 for label in ("before", "step 2", "step 5", "after")] == [
         True, True, True, False,
     ]  # fmt: skip
     assert page.count('class="held-out"') >= 1
 
 
-def test_evaluations_leave_the_training_alone(tmp_path):
-    """Even where rewards draw from every generator."""
+def test_eval_steps_do_not_change_the_training(tmp_path):
+    """Even if rewards draw from every random generator."""
     (tmp_path / "noise.py").write_text(NOISE)
     fields = {"reward_funcs": [f"{tmp_path / 'noise.py'}:noise", "exact_answer"]}
     for name, more in (("without", {}), ("with", {"eval_steps": 1})):
@@ -343,7 +343,7 @@ def test_evaluations_leave_the_training_alone(tmp_path):
     assert trained[0] == trained[1]
 
 
-def test_the_best_checkpoint_stays_while_others_go(tmp_path):
+def test_keep_best_keeps_the_best_checkpoint(tmp_path):
     folder = tmp_path / "run"
     made = scripted(folder, save_steps=0)
     seen, save = [], made.save
@@ -355,7 +355,7 @@ def test_the_best_checkpoint_stays_while_others_go(tmp_path):
 
     made.save = save_and_look
     made.train()
-    # Step 4 only equals step 2.
+    # Step 4 equals the best score, of step 2, and does not replace it.
     assert seen == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-2", "checkpoint-5"]]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["best_score"], summary["best_checkpoint"]) == (0.5, "checkpoint-2")
@@ -363,7 +363,7 @@ def test_the_best_checkpoint_stays_while_others_go(tmp_path):
     assert "checkpoint-2" in write_report(folder).read_text()
 
 
-def test_the_best_score_so_far_is_resumed(tmp_path):
+def test_keep_best_resumes_the_best_score(tmp_path):
     folder = tmp_path / "run"
     scripted(folder, max_steps=3, lr_scheduler_type="constant").train()
     state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
@@ -373,7 +373,7 @@ def test_the_best_score_so_far_is_resumed(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["best_checkpoint"] == "checkpoint-2"
 
 
-def test_resumed_runs_with_evaluations_are_bit_identical(tmp_path):
+def test_eval_steps_resumed_run_is_bit_identical(tmp_path):
     fields = {"eval_steps": 3, "keep_best": True, "save_steps": 3}
     trainer(tmp_path / "whole", **fields).train()
     folder = tmp_path / "run"
@@ -393,7 +393,7 @@ def test_resumed_runs_with_evaluations_are_bit_identical(tmp_path):
     assert [line["step"] for line in figures(folder) if SCORE in line] == [3, 5]
 
 
-def test_a_failed_evaluation_loses_no_figures(tmp_path):
+def test_failed_evaluation_loses_no_metrics(tmp_path):
     made = trainer(tmp_path, eval_steps=2)
     evaluate = made.evaluate
 
@@ -409,18 +409,18 @@ def test_a_failed_evaluation_loses_no_figures(tmp_path):
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
-def test_evaluations_wait_for_the_end_of_a_generation_batch(tmp_path):
+def test_eval_steps_wait_for_the_end_of_a_generation_batch(tmp_path):
     trainer(tmp_path, eval_steps=1, num_iterations=2, max_steps=4).train()
     assert [line["step"] for line in figures(tmp_path) if SCORE in line] == [2, 4]
 
 
-def test_scores_that_are_no_number_are_never_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_evaluate.SCORES", [math.nan] * 6)
+def test_keep_best_ignores_scores_that_are_nan(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.SCORES", [math.nan] * 6)
     scripted(tmp_path).train()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["best_score"], summary["best_checkpoint"]) == (None, None)
 
 
-def test_keep_best_needs_evaluations(tmp_path):
+def test_keep_best_requires_eval_steps(tmp_path):
     with pytest.raises(UserError, match="keep_best goes with eval_steps"):
         config(tmp_path, keep_best=True)

@@ -1,3 +1,5 @@
+"""Sampling with transformers models: continuous batching and padded batches."""
+
 import inspect
 import itertools
 
@@ -20,12 +22,12 @@ from grpo_fast.errors import UserError
 from grpo_fast.model.loading import digit_tokenizer
 from grpo_fast.rollout import Sampling, TransformersRollout, decode
 from grpo_fast.rollout.rows import cache_argument
-from grpo_fast.rollout.transformers import continuous, not_continuous
+from grpo_fast.rollout.transformers import not_continuous
 from support.tiny import VOCAB, tiny_model
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 7, 8], [5, 9, 12, 2]]
 WINDOW = {"sliding_window": 5}
-UNTIED = {"tie_word_embeddings": False}  # with tied ones they repeat the last token
+UNTIED = {"tie_word_embeddings": False}  # tied embeddings repeat the last token
 LAYERS = ["sliding_attention", "full_attention"]
 MODELS = {
     "llama": (LlamaConfig, {}),
@@ -35,7 +37,7 @@ MODELS = {
     "gemma2": (Gemma2Config, {"head_dim": 8, **UNTIED, **WINDOW}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 8, "layer_types": LAYERS, **UNTIED, **WINDOW}),
 }
-# Their caches cannot be cut, or they prepare inputs in their own way.
+# Their caches have other layers, or they have their own prepare_inputs_for_generation.
 PADDED = {
     "phi3": (Phi3Config, {}),
     "lfm2": (Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
@@ -44,13 +46,13 @@ PADDED = {
 
 def rollout(max_tokens=100_000, config_class=LlamaConfig, **overrides):
     model = tiny_model(torch.float32, config_class, eos_token_id=None, **overrides)
-    tokenizer = digit_tokenizer()  # only its special tokens matter here
+    tokenizer = digit_tokenizer()  # only its special tokens are used
     return TransformersRollout(model, tokenizer, max_tokens), model
 
 
 @pytest.fixture
 def reserved(monkeypatch):
-    """What the cache of every call reserved: rows, the width of the present ones, columns."""
+    """The arguments of every `reserve` call: rows, width, columns."""
     sizes = []
     reserve = decode.RowsCache.reserve
 
@@ -64,7 +66,7 @@ def reserved(monkeypatch):
 
 @pytest.fixture
 def decoders(monkeypatch):
-    """The decoders of every call."""
+    """The decoders that were made."""
     made = []
 
     class Kept(decode.Decoder):
@@ -87,8 +89,8 @@ def greedy(model, prompt, length, eos):
 
 @pytest.mark.parametrize("max_tokens", [100_000, 60, 1])
 @pytest.mark.parametrize("num_generations", [1, 3])
-def test_greedy_equals_one_at_a_time(max_tokens, num_generations):
-    """Left padding, sorting by length, batching and the shared prompt cache change nothing."""
+def test_greedy_sampling_equals_one_sequence_at_a_time(max_tokens, num_generations):
+    """Left padding, sorting by length, batching and sharing prompts do not change the result."""
     sampler, model = rollout(max_tokens)
     responses = sampler.generate(PROMPTS, Sampling(num_generations, 12, temperature=0.0))
     with torch.no_grad():
@@ -98,14 +100,14 @@ def test_greedy_equals_one_at_a_time(max_tokens, num_generations):
 
 @pytest.mark.parametrize("max_tokens", [100_000, 60])
 @pytest.mark.parametrize("name", [*MODELS, *PADDED])
-def test_rows_that_come_and_go_change_nothing(name, max_tokens, monkeypatch):
-    """Rows are dropped, join, give way and are computed again, in pieces; sliding layers forget."""
+def test_decoder_with_rows_that_join_and_leave(name, max_tokens, monkeypatch):
+    """Rows finish, join, are evicted and computed again in parts; sliding layers drop columns."""
     for bound, value in {"GROWTH": 3, "LEAST_GROWTH": 2, "PREFILL_TOKENS": 7, "CHUNK_LOGITS": 2 * VOCAB}.items():
         monkeypatch.setattr(decode, bound, value)
     monkeypatch.setattr("grpo_fast.rollout.rows.SLACK", 2)
     config_class, overrides = {**MODELS, **PADDED}[name]
     sampler, model = rollout(max_tokens, config_class, **overrides)
-    assert continuous(model) == (name in MODELS)
+    assert (not_continuous(model) is None) == (name in MODELS)
     sampler.eos_token_ids = set(range(20, 24))
     responses = sampler.generate(PROMPTS, Sampling(3, 24, temperature=0.0))
     with torch.no_grad():
@@ -115,7 +117,7 @@ def test_rows_that_come_and_go_change_nothing(name, max_tokens, monkeypatch):
 
 
 def renamed(kind, name, own):
-    """A model class whose forward calls its cache `name`, whatever this version of transformers calls it (`own`)."""
+    """A model class whose forward names its cache argument `name` instead of `own`."""
 
     class Renamed(kind):
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **named):
@@ -131,7 +133,7 @@ def renamed(kind, name, own):
 
 @pytest.mark.filterwarnings("error:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_sampling_with_either_name_of_the_cache(name, decoders):
+def test_transformers_rollout_with_either_name_of_the_cache(name, decoders):
     sampler, model = rollout()
     sampling = Sampling(3, 12, temperature=0.0)
     expected = sampler.generate(PROMPTS, sampling)
@@ -143,7 +145,7 @@ def test_sampling_with_either_name_of_the_cache(name, decoders):
     assert len(decoders) == 2
 
 
-def test_cache_argument_behind_a_wrapper_that_names_none():
+def test_cache_argument_behind_a_wrapper_without_names():
     _, model = rollout()
     expected, forward = cache_argument(model), model.forward
     assert expected in ("cache", "past_key_values")
@@ -160,7 +162,7 @@ def test_cache_argument_behind_a_wrapper_that_names_none():
         ("lfm2", "layers other than full and sliding"),
     ],
 )
-def test_a_model_that_needs_padded_batches_is_named(name, reason):
+def test_warning_names_a_model_that_needs_padded_batches(name, reason):
     config_class, overrides = {**MODELS, **PADDED}[name]
     sampler, model = rollout(config_class=config_class, **overrides)
     assert bool(reason) == bool(sampler.warning)
@@ -169,14 +171,14 @@ def test_a_model_that_needs_padded_batches_is_named(name, reason):
         assert sampler.warning.startswith(f"{type(model).__name__} is sampled in padded batches")
 
 
-def test_a_forward_without_positions_is_not_continuous():
+def test_not_continuous_for_a_forward_without_positions():
     _, model = rollout()
     model.forward = lambda input_ids, attention_mask, cache=None: None
     assert not_continuous(model) == "the forward of LlamaForCausalLM does not take position_ids"
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "plan"])
-def test_a_run_says_once_that_its_model_needs_padded_batches(command, tmp_path, capsys):
+def test_command_warns_once_about_padded_batches(command, tmp_path, capsys):
     tokenizer = digit_tokenizer()
     model = tiny_model(torch.float32, Phi3Config, vocab_size=len(tokenizer), max_position_embeddings=64)
     model.save_pretrained(tmp_path / "model")
@@ -196,7 +198,7 @@ def test_a_run_says_once_that_its_model_needs_padded_batches(command, tmp_path, 
     assert output.count("Phi3ForCausalLM is sampled in padded batches") == 1
 
 
-def test_a_finished_sequence_costs_nothing_further(decoders, reserved):
+def test_decoder_computes_nothing_for_a_finished_sequence(decoders, reserved):
     sampler, _ = rollout()
     sampler.eos_token_ids = set(range(2, 6))
     torch.manual_seed(0)
@@ -208,8 +210,8 @@ def test_a_finished_sequence_costs_nothing_further(decoders, reserved):
 
 
 @pytest.mark.parametrize("max_tokens", [400, 1500])
-def test_the_cache_stays_within_the_budget(decoders, reserved, max_tokens):
-    """Under it, sequences join as others end, and all of it is used."""
+def test_decoder_cache_stays_within_the_budget(decoders, reserved, max_tokens):
+    """Sequences join as others end, and most of the budget is used."""
     sampler, _ = rollout(max_tokens)
     sampler.eos_token_ids = {2, 3}
     torch.manual_seed(0)
@@ -220,12 +222,12 @@ def test_the_cache_stays_within_the_budget(decoders, reserved, max_tokens):
     lengths = [len(r.token_ids) for r in responses]
     (decoder,) = decoders
     assert decoder.rows_computed == sum(lengths)
-    # Batches that keep room for the longest completion, each as long as its longest.
+    # The steps of padded batches with room for the longest completion, each as long as its longest.
     rows = max_tokens // (6 + 100)
     assert decoder.steps < 0.8 * sum(max(lengths[first : first + rows]) for first in range(0, 64, rows))
 
 
-def test_a_prompt_is_computed_once_for_its_group(monkeypatch):
+def test_decoder_computes_a_prompt_once_for_its_group(monkeypatch):
     sampler, model = rollout()
     rows = []
     forward = model.model.forward
@@ -236,12 +238,12 @@ def test_a_prompt_is_computed_once_for_its_group(monkeypatch):
 
     monkeypatch.setattr(model.model, "forward", counted)
     sampler.generate(PROMPTS, Sampling(5, 1))
-    # Three prompts of more than one token without their last, then a step of all twenty sequences.
+    # Three prompts with more than one token, without their last one; then one step of all twenty sequences.
     assert rows == [(3, 5), (20, 1)]
 
 
 def filtered(scores, seen, temperature, *, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Log-probabilities after the filters in plain steps, for one position."""
+    """Log-probabilities of one position after the filters, computed step by step."""
     scores = scores.clone()
     for token in set(seen):
         scores[token] = scores[token] / repetition_penalty if scores[token] > 0 else scores[token] * repetition_penalty
@@ -268,16 +270,18 @@ FILTERED = [
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
 @pytest.mark.parametrize("filters", FILTERED, ids=lambda filters: "-".join(filters) or "none")
-def test_logprobs_are_those_of_the_full_logits(name, filters):
-    """To 1e-5, after temperature and filters, with sequences that join later; what is filtered out is never drawn."""
+def test_logprobs_equal_those_of_the_full_logits(name, filters):
+    """To 1e-5, after temperature and filters, also for sequences that join later."""
     config_class, overrides = {**MODELS, **PADDED}[name]
-    # Sharper attention rounds by more than 1e-5 in float32, whoever computes it.
+    # With sharper attention, float32 rounding alone exceeds 1e-5.
     sampler, model = rollout(200, config_class, **{**overrides, "initializer_range": 0.2})
     sampler.eos_token_ids = {2, 3}
     torch.manual_seed(1)
     own = {key: value for key, value in filters.items() if key != "repetition_penalty"}
     rest = {key: value for key, value in filters.items() if key == "repetition_penalty"}
-    prompts = PROMPTS if name != "lfm2" or not rest else [[5, 9, 11], [6, 6, 6]]  # padding counts as seen in generate
+    prompts = (
+        PROMPTS if name != "lfm2" or not rest else [[5, 9, 11], [6, 6, 6]]
+    )  # in `generate` the penalty also covers padding
     responses = sampler.generate(prompts, Sampling(6, 20, temperature=0.7, generation_kwargs=rest, **own))
     for prompt, response in zip([p for p in prompts for _ in range(6)], responses, strict=True):
         ids = prompt + response.token_ids
@@ -288,7 +292,7 @@ def test_logprobs_are_those_of_the_full_logits(name, filters):
             assert logprob == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_has_no_probability_is_never_drawn():
+def test_sample_never_draws_a_token_with_probability_zero():
     torch.manual_seed(0)
     scores = torch.full((100_000, 6), -torch.inf)
     scores[:, [1, 4]] = torch.tensor([0.0, -20.0])
@@ -298,7 +302,7 @@ def test_what_has_no_probability_is_never_drawn():
     assert torch.allclose(logprobs[tokens == 1], torch.zeros(()), atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_samples():
+def test_generate_with_the_same_seed():
     sampler, _ = rollout(300)
     first, second, third = (
         torch.manual_seed(seed) and sampler.generate(PROMPTS, Sampling(4, 30)) for seed in (0, 0, 1)
@@ -307,16 +311,16 @@ def test_the_same_seed_gives_the_same_samples():
 
 
 @pytest.mark.parametrize("name", ["llama", "lfm2"])
-def test_probabilities_that_are_not_finite(name):
+def test_generate_refuses_probabilities_that_are_not_finite(name):
     config_class, overrides = {**MODELS, **PADDED}[name]
     sampler, model = rollout(config_class=config_class, **overrides)
     torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
-    with pytest.raises(UserError, match="not finite any more; try a smaller learning_rate"):
+    with pytest.raises(UserError, match="no longer finite; try a smaller learning_rate"):
         sampler.generate(PROMPTS, Sampling(2, 4))
 
 
-def test_filters_are_those_that_generate_applies():
-    """Also those that count from the prompt's end, with prompts of unequal length and rows that join later."""
+def test_generation_kwargs_filter_as_transformers_does():
+    """Also filters that count from the end of the prompt, with unequal prompts and rows that join later."""
     sampler, _ = rollout(60)
     sampler.eos_token_ids = set(range(20))
     torch.manual_seed(0)
@@ -328,7 +332,7 @@ def test_filters_are_those_that_generate_applies():
     }
     responses = sampler.generate(PROMPTS, Sampling(25, 12, generation_kwargs=rules))
     drawn = [r.token_ids for r in responses]
-    assert min(map(len, drawn)) == 6  # the end comes after five others
+    assert min(map(len, drawn)) == 6  # an end token after five others
     assert not {ids[0] for ids in drawn} & {20, 21, 22}
     assert {20, 21, 22} <= {token for ids in drawn for token in ids}
     assert 30 not in {token for ids in drawn for token in ids}
@@ -343,7 +347,7 @@ def test_filters_are_those_that_generate_applies():
         assert len(set(pairs)) == len(pairs)
 
 
-def test_samples_follow_the_models_distribution():
+def test_samples_follow_the_distribution_of_the_model():
     sampler, model = rollout()
     torch.manual_seed(0)
     draws = 20_000
@@ -356,7 +360,7 @@ def test_samples_follow_the_models_distribution():
         counts = torch.bincount(first, minlength=VOCAB)
         likely = p * draws >= 5
         chi_square = ((counts - p * draws) ** 2 / (p * draws))[likely].sum().item()
-        # Mean k, standard deviation sqrt(2 k): six of them away would be a wrong distribution.
+        # The statistic has mean k and standard deviation sqrt(2 k); allow six standard deviations.
         assert chi_square < likely.sum() + 6 * (2 * likely.sum()) ** 0.5
 
 
@@ -374,8 +378,8 @@ def test_responses_end_at_the_first_end_token():
     assert min(reasons.values()) > 0
 
 
-def test_filters_that_a_model_ships_are_not_applied():
-    """They would fill in for what is not set, and the sampled policy would not be the trained one."""
+def test_generation_config_of_the_model_is_not_applied():
+    """Its defaults would make the sampled policy differ from the trained one."""
     sampler, model = rollout()
     expected = sampler.generate(PROMPTS, Sampling(1, 12, temperature=0.0))
     model.generation_config.repetition_penalty = 1000.0
@@ -386,14 +390,14 @@ def test_filters_that_a_model_ships_are_not_applied():
     assert sampler.generate(PROMPTS, penalised) != expected
 
 
-def test_the_models_mode_is_restored():
+def test_generate_restores_the_mode_of_the_model():
     sampler, model = rollout()
     model.train()
     sampler.generate(PROMPTS, Sampling(2, 2))
     assert model.training
 
 
-def test_unknown_generation_kwargs_are_named():
+def test_generation_kwargs_unknown_name_is_refused():
     sampler, _ = rollout()
     with pytest.raises(UserError, match=r"'repetition_penlty' is not allowed .did you mean 'repetition_penalty'"):
         sampler.generate(PROMPTS, Sampling(2, 2, generation_kwargs={"repetition_penlty": 1.1}))

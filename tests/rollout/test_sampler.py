@@ -1,4 +1,4 @@
-"""The trainer and a sampling engine with weights of its own: always in sync, proven by a probe, corrected."""
+"""The trainer with an engine that has a copy of the weights: sync, probe, correction and sampling ahead."""
 
 import copy
 import sys
@@ -21,7 +21,7 @@ FIELDS = {"use_vllm": True, "learning_rate": 1e-2}
 
 
 class CopyEngine(TransformersRollout):
-    """Samples from a copy of the model, as an engine in another process does."""
+    """Samples from a copy of the model, like an engine in another process."""
 
     copies_weights = True
     syncs = True
@@ -46,7 +46,7 @@ class CopyEngine(TransformersRollout):
         self.calls.append("close")
 
     def generate(self, prompt_ids, sampling):
-        # The probe comes with a seed; it must not move the trainer's generator.
+        # The probe sets a seed; it must not change the state of the trainer's generator.
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
@@ -75,8 +75,8 @@ def use(monkeypatch):
     return choose
 
 
-def test_a_copy_samples_what_the_model_would(tmp_path, use):
-    """Synced before every generation, asleep during updates; the run is the one without an engine."""
+def test_sampler_with_a_copy_equals_a_run_without_engine(tmp_path, use):
+    """The engine is synced before every generation and sleeps during updates."""
     plain = trainer(tmp_path / "plain", learning_rate=1e-2)
     plain.train()
     use(CopyEngine)
@@ -93,8 +93,8 @@ def test_a_copy_samples_what_the_model_would(tmp_path, use):
     assert not any("sampling/" in name for name in read_metrics(tmp_path / "plain" / "metrics.jsonl")[0])
 
 
-def test_stale_weights_stop_the_run(tmp_path, use, monkeypatch):
-    """The numbers are shown, the run can be resumed, and then it goes on."""
+def test_probe_stops_a_run_with_stale_weights(tmp_path, use, monkeypatch):
+    """The error shows the numbers, and the run can be resumed."""
     use(CopyEngine)
     made = trainer(tmp_path, **FIELDS)
     monkeypatch.setattr(CopyEngine, "syncs", False)
@@ -109,7 +109,7 @@ def test_stale_weights_stop_the_run(tmp_path, use, monkeypatch):
     assert again.step == 3
 
 
-def test_a_sync_that_never_worked_stops_before_the_run(tmp_path, use):
+def test_probe_stops_before_a_run_whose_first_sync_failed(tmp_path, use):
     class Other(CopyEngine):
         syncs = False
 
@@ -122,7 +122,7 @@ def test_a_sync_that_never_worked_stops_before_the_run(tmp_path, use):
         trainer(tmp_path, **FIELDS)
 
 
-def test_the_tolerance_is_the_users(tmp_path, use, monkeypatch):
+def test_sync_tolerance_set_by_the_user(tmp_path, use, monkeypatch):
     use(CopyEngine)
     monkeypatch.setattr(CopyEngine, "syncs", False)
     made = trainer(tmp_path, sync_tolerance=50.0, **FIELDS)
@@ -130,17 +130,63 @@ def test_the_tolerance_is_the_users(tmp_path, use, monkeypatch):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["sampling/sampling_logp_difference/max"] > 1e-3
 
 
-def test_the_tolerance_is_that_of_mixed_precision(tmp_path, use):
-    """The weights are float32, but the trainer's log-probabilities are bfloat16's."""
+def test_sync_tolerance_in_mixed_precision(tmp_path, use):
+    """The weights are float32, but the trainer computes log-probabilities in bfloat16."""
     use(CopyEngine)
     trainer(tmp_path / "bf16", bf16=True, **FIELDS).train()
     assert read_metrics(tmp_path / "bf16" / "metrics.jsonl")[0]["sampling/sampling_logp_difference/max"] > 1e-3
 
 
+FILTERS = [{"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.2}]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "".join(filters))
+def test_check_support_refuses_filters_that_change_the_correction(tmp_path, use, filters):
+    """Before any work, and naming the two ways out; sampling for an evaluation is not affected."""
+    use(CopyEngine)
+    ((name, value),) = filters.items()
+    message = f"^{name}={value} is not allowed in training with use_vllm.*or set vllm_importance_sampling_correction=f"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **filters, **FIELDS, reward_funcs=["no_such_reward"])
+    assert not (tmp_path / "config.yaml").exists()
+    GRPOConfig(**{**SMALL, **filters, "use_vllm": True})
+
+
+@pytest.mark.parametrize("fields", [{"use_vllm": False}, {"vllm_importance_sampling_correction": False}], ids=str)
+def test_check_support_allows_filters_without_the_correction(tmp_path, use, fields):
+    """The loss takes its old log-probabilities from the trainer, over the whole vocabulary."""
+    use(
+        CopyEngine
+        if fields.get("use_vllm", True)
+        else lambda model, tokenizer: TransformersRollout(model, tokenizer, 9)
+    )
+    made = trainer(tmp_path, **{**FIELDS, **fields, "top_p": 0.9, "top_k": 4, "min_p": 0.05, "max_steps": 2})
+    batch, _ = made.collect()
+    assert batch.sampling_logprobs is None
+    made.train()
+    (first, *_) = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["grad_norm"] > 0
+    assert not any(name.startswith("sampling/") for name in first)
+
+
+def test_filtered_logprobs_cover_only_the_kept_tokens(tmp_path, use, monkeypatch):
+    """Why the filters are refused: each token's ratio is the kept probability, so that of a sequence vanishes."""
+    monkeypatch.setattr("grpo_fast.trainer.check_support", lambda config: None)
+    use(CopyEngine)
+    made = trainer(tmp_path, top_k=4, **FIELDS)
+    batch, _ = made.collect()
+    active = torch.zeros(len(batch.samples), dtype=torch.bool)
+    active[batch.active] = True
+    logprobs = made.learner.score(made.learner.policy, batch)[active.repeat_interleave(batch.offsets.diff())]
+    sampled = batch.sampling_logprobs[active.repeat_interleave(batch.offsets.diff())]
+    assert len(sampled) > 0
+    assert (logprobs - sampled).exp().max() < 0.95
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "cispo", "vespo"])
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "geometric_mask"])
-def test_the_correction_is_that_of_the_trainers_logprobs(tmp_path, use, monkeypatch, mode, loss_type):
-    """It is computed in the step's own forward; the gradient is that of ratios that were known before."""
+def test_correction_uses_the_logprobs_of_the_trainer(tmp_path, use, monkeypatch, mode, loss_type):
+    """It is computed in the forward of the step; the gradient equals that with ratios given beforehand."""
     if loss_type == "vespo" and "token" not in mode:
         pytest.skip("refused")
     use(CopyEngine)
@@ -158,7 +204,7 @@ def test_the_correction_is_that_of_the_trainers_logprobs(tmp_path, use, monkeypa
         return figures
 
     sampled = batch.sampling_logprobs
-    # Noise, so that every token and sequence has a ratio of its own, some of them outside the bounds.
+    # Noise, so that tokens and sequences have different ratios, some of them outside the bounds.
     generator = torch.Generator().manual_seed(0)
     batch.sampling_logprobs = sampled + 0.2 * torch.randn(len(sampled), generator=generator)
     figures = gradient()
@@ -175,7 +221,7 @@ def test_the_correction_is_that_of_the_trainers_logprobs(tmp_path, use, monkeypa
     assert figures["sampling/importance_sampling_ratio/max"] == pytest.approx(ratios.max().item(), rel=1e-4)
     difference = (logprobs - batch.sampling_logprobs).abs()[computed]
     assert figures["sampling/sampling_logp_difference/mean"] == pytest.approx(difference.mean().item(), rel=1e-4)
-    # A second update on the batch takes the ratios of the first.
+    # A second update on the batch reuses the ratios of the first.
     batch.old_logprobs = logprobs if loss_type == "vespo" else None
     batch.correction = expected
     gradient()
@@ -186,8 +232,8 @@ def test_the_correction_is_that_of_the_trainers_logprobs(tmp_path, use, monkeypa
     assert (gradients[2] - gradients[1]).norm() > 0.01 * size
 
 
-def test_vespo_sees_the_whole_ratio(tmp_path, use):
-    """With open bounds its weight is a function of the ratio to the sampler, whatever lies between."""
+def test_vespo_with_open_bounds_uses_the_whole_ratio(tmp_path, use):
+    """Its weight depends only on the ratio to the sampler, not on how that splits into two ratios."""
     use(CopyEngine)
     bounds = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None}
     made = trainer(tmp_path, loss_type="vespo", **bounds, **FIELDS)
@@ -205,8 +251,8 @@ def test_vespo_sees_the_whole_ratio(tmp_path, use):
 AHEAD = {**FIELDS, "vllm_mode": "server", "sample_ahead": True, "max_steps": 4}
 
 
-def test_sampling_ahead_is_one_step_old(tmp_path, use):
-    """Step k trains on what the weights of step k - 1 drew, while step k - 1 was taken; the first is on-policy."""
+def test_sample_ahead_is_one_step_old(tmp_path, use):
+    """Step k trains on samples from the weights before step k - 1, drawn during it; step 1 is on-policy."""
     use(SeparateEngine)
     made = trainer(tmp_path, **AHEAD)
     engine, trained, threads = made.rollout.engine, [], []
@@ -231,7 +277,7 @@ def test_sampling_ahead_is_one_step_old(tmp_path, use):
     assert "sleep" not in engine.calls
 
 
-def test_a_sampler_that_dies_ahead_stops_the_run_with_a_checkpoint(tmp_path, use):
+def test_sample_ahead_failure_stops_the_run_with_a_checkpoint(tmp_path, use):
     class Dying(SeparateEngine):
         def generate(self, prompt_ids, sampling):
             if threading.current_thread() is not threading.main_thread():
@@ -249,8 +295,8 @@ def test_a_sampler_that_dies_ahead_stops_the_run_with_a_checkpoint(tmp_path, use
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_resumed_run_draws_each_prompt_once(tmp_path, use):
-    """What was drawn ahead and never trained on is drawn again."""
+def test_sample_ahead_resumed_draws_each_prompt_once(tmp_path, use):
+    """Samples that were drawn ahead and not trained on are drawn again."""
     use(SeparateEngine)
     drawn = {}
     for name, steps in (("whole", (4,)), ("parts", (2, 4))):
@@ -280,19 +326,19 @@ def test_a_resumed_run_draws_each_prompt_once(tmp_path, use):
         ({"vllm_server_host": "::1"}, "vllm_server_host='::1' is not allowed"),
     ],
 )
-def test_bad_fields_are_named(tmp_path, fields, message):
+def test_config_refuses_bad_sampling_fields(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **fields)
 
 
-def test_an_engine_that_is_not_installed_is_named_before_a_model_is_loaded(tmp_path, monkeypatch):
+def test_check_engine_names_a_missing_engine_before_loading_a_model(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"vllm is not installed; install it with: pip install 'grpo-fast\[vllm\]'"):
         trainer(tmp_path, use_vllm=True, model_name_or_path=str(tmp_path / "none"))
 
 
-def test_an_evaluation_is_probed(tmp_path, monkeypatch):
-    """An engine that was handed the weights and has others does not evaluate."""
+def test_evaluation_probes_its_engine(tmp_path, monkeypatch):
+    """An engine with other weights after a sync is refused."""
     config = GRPOConfig(**{**SMALL, "output_dir": str(tmp_path)}, use_vllm=True)
     options = EvalOptions(output=tmp_path / "eval")
     monkeypatch.setattr("grpo_fast.evaluation.run.check_engine", lambda config: None)

@@ -1,4 +1,4 @@
-"""Who may ask a vLLM server for anything: the key on both sides, and the server's middleware; no vLLM here."""
+"""Access to a vLLM server: the key on both sides, and the middleware; without vLLM."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ from grpo_fast.rollout.vllm.guard import Guard, is_loopback
 from support.vllm_server import PROMPTS, FakeServer, connect
 
 KEY = "a-secret"
-# Paths that renew weights, call methods and tell options; vLLM's own check of its key lets all but the second pass.
+# vLLM's own check of its key covers only the second path.
 PATHS = [
     "/collective_rpc",
     "/inference/v1/generate",
@@ -36,7 +36,7 @@ def no_key(monkeypatch):
 
 
 class App:
-    """What the middleware guards: answers 200 with the body that it was sent."""
+    """The guarded application: answers 200 with the body of the request."""
 
     async def __call__(self, scope, receive, send):
         message = await receive()
@@ -46,7 +46,7 @@ class App:
 
 
 def ask(path="/collective_rpc", client="127.0.0.1", body=(b"{}",), kind="http", pause=0.0, **headers):
-    """The status and the body of the answer to a request that arrives in the parts `body`."""
+    """Status and body of the answer to a request whose body arrives in these parts."""
     sent = []
     parts = [{"type": "http.request", "body": part, "more_body": True} for part in body]
     parts[-1]["more_body"] = False
@@ -66,7 +66,7 @@ def ask(path="/collective_rpc", client="127.0.0.1", body=(b"{}",), kind="http", 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_path_but_health_needs_the_key(monkeypatch, path):
+def test_guard_requires_the_key_on_every_path_except_health(monkeypatch, path):
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     for client in ("127.0.0.1", "10.0.0.7"):
         for headers in ({}, {"authorization": KEY}, {"authorization": f"Bearer {KEY}x"}, {"authorization": "Bearer "}):
@@ -79,15 +79,15 @@ def test_every_path_but_health_needs_the_key(monkeypatch, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_without_a_key_this_machine_alone_is_answered(path):
+def test_guard_without_a_key_answers_only_this_machine(path):
     assert ask(path)[0] == ask(path, "::1")[0] == ask(path, None)[0] == 200
     for client in ("10.0.0.7", "::ffff:10.0.0.7", "2001:db8::1", "testclient"):
         assert ask(path, client)[0] == 401
-    # A web page that somebody looks at on this machine.
+    # A request from a web page in a browser on this machine.
     assert ask(path, origin="http://example.org")[0] == 401
 
 
-def test_bodies_are_bounded(monkeypatch):
+def test_guard_limits_size_and_time_of_bodies(monkeypatch):
     monkeypatch.setattr(guard, "BODY_BYTES", 10)
     assert ask(body=(b"12345", b"67890")) == (200, b"1234567890")
     assert ask(body=(b"12345", b"67890", b"1"))[0] == 413
@@ -102,7 +102,7 @@ def test_bodies_are_bounded(monkeypatch):
         ("10.0.0.1", False), ("gpu-7", False), ("localhost.example.org", False), ("0", False), ("", False),
     ],
 )  # fmt: skip
-def test_loopback(host, expected):
+def test_is_loopback(host, expected):
     assert is_loopback(host) == expected
 
 
@@ -115,11 +115,11 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES, ids=lambda address: str(*address.values()))
-def test_a_server_that_others_reach_needs_a_key_on_both_sides(monkeypatch, address):
+def test_server_key_required_for_an_address_that_others_reach(monkeypatch, address):
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
-    monkeypatch.setattr(serve, "server_command", lambda *_: pytest.fail("nothing is loaded before"))
-    monkeypatch.setattr(serve.socket, "create_server", lambda *_, **__: pytest.fail("nothing listens before"))
-    message = r"^a vLLM server at \S+ can be reached by others, so it needs a key: set VLLM_API_KEY in the environment"
+    monkeypatch.setattr(serve, "server_command", lambda *_: pytest.fail("loads a model before the check"))
+    monkeypatch.setattr(serve.socket, "create_server", lambda *_, **__: pytest.fail("listens before the check"))
+    message = r"^other machines can reach a vLLM server at \S+, so it needs a key: set VLLM_API_KEY to the same secret"
     for start in (serve.serve, check_engine):
         with pytest.raises(UserError, match=message):
             start(config(**address))
@@ -128,7 +128,7 @@ def test_a_server_that_others_reach_needs_a_key_on_both_sides(monkeypatch, addre
     assert serve.listening_at(config(**address))[1] == 8000
 
 
-def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
+def test_server_key_that_cannot_be_sent_is_not_shown(monkeypatch):
     for key in ("two words", "line\nbreak", "clé"):
         monkeypatch.setenv("VLLM_API_KEY", key)
         with pytest.raises(UserError, match="the value of VLLM_API_KEY is not allowed") as error:
@@ -137,25 +137,25 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--host", "--host=0.0.0.0", "--ho=::", "--api-key", "--api_key=x", "--api-k"])
-def test_options_of_vllm_do_not_open_the_server(monkeypatch, option):
+def test_serve_refuses_options_that_expose_the_server(monkeypatch, option):
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
-    monkeypatch.setattr(serve, "server_command", lambda *_: pytest.fail("nothing is loaded before"))
+    monkeypatch.setattr(serve, "server_command", lambda *_: pytest.fail("loads a model before the check"))
     with pytest.raises(UserError, match=r"^--\S+ is not allowed here: set (vllm_server_host|VLLM_API_KEY in the env)"):
         serve.serve(config(), ["--seed", "1", option, "0.0.0.0"])
     serve.check_options(["--tensor-parallel-size", "2", "--api-server-count", "1", "-h"])
 
 
-def test_the_server_is_started_with_the_middleware(monkeypatch, tmp_path):
+def test_server_command_adds_the_middleware_and_hides_the_key(monkeypatch, tmp_path):
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     command = serve.server_command(config(use_cpu=True, max_completion_length=16), tmp_path)
     assert command[command.index("--middleware") + 1] == f"{Guard.__module__}.{Guard.__qualname__}"
-    # Everybody on the machine can read the list of processes, and nobody else an environment.
+    # Other users can read the command lines of processes, but not their environments.
     assert KEY not in " ".join(command)
     assert serve.server_environment(config())["VLLM_API_KEY"] == KEY
 
 
-def test_the_run_sends_the_key_and_names_it_when_it_is_refused(monkeypatch):
+def test_client_sends_the_key_and_names_the_variable_if_refused(monkeypatch):
     server = FakeServer(lambda path, body: (401, "no") if path in refused else None)
     refused = set()
     try:

@@ -1,9 +1,8 @@
-"""The client of a vLLM server against a small server that misbehaves in every way; no vLLM here."""
+"""The engine `VLLMServer` and `serve`, with a fake server that can fail in many ways; without vLLM."""
 
 import socket
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(json_client, "WATCH_TIMEOUT", 0.2)
 
 
-def test_completions_in_the_order_of_the_prompts(start):
+def test_generate_returns_completions_in_the_order_of_the_prompts(start):
     server = start()
     rollout = connect(server.url)
     torch.manual_seed(3)
@@ -57,7 +56,7 @@ def test_completions_in_the_order_of_the_prompts(start):
     assert rollout.generate(PROMPTS, Sampling(2, 8)) != responses
 
 
-def test_a_sync_hands_over_the_weights_and_forgets_old_prefixes(start):
+def test_sync_sends_the_weights_and_clears_the_prefix_cache(start):
     server = start()
     model = tiny_model(torch.float32)
     rollout = connect(server.url, model)
@@ -71,13 +70,13 @@ def test_a_sync_hands_over_the_weights_and_forgets_old_prefixes(start):
     assert rollout.generate(PROMPTS, Sampling(1, 8))
 
 
-def test_files_of_weights_are_bounded():
+def test_in_files_limits_the_size_of_each_file():
     tensors = {f"t{i}": torch.zeros(n) for i, n in enumerate((2, 2, 9, 1, 1, 1, 1, 1))}
     groups = [list(group) for group in in_files(iter(tensors.items()), most=16)]
     assert groups == [["t0", "t1"], ["t2"], ["t3", "t4", "t5", "t6"], ["t7"]]
 
 
-def test_lost_connections_and_errors_are_repeated_with_the_same_seed(start):
+def test_generate_repeats_failed_requests_with_the_same_seed(start):
     failures = iter([("drop", ""), (500, "busy"), (200, "<html>")])
     server = start(lambda path, body: next(failures, None) if "generate" in path else None)
     rollout = connect(server.url)
@@ -90,19 +89,19 @@ def test_lost_connections_and_errors_are_repeated_with_the_same_seed(start):
     assert rollout.generate([[5]], Sampling(1, 8)) == [response]
 
 
-def test_errors_are_repeated_a_bounded_number_of_times(start):
+def test_generate_repeats_a_failed_request_a_limited_number_of_times(start):
     server = start(lambda path, body: (500, "engine is dead") if "generate" in path else None)
     rollout = connect(server.url)
     with pytest.raises(UserError) as error:
         rollout.generate([[5]], Sampling(1, 8))
     assert str(error.value) == (
         f"the vLLM server at {server.url} no longer answers (status 500: engine is dead); "
-        "start it again and --resume this run"
+        "restart it and continue this run with --resume"
     )
     assert len(server.called("/inference/v1/generate")) == 4
 
 
-def test_a_refused_request_is_not_repeated(start):
+def test_generate_does_not_repeat_a_refused_request(start):
     server = start(lambda path, body: (400, {"error": "top_k is odd"}) if "generate" in path else None)
     rollout = connect(server.url)
     with pytest.raises(UserError, match="top_k is odd"):
@@ -110,7 +109,7 @@ def test_a_refused_request_is_not_repeated(start):
     assert len(server.called("/inference/v1/generate")) <= len(PROMPTS)
 
 
-def test_a_server_that_dies_while_it_samples(start):
+def test_generate_with_a_server_that_dies(start):
     server = start()
     asked = threading.Event()
 
@@ -129,12 +128,14 @@ def test_a_server_that_dies_while_it_samples(start):
         server.http.socket.close()
 
     threading.Thread(target=stop).start()
-    with pytest.raises(UserError, match=r"no longer answers .*; start it again and --resume this run$") as error:
+    with pytest.raises(
+        UserError, match=r"no longer answers .*; restart it and continue this run with --resume$"
+    ) as error:
         rollout.generate(PROMPTS * 10, Sampling(2, 8))
     assert "\n" not in str(error.value)
 
 
-def test_a_server_that_hangs_is_left(start):
+def test_generate_with_a_server_that_hangs(start):
     hung = threading.Event()
 
     def hang(path, body):
@@ -151,12 +152,12 @@ def test_a_server_that_hangs_is_left(start):
     assert time.monotonic() - begin < 4
 
 
-def test_a_slow_server_is_waited_for(start):
+def test_generate_waits_for_a_slow_server(start):
     server = start(lambda path, body: time.sleep(1.0) if "generate" in path else None)
     assert len(connect(server.url).generate(PROMPTS, Sampling(1, 8))) == 3
 
 
-def test_a_server_that_answers_nothing_but_health_is_left(start, monkeypatch):
+def test_generate_with_a_server_that_answers_only_health(start, monkeypatch):
     monkeypatch.setattr(json_client, "WATCH_TIMEOUT", 10.0)
     monkeypatch.setattr(vllm_server, "PATIENCE", 0.1)
     monkeypatch.setattr(vllm_server, "PATIENCE_PER_TOKEN", 0.05)
@@ -171,97 +172,7 @@ def test_a_server_that_answers_nothing_but_health_is_left(start, monkeypatch):
         given_up.set()
 
 
-@pytest.fixture
-def raw_server():
-    """Answers every request with the bytes that `send(connection)` writes; returns the address."""
-    stop = threading.Event()
-    listeners = []
-
-    def start(send):
-        listener = socket.create_server(("127.0.0.1", 0))
-        listeners.append(listener)
-
-        def answer(connection):
-            with connection, suppress(OSError):
-                connection.recv(1 << 16)
-                send(connection, stop)
-
-        def accept():
-            with suppress(OSError):
-                while True:
-                    threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-    yield start
-    stop.set()
-    for listener in listeners:
-        listener.close()
-
-
-def drip(begin):
-    """Sends `begin`, and then a byte every 50 ms for as long as anybody listens."""
-
-    def send(connection, stop):
-        connection.sendall(begin)
-        while not stop.wait(0.05):
-            connection.sendall(b"1")
-
-    return send
-
-
-@pytest.mark.parametrize(
-    "begin",
-    [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n[", b"HTTP/1.1 200 OK\r\n\r\n"],
-    ids=["status", "header", "body", "endless body"],
-)
-@pytest.mark.parametrize("timeout", [0.3, None])
-def test_a_dripping_server_is_given_up(raw_server, monkeypatch, begin, timeout):
-    """Each byte comes in time, but the answer does not."""
-    monkeypatch.setattr(json_client, "ANSWER_TIMEOUT", 0.3)
-    client = json_client.JsonClient(raw_server(drip(begin)))
-    with pytest.raises(json_client.ServerError, match=r"timed out|too slowly"):
-        client.request("GET", "/health", timeout=timeout, retries=())
-
-
-def test_an_answer_is_read_to_its_end_while_it_keeps_coming_at_a_pace(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(json_client.time, "monotonic", lambda: now)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        paced = json_client._Paced(ours, None)
-
-        def read(size):
-            theirs.sendall(b"1" * size)
-            return paced.readinto(bytearray(1 << 20))
-
-        assert read(1) == 1
-        for _ in range(30):
-            now += 4
-            assert read(4 * json_client.SLOWEST) == 4 * json_client.SLOWEST
-        assert now - 100 > json_client.ANSWER_TIMEOUT
-        # What has arrived in time is not late because this thread was.
-        now += 10 * json_client.ANSWER_TIMEOUT
-        assert read(1) == 1
-        with pytest.raises(TimeoutError, match="the answer came too slowly"):
-            paced.readinto(bytearray(1))
-        paced.close()
-
-
-@pytest.mark.parametrize("header", [b"", b"Content-Length: 99999999999\r\n"])
-def test_an_endless_answer_is_cut_off(raw_server, header):
-    def send(connection, stop):
-        connection.sendall(b"HTTP/1.1 200 OK\r\n" + header + b"\r\n")
-        while not stop.is_set():
-            connection.sendall(b"1" * 65536)
-
-    client = json_client.JsonClient(raw_server(send))
-    with pytest.raises(json_client.ServerError, match="an answer of more than 300,000 bytes"):
-        client.request("GET", "/health", max_bytes=300_000)
-
-
-def test_the_longest_answer_follows_from_what_was_asked_for(start, monkeypatch):
+def test_generate_limits_the_answer_to_the_requested_tokens(start, monkeypatch):
     monkeypatch.setattr(vllm_server, "ANSWER_BYTES", 100)
     server = start()
     rollout = connect(server.url)
@@ -272,7 +183,7 @@ def test_the_longest_answer_follows_from_what_was_asked_for(start, monkeypatch):
 
 
 def edited(**changes):
-    """An answer with one completion that has these fields."""
+    """An answer with one completion, some of whose fields are changed."""
     ids = [4, 1]
     choice = {"index": 0, "token_ids": ids, "finish_reason": "stop"}
     choice["logprobs"] = {"content": [{"token_id": i, "logprob": -1.0} for i in ids]}
@@ -281,7 +192,7 @@ def edited(**changes):
 
 
 def scored(*values):
-    """An answer with one completion of these tokens and log-probabilities, one after the other."""
+    """An answer with one completion of alternating token ids and log-probabilities."""
     ids = list(values[::2])
     content = [{"token_id": i, "logprob": value} for i, value in zip(ids, values[1::2], strict=True)]
     return edited(token_ids=ids, logprobs={"content": content})
@@ -295,13 +206,13 @@ def scored(*values):
         (None, "TypeError"),
         ({"choices": []}, "0 completions instead of 1"),
         (edited(logprobs=None), "TypeError"),
-        (edited(logprobs={"content": [{"token_id": 4, "logprob": -1.0}]}), "log-probabilities of other tokens"),
-        (edited(token_ids=[], logprobs={"content": []}), "0 tokens with 0 log-probabilities"),
-        (edited(finish_reason="abort"), "ended by 'abort'"),
-        (edited(finish_reason="\x1b]0;hi\x07" * 999), r"ended by '\\x1b\]0;hi.*\.\.\..*', which is no completion$"),
-        (edited(finish_reason=[[[[[[[[[]]]]]]]]]), r"ended by \[+\.\.\.\]+, which"),
+        (edited(logprobs={"content": [{"token_id": 4, "logprob": -1.0}]}), "log-probabilities of different tokens"),
+        (edited(token_ids=[], logprobs={"content": []}), r"0 tokens \(at most 8 were requested\), 0 log-probabilities"),
+        (edited(finish_reason="abort"), "the finish reason 'abort'"),
+        (edited(finish_reason="\x1b]0;hi\x07" * 999), r"the finish reason '\\x1b\]0;hi.*\.\.\..*'$"),
+        (edited(finish_reason=[[[[[[[[[]]]]]]]]]), r"the finish reason \[+\.\.\.\]+$"),
         (edited(weight_versions=None), "TypeError"),
-        (edited(index=3), "1 completions instead of 1, by their numbers"),
+        (edited(index=3), "1 completions instead of 1, or wrong numbers"),
         (scored(4.0, -1.0), r"the token id 4\.0; it must be from 0 to 40"),
         (scored(True, -1.0), "the token id True"),
         (scored("4", -1.0), "the token id '4'"),
@@ -315,13 +226,13 @@ def scored(*values):
         (scored(4, float("-inf")), "the log-probability -inf"),
         (scored(4, 0.5), r"the log-probability 0\.5"),
         (scored(4, -(10**400)), r"the log-probability -1000"),
-        (scored(*[4, -1.0] * 9), "9 tokens with 9 log-probabilities where at most 8 were asked for"),
+        (scored(*[4, -1.0] * 9), r"9 tokens \(at most 8 were requested\), 9 log-probabilities"),
         ("[" * 100_000, r"no longer answers \(not JSON \(nested too deeply\): \[\["),
         ("1" * 5000, r"no longer answers \(not JSON"),
         ("\x1b[2J\x9b2J\u202e", r"not JSON .*: \\x1b\[2J\\x9b2J\\u202e\)"),
     ],
 )
-def test_nonsense_is_one_line(start, answer, message):
+def test_generate_refuses_an_invalid_answer_in_one_line(start, answer, message):
     server = start(lambda path, body: (200, answer) if "generate" in path else None)
     rollout = connect(server.url)
     with pytest.raises(UserError, match=message) as error:
@@ -329,8 +240,8 @@ def test_nonsense_is_one_line(start, answer, message):
     assert "\n" not in str(error.value)
 
 
-def test_other_weights_are_noticed(start):
-    """A server that was started anew, or that another run has synced."""
+def test_generate_refuses_samples_from_other_weights(start):
+    """As after a restart of the server, or after a sync by another run."""
     server = start()
     model = tiny_model(torch.float32)
     rollout, other = connect(server.url, model), connect(server.url, model)
@@ -342,7 +253,7 @@ def test_other_weights_are_noticed(start):
     assert other.generate(PROMPTS, Sampling(1, 8))
 
 
-def test_no_server(start):
+def test_connect_without_a_server(start):
     with pytest.raises(UserError, match=r"no vLLM server answers at http://127.0.0.1:9 within vllm_server_timeout=0.3"):
         connect("http://127.0.0.1:9")
     for address in ("127.0.0.1:8000", "http://", "ftp://host", "http://host:port", "http://[::1:80"):
@@ -350,7 +261,7 @@ def test_no_server(start):
             connect(address)
 
 
-def test_a_server_that_starts_late_is_waited_for(start, capsys):
+def test_connect_waits_for_a_server_that_starts_late(start, capsys):
     ready = time.monotonic() + 0.2
     server = start(lambda path, body: (503, "") if time.monotonic() < ready else None)
     connect(server.url)
@@ -368,38 +279,38 @@ def test_a_server_that_starts_late_is_waited_for(start, capsys):
         ),
         (
             {**OPTIONS, "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 19}},
-            "takes 19 tokens, but the longest prompt and completion have 20",
+            "accepts 19 tokens, but the longest prompt and completion have 20",
         ),
-        ({}, "does not tell its options"),
+        ({}, "does not report its options"),
         (
             {**OPTIONS, "parallel_config": {"worker_extension_cls": "\x1b[2J" * 99}},
             r"--worker-extension-cls (\\x1b\[2J){20}, but needs",
         ),
         (
             {**OPTIONS, "model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": float("inf")}},
-            "does not tell its options",
+            "does not report its options",
         ),
     ],
 )
-def test_a_server_with_other_options_is_refused(start, options, message):
+def test_connect_refuses_a_server_with_other_options(start, options, message):
     with pytest.raises(UserError, match=f"{message}.*; start one with: grpo-fast serve CONFIG.yaml$"):
         connect(start(options=options).url)
 
 
-def test_a_server_that_cannot_be_synced_is_refused(start):
+def test_connect_refuses_a_server_without_development_mode(start):
     server = start(lambda path, body: (404, "Not Found") if path == "/server_info" else None)
     with pytest.raises(UserError, match=r"started without VLLM_SERVER_DEV_MODE=1; start one with: grpo-fast serve"):
         connect(server.url)
 
 
-def test_a_folder_that_the_server_does_not_see(start):
+def test_sync_with_a_folder_that_the_server_cannot_read(start):
     server = start(lambda path, body: (500, "there are no weights in /tmp/x") if path == "/collective_rpc" else None)
     model = tiny_model(torch.float32)
     with pytest.raises(UserError, match=r"cannot read /.*grpo-fast-weights-.*; set TMPDIR"):
         connect(server.url, model).sync(model)
 
 
-def test_a_prefix_cache_that_stays_is_an_error(start, monkeypatch):
+def test_sync_with_a_prefix_cache_that_is_not_cleared(start, monkeypatch):
     server = start(lambda path, body: (200, {"success": False}) if path == "/reset_prefix_cache" else None)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     model = tiny_model(torch.float32)
@@ -407,14 +318,14 @@ def test_a_prefix_cache_that_stays_is_an_error(start, monkeypatch):
         connect(server.url, model).sync(model)
 
 
-def test_proxies_of_the_environment_are_not_used(start, monkeypatch):
+def test_client_ignores_proxies_of_the_environment(start, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert connect(start().url).generate(PROMPTS, Sampling(1, 8))
 
 
-def test_the_server_is_started_where_the_run_looks_for_it(monkeypatch, tmp_path):
-    """By its address, or by host and port; nothing is left behind where it cannot be started."""
+def test_serve_uses_the_address_of_the_run(monkeypatch, tmp_path):
+    """Given by URL, or by host and port; a failed start leaves no folder behind."""
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
     fields = {"reward_funcs": ["exact_answer"], "dataset_name": "sort_digits", "use_vllm": True, "use_cpu": True}
     fields["max_completion_length"] = 4
@@ -429,7 +340,7 @@ def test_the_server_is_started_where_the_run_looks_for_it(monkeypatch, tmp_path)
     monkeypatch.setattr(serve.tempfile, "mkdtemp", lambda prefix: folder.mkdir() or str(folder))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         fields["vllm_server_port"] = taken.getsockname()[1]
-        with pytest.raises(UserError, match=r"no server can be started at http://127.0.0.1:\d+: Address already"):
+        with pytest.raises(UserError, match=r"cannot start a server at http://127.0.0.1:\d+: Address already"):
             serve.serve(GRPOConfig("no_such_model", **fields))
     with pytest.raises(UserError, match="no_such_model"):
         serve.serve(GRPOConfig("no_such_model", **fields))

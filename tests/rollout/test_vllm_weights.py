@@ -1,4 +1,4 @@
-"""The weights that an engine gets, and the memory planned for its keys and values; no vLLM here."""
+"""The weights that are sent to vLLM, and the plan of its KV cache; without vLLM."""
 
 from types import SimpleNamespace
 
@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.rows import cache_argument
-from grpo_fast.rollout.vllm.common import engine_options, model_length, plan
-from grpo_fast.rollout.vllm.kv_plan import kv_bytes_per_token, plan_kv_cache
+from grpo_fast.rollout.vllm.common import engine_options, model_length
+from grpo_fast.rollout.vllm.kv_plan import kv_bytes_per_token, plan_engine_cache, plan_kv_cache
 from grpo_fast.rollout.vllm.serve import server_command
 from grpo_fast.rollout.vllm.weights import engine_weights
 
@@ -42,8 +42,8 @@ def make_model(name, **overrides):
     ("name", "more"),
     [("Llama", {}), ("Qwen2", {}), ("Qwen3", {}), ("Gemma2", {}), ("Phi3", {}), ("Qwen3Moe", EXPERTS), ("Mixtral", {})],
 )
-def test_names_and_tensors_are_those_of_the_checkpoint(tmp_path, name, more, tied):
-    """Experts come one by one where the checkpoint has them so, and a tied head not at all."""
+def test_engine_weights_equal_the_checkpoint(tmp_path, name, more, tied):
+    """Experts are split if the checkpoint splits them, and a tied head is omitted."""
     model = make_model(name, tie_word_embeddings=tied, **more)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -56,7 +56,7 @@ def adapt(model, **fields):
     lora = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**lora))
     for name, parameter in adapted.named_parameters():
-        # Those of the two that begin with zeros.
+        # The matrices that are initialised to zero.
         if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return adapted
@@ -64,7 +64,7 @@ def adapt(model, **fields):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapters_are_merged_as_peft_merges_them(rslora, dtype):
+def test_engine_weights_merge_adapters_as_peft_does(rslora, dtype):
     model = make_model("Llama").to(dtype)
     adapted = adapt(model, use_rslora=rslora)
     kept = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
@@ -79,7 +79,7 @@ def test_adapters_are_merged_as_peft_merges_them(rslora, dtype):
         torch.testing.assert_close(tensor, merged[name], atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
 
 
-def test_an_adapter_of_the_embedding_is_merged():
+def test_engine_weights_merge_an_adapter_of_the_embedding():
     adapted = adapt(make_model("Llama", tie_word_embeddings=False), target_modules=["embed_tokens", "q_proj"])
     before = adapted.get_input_embeddings().weight.clone()
     given, merged = dict(engine_weights(adapted)), adapted.merge_and_unload().state_dict()
@@ -88,8 +88,7 @@ def test_an_adapter_of_the_embedding_is_merged():
         torch.testing.assert_close(tensor, merged[name], atol=1e-6, rtol=0)
 
 
-def test_one_layer_exists_twice_at_most():
-    """Merged tensors are made one by one, as they are taken."""
+def test_engine_weights_merge_one_tensor_at_a_time():
     adapted = adapt(make_model("Llama", num_hidden_layers=8))
     own = {parameter.data_ptr() for parameter in adapted.parameters()}
     made = 0
@@ -100,7 +99,7 @@ def test_one_layer_exists_twice_at_most():
     assert layer[0] == "model.embed_tokens.weight"
 
 
-def test_other_adapters_are_refused():
+def test_engine_weights_refuse_other_adapters():
     with pytest.raises(UserError, match=r"the adapter of .*q_proj is not a plain LoRA"):
         dict(engine_weights(adapt(make_model("Llama"), use_dora=True)))
     for fields in ({"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": {"embed_tokens": [3]}}):
@@ -108,8 +107,8 @@ def test_other_adapters_are_refused():
             dict(engine_weights(adapt(make_model("Llama"), target_modules=["q_proj"], **fields)))
 
 
-def test_four_bit_weights_are_widened():
-    """To what the trainer multiplies with, and the adapter is added to it."""
+def test_engine_weights_dequantise_4bit_weights():
+    """The result equals what the trainer multiplies with, adapter included."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = make_model("Llama", hidden_size=64, intermediate_size=64, head_dim=16)
     plain = model.model.layers[0].self_attn.q_proj
@@ -131,7 +130,7 @@ def test_four_bit_weights_are_widened():
         ("Llama", {}, 2 * 2 * 2 * 8 * 2),
         ("Llama", {"num_hidden_layers": 5, "head_dim": 64, "num_key_value_heads": 4}, 5 * 2 * 4 * 64 * 2),
         ("Gemma2", {}, 2 * 2 * 2 * 8 * 2),
-        # One attention layer in four; the others keep a state of fixed size.
+        # One attention layer in four; the others have a state of fixed size.
         (
             "Qwen3Next",
             {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]},
@@ -140,12 +139,12 @@ def test_four_bit_weights_are_widened():
         ("DeepseekV3", {"kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}, 2 * 16 * 2),
     ],
 )
-def test_bytes_of_keys_and_values(name, more, expected):
+def test_kv_bytes_per_token(name, more, expected):
     config = getattr(transformers, f"{name}Config")(**{**SHAPE, **more})
     assert kv_bytes_per_token(config, torch.bfloat16) == expected
 
 
-def test_the_plan_equals_the_models_own_cache():
+def test_kv_bytes_per_token_equals_the_cache_of_the_model():
     model = make_model("Llama", num_hidden_layers=3)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
@@ -154,13 +153,13 @@ def test_the_plan_equals_the_models_own_cache():
     assert held == 7 * kv_bytes_per_token(model.config, torch.float32)
 
 
-def test_as_many_sequences_as_fit():
-    # 20 tokens are two blocks of 16; one block more stays empty.
+def test_plan_kv_cache_limits_sequences_to_the_memory():
+    # 20 tokens take two blocks of 16; one more block stays empty.
     assert plan_kv_cache(10, 20, 8, 10**9, 16) == (8, (8 * 2 + 1) * 160)
     assert plan_kv_cache(10, 20, 8, (5 * 2 + 1) * 160, 16) == (5, (5 * 2 + 1) * 160)
     assert plan_kv_cache(10, 20, 8, (5 * 2 + 1) * 160 - 1, 16).sequences == 4
     for available in (3 * 160 - 1, 0, -5):
-        with pytest.raises(UserError, match=r"one sequence of 20 tokens takes .* GiB; take a smaller max_completion_l"):
+        with pytest.raises(UserError, match=r"one sequence of 20 tokens needs .* GiB; choose a smaller max_compl"):
             plan_kv_cache(10, 20, 8, available, 16)
 
 
@@ -171,15 +170,15 @@ def make_config(**fields):
     )  # fmt: skip
 
 
-def test_a_generation_batch_is_sampled_at_once_within_the_token_budget():
+def test_plan_engine_cache_limits_sequences_to_the_token_budget():
     config = make_config(num_generations=4, generation_batch_size=64, max_tokens_per_generation_batch=200)
     model_config = make_model("Llama").config
-    assert plan(config, model_config, torch.float32, "cpu", 10, 10**9).sequences == 20
-    assert plan(config, model_config, torch.float32, "cpu", 2, 10**9).sequences == 64
-    assert plan(config, model_config, torch.float32, "cpu", 1000, 10**9).sequences == 1
+    assert plan_engine_cache(config, model_config, torch.float32, "cpu", 10, 10**9).sequences == 20
+    assert plan_engine_cache(config, model_config, torch.float32, "cpu", 2, 10**9).sequences == 64
+    assert plan_engine_cache(config, model_config, torch.float32, "cpu", 1000, 10**9).sequences == 1
 
 
-def test_the_longest_sequence():
+def test_model_length():
     assert model_length(make_config(), 6) == 11
     assert model_length(make_config(vllm_max_model_length=11), 6) == 11
     with pytest.raises(UserError, match=r"vllm_max_model_length=10 is not allowed: it must be at least 11"):
@@ -197,13 +196,13 @@ def test_the_longest_sequence():
         ("vllm_gpu_memory_utilization", 1.1),
     ],
 )
-def test_ranges(field, value):
+def test_config_refuses_vllm_fields_out_of_range(field, value):
     with pytest.raises(UserError, match=f"^{field}={value!r} is not allowed"):
         make_config(**{field: value})
 
 
-def test_the_servers_command(tmp_path, monkeypatch):
-    """Its options are those of the engine in process, and its address is the run's."""
+def test_server_command_has_the_options_of_the_engine(tmp_path, monkeypatch):
+    """The same options as in process, and the address of the run."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm" or None)
     config = make_config(vllm_server_port=8123, use_cpu=True, generation_batch_size=32, num_generations=4)
     command = server_command(config, tmp_path, ["--seed", "3"])
@@ -221,7 +220,7 @@ def test_the_servers_command(tmp_path, monkeypatch):
             assert command[command.index(flag) + 1] == str(value)
 
 
-def test_vllm_is_an_extra(tmp_path, monkeypatch):
+def test_server_command_without_vllm_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vllm is not installed; install it with: pip install 'grpo-fast\[vllm\]'"):
         server_command(make_config(), tmp_path)

@@ -1,7 +1,7 @@
-"""The key of a vLLM server: where both sides get it, and the server's middleware that asks for it.
+"""The API key of a vLLM server: where both sides read it, and the middleware with which the server checks it.
 
-vLLM's own check leaves out the paths over which weights are renewed and methods are called. The middleware is imported
-in vLLM's processes, so nothing here needs the trainer.
+vLLM's own check does not cover the paths that update weights and call methods. vLLM's processes import this module, so
+it must not import the trainer.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from grpo_fast.errors import UserError
 # vLLM reads the same variable.
 KEY_VARIABLE = "VLLM_API_KEY"
 MIDDLEWARE = "grpo_fast.rollout.vllm.guard.Guard"
-# Bytes of a request's body, and seconds in which it must arrive.
+# Most bytes of a request's body, and seconds for it to arrive.
 BODY_BYTES, BODY_TIMEOUT = 64 << 20, 60.0
 
 
 def server_key(host: str) -> str | None:
-    """The API key for a server at `host`, from the environment; None where this machine alone reaches the server.
+    """The API key for a server at `host`, from the environment; None if it is not set and `host` is a loopback address.
 
     Raises:
-        UserError: there is no key and `host` may be reached by others, or the key cannot be sent.
+        UserError: no key is set and others may reach `host`, or the key cannot be sent in a header.
     """
     key = os.environ.get(KEY_VARIABLE) or None
     if key is None and not is_loopback(host):
         raise UserError(
-            f"a vLLM server at {host} can be reached by others, so it needs a key: set {KEY_VARIABLE} in the "
-            f"environment of both train and serve to one secret, as in: export {KEY_VARIABLE}=$(openssl rand -hex 32)"
+            f"other machines can reach a vLLM server at {host}, so it needs a key: set {KEY_VARIABLE} to the same "
+            f"secret in the environment of train and serve, as in: export {KEY_VARIABLE}=$(openssl rand -hex 32)"
         )
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise UserError(f"the value of {KEY_VARIABLE} is not allowed: it must be printable ASCII without spaces")
@@ -40,7 +40,7 @@ def server_key(host: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine as it reaches itself; names other than ``localhost`` are not looked up."""
+    """Whether `host` is a loopback address or ``localhost``; other names are not looked up."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -48,9 +48,9 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware: every path but ``/health`` needs the key of the environment, and bodies are bounded.
+    """ASGI middleware: every path except ``/health`` requires the key from the environment, and bodies are bounded.
 
-    Without a key it answers requests from this machine alone, and none that a web page makes in a browser there.
+    Without a key it answers only requests from this machine, and none that a web page makes in a browser.
     """
 
     def __init__(self, app: Any):
@@ -60,7 +60,7 @@ class Guard:
         if scope["type"] not in ("http", "websocket") or scope["path"] == "/health":
             await self.app(scope, receive, send)
         elif not self._allowed(scope):
-            await _refuse(scope, send, 401, f"this server asks for the key in its {KEY_VARIABLE}")
+            await _refuse(scope, send, 401, f"this server requires the key in its {KEY_VARIABLE}")
         elif scope["type"] == "websocket":
             await self.app(scope, receive, send)
         else:
@@ -70,7 +70,7 @@ class Guard:
         headers = dict(scope["headers"])
         if self.key is not None:
             return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self.key}".encode())
-        # A socket in the file system has no client address, and the file's permissions.
+        # A Unix socket has no client address; its file permissions protect it.
         client = scope.get("client")
         return (client is None or is_loopback(client[0])) and b"origin" not in headers
 
@@ -85,10 +85,10 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > BODY_BYTES:
-                        await _refuse(scope, send, 413, f"a request may have {BODY_BYTES:,} bytes")
+                        await _refuse(scope, send, 413, f"a request may have at most {BODY_BYTES:,} bytes")
                         return
         except TimeoutError:
-            await _refuse(scope, send, 408, f"a request must arrive in {BODY_TIMEOUT:g} s")
+            await _refuse(scope, send, 408, f"a request must arrive within {BODY_TIMEOUT:g} s")
             return
         messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 

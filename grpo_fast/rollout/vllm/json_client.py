@@ -1,4 +1,4 @@
-"""JSON over HTTP to a server that may die or misbehave: time, size and retries are bounded."""
+"""JSON over HTTP to a server that may fail at any time: time, size and retries are bounded."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from urllib.parse import urlsplit
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.files import parse_json
 
-# Seconds before each further attempt after a lost connection or an error of the server's own.
+# Seconds before each further attempt after a lost connection or a server error (5xx).
 RETRIES = (0.5, 1.0, 2.0)
-# Requests that are under way at once.
+# Most pending requests.
 PARALLEL = 256
-# Seconds between looks at a silent server, and for how long it may leave such a look unanswered.
+# Seconds between health checks of a silent server, and seconds for it to answer one.
 WATCH_EVERY, WATCH_TIMEOUT = 5.0, 30.0
-# Seconds that an answer may take once it has begun, and bytes per second that earn it more time.
+# Seconds for an answer to arrive after its first byte, and the bytes per second that extend this time.
 ANSWER_TIMEOUT, SLOWEST = 60.0, 16 << 10
-# Bytes of an answer, unless more are expected.
+# Most bytes of an answer, by default.
 ANSWER_BYTES = 16 << 20
 
 
 class ServerError(Exception):
-    """No usable answer after all attempts."""
+    """All attempts failed to get a usable answer."""
 
 
 class KeyRefused(ServerError):
-    """The server asks for another API key, or for one at all."""
+    """The server requires an API key, or another one."""
 
 
 class JsonClient:
-    """Requests to one server. Proxies of the environment are not used, and redirections are not followed.
+    """Requests to one server. Proxies from the environment are ignored, and redirects are not followed.
 
     Args:
-        base_url: ``http://host:port``, or https, with a path before the endpoints' own if there is one.
-        key: API key that is sent with every request.
+        base_url: ``http://host:port`` or ``https://host:port``, optionally with a path that precedes the endpoints'.
+        key: API key to send with every request.
 
     Raises:
-        UserError: no such address.
+        UserError: `base_url` is not an HTTP address.
     """
 
     def __init__(self, base_url: str, key: str | None = None):
@@ -52,7 +52,7 @@ class JsonClient:
             parts = urlsplit(base_url)
             port, known = parts.port, parts.scheme in ("http", "https") and parts.hostname
         except ValueError:
-            # Brackets, or a port, that are none.
+            # Invalid brackets or an invalid port.
             known = None
         if not known:
             raise UserError(f"{base_url!r} is not a server's address; it must be like http://127.0.0.1:8000")
@@ -71,15 +71,15 @@ class JsonClient:
         retries: Sequence[float] | None = None,
         max_bytes: int = ANSWER_BYTES,
     ) -> Any:
-        """The JSON of the answer (None where it is empty).
+        """Send a request and return the JSON of the answer, or None if the answer is empty.
 
         Args:
             body: sent as JSON.
-            timeout: seconds for the answer to arrive; None waits for its beginning as long as the connection stands,
-                and ANSWER_TIMEOUT for the rest. An answer that comes at SLOWEST or faster is read to its end.
-            retries: seconds before each further attempt (default: RETRIES); a request that the server refused (4xx),
-                and one whose answer is too long, are not repeated.
-            max_bytes: the longest answer.
+            timeout: seconds for the answer to arrive; None waits for its start as long as the connection is open, and
+                ANSWER_TIMEOUT for the rest. An answer at SLOWEST or faster is read to its end.
+            retries: seconds before each further attempt (default: RETRIES); a request that the server refuses (4xx),
+                or whose answer is too long, is not repeated.
+            max_bytes: the longest allowed answer.
 
         Raises:
             ServerError: no connection, an error of the server, or an answer that is too slow, too long or not JSON.
@@ -93,24 +93,21 @@ class JsonClient:
                 raise ServerError(reason)
             time.sleep(pause)
 
-    def post_all(
-        self, path: str, bodies: Sequence[Any], patience: float, max_bytes: Sequence[int] | None = None
-    ) -> list[Any]:
-        """The answers to all of `bodies`, while the server still answers ``GET /health``.
+    def post_all(self, path: str, bodies: Sequence[Any], patience: float, max_bytes: Sequence[int]) -> list[Any]:
+        """Post all `bodies` and return their answers, as long as the server answers ``GET /health``.
 
         Args:
-            patience: seconds in which at least one of the answers that are still to come must arrive.
-            max_bytes: the longest answer to each of them (default: ANSWER_BYTES).
+            patience: seconds in which at least one pending answer must arrive.
+            max_bytes: the longest allowed answer to each body.
 
         Raises:
-            ServerError: as `request`; all other requests are then given up, too.
+            ServerError: as `request`; all other requests are then ended as well.
         """
         self._hung_up = False
-        limits = max_bytes or [ANSWER_BYTES] * len(bodies)
         with ThreadPoolExecutor(min(len(bodies), PARALLEL)) as pool:
             futures = [
                 pool.submit(self.request, "POST", path, body, None, None, limit)
-                for body, limit in zip(bodies, limits, strict=True)
+                for body, limit in zip(bodies, max_bytes, strict=True)
             ]
             try:
                 pending, last = set(futures), time.monotonic()
@@ -131,7 +128,7 @@ class JsonClient:
         return [future.result() for future in futures]
 
     def hang_up(self) -> None:
-        """End all requests under way."""
+        """End all pending requests."""
         self._hung_up = True
         with self._lock:
             for connected in self._open:
@@ -151,8 +148,8 @@ class JsonClient:
             with self._lock:
                 self._open.add(connected)
             if self._hung_up and timeout is None:
-                # It was on its way when the others were ended, and nobody would end it.
-                raise ServerError("given up with the other requests")
+                # It connected while `hang_up` ended the others, so `hang_up` missed it.
+                raise ServerError("ended with the other requests")
             connected.settimeout(ANSWER_TIMEOUT)
             headers = {"Content-Type": "application/json"}
             if self.key is not None:
@@ -178,15 +175,15 @@ class JsonClient:
 
 
 class _Broken(Exception):
-    """An answer that another attempt may mend."""
+    """An error that another attempt may not have."""
 
 
 class _Paced(io.RawIOBase):
-    """A socket's bytes, for `http.client`, as long as they come in time, all together.
+    """A socket for `http.client` with a deadline for the whole answer.
 
     Args:
         connected: the socket.
-        timeout: seconds from now on; None counts ANSWER_TIMEOUT from the first byte on.
+        timeout: seconds from now; None allows ANSWER_TIMEOUT from the first byte.
     """
 
     def __init__(self, connected: socket.socket, timeout: float | None):
@@ -200,7 +197,7 @@ class _Paced(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        # What has already arrived when the time is up is still read: this thread may have waited for others.
+        # Bytes that arrived before the deadline are read even after it: this thread may have waited for others.
         self.socket.settimeout(None if self.end is None else max(self.end - time.monotonic(), 0.0))
         count = self.raw.readinto(buffer)
         if count is None:

@@ -1,4 +1,4 @@
-"""How much memory vLLM's keys and values need, from the model's configuration and the lengths."""
+"""The memory of vLLM's KV cache, from the model's configuration and the lengths of sequences."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from typing import Any, NamedTuple
 
 import torch
 
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
+
+# Tokens that vLLM allocates together (a block or several).
+BLOCK = {"cpu": 128, "cuda": 16}
 
 
 class KVPlan(NamedTuple):
-    """Sequences that are sampled at once, and the bytes that their keys and values take when all reach full length."""
+    """The number of sequences that are sampled at once, and the bytes of their KV cache at full length."""
 
     sequences: int
     bytes: int
 
 
 def kv_bytes_per_token(model_config: Any, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token, all layers together.
+    """Bytes of the keys and values of one token in all layers.
 
-    ``2 * layers * key-value heads * head_dim * bytes``; with multi-head latent attention (``kv_lora_rank``), one
-    compressed vector a layer. Layers that `layer_types` calls something else than attention keep a fixed state instead
-    and are not counted. A sliding window counts as full attention, which is an upper bound.
+    ``2 * layers * key-value heads * head_dim * bytes``, or one compressed vector for each layer with multi-head latent
+    attention (``kv_lora_rank``). Layers that `layer_types` does not call attention have a state of fixed size, which is
+    not counted. Sliding windows count as full attention, which is an upper bound.
     """
     config = model_config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
@@ -35,25 +39,38 @@ def kv_bytes_per_token(model_config: Any, dtype: torch.dtype) -> int:
 
 
 def plan_kv_cache(bytes_per_token: int, tokens_each: int, sequences: int, available: int, block: int) -> KVPlan:
-    """As many of `sequences` at once as fit into `available` bytes, each with `tokens_each` tokens.
+    """The cache of `sequences` sequences, or of as many as fit `available` bytes.
 
     Args:
         bytes_per_token: see `kv_bytes_per_token`.
-        tokens_each: longest prompt and longest completion together.
-        sequences: most that are wanted at once.
-        available: bytes that may be taken.
-        block: tokens that are allocated together.
+        tokens_each: length of the longest prompt and completion together.
+        sequences: the wanted number of sequences.
+        available: bytes for the cache.
+        block: number of tokens that are allocated together.
 
     Raises:
         UserError: not even one sequence fits.
     """
-    # One block more is never used: vLLM keeps it as an empty one.
+    # vLLM allocates one more block, which stays empty.
     block_bytes = bytes_per_token * block
     each = -(-tokens_each // block) * block_bytes
     fitting = min(sequences, (available - block_bytes) // each)
     if fitting < 1:
         raise UserError(
             f"vLLM has {max(available, 0) / 2**30:.2f} GiB for keys and values, but one sequence of {tokens_each} "
-            f"tokens takes {(each + block_bytes) / 2**30:.2f} GiB; take a smaller max_completion_length"
+            f"tokens needs {(each + block_bytes) / 2**30:.2f} GiB; choose a smaller max_completion_length"
         )
     return KVPlan(fitting, fitting * each + block_bytes)
+
+
+def sequences_at_once(config: GRPOConfig, length: int) -> int:
+    """Completions of `length` tokens to sample at once: a generation batch, or what the token budget allows of it."""
+    return max(1, min(config.generation_batch_size, config.max_tokens_per_generation_batch // length))
+
+
+def plan_engine_cache(
+    config: GRPOConfig, model_config: Any, dtype: torch.dtype, device: str, length: int, available: int
+) -> KVPlan:
+    """The KV cache of `sequences_at_once`, or of as many of them as fit `available` bytes; the others wait."""
+    token = kv_bytes_per_token(model_config, dtype)
+    return plan_kv_cache(token, length, sequences_at_once(config, length), available, BLOCK[device])

@@ -1,4 +1,4 @@
-"""``grpo-fast serve CONFIG.yaml``: a vLLM server for the run of that configuration."""
+"""``grpo-fast serve CONFIG.yaml``: start a vLLM server for the run of that configuration."""
 
 from __future__ import annotations
 
@@ -18,34 +18,25 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows
 from grpo_fast.errors import UserError, require_extra, say
 from grpo_fast.model.loading import adapter_fields, base_config, load_model, max_positions
-from grpo_fast.rollout.vllm.common import (
-    RESERVE,
-    engine_options,
-    free_memory,
-    model_length,
-    plan,
-    quiet_vllm,
-    save_config,
-    server_address,
-    server_client,
-)
+from grpo_fast.rollout.vllm import common
 from grpo_fast.rollout.vllm.guard import KEY_VARIABLE, MIDDLEWARE
+from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache
 
-# Options of vLLM's that decide who reaches the server, and what sets them here.
+# vLLM's options that decide who can reach the server, and what sets them here.
 SET_ELSEWHERE = {"host": "vllm_server_host", "api-key": f"{KEY_VARIABLE} in the environment"}
 
 
 def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -> list[str]:
-    """The command that starts vLLM's OpenAI-compatible server for `config`, whose ``config.json`` goes to `folder`.
+    """The command that starts vLLM's OpenAI-compatible server for `config`, after writing ``config.json`` to `folder`.
 
-    The server starts with random weights and gets the run's at its first sync. On a GPU, which is the server's alone,
-    vLLM takes its usual share of the memory, or `vllm_gpu_memory_utilization`; on a CPU, what the run needs.
+    The server starts with random weights and gets the run's at the first sync. On a GPU, which nothing else should use,
+    vLLM takes `vllm_gpu_memory_utilization` or its default share of the memory; on a CPU, what the run needs.
 
     Args:
-        more: further options of vLLM's, such as ``--tensor-parallel-size 2``; they come last and so win.
+        more: further vLLM options, such as ``--tensor-parallel-size 2``; they come last, so they take precedence.
 
     Raises:
-        UserError: vLLM is not installed, or something of the model or the data is wrong.
+        UserError: vLLM is not installed, or the model or the data cannot be used.
     """
     require_extra("vllm", "vllm")
     device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"
@@ -54,12 +45,13 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     prompts = []
     for rows, kind in ((train, "training"), (held_out, "held-out")):
         prompts += encode_rows(rows, tokenizer, config, max_positions(model.config), kind, print)[1]
-    length = model_length(config, max(map(len, prompts)))
+    length = common.model_length(config, max(map(len, prompts)))
     dtype = model.get_input_embeddings().weight.dtype
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    kv = plan(config, model.config, dtype, device, length, int((1 - RESERVE) * free_memory(device)) - weights)
-    save_config(model, folder)
-    options = engine_options(config, dtype, device, length, kv)
+    available = common.usable_memory(device) - weights
+    kv = plan_engine_cache(config, model.config, dtype, device, length, available)
+    common.save_config(model, folder)
+    options = common.engine_options(config, dtype, device, length, kv)
     if device == "cpu":
         options["kv_cache_memory_bytes"] = kv.bytes
     elif config.vllm_gpu_memory_utilization is not None:
@@ -74,13 +66,13 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
             command.append(flag)
         elif value is not False:
             command += [flag, str(value)]
-    # Token ids in, token ids out.
+    # --enable-scale-out adds the endpoint that takes and returns token ids.
     return [*command, "--enable-scale-out", "--disable-uvicorn-access-log", "--middleware", MIDDLEWARE, *more]
 
 
 def server_environment(config: GRPOConfig) -> dict[str, str]:
-    """Environment variables of the server: its weights can be renewed over HTTP, which vLLM calls development mode."""
-    quiet_vllm("WARNING")
+    """Environment variables of the server; vLLM's "development mode" allows weight updates over HTTP."""
+    common.quiet_vllm("WARNING")
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
     if config.use_cpu or not torch.cuda.is_available():
         environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -88,14 +80,14 @@ def server_environment(config: GRPOConfig) -> dict[str, str]:
 
 
 def check_options(more: Sequence[str]) -> None:
-    """Refuse options that would let others reach the server, or show its key in the list of processes.
+    """Refuse vLLM options that could expose the server, or show its key in the list of processes.
 
     Raises:
         UserError: it says what to set instead.
     """
     for option in more:
         name = option.split("=")[0].removeprefix("--").replace("_", "-")
-        # vLLM also takes the beginning of an option's name.
+        # vLLM also accepts abbreviated option names.
         for known, instead in SET_ELSEWHERE.items():
             if option.startswith("--") and len(name) > 1 and known.startswith(name):
                 raise UserError(f"{option.split('=')[0]} is not allowed here: set {instead} instead")
@@ -105,17 +97,17 @@ def listening_at(config: GRPOConfig) -> tuple[str, int]:
     """The server's host and port.
 
     Raises:
-        UserError: the address is none, or one that others reach, and there is no key.
+        UserError: the address is invalid, or others can reach it and no key is set.
     """
-    parts = urlsplit(server_client(config).base_url)
+    parts = urlsplit(common.server_client(config).base_url)
     return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
-    """Become the server; it ends with Ctrl-C.
+    """Replace this process by the server, which runs until Ctrl-C.
 
     Raises:
-        UserError: the address is taken, is none of this machine's, or needs a key; see also `server_command`.
+        UserError: the address is in use, does not belong to this machine, or needs a key; or as `server_command`.
     """
     require_extra("vllm", "vllm")
     check_options(more)
@@ -123,12 +115,13 @@ def serve(config: GRPOConfig, more: Sequence[str] = ()) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise UserError(f"no server can be started at {server_address(config)}: {error.strerror or error}") from None
+        address = common.server_address(config)
+        raise UserError(f"cannot start a server at {address}: {error.strerror or error}") from None
     folder = Path(tempfile.mkdtemp(prefix="grpo-fast-serve-"))
     try:
         command = server_command(config, folder, more)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    say(f"starting vLLM at {server_address(config)}")
+    say(f"starting vLLM at {common.server_address(config)}")
     os.execve(command[0], command, server_environment(config))

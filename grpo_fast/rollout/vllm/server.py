@@ -1,4 +1,4 @@
-"""Sampling from a vLLM server, which `grpo-fast serve CONFIG.yaml` starts; weights go through a shared folder."""
+"""Sampling from a vLLM server that `grpo-fast serve CONFIG.yaml` started; weights are passed in a shared folder."""
 
 from __future__ import annotations
 
@@ -23,28 +23,24 @@ from grpo_fast.rollout.vllm.weights import write_weights
 from grpo_fast.rollout.vllm.worker import WORKER_EXTENSION
 
 START = "start one with: grpo-fast serve CONFIG.yaml"
-# Seconds that the server may take to read new weights.
+# Seconds for the server to read new weights.
 LOAD_TIMEOUT = 1800.0
-# Seconds in which at least one of the prompts under way must be answered: so many, and so many for each token.
+# Seconds in which at least one pending prompt must be answered: a constant, and an amount for each token.
 PATIENCE, PATIENCE_PER_TOKEN = 3600.0, 1.0
-# Bytes of an answer: so many, and so many for each token, with its log-probability. (vLLM 0.32 takes about 150.)
+# Most bytes of an answer: a constant, and an amount for each token with its log-probability (vLLM 0.32: about 150).
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 1 << 10
 
 
 class VLLMServer(Rollout):
-    """A vLLM server of its own process, on this machine or on one that shares its temporary folder (TMPDIR).
+    """A vLLM server in another process, on this machine or on one that shares its temporary folder (TMPDIR).
 
-    Each prompt is one request with a seed of its own, repeated when the connection is lost. Every answer names the
-    weights that it was sampled from, so a server that was started anew, or serves another run, is noticed.
+    Each prompt is one request with its own seed, repeated if the connection is lost. Every answer names the version of
+    the weights that it was sampled from, so a server that was restarted or serves another run is detected.
 
-    Args:
-        config: the run.
-        model: a transformers causal LM.
-        tokenizer: its tokenizer.
-        longest_prompt: tokens of the longest prompt that will be sampled from.
+    The arguments are those of `build_rollout`.
 
     Raises:
-        UserError: no server answers in time, or it was started in a way that cannot serve this run.
+        UserError: no server answers in time, or its options do not suit this run.
     """
 
     copies_weights = True
@@ -61,19 +57,14 @@ class VLLMServer(Rollout):
         self._check_options(model_length(config, longest_prompt))
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
-        """Sample one token, so that what cannot work fails before anything long begins.
-
-        Raises:
-            UserError: the sampling arguments are refused, or the engine does not answer.
-        """
         sampling_arguments(sampling, self.eos_token_ids)
-        self.generate([prompt_ids], sampling.one_token())
+        super().check(prompt_ids, sampling)
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
-        """Responses to every prompt, `num_generations` side by side, in the order of the prompts.
+        """`num_generations` consecutive responses for every prompt, in the order of the prompts.
 
         Raises:
-            UserError: the server does not answer any more, answers nonsense, or has other weights than this run's.
+            UserError: the server no longer answers, its answer is invalid, or it has other weights than this run's.
         """
         arguments, longest = sampling_arguments(sampling, self.eos_token_ids), sampling.max_completion_length
         bodies = [
@@ -92,10 +83,9 @@ class VLLMServer(Rollout):
         return [completion for answer in answers for completion in self._completions(answer, sampling)]
 
     def sync(self, model: nn.Module) -> None:
-        """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on.
+        """Write the weights of `model` to a temporary folder, about 1 GiB a file, and have the server read them.
 
-        They are written to a temporary folder, a file of about a GiB at a time, read by the server's workers, and
-        removed. Of several processes the first one alone calls this, with whole weights.
+        With several processes, only the first one calls this, with whole weights.
 
         Raises:
             UserError: the folder cannot be written, or the server cannot read it or does not answer.
@@ -108,42 +98,35 @@ class VLLMServer(Rollout):
         self._post("/update_weight_version", {"new_version": self.version})
 
     def close(self) -> None:
-        """End requests under way; the server goes on, for the next run."""
+        """End all pending requests; the server keeps running, for the next run."""
         self.client.hang_up()
 
     def _load(self, folder: str) -> None:
         try:
-            self._rpc("load_folder", folder, timeout=LOAD_TIMEOUT)
+            self.client.request("POST", "/collective_rpc", _call("load_folder", folder), timeout=LOAD_TIMEOUT)
         except ServerError as error:
             if "no weights in" in str(error):
-                raise UserError(
-                    f"the vLLM server at {self.client.base_url} cannot read {folder}: it must share this machine's "
-                    "temporary folder; set TMPDIR to one that both see"
+                raise self._error(
+                    f"cannot read {folder}: it must share this machine's temporary folder; set TMPDIR to a folder that "
+                    "both can read"
                 ) from None
             raise self._gone(error) from None
         self._repack_head()
         self._reset_prefix_cache()
 
     def _repack_head(self) -> None:
-        """A tied head keeps an old copy for CPU products after a reload; see `WorkerExtension.repack_head`."""
-        try:
-            self._rpc("repack_head")
-        except ServerError as error:
-            raise self._gone(error) from None
+        """Update the packed copy of a tied head; see `WorkerExtension.repack_head`."""
+        self._post("/collective_rpc", _call("repack_head"))
 
     def _reset_prefix_cache(self) -> None:
-        """Keys and values of prompts that were seen before belong to the old weights."""
+        """Discard keys and values that were computed with the old weights."""
         for _ in range(10):
             answer = self._post("/reset_prefix_cache", {})
             if isinstance(answer, dict) and answer.get("success") is True:
                 return
-            # Blocks of a request that has just ended may still be held.
+            # A request that has just ended may still hold blocks.
             time.sleep(0.2)
-        raise UserError(f"the vLLM server at {self.client.base_url} keeps its prefix cache: is another run using it?")
-
-    def _rpc(self, method: str, *arguments: str, timeout: float = 60.0) -> None:
-        body = {"method": method, "args": list(arguments)}
-        self.client.request("POST", "/collective_rpc", body, timeout=timeout)
+        raise self._error("keeps its prefix cache; is another run using it?")
 
     def _post(self, path: str, body: Any) -> Any:
         try:
@@ -156,28 +139,26 @@ class VLLMServer(Rollout):
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if [choice["index"] for choice in choices] != list(range(sampling.num_generations)):
-                raise ValueError(f"{len(choices)} completions instead of {sampling.num_generations}, by their numbers")
+                raise ValueError(f"{len(choices)} completions instead of {sampling.num_generations}, or wrong numbers")
             for choice in choices:
                 ids = choice["token_ids"]
                 content = choice["logprobs"]["content"]
                 if [each["token_id"] for each in content] != ids:
-                    raise ValueError("log-probabilities of other tokens")
+                    raise ValueError("log-probabilities of different tokens")
                 self._check_version({span["version"] for span in choice["weight_versions"]})
                 logprobs = [each["logprob"] for each in content]
                 yield response(ids, logprobs, choice["finish_reason"], self.vocab_size, longest)
         except UserError:
             raise
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"the vLLM server at {self.client.base_url} answered something else than completions "
-                f"({type(error).__name__}: {one_line(error, 80)})"
-            ) from None
+            reason = f"{type(error).__name__}: {one_line(error, 80)}"
+            raise self._error(f"did not answer with completions ({reason})") from None
 
     def _check_version(self, found: set[str]) -> None:
         if self.version is not None and found != {self.version}:
-            raise UserError(
-                f"the vLLM server at {self.client.base_url} sampled from other weights than this run's: it was started "
-                "again, or another run uses it; --resume goes on with this one"
+            raise self._error(
+                "sampled from other weights than this run's: it was restarted, or another run uses it; continue this "
+                "run with --resume"
             )
 
     def _wait(self, timeout: float) -> None:
@@ -199,7 +180,7 @@ class VLLMServer(Rollout):
             time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
 
     def _check_options(self, length: int) -> None:
-        """The server renews its weights over HTTP, has our worker extension, and gives filtered log-probabilities."""
+        """Check that the server can update its weights over HTTP and returns log-probabilities after the filters."""
         try:
             options = self.client.request("GET", "/server_info?config_format=json")["vllm_config"]
             model = options["model_config"]
@@ -212,33 +193,30 @@ class VLLMServer(Rollout):
             raise self._gone(error) from None
         except (ServerError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise UserError(
-                f"the server at {self.client.base_url} does not tell its options ({one_line(error)}): it is no vLLM "
-                f"server, or was started without VLLM_SERVER_DEV_MODE=1; {START}"
+                f"the server at {self.client.base_url} does not report its options ({one_line(error)}): it is not a "
+                f"vLLM server, or was started without VLLM_SERVER_DEV_MODE=1; {START}"
             ) from None
         wanted = {"--worker-extension-cls": WORKER_EXTENSION, "--logprobs-mode": "processed_logprobs"}
         for option, value in wanted.items():
             if found[option] != value:
-                raise UserError(
-                    f"the vLLM server at {self.client.base_url} was started with {option} {_text(found[option])}, "
-                    f"but needs {value}; {START}"
-                )
+                raise self._error(f"was started with {option} {_text(found[option])}, but needs {value}; {START}")
         if longest < length:
-            raise UserError(
-                f"the vLLM server at {self.client.base_url} takes {longest} tokens, but the longest prompt and "
-                f"completion have {length}; {START}"
-            )
+            raise self._error(f"accepts {longest} tokens, but the longest prompt and completion have {length}; {START}")
 
     def _gone(self, error: Exception) -> UserError:
         if isinstance(error, KeyRefused):
             sent = f"the key in {KEY_VARIABLE}" if self.client.key else f"requests without {KEY_VARIABLE}"
-            return UserError(
-                f"the vLLM server at {self.client.base_url} refuses {sent}: set {KEY_VARIABLE} to the value that the "
-                "server was started with"
-            )
-        return UserError(
-            f"the vLLM server at {self.client.base_url} no longer answers ({one_line(error, 160)}); "
-            "start it again and --resume this run"
+            return self._error(f"refuses {sent}: set {KEY_VARIABLE} to the value with which the server was started")
+        return self._error(
+            f"no longer answers ({one_line(error, 160)}); restart it and continue this run with --resume"
         )
+
+    def _error(self, text: str) -> UserError:
+        return UserError(f"the vLLM server at {self.client.base_url} {text}")
+
+
+def _call(method: str, *arguments: str) -> dict[str, Any]:
+    return {"method": method, "args": list(arguments)}
 
 
 def _text(option: Any) -> str:

@@ -1,8 +1,9 @@
-"""A policy's weights under their checkpoint's names, one tensor at a time, for an engine with a copy of its own."""
+"""A policy's weights, one tensor at a time under their checkpoint names, for an engine that has its own copy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -16,44 +17,39 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from grpo_fast.errors import UserError, writing
 
-# Bytes of weights that are gathered in memory for one file.
+# Bytes of weights in one file, which are held in memory while it is written.
 FILE_BYTES = 1 << 30
 
 
 @torch.no_grad()
 def engine_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of `model` as its checkpoint has them; what is computed for them is one layer's at a time.
+    """Names and tensors of `model` as in its checkpoint; at most one layer is converted at a time.
 
-    LoRA adapters are merged: ``W + scale * B @ A`` in float32, rounded to W's dtype, and the trained tensors stay as
-    they are. 4-bit weights are widened to the embedding's dtype. A sharded tensor is gathered, in which every rank has
-    to take part. A tied head is left out.
+    LoRA adapters are merged (``W + scale * B @ A`` in float32, rounded to the dtype of W) without changing the trained
+    tensors. 4-bit weights are converted to the dtype of the embedding. Sharded tensors are gathered, so every rank must
+    call this. A tied head is omitted.
 
     Args:
-        model: a transformers causal LM, with adapters inside it or not, or a PeftModel.
+        model: a transformers causal LM, with or without adapters, or a PeftModel.
 
     Raises:
-        UserError: an adapter that is not a plain LoRA.
+        UserError: an adapter is not a plain LoRA.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
     if not conversions:
         yield from _tensors(model)
         return
-    # A checkpoint may split or join what the model holds, such as the matrices of a layer's experts.
-    layer: dict[str, Tensor] = {}
-    for name, tensor in _tensors(model):
-        if layer and _layer(name) != _layer(next(iter(layer))):
-            yield from revert_weight_conversion(model, layer).items()
-            layer = {}
-        layer[name] = tensor
-    yield from revert_weight_conversion(model, layer).items()
+    # A checkpoint may split or join tensors of the model, such as the matrices of a layer's experts.
+    for _, layer in groupby(_tensors(model), lambda pair: _layer(pair[0])):
+        yield from revert_weight_conversion(model, dict(layer)).items()
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:
-    """Write what `engine_weights` gives to safetensors files of about a GiB.
+    """Write `engine_weights` to safetensors files of about 1 GiB.
 
     Raises:
-        UserError: the disk is full, or cannot be written to.
+        UserError: the disk is full, or `folder` cannot be written.
     """
     for number, tensors in enumerate(in_files(engine_weights(model))):
         with writing(folder):
@@ -61,7 +57,7 @@ def write_weights(model: nn.Module, folder: Path) -> None:
 
 
 def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> Iterator[dict[str, Tensor]]:
-    """The tensors in groups of at most `most` bytes, or one tensor where it is larger."""
+    """The tensors in groups of at most `most` bytes; a larger tensor is a group by itself."""
     group: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -75,12 +71,12 @@ def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> I
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by their names without adapters; one that is tied, under its first name."""
+    """Parameters and persistent buffers under their names without adapters; tied ones once, under the first name."""
     dtype = model.get_input_embeddings().weight.dtype
     seen: set[int] = set()
     for path, module in model.named_modules():
         parts = path.split(".")
-        # The parts of an adapted layer, which come with the layer itself.
+        # Parts of an adapted layer are handled with the layer.
         if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -107,7 +103,7 @@ def _gather(tensor: Tensor) -> Tensor:
 
 
 def _merge(weight: Tensor, layer: nn.Module, path: str) -> Tensor:
-    """The weight of an adapted layer with its active adapters."""
+    """The weight of an adapted layer, merged with its active adapters."""
     if not isinstance(layer, LoraLayer):
         raise _other_adapter(path)
     merged = weight.float()
@@ -127,11 +123,11 @@ def _merge(weight: Tensor, layer: nn.Module, path: str) -> Tensor:
 
 
 def _other_adapter(path: str) -> UserError:
-    return UserError(f"the adapter of {path} is not a plain LoRA, and others are not merged for vLLM")
+    return UserError(f"the adapter of {path} is not a plain LoRA; vLLM can only sample with plain LoRA adapters")
 
 
 def _layer(name: str) -> str:
-    """A tensor's name up to the number of its layer; the name itself outside of layers."""
+    """The part of a tensor's name that ends with its layer number; the whole name outside of layers."""
     parts = name.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdecimal()), len(parts))
     return ".".join(parts[: number + 1])

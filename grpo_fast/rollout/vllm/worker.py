@@ -1,6 +1,6 @@
-"""What vLLM's workers do for a training run: an extension class, called through `collective_rpc`.
+"""Methods that a training run calls in vLLM's workers, through `collective_rpc`.
 
-It is named to vLLM by ``worker_extension_cls`` and imported in its processes, so nothing here needs the trainer.
+vLLM imports the class in its own processes (``worker_extension_cls``), so this module must not import the trainer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ WORKER_EXTENSION = "grpo_fast.rollout.vllm.worker.WorkerExtension"
 
 
 class WorkerExtension:
-    """Methods that every vLLM worker gets."""
+    """Methods that are added to every vLLM worker."""
 
     def load_folder(self, folder: str) -> None:
-        """Replace the weights by those of the safetensors files in `folder`, one tensor at a time."""
+        """Load the weights from the safetensors files in `folder`, one tensor at a time."""
         self.reload_weights(weights_iterator=read_folder(Path(folder)))
 
     def repack_head(self) -> None:
-        """Renew the copy of the output head that vLLM packs for CPU products.
+        """Update the copy of the output head that vLLM packs for matrix products on a CPU.
 
-        A reload renews the packed copies of all layers that it loads, but a tied head is not loaded by itself: its
-        weight is the embedding's, and its packed copy stays the old one. On a GPU nothing is packed.
+        A reload updates the packed copies of the layers that it loads. A tied head is not among them, because its
+        weight is the embedding's, so its packed copy would be outdated. On a GPU nothing is packed.
         """
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -36,10 +36,10 @@ class WorkerExtension:
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a folder's safetensors files.
+    """Names and tensors of the safetensors files in `folder`.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: it has no such files.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
