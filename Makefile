@@ -9,7 +9,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
 
 .PHONY: help test-long demo demo-seeds sort-comparison smollm2 test test-oldest test-kill test-peers test-vllm test-gpu fuzz doctor sanitize bench \
-	bench-race bench-rollout bench-trl bench-gpu bench-gpu-memory bench-ops plots lint clean
+	bench-race bench-rollout bench-trl bench-gpu bench-gpu-memory bench-ops plots docs lint clean
 
 help:
 	@echo "make demo        train a small policy from random weights to sort digits (a few minutes, CPU)"
@@ -33,7 +33,8 @@ help:
 	@echo "make bench-gpu   the benchmarks on one GPU (under 9 minutes)"
 	@echo "make bench-gpu-memory  memory of real steps against the plan, and the longest answer under caps (one GPU)"
 	@echo "make bench-ops   pytest-benchmark's timings of each operation"
-	@echo "make plots       figures and the README's tables from the measured CSV files"
+	@echo "make plots       figures and the documents' tables from the measured CSV files"
+	@echo "make docs        the API reference from the docstrings, in build/api"
 	@echo "make lint        ruff, as the pre-commit hooks run it"
 	@echo "make clean       remove the environment and caches"
 
@@ -167,6 +168,9 @@ bench-ops: $(VENV)/.bench
 
 plots: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.plots $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/build_api.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
