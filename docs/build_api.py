@@ -1,6 +1,6 @@
 """Build the API reference from the docstrings with pdoc.
 
-    python docs/build_api.py [FOLDER]     # default: build/api
+python docs/build_api.py [FOLDER]     # default: build/api
 """
 
 import importlib
