@@ -169,10 +169,8 @@ lint: $(VENV)/.dev  ## style (ruff), spelling (codespell) and types (pyrefly), a
 	$(BIN)/codespell
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-clean:  ## remove the environments, caches and built packages
-	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
-
-##@ Docs
-
 docs: $(VENV)/.dev  ## the API reference from the docstrings, in build/api
 	$(BIN)/python docs/build_api.py $(ARGS)
+
+clean:  ## remove the environments, caches and built packages
+	rm -rf $(VENV) $(OLDEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -27,7 +27,7 @@ COLORS = {
     "Liger Triton loss": "#4ac26b", "QuACK": "#6e7781", "PyTorch": "#0969da", "PyTorch, compiled": "#54aeff",
 }  # fmt: skip
 ORDER = [FLOOR, *(contender.name for contender in CONTENDERS)]
-PAGES = ("README.md", "docs/drop-in.md")
+PAGES = ("docs/benchmarks.md", "docs/drop-in.md")
 
 
 def color(name: str) -> str:
