@@ -24,8 +24,54 @@ from grpo_kernels._checks import (
     require_shape,
     require_tensors,
 )
-from grpo_kernels._policy_terms import kl_and_derivative, kl_estimate_ref
 from grpo_kernels.objective import KL_ESTIMATORS
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *, backend: str = "auto") -> Tensor:
+    """Per-token KL(policy || reference) estimate, elementwise and differentiable in both arguments.
+
+    Args:
+        logprobs: log-probabilities under the policy (nats), any shape, floating point.
+        ref_logprobs: log-probabilities of the same tokens under the reference, same shape and device.
+        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        A tensor of the same shape, float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: shapes or devices differ, or `estimator` or `backend` is unknown.
+        TypeError: an argument is not floating point.
+    """
+    op = "kl_estimate"
+    require(estimator in KL_ESTIMATORS, f"{op}: estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
+    require_tensors(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
+    require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
+    dtype = accumulation_dtype(logprobs, ref_logprobs)
+    return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)(logprobs, ref_logprobs, estimator)
+
+
+def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """The definition above, differentiated by autograd: the oracle of the tests."""
+    dtype = accumulation_dtype(logprobs, ref_logprobs)
+    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
+    return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
+
+
+def kl_and_derivative(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimate and its derivative with respect to `logprobs`, both elementwise.
+
+    ``expm1`` keeps k3 accurate where policy and reference nearly agree, which is where training spends its time.
+    """
+    d = logprobs - ref_logprobs
+    if estimator == "k1":
+        return d, torch.ones_like(d)
+    if estimator == "k2":
+        return d.square() / 2, d
+    excess = torch.expm1(-d)
+    return excess + d, -excess
 
 
 class _KLEstimate(torch.autograd.Function):
@@ -55,29 +101,3 @@ def _kl_estimate_triton(logprobs, ref_logprobs, estimator):
 
 
 _IMPLEMENTATIONS = {"triton": _kl_estimate_triton, "torch": _KLEstimate.apply, "reference": kl_estimate_ref}
-
-
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *, backend: str = "auto") -> Tensor:
-    """Per-token KL(policy || reference) estimate, elementwise and differentiable in both arguments.
-
-    Args:
-        logprobs: log-probabilities under the policy (nats), any shape, floating point.
-        ref_logprobs: log-probabilities of the same tokens under the reference, same shape and device.
-        estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
-
-    Returns:
-        A tensor of the same shape, float32 (float64 if an input is float64).
-
-    Raises:
-        ValueError: shapes or devices differ, or `estimator` or `backend` is unknown.
-        TypeError: an argument is not floating point.
-    """
-    op = "kl_estimate"
-    require(estimator in KL_ESTIMATORS, f"{op}: estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
-    require_tensors(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
-    require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
-    dtype = accumulation_dtype(logprobs, ref_logprobs)
-    return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)(logprobs, ref_logprobs, estimator)

@@ -16,6 +16,41 @@ from grpo_kernels._backend import choose_backend
 from grpo_kernels._checks import accumulation_dtype, require, require_device, require_floating, require_tensors
 
 
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend: str = "auto") -> Tensor:
+    """Mean of `values` over the entries where `mask` is set, differentiable in `values`.
+
+    Args:
+        values: floating-point tensor of any shape.
+        mask: boolean or 0/1 tensor of the same shape, or one that broadcasts to it.
+        dim: dimension to reduce, or None for all of them.
+        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        float32 (float64 for float64 `values`): a scalar, or `values` without `dim`. NaN where the mask is empty.
+
+    Raises:
+        ValueError: `mask` does not broadcast to `values`, devices differ, or `backend` is unknown.
+        IndexError: `dim` is out of range.
+        TypeError: `values` is not floating point.
+    """
+    op = "masked_mean"
+    require_tensors(op, values=values, mask=mask)
+    require_floating(op, values=values)
+    require_device(op, values.device, mask=mask)
+    try:
+        broadcast = torch.broadcast_shapes(values.shape, mask.shape)
+    except RuntimeError:
+        broadcast = None
+    require(
+        broadcast == values.shape,
+        f"{op}: mask of shape {tuple(mask.shape)} does not broadcast to values of shape {tuple(values.shape)}",
+    )
+    if dim is not None and not -values.dim() <= dim < values.dim():
+        raise IndexError(f"{op}: dim={dim} is out of range for values of shape {tuple(values.shape)}")
+    run = choose_backend(op, _IMPLEMENTATIONS, backend, values.device, accumulation_dtype(values))
+    return run(values, mask, dim)
+
+
 def masked_mean_ref(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """The definition above, differentiated by autograd: the oracle of the tests."""
     mask = mask.bool().expand(values.shape)
@@ -51,38 +86,3 @@ def _masked_mean_triton(values, mask, dim):
 
 
 _IMPLEMENTATIONS = {"triton": _masked_mean_triton, "torch": _MaskedMean.apply, "reference": masked_mean_ref}
-
-
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend: str = "auto") -> Tensor:
-    """Mean of `values` over the entries where `mask` is set, differentiable in `values`.
-
-    Args:
-        values: floating-point tensor of any shape.
-        mask: boolean or 0/1 tensor of the same shape, or one that broadcasts to it.
-        dim: dimension to reduce, or None for all of them.
-        backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
-
-    Returns:
-        float32 (float64 for float64 `values`): a scalar, or `values` without `dim`. NaN where the mask is empty.
-
-    Raises:
-        ValueError: `mask` does not broadcast to `values`, devices differ, or `backend` is unknown.
-        IndexError: `dim` is out of range.
-        TypeError: `values` is not floating point.
-    """
-    op = "masked_mean"
-    require_tensors(op, values=values, mask=mask)
-    require_floating(op, values=values)
-    require_device(op, values.device, mask=mask)
-    try:
-        broadcast = torch.broadcast_shapes(values.shape, mask.shape)
-    except RuntimeError:
-        broadcast = None
-    require(
-        broadcast == values.shape,
-        f"{op}: mask of shape {tuple(mask.shape)} does not broadcast to values of shape {tuple(values.shape)}",
-    )
-    if dim is not None and not -values.dim() <= dim < values.dim():
-        raise IndexError(f"{op}: dim={dim} is out of range for values of shape {tuple(values.shape)}")
-    run = choose_backend(op, _IMPLEMENTATIONS, backend, values.device, accumulation_dtype(values))
-    return run(values, mask, dim)

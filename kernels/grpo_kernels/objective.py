@@ -24,9 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from grpo_kernels._checks import require, require_floating, require_number
+from grpo_kernels._checks import require, require_number
 from grpo_kernels.token_weights import AGGREGATIONS
 
 KINDS = ("clip", "cispo", "sapo", "vespo", "reinforce")
@@ -115,13 +113,24 @@ class PolicyObjective:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def lower_bound(self) -> float:
+        """The ratio below which ``"clip"`` is flat where A < 0."""
+        return 1 - self.epsilon
+
+    @property
+    def upper_bound(self) -> float:
+        """The ratio above which ``"clip"`` is flat where A > 0, or the bound of ``"cispo"``'s ratio."""
+        return self.upper_epsilon if self.kind == "cispo" else 1 + self.upper_epsilon
+
+    @property
     def uses_reference(self) -> bool:
+        """Whether the loss needs log-probabilities of a reference policy, as its KL term does."""
         return self.beta != 0.0
 
     @property
     def advantage_alone(self) -> bool:
         """Whether a token of advantage 0 has no gradient whatever its log-probability."""
-        return self.beta == 0.0 and self.entropy_coef == 0.0
+        return not self.uses_reference and self.entropy_coef == 0.0
 
 
 class _Presets(dict):
@@ -149,16 +158,3 @@ PRESETS: dict[str, PolicyObjective] = _Presets(
         "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
     }
 )
-
-
-def require_objective(op: str, objective: PolicyObjective) -> None:
-    if not isinstance(objective, PolicyObjective):
-        raise TypeError(f"{op}: objective must be a PolicyObjective (see PRESETS), got {type(objective).__name__}")
-
-
-def require_reference(op: str, objective: PolicyObjective, ref_logprobs: Tensor | None) -> None:
-    require(
-        not objective.uses_reference or ref_logprobs is not None,
-        f"{op}: beta={objective.beta} needs ref_logprobs",
-    )
-    require_floating(op, ref_logprobs=ref_logprobs)

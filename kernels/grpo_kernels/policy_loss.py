@@ -15,12 +15,14 @@ fields, and ``g_t`` is exactly 0 where the objective is flat, so callers can dro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_kernels._backend import choose_backend
+from grpo_kernels._backend import backend_name
 from grpo_kernels._checks import (
     accumulation_dtype,
     require,
@@ -31,13 +33,9 @@ from grpo_kernels._checks import (
     sequence_ids,
     sequence_offsets,
 )
-from grpo_kernels._policy_terms import (
-    STATISTICS,
-    Tokens,
-    policy_loss_ref,
-    policy_terms,
-)
-from grpo_kernels.objective import PolicyObjective, require_objective, require_reference
+from grpo_kernels._policy_terms import STATISTICS, Terms, Tokens, by_sign, policy_terms, vespo_weight
+from grpo_kernels.kl import kl_estimate_ref
+from grpo_kernels.objective import PolicyObjective
 
 
 class PolicyLoss(NamedTuple):
@@ -59,92 +57,17 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor | None = None
 
 
-def named_statistics(stats: Tensor) -> dict[str, Tensor]:
-    return dict(zip(STATISTICS, stats.unbind(), strict=True))
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs, entropy, tokens, objective, offsets, terms_of):
-        terms = terms_of(logprobs, tokens, objective, entropy, offsets)
-        ctx.save_for_backward(terms.grad_logprobs, terms.grad_entropy)
-        ctx.mark_non_differentiable(terms.stats)
-        return terms.loss, terms.stats
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        grad_logprobs, grad_entropy = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        return (
-            grad_loss * grad_logprobs if wanted[0] else None,
-            grad_loss * grad_entropy if wanted[1] else None,
-            *(None,) * 4,
-        )
-
-
-def _policy_loss_torch(logprobs, tokens, objective, entropy, offsets):
-    return _PolicyLoss.apply(logprobs, entropy, tokens, objective, offsets, policy_terms)
-
-
-def _policy_loss_triton(logprobs, tokens, objective, entropy, offsets):
-    from grpo_kernels.triton_kernels.policy_kernels import policy_terms_triton
-
-    return _PolicyLoss.apply(logprobs, entropy, tokens, objective, offsets, policy_terms_triton)
-
-
-_IMPLEMENTATIONS = {"triton": _policy_loss_triton, "torch": _policy_loss_torch, "reference": policy_loss_ref}
-
-
-def flatten_tokens(
-    op: str,
-    shape: torch.Size,
-    device: torch.device,
-    dtype: torch.dtype,
-    objective: PolicyObjective,
-    advantages: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    correction: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tokens, Tensor | None]:
-    """Check the loss's per-token arguments and flatten them; also return the offsets of the sequences."""
-    require_objective(op, objective)
-    require_tensors(op, advantages=advantages, weights=weights)
-    require(len(shape) in (1, 2), f"{op}: tensors must be packed [N] or padded [B, T], got shape {tuple(shape)}")
-    require_reference(op, objective, ref_logprobs)
-    fields = {
-        "weights": weights,
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "correction": correction,
-    }
-    require_floating(op, advantages=advantages, **fields)
-    require_device(op, device, advantages=advantages, **fields)
-    offsets = sequence_offsets(op, shape, cu_seqlens, device)
-    require(
-        objective.level == "token" or offsets is not None,
-        f"{op}: level={objective.level!r} needs cu_seqlens for packed tensors",
-    )
-    if offsets is not None and advantages.shape == (offsets.numel() - 1,) and advantages.shape != shape:
-        advantages = advantages[sequence_ids(offsets, shape.numel())].view(shape)
-    require_shape(op, shape, advantages=advantages, **fields)
-    flat = (None if field is None else field.detach().reshape(-1).to(dtype) for field in (advantages, *fields.values()))
-    return Tokens(*flat), offsets
-
-
 def policy_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
+    logprobs: Tensor,  # [N] or [B, T]
+    advantages: Tensor,  # [N], [B, T], or one a sequence
+    weights: Tensor,  # [N] or [B, T]
     objective: PolicyObjective = PolicyObjective(),
     *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    correction: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    old_logprobs: Tensor | None = None,  # [N] or [B, T]
+    ref_logprobs: Tensor | None = None,  # [N] or [B, T]
+    entropy: Tensor | None = None,  # [N] or [B, T]
+    correction: Tensor | None = None,  # [N] or [B, T]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     backend: str = "auto",
 ) -> PolicyLoss:
     """Policy loss from per-token log-probabilities: the equation at the top of this module.
@@ -177,12 +100,151 @@ def policy_loss(
     require_device(op, logprobs.device, entropy=entropy)
     require_shape(op, logprobs.shape, entropy=entropy)
     dtype = accumulation_dtype(logprobs)
-    tokens, offsets = flatten_tokens(
-        op, logprobs.shape, logprobs.device, dtype, objective,
-        advantages, weights, old_logprobs, ref_logprobs, correction, cu_seqlens,
+    backend = backend_name(op, backend, logprobs.device, dtype)
+    tokens = make_token_loss(
+        op, logprobs.shape, logprobs.device, dtype, objective, backend, advantages=advantages, weights=weights,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     require(objective.entropy_coef == 0.0 or entropy is not None, f"{op}: entropy_coef needs the entropy argument")
-    run = choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)
+    flat = logprobs.reshape(-1).to(dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
-    loss, stats = run(logprobs.reshape(-1).to(dtype), tokens, objective, flat_entropy, offsets)
+    if backend == "reference":
+        loss, stats = policy_loss_ref(flat, tokens.tokens, objective, flat_entropy, tokens.offsets)
+    else:
+        loss, stats = _PolicyLoss.apply(flat, flat_entropy, tokens)
     return PolicyLoss(loss, named_statistics(stats))
+
+
+def policy_loss_ref(
+    logprobs: Tensor,  # [N]
+    tokens: Tokens,
+    objective: PolicyObjective,
+    entropy: Tensor | None = None,  # [N]
+    offsets: Tensor | None = None,  # [S + 1]
+) -> tuple[Tensor, Tensor]:
+    """The equation above, differentiated by autograd: what the tests compare with. Returns (loss, statistics)."""
+    counted = tokens.weights != 0
+    tokens = Tokens(*(None if field is None else torch.where(counted, field, 0.0) for field in tokens))
+    o, (A, w, old, ref, rho) = objective, tokens
+    logp = torch.where(counted, logprobs, 0.0).to(w.dtype)
+    log_ratio = logp - (logp.detach() if old is None else old)
+    counts = counted.to(logp.dtype)
+    if o.level != "token":
+        ids = sequence_ids(offsets, logp.numel())
+        size = offsets.numel() - 1
+        lengths = logp.new_zeros(size).index_add(0, ids, counts).clamp(min=1)
+        total = logp.new_zeros(size).index_add(0, ids, log_ratio * counts)
+        log_ratio = (total / lengths if o.level == "sequence" else total)[ids]
+        counts = counts / lengths[ids]
+    ratio = torch.exp(log_ratio)
+    low, high = 1 - o.epsilon, 1 + o.upper_epsilon
+    if o.kind == "clip":
+        bounded = ratio if o.delta is None else ratio.clamp(max=o.delta)
+        per_token = -torch.minimum(bounded * A, ratio.clamp(low, high) * A)
+    elif o.kind == "cispo":
+        high = o.epsilon_high
+        per_token = -ratio.clamp(max=high).detach() * A * logp
+    elif o.kind == "sapo":
+        tau = by_sign(A, o.sapo_temperature_pos, o.sapo_temperature_neg)
+        per_token = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+    elif o.kind == "vespo":
+        per_token = -vespo_weight(ratio, A, o).detach() * A * logp
+    else:
+        per_token = -A * logp
+    if rho is not None:
+        per_token = rho * per_token
+    kl = torch.zeros_like(logp)
+    if ref is not None:
+        kl = kl_estimate_ref(logp, ref, o.kl)
+        per_token = per_token + o.beta * kl * (ratio if o.kl_bias_correction else 1.0)
+    if entropy is not None:
+        per_token = per_token - o.entropy_coef * entropy
+    loss = torch.where(counted, w * per_token, 0.0).sum()
+    clips_low = (ratio < low) & (A < 0) & (o.kind == "clip")
+    clips_high = (ratio > high) & (A > 0) & (o.kind in ("clip", "cispo"))
+    sums = [counted.sum(), 0 if entropy is None else torch.where(counted, entropy, 0.0).sum()]
+    sums += [torch.where(counted, kl, 0.0).sum(), counts.sum()]
+    sums += [torch.where(counted, x * counts, 0.0).sum() for x in (ratio, clips_low, clips_high)]
+    return loss, torch.stack([torch.as_tensor(s, dtype=logp.dtype, device=logp.device) for s in sums]).detach()
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of N tokens, whose arguments have been checked and flattened."""
+
+    tokens: Tokens
+    objective: PolicyObjective
+    offsets: Tensor | None  # [S + 1]
+    terms_of: Callable[..., Terms]  # `policy_terms`, or the same in one kernel
+
+    @property
+    def has_bonus(self) -> bool:
+        return self.objective.entropy_coef != 0.0
+
+    def terms(self, logprobs: Tensor, entropy: Tensor | None) -> Terms:
+        return self.terms_of(logprobs, self.tokens, self.objective, entropy, self.offsets)
+
+    def with_weights(self, weights: Tensor) -> TokenLoss:
+        return replace(self, tokens=self.tokens._replace(weights=weights))
+
+    def take(self, at: Tensor | slice) -> TokenLoss:
+        """The loss of some of the tokens, where ratios are tokens'."""
+        return replace(self, tokens=self.tokens.take(at))
+
+
+def make_token_loss(
+    op: str,
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    objective: PolicyObjective,
+    backend: str,
+    *,
+    advantages: Tensor,  # `shape`, or one a sequence
+    cu_seqlens: Tensor | None,  # [S + 1]
+    **fields: Tensor | None,  # `shape`: the other fields of `Tokens`
+) -> TokenLoss:
+    """Check the loss's per-token arguments and flatten them."""
+    if not isinstance(objective, PolicyObjective):
+        raise TypeError(f"{op}: objective must be a PolicyObjective (see PRESETS), got {type(objective).__name__}")
+    require_tensors(op, advantages=advantages, weights=fields["weights"])
+    require(len(shape) in (1, 2), f"{op}: tensors must be packed [N] or padded [B, T], got shape {tuple(shape)}")
+    require(
+        not objective.uses_reference or fields["ref_logprobs"] is not None,
+        f"{op}: beta={objective.beta} needs ref_logprobs",
+    )
+    require_floating(op, advantages=advantages, **fields)
+    require_device(op, device, advantages=advantages, **fields)
+    offsets = sequence_offsets(op, shape, cu_seqlens, device)
+    require(
+        objective.level == "token" or offsets is not None,
+        f"{op}: level={objective.level!r} needs cu_seqlens for packed tensors",
+    )
+    if offsets is not None and advantages.shape == (offsets.numel() - 1,) and advantages.shape != shape:
+        advantages = advantages[sequence_ids(offsets, shape.numel())].view(shape)
+    fields = {"advantages": advantages, **fields}
+    require_shape(op, shape, **fields)
+    flat = {name: None if t is None else t.detach().reshape(-1).to(dtype) for name, t in fields.items()}
+    terms_of = policy_terms
+    if backend == "triton":
+        from grpo_kernels.triton_kernels.policy_kernels import policy_terms_triton as terms_of
+    return TokenLoss(Tokens(**flat), objective, offsets, terms_of)
+
+
+def named_statistics(stats: Tensor) -> dict[str, Tensor]:
+    return dict(zip(STATISTICS, stats.unbind(), strict=True))
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, entropy, loss: TokenLoss):
+        terms = loss.terms(logprobs, entropy)
+        ctx.save_for_backward(terms.grad_logprobs, terms.grad_entropy)
+        ctx.mark_non_differentiable(terms.stats)
+        return terms.loss, terms.stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *(grad_loss * grad if wanted else None for grad, wanted in pairs), None

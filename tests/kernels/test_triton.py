@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
-from grpo_kernels._head_arguments import make_head
+from grpo_kernels._head_arguments import make_pass
 from grpo_kernels.triton_kernels import launch, tiles, triton_head
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, nearest_architecture, splits_of
 from support.logprob_cases import make, run
@@ -102,17 +102,16 @@ def test_offsets_beyond_32_bits():
     arguments = make(4, 8, 5, trainable="")
     weight = far_apart(arguments["weight"], stride)
     assert weight.storage_offset() + 4 * weight.stride(0) > 2**31
-    head, _ = make_head(
+    _, call = make_pass(
         "test", arguments["hidden"], weight, arguments["targets"], bias=None, temperature=1.0, logit_scale=1.0,
-        softcap=None, max_buffer_bytes=None, process_group=None,
+        softcap=None, max_buffer_bytes=None, process_group=None, with_entropy=True, backend="triton",
     )  # fmt: skip
-    head = triton_head.TritonHead(**vars(head))
     results = []
     for out in (torch.empty(4, 8)[:, :5], far_apart(torch.zeros(4, 5), stride)):
-        stats = head.forward_(head.operand(arguments["hidden"]), arguments["targets"], None, out, True)
+        (chunk,) = call.chunks(torch.arange(4), out, True)
         e = out.clone()
-        head.gradient_(out, stats, arguments["targets"], None, torch.ones(4), torch.ones(4))
-        results.append((stats.logprobs, stats.entropy, e, out.clone()))
+        call.head.gradient_(chunk, torch.ones(4), torch.ones(4))
+        results.append((chunk.stats.logprobs, chunk.stats.entropy, e, out.clone()))
     for near, far in zip(*results, strict=True):
         assert torch.equal(near, far)
     expected = linear_logprob(**arguments, backend="torch")

@@ -30,10 +30,10 @@ def count_flops(function, shapes: tuple[int, int, int]) -> float:
     N, H, V = shapes
     forward, kernels = TritonHead.launch_forward, 0
 
-    def count_forward(head, tile, hidden, *args):
+    def count_forward(head, tile, rows, *args):
         nonlocal kernels
-        kernels += 2 * hidden.numel() * head.vocab_size
-        return forward(head, tile, hidden, *args)
+        kernels += 2 * rows.hidden.numel() * head.vocab_size
+        return forward(head, tile, rows, *args)
 
     addmm_ = {torch.ops.aten.addmm_: lambda _, a, b, *args, **kwargs: mm_flop(a, b)}
     with (

@@ -124,7 +124,7 @@ def small_variants() -> Iterator[Variant]:
     types = {**dict.fromkeys((*names, "grad_logprobs", "sums"), "*fp32"), "offsets": "*i64", "N": "i32"}
     numbers = ("low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta", "entropy_coef")
     types |= dict.fromkeys(numbers, "fp32")
-    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_TIMES_RATIO", "PRODUCT")
+    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_BIAS_CORRECTION", "PRODUCT")
     for kernel in (policy_kernels.policy_tokens, policy_kernels.policy_sequences):
         for kind, index in policy_kernels.KINDS.items():
             constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy_kernels.BLOCK}

@@ -1,12 +1,12 @@
-"""Where the kernels may run: the architecture of a device, and what is refused, in one line each."""
+"""Where the kernels run: the architecture of a device, what is refused in one line, and launches."""
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, nearest_architecture
 
@@ -51,9 +51,11 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
 
 
-def on_device(tensor: Tensor):
-    """The context in which a kernel for `tensor` is launched: Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def run_kernel(kernel: Any, device: torch.device, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launch `programs` programs of a kernel, if any, on `device`: by itself Triton takes the current device."""
+    if programs:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(programs,)](*arguments, **constants)
 
 
 def processors(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo_kernels._policy_terms import STATISTICS, VESPO_BOUNDS, Terms, Tokens
 from grpo_kernels.objective import PolicyObjective
-from grpo_kernels.triton_kernels.launch import on_device
+from grpo_kernels.triton_kernels.launch import run_kernel
 from grpo_kernels.triton_kernels.math import kl_terms, sigmoid
 
 BLOCK, WARPS = 1024, 8
@@ -73,7 +73,7 @@ def _terms(
     at, mask, counted, w, logp, A, ratio, share, ref_logprobs, correction, entropy,
     low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """For a block of tokens: dL/dlog_ratio, dL/dlogp at a fixed ratio, and the eight sums; `share` counts a ratio."""
     value, through, direct = _objective(
@@ -92,7 +92,7 @@ def _terms(
         kl, kl_slope = kl_terms(logp - tl.where(counted, tl.load(ref_logprobs + at, mask, other=0.0), 0.0), KL)
         if beta != 0.0:
             factor = beta * w
-            if KL_TIMES_RATIO:
+            if KL_BIAS_CORRECTION:
                 factor *= ratio
                 through += factor * kl
             loss += factor * kl
@@ -134,7 +134,7 @@ def policy_tokens(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
     N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, PRODUCT: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +143,7 @@ def policy_tokens(
     through, direct, block_sums = _terms(
         at, mask, counted, w, logp, A, tl.exp(log_ratio), counted.to(tl.float32), ref_logprobs, correction, entropy,
         low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
-        KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
+        KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_BIAS_CORRECTION,
     )  # fmt: skip
     tl.store(grad_logprobs + at, through + direct, mask)
     for index in tl.static_range(8):
@@ -155,7 +155,7 @@ def policy_sequences(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
     N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, PRODUCT: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
@@ -187,7 +187,7 @@ def policy_sequences(
             at, mask, counted, w, logp, A, tl.zeros([BLOCK], tl.float32) + sequence_ratio,
             counted.to(tl.float32) / length, ref_logprobs, correction, entropy,
             low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
-            KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
+            KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_BIAS_CORRECTION,
         )  # fmt: skip
         throughs += through
         totals = _add(totals, block_sums)
@@ -228,18 +228,15 @@ def policy_terms_triton(
     # Tokens of no sequence, where offsets go unchecked, have no gradient.
     grad = torch.zeros_like(logprobs) if by_sequence else torch.empty_like(logprobs)
     sums = torch.empty(1 + len(STATISTICS), programs, dtype=torch.float32, device=logprobs.device)
-    kernel = policy_sequences if by_sequence else policy_tokens
-    high = o.epsilon_high if o.kind == "cispo" else 1 + o.upper_epsilon
     shape = (o.vespo_k_pos, o.vespo_k_neg) if o.kind == "vespo" else (o.sapo_temperature_pos, o.sapo_temperature_neg)
-    if programs > 0:
-        with on_device(logprobs):
-            kernel[(programs,)](
-                logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
-                N, 1 - o.epsilon, high, o.delta or 0.0, *shape, o.vespo_lambda_pos, o.vespo_lambda_neg,
-                float(o.beta), float(o.entropy_coef),
-                KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
-                HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
-                KL_TIMES_RATIO=o.kl_bias_correction, PRODUCT=o.level == "product", BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+    run_kernel(
+        policy_sequences if by_sequence else policy_tokens, logprobs.device, programs,
+        logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
+        N, o.lower_bound, o.upper_bound, o.delta or 0.0, *shape, o.vespo_lambda_pos, o.vespo_lambda_neg,
+        float(o.beta), float(o.entropy_coef),
+        KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
+        HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
+        KL_BIAS_CORRECTION=o.kl_bias_correction, PRODUCT=o.level == "product", BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     loss, *stats = sums.sum(1)
-    return Terms(loss, grad, None if entropy is None else -o.entropy_coef * weights, torch.stack(stats))
+    return Terms(loss, torch.stack(stats), grad, None if entropy is None else -o.entropy_coef * weights)
