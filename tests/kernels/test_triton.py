@@ -279,15 +279,18 @@ def test_a_missing_triton_is_named(monkeypatch):
 def test_the_doctor_finds_a_wrong_result(monkeypatch, capsys):
     from grpo_kernels import doctor
 
-    monkeypatch.setattr(doctor, "OPERATIONS", ("policy_loss", "masked_mean"))
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("policy_loss", "masked_mean")})
     assert doctor.main() == 0
     said = capsys.readouterr().out
     assert "backend='auto' takes torch" in said
     assert "masked_mean          bfloat16  triton  ok" in said
     right = doctor.CHECKS["masked_mean"]
-    monkeypatch.setitem(
-        doctor.CHECKS, "masked_mean", lambda t, backend: [x + (backend == "triton") for x in right(t, backend)]
-    )
+
+    def wrong(tensors, backend):
+        (mean,), names = right(tensors, backend)
+        return [mean + (backend == "triton")], names
+
+    monkeypatch.setitem(doctor.CHECKS, "masked_mean", wrong)
     assert doctor.main() == 1
     assert "WRONG" in capsys.readouterr().out
 
