@@ -151,12 +151,12 @@ class Head(ABC):
         return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - copied)
 
     def narrow_bytes(self) -> int:
-        """Memory of a row beside the logits."""
+        """Memory for a row, without its logits."""
         return NARROW_COPIES * self.weight.shape[1] * self.dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
-        """Memory of a block of rows, or of copies of operands, that is worked on at once."""
+        """Memory for the rows, or the copies of operands, that are processed at once."""
         return cpu_block_bytes(self.max_buffer_bytes) if self.on_cpu else int(BLOCK_SHARE * self.max_buffer_bytes)
 
     def rows_per_chunk(self) -> int:
@@ -197,7 +197,7 @@ class Head(ABC):
         if self.process_group is None:
             return stats
         maximum = self.all_reduce(stats.maximum.clone(), dist.ReduceOp.MAX)
-        # A shard of nothing but -inf adds nothing, and has no finite maximum to subtract.
+        # A shard in which every logit is -inf adds nothing, and has no finite maximum to subtract.
         shift = torch.where(stats.total > 0, stats.maximum - maximum, 0.0)
         factor = shift.exp()
         sums = [stats.target, factor * stats.total]
@@ -218,7 +218,7 @@ class Head(ABC):
     def accumulate_grad_weight(
         self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, grad_weight: Tensor, unwritten: bool = False
     ) -> None:
-        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``; where it is `unwritten` yet, ``=``."""
+        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``, or ``=`` if it is still `unwritten`."""
         # Not rounded to the operands' float16, where the row scale would underflow.
         scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
         scaled = scaled.to(self.gradient_dtype)

@@ -6,20 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_kernels import _checks as checks
 from grpo_kernels._backend import backend_name
-from grpo_kernels._checks import (
-    IGNORE_INDEX,
-    accumulation_dtype,
-    require,
-    require_device,
-    require_finite_positive,
-    require_floating,
-    require_product_operands,
-    require_shape,
-    require_targets,
-    require_tensors,
-    values_can_be_checked,
-)
 from grpo_kernels._head import Head
 from grpo_kernels._passes import Pass
 from grpo_kernels._torch_head import TorchHead
@@ -42,31 +30,31 @@ def make_pass(
     backend: str,
 ) -> tuple[str, Pass]:
     """Check the arguments and flatten them; return the name of the backend and the pass."""
-    require_tensors(op, hidden=hidden, weight=weight, targets=targets)
-    require_floating(op, hidden=hidden, weight=weight, bias=bias)
-    require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
-    require_product_operands(op, hidden=hidden, weight=weight, bias=bias)
-    require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
-    require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
-    require(
+    checks.require_tensors(op, hidden=hidden, weight=weight, targets=targets)
+    checks.require_floating(op, hidden=hidden, weight=weight, bias=bias)
+    checks.require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
+    checks.require_product_operands(op, hidden=hidden, weight=weight, bias=bias)
+    checks.require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
+    checks.require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
+    checks.require(
         hidden.shape[-1] == weight.shape[1],
         f"{op}: hidden has H={hidden.shape[-1]}, but weight [V, H] has H={weight.shape[1]}",
     )
-    require_shape(op, hidden.shape[:-1], targets=targets)
-    require_shape(op, weight.shape[:1], bias=bias)
-    require(
+    checks.require_shape(op, hidden.shape[:-1], targets=targets)
+    checks.require_shape(op, weight.shape[:1], bias=bias)
+    checks.require(
         weight.shape[1] > 0 and (weight.shape[0] > 0 or process_group is not None),
         f"{op}: weight [V, H] must have V and H of at least 1, got {tuple(weight.shape)}",
     )
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"{op}: process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
     for name, number in (("softcap", softcap), ("logit_scale", logit_scale), ("max_buffer_bytes", max_buffer_bytes)):
-        require_finite_positive(op, name, number)
-    dtype = accumulation_dtype(hidden, weight)
+        checks.require_finite_positive(op, name, number)
+    dtype = checks.accumulation_dtype(hidden, weight)
     temperatures = _flat_temperatures(op, temperature, targets, dtype)
     backend = backend_name(op, backend, hidden.device, dtype)
     shards = [weight.shape[0]] if process_group is None else _gather_sizes(weight, process_group)
-    require_targets(op, targets, sum(shards))
+    checks.require_targets(op, targets, sum(shards))
     head = make_head(
         weight, bias, hidden_dtype=hidden.dtype, logit_scale=logit_scale, softcap=softcap,
         max_buffer_bytes=max_buffer_bytes, process_group=process_group, shards=shards, backend=backend,
@@ -122,23 +110,23 @@ def _flat_temperatures(op: str, temperature: float | Tensor, targets: Tensor, dt
     if temperature is None:
         raise TypeError(f"{op}: temperature must be a number or a tensor, got None; leave it out for 1.0")
     if not isinstance(temperature, Tensor):
-        require_finite_positive(op, "temperature", temperature)
+        checks.require_finite_positive(op, "temperature", temperature)
         smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-        require(
+        checks.require(
             smallest <= temperature <= largest,
             f"{op}: temperature={temperature} is out of {dtype}'s range, {smallest:.3g} to {largest:.3g}",
         )
         return None if temperature == 1.0 else targets.new_full((targets.numel(),), temperature, dtype=dtype)
-    require_floating(op, temperature=temperature)
-    require_device(op, targets.device, temperature=temperature)
+    checks.require_floating(op, temperature=temperature)
+    checks.require_device(op, targets.device, temperature=temperature)
     if temperature.numel() == 1:
         temperature = temperature.reshape(()).expand(targets.shape)
-    require_shape(op, targets.shape, temperature=temperature)
+    checks.require_shape(op, targets.shape, temperature=temperature)
     flat = temperature.detach().reshape(-1).to(dtype).contiguous()
-    if values_can_be_checked(targets.device):
-        used = flat[targets.reshape(-1) != IGNORE_INDEX]
+    if checks.values_can_be_checked(targets.device):
+        used = flat[targets.reshape(-1) != checks.IGNORE_INDEX]
         wrong = used[~(used.isfinite() & (used > 0))]
-        require(wrong.numel() == 0, f"{op}: temperature must be finite and above 0, got {wrong[:1].tolist()}")
+        checks.require(wrong.numel() == 0, f"{op}: temperature must be finite and above 0, got {wrong[:1].tolist()}")
     return flat
 
 

@@ -15,13 +15,13 @@ from grpo_kernels.budget import chunks
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of an operation on the head: N tokens and what is wanted of them."""
+    """One call of an operation on the head: the inputs of N tokens, and the outputs and gradients to compute."""
 
     head: Head
     hidden: Tensor  # [N, H]
     targets: Tensor  # [N] int64, from `Head.local_targets`
     temperature: Tensor | None  # [N], None for 1
-    needs: tuple[bool, bool, bool]  # whether gradients of hidden, weight and bias are wanted
+    needs: tuple[bool, bool, bool]  # whether to compute the gradients of hidden, weight and bias
     with_entropy: bool
     grad_weight_buffer: Tensor | None = None  # [V, H]: collects the weight's gradient, if given
 
@@ -54,7 +54,7 @@ class Pass:
         `slopes` are one or two tensors ``[N, H]``.
         """
         head = self.head
-        # The entropy's slope is made in a copy of e.
+        # The entropy's slope overwrites a copy of e.
         buffer = head.buffer(rows.numel(), copies=len(slopes))
         copy = torch.empty_like(buffer) if len(slopes) > 1 else None
         for chunk in self.chunks(rows, buffer, scores.entropy is not None):
@@ -67,7 +67,7 @@ class Pass:
 
 
 class Scores(NamedTuple):
-    """What a forward finds out about each token; 0 where it has not been computed."""
+    """The results of a forward for each token; 0 where it was not computed."""
 
     logprobs: Tensor  # [N]
     entropy: Tensor | None  # [N]
@@ -111,13 +111,13 @@ class Gradients:
             self.head.accumulate_grad_bias(d, row_scale, self.bias)
 
     def recompute(self, call: Pass, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
-        """3U: a second forward of `rows`, whose dL/dlogp and dL/dentropy (or None), ``[N]``, are known by now."""
+        """3U: a second forward of `rows`, then their share, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
         for chunk in call.chunks(rows, self.head.buffer(rows.numel()), grad_entropy is not None):
             at = chunk.at
             self.add(chunk, grad_logprobs[at], None if grad_entropy is None else grad_entropy[at])
 
     def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of (hidden, weight, bias), once all chunks were added."""
+        """The gradients of (hidden, weight, bias), after the last chunk."""
         if self.unwritten and self.weight is not None:
             self.weight.zero_()
         return self.hidden, self.weight, self.bias

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels._checks import sequence_ids
+from grpo_kernels._checks import sequence_ids, sequence_sums
 from grpo_kernels.kl import kl_and_derivative
 from grpo_kernels.objective import PolicyObjective
 
@@ -102,8 +102,7 @@ def policy_terms(
     ids = None
     if o.level != "token":
         ids = sequence_ids(offsets, logp.numel())
-        sums = torch.stack([log_ratio * counts, counts], 1)
-        totals = sums.new_zeros(offsets.numel() - 1, 2).index_add_(0, ids, sums)[ids]
+        totals = sequence_sums(torch.stack([log_ratio * counts, counts], 1), ids, offsets)[ids]
         lengths = totals[:, 1].clamp(min=1.0)
         divisor = lengths if o.level == "sequence" else 1.0
         log_ratio, counts = totals[:, 0] / divisor, counts / lengths
@@ -131,8 +130,7 @@ def policy_terms(
         grad = grad + through_ratio
     else:
         # Every token of a sequence moves the one ratio, a mean by 1 / length.
-        per_sequence = zero.new_zeros(offsets.numel() - 1).index_add_(0, ids, through_ratio)
-        grad = torch.where(counted, grad + per_sequence[ids] / divisor, 0.0)
+        grad = torch.where(counted, grad + sequence_sums(through_ratio, ids, offsets)[ids] / divisor, 0.0)
 
     grad_entropy = None
     if entropy is not None:

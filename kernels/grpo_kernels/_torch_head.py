@@ -34,7 +34,7 @@ class TorchHead(Head):
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
         z = self._logits(rows, out)
         target = z.gather(1, rows.targets.clamp(min=0)[:, None]).squeeze(1)
-        # Another shard's target adds 0; without shards a negative id is a mistake, which NaN shows.
+        # Another shard's target adds 0. Without shards a negative id is an error, and NaN reveals it.
         target = torch.where(rows.targets < 0, float("nan") if self.process_group is None else 0.0, target)
         maximum, total = z.new_empty(2, z.shape[0])
         weighted = torch.empty_like(total) if with_entropy else None
@@ -42,7 +42,7 @@ class TorchHead(Head):
         for at in self._row_blocks(z):
             block = z[at]
             torch.amax(block, 1, out=maximum[at])
-            # A row of nothing but -inf has no finite maximum to subtract.
+            # A row in which every logit is -inf has no finite maximum to subtract.
             block -= maximum[at].clamp(min=lowest)[:, None]
             if weighted is not None:
                 # Excluded columns are -inf, and 0 * -inf must count as 0.
@@ -79,7 +79,7 @@ class TorchHead(Head):
                 block *= (stats.tile_maximum[0, at] - stats.maximum[at]).exp()[:, None]
             if self.softcap is not None:
                 z = block.log().add_(stats.maximum[at, None])
-                # The target alone keeps a gradient where its e has underflowed to 0, so its z is not taken from e.
+                # Only the target keeps a gradient when its e underflows to 0, so its z is not computed from e.
                 at_index = torch.where(local[at, None], stats.target[at, None], z.gather(1, index[at]))
                 z.scatter_(1, index[at], at_index)
                 if temperature is not None:
@@ -119,6 +119,6 @@ class TorchHead(Head):
         return out
 
     def _row_blocks(self, logits: Tensor) -> Iterator[slice]:
-        """Rows to be treated together by elementwise work: all on a GPU, a cacheful on a CPU."""
+        """Rows for one step of elementwise work: all of them on a GPU, as many as fit the cache on a CPU."""
         row_bytes = max(logits.shape[1], 1) * logits.element_size()
         return chunks(logits.shape[0], self.block_bytes // row_bytes if self.on_cpu else logits.shape[0])

@@ -6,8 +6,8 @@ With ``d = logprobs - ref_logprobs`` (Schulman, "Approximating KL Divergence", 2
     k2 = d**2 / 2               biased, >= 0; its gradient is unbiased for the reverse KL on on-policy samples
     k3 = exp(-d) - 1 + d        unbiased, >= 0 (TRL's and DeepSeekMath's choice)
 
-The portable path saves the derivative, Triton's its inputs. Arithmetic is elementwise in float32 (float64 for float64
-inputs).
+The torch backend saves the derivative for the backward, the Triton backend the inputs. Arithmetic is elementwise in
+float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_kernels import _checks as checks
 from grpo_kernels._backend import choose_backend
-from grpo_kernels._checks import (
-    accumulation_dtype,
-    require,
-    require_device,
-    require_floating,
-    require_shape,
-    require_tensors,
-)
 from grpo_kernels.objective import KL_ESTIMATORS
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *, backend: str = "auto") -> Tensor:
+def kl_estimate(
+    logprobs: Tensor,  # any shape
+    ref_logprobs: Tensor,  # the same shape
+    estimator: str = "k3",
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """Per-token KL(policy || reference) estimate, elementwise and differentiable in both arguments.
 
     Args:
@@ -44,18 +43,18 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3", *
         TypeError: an argument is not floating point.
     """
     op = "kl_estimate"
-    require(estimator in KL_ESTIMATORS, f"{op}: estimator={estimator!r} is unknown; choose one of {KL_ESTIMATORS}")
-    require_tensors(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
-    require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
-    dtype = accumulation_dtype(logprobs, ref_logprobs)
+    checks.require_choice(op, "estimator", estimator, KL_ESTIMATORS)
+    checks.require_tensors(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.require_floating(op, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    checks.require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
+    checks.require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
+    dtype = checks.accumulation_dtype(logprobs, ref_logprobs)
     return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)(logprobs, ref_logprobs, estimator)
 
 
 def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """The definition above, differentiated by autograd: the oracle of the tests."""
-    dtype = accumulation_dtype(logprobs, ref_logprobs)
+    """The definition above, differentiated by autograd: what the tests compare with."""
+    dtype = checks.accumulation_dtype(logprobs, ref_logprobs)
     d = logprobs.to(dtype) - ref_logprobs.to(dtype)
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
 
@@ -77,7 +76,7 @@ def kl_and_derivative(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) ->
 class _KLEstimate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, estimator):
-        dtype = accumulation_dtype(logprobs, ref_logprobs)
+        dtype = checks.accumulation_dtype(logprobs, ref_logprobs)
         value, derivative = kl_and_derivative(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
         ctx.save_for_backward(derivative)
         ctx.dtypes = logprobs.dtype, ref_logprobs.dtype

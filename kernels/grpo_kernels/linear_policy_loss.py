@@ -3,8 +3,8 @@
     logprobs, entropy = linear_logprob(hidden, weight, targets, return_entropy=True)
     loss = policy_loss(logprobs, advantages, weights, objective, entropy=entropy).loss
 
-Where a token's coefficient dL/dlogp_t is known once its own log-probability is, the gradients are made in the forward,
-while the chunk's probabilities are still there; the backward only multiplies by the incoming scalar. Cost in
+If a token's coefficient dL/dlogp_t depends on no other token's log-probability, the gradients are computed in the
+forward, while the chunk's probabilities exist; the backward only multiplies them by the incoming scalar. Cost in
 U = 2 N H V flops:
 
     no gradient                            1U
@@ -15,9 +15,8 @@ U = 2 N H V flops:
     zero (advantage 0, no KL, no entropy)
 
 Rows of weight 0 or target -100 cost nothing. Saved for the backward: the finished gradients, hidden's in its own dtype
-(float16's in float32, out of reach of underflow until the loss scale arrives). The weight's gradient is accumulated in
-float32 over all chunks, and rounded to the weight's dtype once; or it is added to a float32 buffer that lives across
-microbatches.
+(float16's in float32, since it would underflow before the loss scale is applied). The weight's gradient is accumulated
+in float32 over all chunks and rounded once, or added to a float32 buffer that all microbatches share.
 """
 
 from __future__ import annotations
@@ -28,16 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grpo_kernels._checks import (
-    IGNORE_INDEX,
-    require,
-    require_device,
-    require_floating,
-    require_shape,
-    require_tensors,
-    sequence_ids,
-    values_can_be_checked,
-)
+from grpo_kernels import _checks as checks
 from grpo_kernels._head_arguments import make_pass
 from grpo_kernels._passes import Gradients, Pass, Scores, partition
 from grpo_kernels.linear_logprob import linear_logprob_ref
@@ -49,7 +39,7 @@ def linear_policy_loss(
     hidden: Tensor,  # [N, H] or [B, T, H]
     weight: Tensor,  # [V, H]
     targets: Tensor,  # [N] or [B, T]
-    advantages: Tensor,  # [N], [B, T], or one a sequence
+    advantages: Tensor,  # [N], [B, T], or one per sequence
     weights: Tensor,  # [N] or [B, T]
     objective: PolicyObjective = PolicyObjective(),
     *,
@@ -68,7 +58,7 @@ def linear_policy_loss(
     process_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
-    """Policy loss from hidden states: `linear_logprob` and `policy_loss` in one, at the cost named above.
+    """Policy loss from hidden states: `linear_logprob` and `policy_loss` in one; for its cost see the module's top.
 
     Args:
         hidden: ``[N, H]`` packed or ``[B, T, H]`` padded, floating point.
@@ -76,11 +66,11 @@ def linear_policy_loss(
             `linear_logprob`; targets are ``[N]`` or ``[B, T]``.
         advantages, weights, objective, old_logprobs, ref_logprobs, correction, cu_seqlens: as in `policy_loss`.
         return_entropy: also return (and sum up) entropies; implied by ``objective.entropy_coef``.
-        skip_inactive: leave rows whose coefficient is known to be zero out of the forward as well. Their
-            log-probabilities and entropies are NaN, and the statistics do not count them.
-        grad_weight_buffer: float32 ``[V, H]``; the weight's gradient is added to it during the forward and `weight`
-            gets none from autograd. The loss must then be backpropagated with gradient 1, as it is when `weights`
-            carry the normaliser.
+        skip_inactive: skip the forward of rows whose coefficient is known to be zero. Their log-probabilities and
+            entropies are NaN, and the statistics do not count them.
+        grad_weight_buffer: float32 ``[V, H]``; the weight's gradient is added to it during the forward, and autograd
+            gives `weight` none. The loss must then be backpropagated with gradient 1, so `weights` must include the
+            normaliser.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -95,8 +85,10 @@ def linear_policy_loss(
         TypeError: an argument has the wrong dtype or type.
     """
     op = "linear_policy_loss"
-    require_tensors(op, hidden=hidden, targets=targets)
-    require(hidden.dim() in (2, 3), f"{op}: hidden must have shape [N, H] or [B, T, H], got {tuple(hidden.shape)}")
+    checks.require_tensors(op, hidden=hidden, targets=targets)
+    checks.require(
+        hidden.dim() in (2, 3), f"{op}: hidden must have shape [N, H] or [B, T, H], got {tuple(hidden.shape)}"
+    )
     backend, call = make_pass(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
@@ -108,24 +100,22 @@ def linear_policy_loss(
     if objective.entropy_coef != 0.0:
         call = replace(call, with_entropy=True)
     if grad_weight_buffer is not None:
-        require_floating(op, grad_weight_buffer=grad_weight_buffer)
-        require_shape(op, weight.shape, grad_weight_buffer=grad_weight_buffer)
-        require_device(op, weight.device, grad_weight_buffer=grad_weight_buffer)
+        checks.require_floating(op, grad_weight_buffer=grad_weight_buffer)
+        checks.require_shape(op, weight.shape, grad_weight_buffer=grad_weight_buffer)
+        checks.require_device(op, weight.device, grad_weight_buffer=grad_weight_buffer)
         if grad_weight_buffer.dtype != call.head.dtype:
             raise TypeError(f"{op}: grad_weight_buffer must be {call.head.dtype}, got {grad_weight_buffer.dtype}")
         if torch.is_grad_enabled():
             call = replace(call, needs=(call.needs[0], True, call.needs[2]), grad_weight_buffer=grad_weight_buffer)
-    ignored = call.targets == IGNORE_INDEX
-    if values_can_be_checked(targets.device) and targets.numel() and bool(ignored.all()):
-        message = (
-            f"{op}: all {targets.numel()} targets are {IGNORE_INDEX} (ignored), so the loss and its gradients are 0"
-        )
-        warnings.warn(message, stacklevel=2)
+    ignored = call.targets == checks.IGNORE_INDEX
+    if checks.values_can_be_checked(targets.device) and targets.numel() and bool(ignored.all()):
+        found = f"all {targets.numel()} targets are {checks.IGNORE_INDEX} (ignored)"
+        warnings.warn(f"{op}: {found}, so the loss and its gradients are 0", stacklevel=2)
     loss = loss.with_weights(loss.tokens.weights.masked_fill(ignored, 0.0))
     if backend == "reference":
         for name, given in (("process_group", process_group), ("grad_weight_buffer", grad_weight_buffer)):
-            require(given is None, f"{op}: backend='reference' does not support {name}")
-        require(not skip_inactive, f"{op}: backend='reference' does not support skip_inactive")
+            checks.require(given is None, f"{op}: backend='reference' does not support {name}")
+        checks.require(not skip_inactive, f"{op}: backend='reference' does not support skip_inactive")
         total, stats, scores = linear_policy_loss_ref(call, weight, bias, loss)
     else:
         total, stats, *found = _LinearPolicyLoss.apply(call.hidden, weight, bias, call, loss, skip_inactive)
@@ -179,7 +169,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        require(
+        checks.require(
             ctx.gradients is not None,
             "linear_policy_loss: its gradients are made once, so a second backward needs a second forward",
         )
@@ -198,7 +188,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 def _token_level(
     call: Pass, loss: TokenLoss, rows: Tensor, still: Tensor, scores: Scores, gradients: Gradients
 ) -> tuple[Tensor, Tensor]:
-    """3U or 2U: the coefficient is made from each chunk's own log-probabilities. Returns (loss, statistics)."""
+    """3U or 2U: the gradients of each chunk follow from its own log-probabilities. Returns (loss, statistics)."""
     found = []
     for chunk in call.chunks(rows, call.head.buffer(rows.numel()), call.with_entropy):
         scores.write(chunk)
@@ -214,7 +204,7 @@ def _token_level(
 def _sequence_level(
     call: Pass, loss: TokenLoss, rows: Tensor, scores: Scores, gradients: Gradients
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities first; then the rows that move, recomputed (trainable head) or by their slope (frozen)."""
+    """Log-probabilities first; then the gradients, by recomputation (trainable head) or from slopes (frozen)."""
     if gradients.hidden is not None and call.frozen and not loss.has_bonus:
         call.slopes(rows, scores, [gradients.hidden])
         terms = loss.terms(*scores)
@@ -242,22 +232,21 @@ def _split_rows(loss: TokenLoss) -> tuple[Tensor, Tensor]:
         moves = moves & (tokens.correction != 0)
     if loss.offsets is not None and objective.level != "token":
         # One moving token moves the ratio of its whole sequence.
-        ids = sequence_ids(loss.offsets, counted.numel())
-        moving = torch.zeros(loss.offsets.numel() - 1, device=ids.device).index_add_(0, ids, moves.float())
-        moves = counted & (moving[ids] > 0)
+        ids = checks.sequence_ids(loss.offsets, counted.numel())
+        moves = counted & (checks.sequence_sums(moves.float(), ids, loss.offsets)[ids] > 0)
     moving, still, _ = partition(torch.where(moves, 0, torch.where(counted, 1, 2)), 3)
     return moving, still
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in until the backward: float16 would underflow before a loss scale reaches it."""
+    """The dtype of a gradient until the backward: float16 would underflow before the loss scale is applied."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _require_unit(grad_loss: Tensor) -> None:
     message = "linear_policy_loss: with grad_weight_buffer the loss must be backpropagated with gradient 1"
     if grad_loss.device.type == "cpu":
-        require(grad_loss.item() == 1, f"{message}, got {grad_loss.item()}")
+        checks.require(grad_loss.item() == 1, f"{message}, got {grad_loss.item()}")
     else:
         # Checked on the device, so that the stream is not stalled.
         torch._assert_async(grad_loss == 1, message)

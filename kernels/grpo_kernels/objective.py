@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from grpo_kernels._checks import require, require_number
+from grpo_kernels._checks import require, require_choice, require_finite_positive, require_number
 from grpo_kernels.token_weights import AGGREGATIONS
 
 KINDS = ("clip", "cispo", "sapo", "vespo", "reinforce")
@@ -39,8 +39,8 @@ class PolicyObjective:
 
     Attributes:
         kind: ``"clip"``, ``"cispo"``, ``"sapo"``, ``"vespo"`` or ``"reinforce"``.
-        epsilon: lower clip distance of ``"clip"``, above 0; from 1 on nothing is clipped below, and infinity never
-            clips.
+        epsilon: lower clip distance of ``"clip"``, above 0; 1 or more clips nothing below, and infinity nothing at
+            all.
         epsilon_high: upper clip distance of ``"clip"`` (None: `epsilon`), or the bound of ``"cispo"``'s ratio.
         delta: upper bound of the unclipped ratio in ``"clip"`` (None: no bound). It matters where A < 0.
         level: whether the ratio belongs to a ``"token"``, to a ``"sequence"`` as the geometric mean of its tokens'
@@ -52,7 +52,7 @@ class PolicyObjective:
         sapo_temperature_pos, sapo_temperature_neg: ``"sapo"``'s temperature for A > 0 and for A <= 0.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``"vespo"``'s power and decay of the ratio for
             A > 0 and for A < 0.
-        aggregation: the normaliser that `token_weights` puts into the weights:
+        aggregation: the normaliser that `token_weights` includes in the weights:
             ``"sequence_mean"``: 1 / (S * length of the sequence),
             ``"token_mean"``: 1 / (tokens of the step),
             ``"constant_length"``: 1 / (S * a constant length),
@@ -81,23 +81,16 @@ class PolicyObjective:
 
     def __post_init__(self):
         choices = {"kind": KINDS, "level": LEVELS, "kl": KL_ESTIMATORS, "aggregation": AGGREGATIONS}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(value in allowed, f"PolicyObjective: {name}={value!r} is unknown; choose one of {allowed}")
-        shapes = ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg")
-        shapes = (*shapes, "vespo_lambda_neg")
-        for name in ("epsilon", "epsilon_high", "delta", "beta", "entropy_coef", *shapes):
-            require_number("PolicyObjective", name, getattr(self, name))
+        for name, value in vars(self).items():
+            if name in choices:
+                require_choice("PolicyObjective", name, value, choices[name])
+            elif name in ("beta", "entropy_coef"):
+                require_number("PolicyObjective", name, value)
+                require(math.isfinite(value), f"PolicyObjective: {name} must be finite, got {value}")
+            elif name not in ("epsilon", "kl_bias_correction"):
+                require_finite_positive("PolicyObjective", name, value)
+        require_number("PolicyObjective", "epsilon", self.epsilon)
         require(self.epsilon > 0, f"PolicyObjective: epsilon must be above 0, got {self.epsilon}")
-        for name in ("epsilon_high", "delta", *shapes):
-            value = getattr(self, name)
-            require(
-                value is None or (math.isfinite(value) and value > 0),
-                f"PolicyObjective: {name} must be a finite number above 0, got {value}",
-            )
-        for name in ("beta", "entropy_coef"):
-            value = getattr(self, name)
-            require(math.isfinite(value), f"PolicyObjective: {name} must be finite, got {value}")
         require(self.beta >= 0, f"PolicyObjective: beta must be >= 0, got {self.beta}")
         if self.kind == "cispo":
             require(self.epsilon_high is not None, "PolicyObjective: kind='cispo' needs epsilon_high (the paper's 5.0)")

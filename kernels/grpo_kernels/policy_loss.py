@@ -1,4 +1,4 @@
-"""The clipped policy loss of a whole batch of tokens, its derivative and its statistics in one pass.
+"""The policy loss of a batch of tokens, its derivative and its statistics in one pass.
 
     L = sum_t w_t * ( rho_t * l(logp_t, old_t, A_t) + beta * kl(logp_t, ref_t) - entropy_coef * entropy_t )
 
@@ -8,9 +8,9 @@ with ``l`` from `objective.py`. For the token-level clip this is, in PyTorch,
     l = -torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A)
     loss = (weights * (correction * l + beta * kl_estimate(logprobs, ref_logprobs))).sum()
 
-The derivative ``g_t = dL/dlogp_t`` is made beside the loss, and it alone is saved for the backward. Everything is
-float32 (float64 for float64 inputs). A token of weight 0 contributes exactly nothing, whatever stands in its other
-fields, and ``g_t`` is exactly 0 where the objective is flat, so callers can drop those rows.
+The derivative ``g_t = dL/dlogp_t`` is computed with the loss, and only it is saved for the backward. Everything is
+float32 (float64 for float64 inputs). A token of weight 0 contributes exactly nothing, whatever its other fields hold,
+and ``g_t`` is exactly 0 where the objective is flat, so callers can drop those rows.
 """
 
 from __future__ import annotations
@@ -22,17 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels import _checks as checks
 from grpo_kernels._backend import backend_name
-from grpo_kernels._checks import (
-    accumulation_dtype,
-    require,
-    require_device,
-    require_floating,
-    require_shape,
-    require_tensors,
-    sequence_ids,
-    sequence_offsets,
-)
 from grpo_kernels._policy_terms import STATISTICS, Terms, Tokens, by_sign, policy_terms, vespo_weight
 from grpo_kernels.kl import kl_estimate_ref
 from grpo_kernels.objective import PolicyObjective
@@ -44,8 +35,8 @@ class PolicyLoss(NamedTuple):
     Attributes:
         loss: scalar, differentiable.
         stats: sums over the tokens of non-zero weight, 0-dim and detached, so that they add up over microbatches:
-            ``tokens`` (their count), ``entropy`` and ``kl`` (sums over tokens), ``ratios`` (how many ratios there
-            are: tokens, or sequences where a ratio is theirs), ``ratio`` (their sum), ``clip_low`` and
+            ``tokens`` (their count), ``entropy`` and ``kl`` (sums over tokens), ``ratios`` (the number of ratios:
+            tokens, or sequences if the level is not the token's), ``ratio`` (their sum), ``clip_low`` and
             ``clip_high`` (how many of them are clipped below with A < 0 and above with A > 0).
         logprobs: per-token log-probabilities, detached (`linear_policy_loss` only).
         entropy: per-token entropies, detached (`linear_policy_loss` only, where they were asked for or needed).
@@ -59,7 +50,7 @@ class PolicyLoss(NamedTuple):
 
 def policy_loss(
     logprobs: Tensor,  # [N] or [B, T]
-    advantages: Tensor,  # [N], [B, T], or one a sequence
+    advantages: Tensor,  # [N], [B, T], or one per sequence
     weights: Tensor,  # [N] or [B, T]
     objective: PolicyObjective = PolicyObjective(),
     *,
@@ -73,17 +64,16 @@ def policy_loss(
     """Policy loss from per-token log-probabilities: the equation at the top of this module.
 
     Args:
-        logprobs: ``[N]`` packed or ``[B, T]`` padded (a sequence a row) log-probabilities under the policy, nats.
-        advantages: same shape, or one a sequence (``[B]``, or ``[S]`` with `cu_seqlens`; where S = N, one a token).
-        weights: same shape; mask and normaliser, from `token_weights`. 0 removes a token altogether.
+        logprobs: ``[N]`` packed or ``[B, T]`` padded (one sequence per row); log-probabilities of the policy, nats.
+        advantages: same shape, or one per sequence (``[B]``, or ``[S]`` with `cu_seqlens`; if S = N, one per token).
+        weights: same shape; mask and normaliser, from `token_weights`. 0 removes a token.
         objective: what is minimised; see `PolicyObjective` and `PRESETS`.
-        old_logprobs: log-probabilities under the policy that sampled the tokens. None: the present ones, so every
-            ratio is 1 (the first update on fresh samples).
-        ref_logprobs: log-probabilities under the reference policy; needed when ``objective.beta`` is not 0.
+        old_logprobs: log-probabilities of the policy that sampled the tokens. None: `logprobs`, so every ratio is 1
+            (the first update on fresh samples).
+        ref_logprobs: log-probabilities of the reference policy; needed if ``objective.uses_reference``.
         entropy: per-token entropies, for the bonus and for the statistics.
         correction: the constant ``rho_t`` for the difference between sampler and trainer.
-        cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed where a ratio is a
-            sequence's.
+        cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed unless the level is "token".
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -95,17 +85,19 @@ def policy_loss(
         TypeError: an argument has the wrong dtype or type.
     """
     op = "policy_loss"
-    require_tensors(op, logprobs=logprobs)
-    require_floating(op, logprobs=logprobs, entropy=entropy)
-    require_device(op, logprobs.device, entropy=entropy)
-    require_shape(op, logprobs.shape, entropy=entropy)
-    dtype = accumulation_dtype(logprobs)
+    checks.require_tensors(op, logprobs=logprobs)
+    checks.require_floating(op, logprobs=logprobs, entropy=entropy)
+    checks.require_device(op, logprobs.device, entropy=entropy)
+    checks.require_shape(op, logprobs.shape, entropy=entropy)
+    dtype = checks.accumulation_dtype(logprobs)
     backend = backend_name(op, backend, logprobs.device, dtype)
     tokens = make_token_loss(
         op, logprobs.shape, logprobs.device, dtype, objective, backend, advantages=advantages, weights=weights,
         old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    require(objective.entropy_coef == 0.0 or entropy is not None, f"{op}: entropy_coef needs the entropy argument")
+    checks.require(
+        objective.entropy_coef == 0.0 or entropy is not None, f"{op}: entropy_coef needs the entropy argument"
+    )
     flat = logprobs.reshape(-1).to(dtype)
     flat_entropy = None if entropy is None else entropy.reshape(-1).to(dtype)
     if backend == "reference":
@@ -130,10 +122,9 @@ def policy_loss_ref(
     log_ratio = logp - (logp.detach() if old is None else old)
     counts = counted.to(logp.dtype)
     if o.level != "token":
-        ids = sequence_ids(offsets, logp.numel())
-        size = offsets.numel() - 1
-        lengths = logp.new_zeros(size).index_add(0, ids, counts).clamp(min=1)
-        total = logp.new_zeros(size).index_add(0, ids, log_ratio * counts)
+        ids = checks.sequence_ids(offsets, logp.numel())
+        lengths = checks.sequence_sums(counts, ids, offsets).clamp(min=1)
+        total = checks.sequence_sums(log_ratio * counts, ids, offsets)
         log_ratio = (total / lengths if o.level == "sequence" else total)[ids]
         counts = counts / lengths[ids]
     ratio = torch.exp(log_ratio)
@@ -188,7 +179,7 @@ class TokenLoss:
         return replace(self, tokens=self.tokens._replace(weights=weights))
 
     def take(self, at: Tensor | slice) -> TokenLoss:
-        """The loss of some of the tokens, where ratios are tokens'."""
+        """The loss of some of the tokens, for ratios of the token level."""
         return replace(self, tokens=self.tokens.take(at))
 
 
@@ -200,30 +191,27 @@ def make_token_loss(
     objective: PolicyObjective,
     backend: str,
     *,
-    advantages: Tensor,  # `shape`, or one a sequence
+    advantages: Tensor,  # `shape`, or one per sequence
     cu_seqlens: Tensor | None,  # [S + 1]
     **fields: Tensor | None,  # `shape`: the other fields of `Tokens`
 ) -> TokenLoss:
     """Check the loss's per-token arguments and flatten them."""
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"{op}: objective must be a PolicyObjective (see PRESETS), got {type(objective).__name__}")
-    require_tensors(op, advantages=advantages, weights=fields["weights"])
-    require(len(shape) in (1, 2), f"{op}: tensors must be packed [N] or padded [B, T], got shape {tuple(shape)}")
-    require(
+    checks.require_tensors(op, advantages=advantages, weights=fields["weights"])
+    checks.require(len(shape) in (1, 2), f"{op}: tensors must be packed [N] or padded [B, T], got shape {tuple(shape)}")
+    checks.require(
         not objective.uses_reference or fields["ref_logprobs"] is not None,
         f"{op}: beta={objective.beta} needs ref_logprobs",
     )
-    require_floating(op, advantages=advantages, **fields)
-    require_device(op, device, advantages=advantages, **fields)
-    offsets = sequence_offsets(op, shape, cu_seqlens, device)
-    require(
-        objective.level == "token" or offsets is not None,
-        f"{op}: level={objective.level!r} needs cu_seqlens for packed tensors",
-    )
+    checks.require_floating(op, advantages=advantages, **fields)
+    checks.require_device(op, device, advantages=advantages, **fields)
+    needed_by = None if objective.level == "token" else f"level={objective.level!r}"
+    offsets = checks.sequence_offsets(op, shape, cu_seqlens, device, needed_by)
     if offsets is not None and advantages.shape == (offsets.numel() - 1,) and advantages.shape != shape:
-        advantages = advantages[sequence_ids(offsets, shape.numel())].view(shape)
+        advantages = advantages[checks.sequence_ids(offsets, shape.numel())].view(shape)
     fields = {"advantages": advantages, **fields}
-    require_shape(op, shape, **fields)
+    checks.require_shape(op, shape, **fields)
     flat = {name: None if t is None else t.detach().reshape(-1).to(dtype) for name, t in fields.items()}
     terms_of = policy_terms
     if backend == "triton":

@@ -388,7 +388,7 @@ def test_weight_changed_before_the_backward_is_refused():
                 "targets": torch.zeros(3, dtype=torch.long, device="meta"),
             },
             ValueError,
-            "hidden is on meta, where tensors have no values",
+            "hidden is on meta, which holds no values",
         ),
         (
             {"weight": torch.zeros(7, 4, dtype=torch.float8_e4m3fn)},

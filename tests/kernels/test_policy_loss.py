@@ -268,7 +268,7 @@ def test_no_tokens(level):
         ({"advantages": [1.0]}, TypeError, "advantages must be a tensor, got list"),
         ({"cu_seqlens": torch.tensor([0, 19])}, ValueError, "must end at the number of tokens 20, got 19"),
         ({"cu_seqlens": torch.tensor([1, 20])}, ValueError, "must start at 0, got 1"),
-        ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, ValueError, "cu_seqlens must not fall"),
+        ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, ValueError, "cu_seqlens must not decrease"),
         ({"cu_seqlens": None, "objective": PRESETS["gspo"]}, ValueError, "level='sequence' needs cu_seqlens"),
         ({"cu_seqlens": None, "objective": PRESETS["rloo"]}, ValueError, "level='product' needs cu_seqlens"),
         ({"ref_logprobs": None, "objective": PolicyObjective(beta=0.1)}, ValueError, "beta=0.1 needs ref_logprobs"),
@@ -287,7 +287,7 @@ def test_bad_input(change, error, words):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kind": "ppo"}, "kind='ppo' is unknown; choose one of ('clip'"),
+        ({"kind": "ppo"}, "kind='ppo' is unknown; choose one of clip, cispo"),
         ({"level": "word"}, "level='word' is unknown"),
         ({"kl": "k4"}, "kl='k4' is unknown"),
         ({"aggregation": "mean"}, "aggregation='mean' is unknown"),

@@ -70,7 +70,7 @@ def test_no_tokens(aggregation, shape):
         ({"aggregation": "mean"}, "aggregation='mean' is unknown; choose one of"),
         ({"aggregation": "constant_length"}, "needs constant_length above 0, got None"),
         ({"aggregation": "constant_length", "constant_length": 0}, "needs constant_length above 0, got 0"),
-        ({"mask": torch.ones(4)}, "needs cu_seqlens for a packed mask"),
+        ({"mask": torch.ones(4)}, "needs cu_seqlens for packed [N] tensors"),
         ({"mask": torch.ones(4), "cu_seqlens": torch.tensor([0, 3])}, "must end at the number of tokens 4, got 3"),
         ({"mask": torch.ones(1, 2, 3)}, "mask must have shape [B, T] or [N], got (1, 2, 3)"),
         ({"num_sequences": 0}, "num_sequences must be above 0, got 0"),

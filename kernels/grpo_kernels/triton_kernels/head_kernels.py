@@ -9,8 +9,8 @@
     head_gradient   e -> dL/d(hidden @ weight.T) in place; the target's column comes from the float32 statistics
 
 A work item of `head_forward` is (a block of rows, a split of the vocabulary); neighbours share the split, so its
-weight stays in the second-level cache. On sm_90 and later a fixed number of programs walks over all items and loads
-through tensor descriptors; before, there is one program an item with plain pointers. Row counts are plain run-time
+weight stays in the second-level cache. On sm_90 and later a fixed number of programs processes all items and loads
+through tensor descriptors; before, each item has its own program and plain pointers. Row counts are plain run-time
 numbers: no kernel is compiled again as they change, offsets are 64 bits wide and the grid has one dimension.
 """
 
@@ -73,7 +73,7 @@ def _fold_tile(
     at_target += tl.sum(tl.where(column[None, :] == target_column[:, None], z, 0.0), 1)
 
     tile_max = tl.max(z, 1)
-    # A tile of nothing but -inf has no finite maximum to subtract.
+    # A tile in which every logit is -inf has no finite maximum to subtract.
     z -= tl.where(tile_max == float("-inf"), 0.0, tile_max)[:, None]
     if WITH_ENTROPY:
         # An excluded column must count as 0 * log 0 = 0; exp(-200) is 0 already. NaN stays NaN.

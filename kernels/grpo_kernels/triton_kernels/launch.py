@@ -27,7 +27,7 @@ def device_name(device: torch.device) -> str | None:
 
 
 def architecture_of(device: torch.device) -> str | None:
-    """The row of :data:`ARCHITECTURES` that serves `device`, or None."""
+    """The row of :data:`ARCHITECTURES` for `device`, or None."""
     if interpreting():
         return "interpreter"
     name = device_name(device)
@@ -35,7 +35,7 @@ def architecture_of(device: torch.device) -> str | None:
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take tensors of `dtype` on `device`; None where they can."""
+    """Why the kernels do not support tensors of `dtype` on `device`; None if they do."""
     if dtype == torch.float64:
         return "float64 is computed by backend='torch'"
     if architecture_of(device) is not None:
@@ -47,7 +47,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel stores for a result of `dtype`: the interpreter cuts to bfloat16 where a GPU rounds."""
+    """The dtype in which a kernel stores a result of `dtype`: the interpreter truncates to bfloat16, a GPU rounds."""
     return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
 
 

@@ -1,11 +1,11 @@
 """The policy loss in Triton: loss, derivative and every logged sum in one pass over the tokens.
 
-    policy_tokens     ratio of a token: a block of tokens a program
-    policy_sequences  ratio of a sequence (mean or product of its tokens'): a sequence a program, which reads its
-                      tokens once for the ratio, once for the terms and once to hand the ratio's derivative back
+    policy_tokens     ratio of a token: each program computes a block of tokens
+    policy_sequences  ratio of a sequence (mean or product of its tokens'): each program reads the tokens of a sequence
+                      once for the ratio, once for the terms and once to add the derivative of the ratio
 
-Both write float32 sums [8, programs] (the loss, then the statistics of `policy_loss.STATISTICS`), which are added up
-afterwards, always in the same order. Clip bounds and coefficients are run-time numbers.
+Both write float32 sums [8, programs] (the loss, then the statistics `STATISTICS` of `_policy_terms.py`), which are
+added up afterwards, always in the same order. Clip bounds and coefficients are run-time numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _POINTERS += ["grad_logprobs", "sums"]
 def _objective(
     ratio, logp, A, low, high, delta, pos, neg, decay_pos, decay_neg, KIND: tl.constexpr, HAS_DELTA: tl.constexpr
 ):
-    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: the rows of `policy_loss.TOKEN_LOSSES`. NaN passes every bound.
+    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: as in `_policy_terms.TOKEN_LOSSES`. NaN passes every bound.
 
     `pos` and `neg` are sapo's temperatures or vespo's k, `decay_pos` and `decay_neg` vespo's lambda.
     """
@@ -159,7 +159,7 @@ def policy_sequences(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
-    # Unchecked offsets must not lead outside of the tensors.
+    # Unchecked offsets must not lead outside the tensors.
     start = tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0)
     end = tl.minimum(tl.load(offsets + sequence + 1).to(tl.int64), N)
     log_ratios = tl.zeros([BLOCK], tl.float32)
@@ -219,13 +219,13 @@ def policy_terms_triton(
     entropy: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Terms:
-    """`policy_loss.policy_terms` in one kernel; float32 ``[N]`` tensors."""
+    """`_policy_terms.policy_terms` in one kernel; float32 ``[N]`` tensors."""
     o, N = objective, logprobs.numel()
     fields = (None if field is None else field.contiguous() for field in (logprobs, *tokens, entropy))
     logprobs, advantages, weights, old, ref, correction, entropy = fields
     by_sequence = o.level != "token"
     programs = offsets.numel() - 1 if by_sequence else -(-N // BLOCK)
-    # Tokens of no sequence, where offsets go unchecked, have no gradient.
+    # Unchecked offsets may leave tokens without a sequence; they have no gradient.
     grad = torch.zeros_like(logprobs) if by_sequence else torch.empty_like(logprobs)
     sums = torch.empty(1 + len(STATISTICS), programs, dtype=torch.float32, device=logprobs.device)
     shape = (o.vespo_k_pos, o.vespo_k_neg) if o.kind == "vespo" else (o.sapo_temperature_pos, o.sapo_temperature_neg)
