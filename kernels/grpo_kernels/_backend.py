@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
 
 import torch
 
@@ -15,14 +14,7 @@ from grpo_kernels._checks import require, require_choice
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-def choose_backend(
-    op: str, implementations: Mapping[str, Callable], backend: str, device: torch.device, dtype: torch.dtype
-) -> Callable:
-    """The row of an operation's table that runs for `backend`; see `backend_name`."""
-    return implementations[backend_name(op, backend, device, dtype)]
-
-
-def backend_name(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs `op`, never ``"auto"``; `dtype` is what it accumulates in.
 
     Raises:

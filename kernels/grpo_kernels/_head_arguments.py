@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_kernels import _checks as checks
-from grpo_kernels._backend import backend_name
+from grpo_kernels._backend import choose_backend
 from grpo_kernels._head import Head
 from grpo_kernels._passes import Pass
 from grpo_kernels._torch_head import TorchHead
@@ -52,7 +52,7 @@ def make_pass(
         checks.require_finite_positive(op, name, number)
     dtype = checks.accumulation_dtype(hidden, weight)
     temperatures = _flat_temperatures(op, temperature, targets, dtype)
-    backend = backend_name(op, backend, hidden.device, dtype)
+    backend = choose_backend(op, backend, hidden.device, dtype)
     shards = [weight.shape[0]] if process_group is None else _gather_sizes(weight, process_group)
     checks.require_targets(op, targets, sum(shards))
     head = make_head(

@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the loss of N tokens is, and how it moves with each of them."""
+    """The loss of N tokens, its statistics and its derivatives."""
 
     loss: Tensor  # scalar
     stats: Tensor  # [len(STATISTICS)]
@@ -90,7 +90,7 @@ def policy_terms(
 ) -> Terms:
     """Loss, derivatives and statistics of flat ``[N]`` tokens, without autograd.
 
-    Where a ratio is a sequence's, every sequence of `offsets` must be whole.
+    Unless the level is the token's, every sequence of `offsets` must be complete.
     """
     o, (A, w, old, ref, rho) = objective, tokens
     counted = w != 0
@@ -110,12 +110,12 @@ def policy_terms(
 
     value, through_ratio, direct = TOKEN_LOSSES[o.kind](ratio, logp, A, o)
     # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
-    moves = A != 0
+    active = A != 0
     scale = w if rho is None else w * torch.where(counted, rho, 0.0)
-    loss = torch.where(moves, scale * value, 0.0)
+    loss = torch.where(active, scale * value, 0.0)
     zero = torch.zeros_like(logp)
-    through_ratio = zero if through_ratio is None else torch.where(moves, scale * through_ratio, 0.0)
-    grad = zero if direct is None else torch.where(moves, scale * direct, 0.0)
+    through_ratio = zero if through_ratio is None else torch.where(active, scale * through_ratio, 0.0)
+    grad = zero if direct is None else torch.where(active, scale * direct, 0.0)
 
     kl = zero
     if ref is not None:
@@ -129,7 +129,7 @@ def policy_terms(
     if ids is None:
         grad = grad + through_ratio
     else:
-        # Every token of a sequence moves the one ratio, a mean by 1 / length.
+        # Every token of a sequence has a share in its ratio; in a mean, 1 / length.
         grad = torch.where(counted, grad + sequence_sums(through_ratio, ids, offsets)[ids] / divisor, 0.0)
 
     grad_entropy = None

@@ -1,8 +1,8 @@
 """Do the operations run on this machine, and are they right? ``python -m grpo_kernels.doctor``
 
-Prints versions, devices and the path that each operation takes, then compares every operation with its definition in
+Prints versions, devices and the backend of each operation, then compares every operation with its definition in
 float64 on random inputs, for each dtype and backend that can run here. Takes about five seconds (on a GPU, the kernels
-are compiled first). Exit status 1 when a result is wrong.
+are compiled first). The exit status is 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
-from grpo_kernels._backend import backend_name, triton_obstacle
+from grpo_kernels._backend import choose_backend, triton_obstacle
 
 Outputs = tuple[list[Tensor], list[str]]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Relative errors that are allowed: 32 roundings of float32; one rounding of the operands of a 16-bit product and one
-# of the finished gradient. Log-probabilities and losses of 16-bit inputs are held to float32.
+# Allowed relative errors: 32 roundings of float32; one rounding of the operands of a 16-bit product and one of the
+# finished gradient. Log-probabilities and losses of 16-bit inputs must have float32's accuracy.
 EXACT, ROUNDED = 32 * 2.0**-24, {torch.bfloat16: 3 * 2.0**-9, torch.float16: 3 * 2.0**-12}
 N, H, V = 96, 64, 1000
 
@@ -87,7 +87,7 @@ def results(operation: str, given: dict[str, Tensor], dtype: torch.dtype | None,
 
 
 def worst_share(operation: str, dtype: torch.dtype, device: torch.device, backend: str) -> float:
-    """The largest error of the operation's results, as a share of what is allowed; NaN counts as infinite."""
+    """The largest error of the operation's results, as a share of the allowed error; NaN counts as infinite."""
     given = inputs(dtype, device)
     shares = []
     found, truth = results(operation, given, None, backend), results(operation, given, torch.float64, "reference")
@@ -126,7 +126,7 @@ def main() -> int:
         obstacle = triton_obstacle(device, torch.float32)
         print(f"  Triton kernels: {'yes' if obstacle is None else 'no, ' + obstacle}")
         for operation in CHECKS:
-            chosen = {backend_name(operation, "auto", device, dtype) for dtype in DTYPES[:3]}
+            chosen = {choose_backend(operation, "auto", device, dtype) for dtype in DTYPES[:3]}
             print(f"  {operation:20} backend='auto' takes {' or '.join(sorted(chosen))}")
         started = time.perf_counter()
         for operation in CHECKS:

@@ -49,7 +49,12 @@ def kl_estimate(
     checks.require_shape(op, logprobs.shape, ref_logprobs=ref_logprobs)
     checks.require_device(op, logprobs.device, ref_logprobs=ref_logprobs)
     dtype = checks.accumulation_dtype(logprobs, ref_logprobs)
-    return choose_backend(op, _IMPLEMENTATIONS, backend, logprobs.device, dtype)(logprobs, ref_logprobs, estimator)
+    backend = choose_backend(op, backend, logprobs.device, dtype)
+    if backend == "triton":
+        from grpo_kernels.triton_kernels.elementwise_kernels import KLEstimateTriton
+
+        return KLEstimateTriton.apply(logprobs, ref_logprobs, estimator)
+    return (_KLEstimate.apply if backend == "torch" else kl_estimate_ref)(logprobs, ref_logprobs, estimator)
 
 
 def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
@@ -87,16 +92,7 @@ class _KLEstimate(torch.autograd.Function):
     def backward(ctx, grad_output):
         (derivative,) = ctx.saved_tensors
         grad = grad_output * derivative
-        # Every estimator depends on d = logprobs - ref_logprobs alone.
+        # Every estimator depends only on d = logprobs - ref_logprobs.
         grad_logprobs = grad.to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         grad_ref = -grad.to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
         return grad_logprobs, grad_ref, None
-
-
-def _kl_estimate_triton(logprobs, ref_logprobs, estimator):
-    from grpo_kernels.triton_kernels.elementwise_kernels import KLEstimateTriton
-
-    return KLEstimateTriton.apply(logprobs, ref_logprobs, estimator)
-
-
-_IMPLEMENTATIONS = {"triton": _kl_estimate_triton, "torch": _KLEstimate.apply, "reference": kl_estimate_ref}

@@ -155,13 +155,13 @@ class _LinearLogprob(torch.autograd.Function):
             return _from_slopes(rows, (grad_logprobs, grad_entropy), saved), *(None,) * 3
         hidden, targets, temperature, *_ = saved
         coefficients = torch.zeros_like(grad_entropy) if grad_logprobs is None else grad_logprobs
-        moving = coefficients[rows] != 0
+        active = coefficients[rows] != 0
         if grad_entropy is not None:
-            moving |= grad_entropy[rows] != 0
+            active |= grad_entropy[rows] != 0
         with torch.autocast(hidden.device.type, enabled=False):
             call = Pass(ctx.head, hidden, targets, temperature, ctx.needs, grad_entropy is not None).prepared()
             gradients = Gradients(call, hidden.dtype)
-            gradients.recompute(call, rows[moving], coefficients, grad_entropy)
+            gradients.recompute(call, rows[active], coefficients, grad_entropy)
         grads = zip(gradients.collected(), ctx.dtypes, strict=True)
         return *(None if grad is None else grad.to(dtype) for grad, dtype in grads), None
 

@@ -137,24 +137,24 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call: Pass, loss: TokenLoss, skip_inactive: bool):
         scores = Scores.zeros(call)
-        moving, still = _split_rows(loss)
+        active, inactive = _split_rows(loss)
         with torch.autocast(hidden.device.type, enabled=False):
             call = call.prepared()
             gradients = Gradients(call, _kept_dtype(hidden.dtype))
             if skip_inactive:
                 for score in scores:
                     if score is not None:
-                        score[still] = float("nan")
-                loss, still = loss.with_weights(loss.tokens.weights.index_fill(0, still, 0.0)), still[:0]
+                        score[inactive] = float("nan")
+                loss, inactive = loss.with_weights(loss.tokens.weights.index_fill(0, inactive, 0.0)), inactive[:0]
             else:
-                call.score(still, scores)
+                call.score(inactive, scores)
             if not any(call.needs):
-                call.score(moving, scores)
+                call.score(active, scores)
                 total, stats, *_ = loss.terms(*scores)
             elif loss.objective.level != "token":
-                total, stats = _sequence_level(call, loss, moving, scores, gradients)
+                total, stats = _sequence_level(call, loss, active, scores, gradients)
             else:
-                total, stats = _token_level(call, loss, moving, still, scores, gradients)
+                total, stats = _token_level(call, loss, active, inactive, scores, gradients)
         ctx.buffered = call.grad_weight_buffer is not None
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         made = list(gradients.collected())
@@ -186,7 +186,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _token_level(
-    call: Pass, loss: TokenLoss, rows: Tensor, still: Tensor, scores: Scores, gradients: Gradients
+    call: Pass, loss: TokenLoss, rows: Tensor, inactive: Tensor, scores: Scores, gradients: Gradients
 ) -> tuple[Tensor, Tensor]:
     """3U or 2U: the gradients of each chunk follow from its own log-probabilities. Returns (loss, statistics)."""
     found = []
@@ -195,8 +195,8 @@ def _token_level(
         terms = loss.take(chunk.at).terms(*scores.take(chunk.at))
         gradients.add(chunk, terms.grad_logprobs, terms.grad_entropy if loss.has_bonus else None)
         found.append(terms[:2])
-    if still.numel() > 0 or not found:
-        found.append(loss.take(still).terms(*scores.take(still))[:2])
+    if inactive.numel() > 0 or not found:
+        found.append(loss.take(inactive).terms(*scores.take(inactive))[:2])
     totals, stats = zip(*found, strict=True)
     return torch.stack(totals).sum(), torch.stack(stats).sum(0)
 
@@ -213,10 +213,10 @@ def _sequence_level(
     call.score(rows, scores)
     terms = loss.terms(*scores)
     grad_entropy = terms.grad_entropy if loss.has_bonus else None
-    moving = terms.grad_logprobs != 0
+    active = terms.grad_logprobs != 0
     if grad_entropy is not None:
-        moving = moving | (grad_entropy != 0)
-    gradients.recompute(call, partition((~moving).long(), 2)[0], terms.grad_logprobs, grad_entropy)
+        active = active | (grad_entropy != 0)
+    gradients.recompute(call, partition((~active).long(), 2)[0], terms.grad_logprobs, grad_entropy)
     return terms.loss, terms.stats
 
 
@@ -225,17 +225,17 @@ def _split_rows(loss: TokenLoss) -> tuple[Tensor, Tensor]:
     tokens, objective = loss.tokens, loss.objective
     counted = tokens.weights != 0
     if not objective.advantage_alone:
-        moving, _ = partition((~counted).long(), 2)
-        return moving, moving[:0]
-    moves = counted & (tokens.advantages != 0)
+        active, _ = partition((~counted).long(), 2)
+        return active, active[:0]
+    active = counted & (tokens.advantages != 0)
     if tokens.correction is not None:
-        moves = moves & (tokens.correction != 0)
+        active = active & (tokens.correction != 0)
     if loss.offsets is not None and objective.level != "token":
-        # One moving token moves the ratio of its whole sequence.
+        # One active token makes its whole sequence active through the ratio.
         ids = checks.sequence_ids(loss.offsets, counted.numel())
-        moves = counted & (checks.sequence_sums(moves.float(), ids, loss.offsets)[ids] > 0)
-    moving, still, _ = partition(torch.where(moves, 0, torch.where(counted, 1, 2)), 3)
-    return moving, still
+        active = counted & (checks.sequence_sums(active.float(), ids, loss.offsets)[ids] > 0)
+    active, inactive, _ = partition(torch.where(active, 0, torch.where(counted, 1, 2)), 3)
+    return active, inactive
 
 
 def _kept_dtype(dtype: torch.dtype) -> torch.dtype:

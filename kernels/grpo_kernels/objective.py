@@ -59,7 +59,7 @@ class PolicyObjective:
             ``"sequence_sum"``: 1 / S.
 
     Raises:
-        ValueError: a field is outside what is allowed.
+        ValueError: a field is out of range or unknown.
     """
 
     kind: str = "clip"

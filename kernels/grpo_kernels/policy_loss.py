@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import _checks as checks
-from grpo_kernels._backend import backend_name
+from grpo_kernels._backend import choose_backend
 from grpo_kernels._policy_terms import STATISTICS, Terms, Tokens, by_sign, policy_terms, vespo_weight
 from grpo_kernels.kl import kl_estimate_ref
 from grpo_kernels.objective import PolicyObjective
@@ -90,7 +90,7 @@ def policy_loss(
     checks.require_device(op, logprobs.device, entropy=entropy)
     checks.require_shape(op, logprobs.shape, entropy=entropy)
     dtype = checks.accumulation_dtype(logprobs)
-    backend = backend_name(op, backend, logprobs.device, dtype)
+    backend = choose_backend(op, backend, logprobs.device, dtype)
     tokens = make_token_loss(
         op, logprobs.shape, logprobs.device, dtype, objective, backend, advantages=advantages, weights=weights,
         old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, cu_seqlens=cu_seqlens,

@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: compilation for every GPU, sizes beyond 32 bits, tuning, refusals."""
+"""The Triton kernels: compilation for every GPU, sizes beyond 32 bits, tuning, refusals."""
 
 import json
 import mmap
@@ -22,7 +22,7 @@ from support.logprob_cases import make, run
 from support.loss_cases import make as make_loss
 from support.oracle import SLACK, relative_error
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="is about the interpreter")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="tests the interpreter")
 COMPILED = [name for name in ARCHITECTURES if name != "interpreter"]
 
 
@@ -40,7 +40,7 @@ def compiled(*command: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", COMPILED)
-def test_every_kernel_compiles(architecture):
+def test_kernels_compile_for_architecture(architecture):
     """Every tile of the table, default and candidate, fits the GPU and keeps its inner loop in registers."""
     lines = compiled("-m", "grpo_kernels.triton_kernels.compile_report", architecture, "--json").splitlines()
     reports = [json.loads(line) for line in lines]
@@ -53,11 +53,11 @@ def test_every_kernel_compiles(architecture):
     for report in reports:
         assert report["shared"] <= row.shared_bytes, report
         assert report["loop_spills"] == 0, report
-        # What spills at all spills once for a tile of products, not once for a step of its loop.
+        # A spill may occur once per tile of products, but not in each step of its loop.
         assert report["stack"] <= 160, report
 
 
-def test_nothing_is_compiled_anew_as_tokens_change():
+def test_kernels_are_not_recompiled_for_other_token_counts():
     changes = json.loads(compiled(str(Path(__file__).parents[1] / "support" / "launches.py")))
     assert len(changes) == 9
     assert not any(changes.values()), changes
@@ -65,7 +65,7 @@ def test_nothing_is_compiled_anew_as_tokens_change():
 
 @interpreted
 @pytest.mark.slow
-def test_seventy_thousand_rows(monkeypatch):
+def test_kernels_with_seventy_thousand_rows(monkeypatch):
     """More rows than a grid's second dimension could count, in one launch of each kernel."""
     row = ARCHITECTURES["interpreter"]
     monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(row, single=(Tile(1024, 16, 16, 16, 4, 2),)))
@@ -96,7 +96,7 @@ def far_apart(matrix: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 @interpreted
-def test_offsets_beyond_32_bits():
+def test_head_offsets_beyond_32_bits():
     """Rows of the weight and of the buffer that start past 2**31 elements."""
     stride = 2**30 + 8
     arguments = make(4, 8, 5, trainable="")
@@ -121,7 +121,7 @@ def test_offsets_beyond_32_bits():
 @interpreted
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("V", [264, 259])
-def test_descriptors(V, trainable, monkeypatch):
+def test_head_with_tensor_descriptors(V, trainable, monkeypatch):
     """The loads and stores of sm_90 and later. V = 259 leaves a last block that is not full."""
     used, describe = [], triton_head.TensorDescriptor.from_tensor
 
@@ -141,8 +141,8 @@ def test_descriptors(V, trainable, monkeypatch):
 
 
 @interpreted
-def test_a_nan_is_seen():
-    """In hidden states, and in the weight: neither maximum nor clip may hide it."""
+def test_kernels_propagate_nan():
+    """Neither a maximum nor a clip hides a NaN in hidden states or the weight."""
     for place in ("hidden", "weight"):
         arguments = make(5, 8, 130, trainable="")
         arguments[place][2, 3] = float("nan")
@@ -158,8 +158,8 @@ def test_a_nan_is_seen():
 
 
 @interpreted
-def test_unchecked_values_lead_nowhere(monkeypatch):
-    """On a GPU ids and offsets are not read beforehand: a wrong one shows as NaN or is cut off, and harms nothing."""
+def test_unchecked_ids_and_offsets_are_harmless(monkeypatch):
+    """A GPU does not check ids and offsets: a wrong id gives NaN, wrong offsets are cut off, other rows stay right."""
     monkeypatch.setattr("grpo_kernels._checks.values_can_be_checked", lambda device: False)
     arguments = make(5, 8, 130, trainable="")
     expected = linear_logprob(**arguments)
@@ -186,7 +186,7 @@ def test_splits_cover_every_tile_once(row_blocks, tiles_, programs):
 
 
 @interpreted
-def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path):
+def test_autotuning_measures_each_head_once(monkeypatch, tmp_path):
     row = ARCHITECTURES["interpreter"]
     candidates = (*row.single, Tile(32, 64, 16, 32, 4, 2))
     monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(row, single=candidates))
@@ -208,19 +208,19 @@ def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path):
     assert list(known) == ["interpreter float32 softcap=False H=8 V=130 store=False entropy=False"]
     slower = next(tile for tile in candidates if tile != launches[-1])
     launches.clear()
-    # Another number of tokens is the same head; what the file says is taken.
+    # Another number of tokens uses the same entry of the file.
     (tmp_path / "cache" / "tiles.json").write_text(json.dumps({next(iter(known)): vars(slower)}))
     tiles.known_tiles.cache_clear()
     again = linear_logprob(**{k: v if k == "weight" else v[:5] for k, v in arguments.items()}, backend="triton")
     assert launches == [slower]
     torch.testing.assert_close(again, first[:5])
-    # A damaged file is measured anew, not an error; so is one of other contents.
+    # After a damaged file, or one with other contents, the tiles are measured again.
     for damaged in ("{", "[1]", json.dumps({next(iter(known)): {"width": 3}})):
         (tmp_path / "cache" / "tiles.json").write_text(damaged)
         tiles.known_tiles.cache_clear()
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
         assert json.loads((tmp_path / "cache" / "tiles.json").read_text()).popitem()[1]["rows"] > 0
-    # Where nothing can be kept, the process remembers what it has measured.
+    # Without a writable folder, the process keeps its measurements in memory.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(
@@ -253,7 +253,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_what_cannot_run_is_refused_in_one_line(op, monkeypatch):
+def test_unsupported_backend_is_refused(op, monkeypatch):
     values = torch.rand(3, 4)
     with pytest.raises(ValueError, match=f"^{op}: backend='triton' cannot run here: float64 is computed by backend="):
         OPERATIONS[op](values.double())
@@ -270,14 +270,14 @@ def test_what_cannot_run_is_refused_in_one_line(op, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_a_missing_triton_is_named(monkeypatch):
+def test_missing_triton_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^masked_mean: .*triton is not installed; pip install triton$"):
         OPERATIONS["masked_mean"](torch.rand(3, 4))
 
 
 @interpreted
-def test_the_doctor_finds_a_wrong_result(monkeypatch, capsys):
+def test_doctor_finds_a_wrong_result(monkeypatch, capsys):
     from grpo_kernels import doctor
 
     monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("policy_loss", "masked_mean")})
@@ -296,7 +296,7 @@ def test_the_doctor_finds_a_wrong_result(monkeypatch, capsys):
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_loss_gradients_have_no_hidden_copies():
+def test_linear_policy_loss_tensors_fit_the_budget():
     """The kernels' buffer is the only tensor of width V, and it keeps to the budget."""
     from support.measure import LargestTensor
 

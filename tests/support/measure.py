@@ -1,4 +1,4 @@
-"""What a call costs: the largest tensor it makes, and the flops of its matrix products (Triton's included)."""
+"""The cost of a call: the largest tensor it creates, and the flops of its matrix products (including Triton's)."""
 
 from unittest import mock
 
@@ -19,7 +19,7 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        # In units of float32; views of what went in are not new memory.
+        # In units of float32; views of inputs are not new memory.
         sizes = [storage.nbytes() // 4 for storage in made if storage.data_ptr() not in inputs]
         self.numel = max(self.numel, *sizes, 0)
         return out

@@ -83,10 +83,10 @@ def _terms(
     if HAS_CORRECTION:
         scale *= tl.where(counted, tl.load(correction + at, mask, other=0.0), 0.0)
     # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
-    moves = A != 0
-    loss = tl.where(moves, scale * value, 0.0)
-    through = tl.where(moves, scale * through, 0.0)
-    direct = tl.where(moves, scale * direct, 0.0)
+    active = A != 0
+    loss = tl.where(active, scale * value, 0.0)
+    through = tl.where(active, scale * through, 0.0)
+    direct = tl.where(active, scale * direct, 0.0)
     kl = tl.zeros(w.shape, tl.float32)
     if HAS_REF:
         kl, kl_slope = kl_terms(logp - tl.where(counted, tl.load(ref_logprobs + at, mask, other=0.0), 0.0), KL)
@@ -195,7 +195,7 @@ def policy_sequences(
     for index in tl.static_range(8):
         tl.store(sums + index * tl.num_programs(0) + sequence, totals[index])
 
-    # Every token of a sequence moves the one ratio, a mean by 1 / length.
+    # Every token of a sequence has a share in its ratio; in a mean, 1 / length.
     each = tl.sum(throughs, 0) / divisor
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)

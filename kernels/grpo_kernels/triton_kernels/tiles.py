@@ -113,13 +113,7 @@ def cache_file() -> Path:
     return Path(folder) / "tiles.json"
 
 
-def autotuning() -> bool:
-    return os.environ.get("GRPO_KERNELS_AUTOTUNE") == "1"
-
-
-def choose_tile(
-    candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float] | None = None
-) -> Tile:
+def choose_tile(candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float]) -> Tile:
     """The tile for a head: the first of `candidates`, or with autotuning the fastest of them.
 
     Args:
@@ -128,7 +122,7 @@ def choose_tile(
         key: the dtype, sizes and options of the head, on which a measurement also depends.
         measure: seconds that a launch with a tile takes; called for each candidate if no fastest one is on disk.
     """
-    if not autotuning() or measure is None or len(candidates) == 1:
+    if os.environ.get("GRPO_KERNELS_AUTOTUNE") != "1" or len(candidates) == 1:
         return candidates[0]
     path, name = cache_file(), f"{architecture} {key}"
     known = known_tiles(path)
