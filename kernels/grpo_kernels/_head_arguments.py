@@ -59,7 +59,7 @@ def make_pass(
         weight, bias, hidden_dtype=hidden.dtype, logit_scale=logit_scale, softcap=softcap,
         max_buffer_bytes=max_buffer_bytes, process_group=process_group, shards=shards, backend=backend,
     )  # fmt: skip
-    # Inside an autograd function tensors still require gradients under no_grad.
+    # Under no_grad, an autograd function still sees that its inputs require gradients.
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     call = Pass(
         head, hidden.reshape(-1, hidden.shape[-1]), head.local_targets(targets.reshape(-1)), temperatures,
@@ -80,7 +80,7 @@ def make_head(
     shards: list[int],  # the vocabulary of every rank's shard
     backend: str,
 ) -> Head:
-    """The head of a backend, which autocast and the dtypes tell what to multiply in."""
+    """The head of a backend; autocast and the dtypes decide the dtype of operands."""
     device = weight.device.type
     operand_dtype = torch.promote_types(hidden_dtype, weight.dtype)
     dtype = torch.float64 if operand_dtype == torch.float64 else torch.float32

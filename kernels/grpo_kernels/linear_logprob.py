@@ -63,7 +63,7 @@ def linear_logprob(
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of `targets` under a linear head, and entropies on demand: see the top of this module.
+    """Log-probabilities of `targets` under a linear head, and entropies on request: see the top of this module.
 
     Args:
         hidden: ``[..., H]`` floating point; any leading shape and strides.
@@ -138,8 +138,8 @@ class _LinearLogprob(torch.autograd.Function):
                 ctx.save_for_backward(rows, *slopes)
             else:
                 call.prepared().score(rows, scores)
-                # The backward reads the head's own weight and bias; saving them makes torch refuse one that was
-                # changed in place meanwhile, as by an optimizer step.
+                # The backward reads the head's weight and bias; since they are saved, torch refuses them if something
+                # like an optimizer step changes them in place before.
                 ctx.save_for_backward(
                     rows, call.hidden, call.targets, call.temperature, call.head.weight, call.head.bias
                 )

@@ -1,4 +1,4 @@
-"""The policy objective as data: one algebra for every published variant.
+"""The policy objective as data: one formula for all published variants.
 
     L = sum_t w_t * ( rho_t * l(logp_t, old_t, A_t) + beta * kl(logp_t, ref_t) - entropy_coef * entropy_t )
 

@@ -179,7 +179,7 @@ def _read_amd(asm: dict) -> tuple[int, int, int]:
         return int(re.search(rf"\.{field}:\s*(\d+)", asm["amdgcn"]).group(1))
 
     spills = number("vgpr_spill_count")
-    # Which instructions spill is not told apart, so any spill counts as one of the loop.
+    # The report does not locate spills, so any spill counts as one in the loop.
     return number("vgpr_count"), number("private_segment_fixed_size"), spills
 
 

@@ -159,7 +159,7 @@ def _factors(shape: torch.Size, dim: int | None) -> tuple[int, int, int]:
 def _masked_sums(values: Tensor, mask: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     outer, length, inner = _factors(values.shape, dim)
     if dim is None:
-        # Segments instead of one long row; the last may be short, which `numel` tells.
+        # Segments instead of one long row; the kernel compares with `numel`, since the last one may be short.
         outer, length = -(-length // SEGMENT), SEGMENT
     both = torch.empty(2, outer * inner, dtype=torch.float32, device=values.device)
     block_i = min(triton.next_power_of_2(max(inner, 1)), 128)
@@ -169,5 +169,5 @@ def _masked_sums(values: Tensor, mask: Tensor, dim: int | None) -> tuple[Tensor,
     )  # fmt: skip
     if dim is not None:
         return both[0], both[1]
-    # float32 counts whole numbers up to 2**24 only, which one segment never passes.
+    # float32 is exact only for integers up to 2**24; the count of a segment is smaller.
     return both[0].sum().reshape(1), both[1].double().sum().float().reshape(1)

@@ -213,7 +213,7 @@ def combine_splits(
         maximum, total, weighted = _merge(maximum, total, weighted, split_maximum, split_total, split_weighted, True)
         at_target += tl.load(at + 3 * plane, mask, other=0.0)
     if CHECK_TARGETS:
-        # An id outside of the vocabulary has no logit: it must show as NaN, not pass for 0.
+        # An id outside the vocabulary has no logit: its z is NaN, not 0.
         target = tl.load(targets + rows, mask, other=0)
         at_target = tl.where((target >= 0) & (target < V), at_target, float("nan"))
     combined = (maximum, total, weighted, at_target)
@@ -264,7 +264,7 @@ def head_gradient(
     z_target = tl.load(at_target + rows, row_mask, other=0.0)
     target = tl.load(targets + rows, row_mask, other=-1)
     target_logprob = (z_target - row_maximum) - tl.log(row_total)
-    # p - 1 at the target is formed from the float32 statistics, and rounded once, on its way out.
+    # p - 1 at the target is computed from the float32 statistics, and rounded once, in the store.
     at_target_gradient = -expm1(target_logprob)
     g = tl.full([ROWS], 1.0, tl.float32)
     if HAS_GRAD:

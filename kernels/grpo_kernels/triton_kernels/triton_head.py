@@ -23,7 +23,7 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Rows and warps of the kernels that are bound by memory.
 COMBINE_ROWS, COMBINE_WARPS = 128, 4
-# Parts of tiles that one program of `head_gradient` turns, one after another.
+# Parts of tiles that one program of `head_gradient` processes.
 GRADIENT_PARTS = 16
 GRADIENT_ROWS, GRADIENT_WARPS = 64 if interpreting() else 16, 4
 
@@ -36,7 +36,7 @@ def descriptors_fit(*matrices: Tensor) -> bool:
 
 
 class TritonHead(Head):
-    """`Head` whose logits live in registers; the row scale is part of the gradient, so `gradient_` returns None."""
+    """`Head` that keeps logits in registers; the row scale is part of the gradient, so `gradient_` returns None."""
 
     # Elements: rows start at multiples of 16 bytes whatever V is, as the kernels and cuBLAS require.
     buffer_alignment = 8
