@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
@@ -98,12 +98,6 @@ def worst_share(operation: str, dtype: torch.dtype, device: torch.device, backen
     return max(shares)
 
 
-def backends(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    if triton_obstacle(device, dtype) is None:
-        yield "triton"
-    yield "torch"
-
-
 def describe(device: torch.device) -> str:
     if device.type != "cuda":
         return f"{device}: {torch.get_num_threads()} threads"
@@ -113,13 +107,10 @@ def describe(device: torch.device) -> str:
     return f"{device}: {properties.name}, {device_name(device)}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def version(package: str) -> str:
-    return metadata.version(package) if importlib.util.find_spec(package) else "not installed"
-
-
 def main() -> int:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    print(f"python {platform.python_version()}, torch {torch.__version__}, triton {version('triton')}")
+    triton = metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
+    print(f"python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
     failures = 0
     for device in devices:
         print(describe(device))
@@ -131,7 +122,7 @@ def main() -> int:
         started = time.perf_counter()
         for operation in CHECKS:
             for dtype in DTYPES:
-                for backend in backends(device, dtype):
+                for backend in ("torch",) if triton_obstacle(device, dtype) else ("triton", "torch"):
                     share = worst_share(operation, dtype, device, backend)
                     failures += share > 1
                     verdict = "ok" if share <= 1 else "WRONG"

@@ -221,7 +221,7 @@ def _sequence_level(
 
 
 def _split_rows(loss: TokenLoss) -> tuple[Tensor, Tensor]:
-    """Rows that may have a gradient, and rows whose coefficient is known to be zero. Rows of weight 0 are in neither."""
+    """Rows that may have a gradient, and rows of weight other than 0 whose coefficient is known to be zero."""
     tokens, objective = loss.tokens, loss.objective
     counted = tokens.weights != 0
     if not objective.advantage_alone:
