@@ -167,6 +167,9 @@ def test_unchecked_ids_and_offsets_are_harmless(monkeypatch):
     logprobs = linear_logprob(**arguments, backend="triton")
     assert logprobs.isnan().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(logprobs[[0, 2, 4]], expected[[0, 2, 4]])
+    # PyTorch itself refuses ids that are too large.
+    arguments["targets"][1] = 5
+    assert linear_logprob(**arguments, backend="torch").isnan().tolist() == [False, False, False, True, False]
     tokens = {key: torch.rand(9) for key in ("logprobs", "advantages", "weights", "old_logprobs")}
     for offsets in ([0, 4, 900], [-50, 4, 9], [0, 4, 6]):
         loss = policy_loss(
