@@ -1,6 +1,6 @@
 """Differentiable operations from hidden states to the GRPO loss, without ever building the logits.
 
-Depends on torch and triton alone. Every operation takes packed ``[N]`` or padded ``[B, T]`` tensors; see
+Depends only on torch and triton. Every operation takes packed ``[N]`` or padded ``[B, T]`` tensors; see
 `kernels/README.md` for the mathematics, the cost and the limits of each.
 """
 

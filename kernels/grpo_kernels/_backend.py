@@ -1,32 +1,26 @@
-"""Which backend runs an operation."""
+"""The one place that chooses a backend.
+
+``"auto"`` is the fastest that the device supports; a named backend is used or refused, never replaced.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
 
 import torch
 
-from grpo_kernels._checks import require
+from grpo_kernels._checks import require, require_choice
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-def choose_backend(
-    op: str, implementations: Mapping[str, Callable], backend: str, device: torch.device, dtype: torch.dtype
-) -> Callable:
-    """Return the implementation of `op` for `backend`; `dtype` is what it accumulates in.
+def choose_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs `op`, never ``"auto"``; `dtype` is what it accumulates in.
 
     Raises:
-        ValueError: `backend` is not one of :data:`BACKENDS`, or ``"triton"`` cannot serve this device or dtype.
+        ValueError: `backend` is not one of :data:`BACKENDS`, or ``"triton"`` does not support this device or dtype.
     """
-    return implementations[backend_name(op, backend, device, dtype)]
-
-
-def backend_name(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The row of an operation's table that `backend` means; as :func:`choose_backend`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    require_choice(op, "backend", backend, BACKENDS)
     if backend == "auto":
         return auto_backend(device, dtype)
     if backend == "triton":
@@ -40,7 +34,7 @@ def auto_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot take tensors of `device` and `dtype`; None where they can."""
+    """Why Triton kernels do not support tensors of `device` and `dtype`; None if they do."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     from grpo_kernels.triton_kernels.launch import obstacle

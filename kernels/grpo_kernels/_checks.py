@@ -1,14 +1,10 @@
-"""What every operation shares: argument checks, chunk sizes and the one place where a backend is chosen.
-
-An operation lists its implementations in a table, ``{"torch": ..., "reference": ..., ...}``, and asks
-:func:`choose_backend` which row to call. ``"auto"`` picks the fastest row for the device; a named backend is
-used or refused, never replaced.
-"""
+"""Argument checks that the operations share. Each raises one line that names the operation and the argument."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +20,10 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def require_choice(op: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    require(value in allowed, f"{op}: {name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def require_tensors(op: str, **tensors: Tensor) -> None:
@@ -42,7 +42,7 @@ def require_floating(op: str, **tensors: Tensor | None) -> None:
 
 
 def require_product_operands(op: str, **tensors: Tensor | None) -> None:
-    """Dense tensors that hold values, of a dtype that needs no scale beside it."""
+    """Dense tensors with values, in a dtype that needs no separate scale."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -52,9 +52,7 @@ def require_product_operands(op: str, **tensors: Tensor | None) -> None:
             )
         if tensor.is_nested or tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() first")
-        require(
-            not tensor.is_meta, f"{op}: {name} is on meta, where tensors have no values; load it onto a device first"
-        )
+        require(not tensor.is_meta, f"{op}: {name} is on meta, which holds no values; load it onto a device first")
 
 
 def require_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
@@ -89,7 +87,7 @@ def values_can_be_checked(device: torch.device) -> bool:
 
 
 def require_targets(op: str, targets: Tensor, vocab_size: int) -> None:
-    """Targets are integers in ``[0, vocab_size)`` or ``IGNORE_INDEX``; values are read only where that is cheap."""
+    """Targets are integers in ``[0, vocab_size)`` or ``IGNORE_INDEX``; values are read only if that is cheap."""
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: targets must be int64 or int32, got {targets.dtype}")
     if not values_can_be_checked(targets.device) or targets.numel() == 0:
@@ -103,7 +101,7 @@ def require_targets(op: str, targets: Tensor, vocab_size: int) -> None:
 
 
 def require_cu_seqlens(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
-    """`cu_seqlens` is ``[S + 1]`` int, starts at 0, never falls and ends at `num_tokens`."""
+    """`cu_seqlens` is ``[S + 1]`` int, starts at 0, never decreases and ends at `num_tokens`."""
     require_tensors(op, cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: cu_seqlens must be int64 or int32, got {cu_seqlens.dtype}")
@@ -113,20 +111,23 @@ def require_cu_seqlens(op: str, cu_seqlens: Tensor, num_tokens: int) -> None:
     first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
     require(first == 0, f"{op}: cu_seqlens must start at 0, got {first}")
     require(last == num_tokens, f"{op}: cu_seqlens must end at the number of tokens {num_tokens}, got {last}")
-    require(bool((cu_seqlens.diff() >= 0).all()), f"{op}: cu_seqlens must not fall")
+    require(bool((cu_seqlens.diff() >= 0).all()), f"{op}: cu_seqlens must not decrease")
 
 
-def sequence_offsets(op: str, shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
-    """Offsets of the sequences in the flattened tensor: given for ``[N]``, one sequence a row for ``[B, T]``.
+def sequence_offsets(
+    op: str, shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device, needed_by: str | None
+) -> Tensor | None:
+    """Offsets of the sequences in the flattened tensor: given for ``[N]``, one sequence per row for ``[B, T]``.
 
-    Returns None for a packed ``[N]`` tensor without `cu_seqlens`, where sequences are unknown.
+    Returns None for a packed ``[N]`` tensor without `cu_seqlens`, if they are `needed_by` no option.
     """
     if cu_seqlens is not None:
-        require(len(shape) == 1, f"{op}: cu_seqlens goes with packed [N] tensors, got shape {tuple(shape)}")
+        require(len(shape) == 1, f"{op}: cu_seqlens requires packed [N] tensors, got shape {tuple(shape)}")
         require_cu_seqlens(op, cu_seqlens, shape[0])
         require_device(op, device, cu_seqlens=cu_seqlens)
         return cu_seqlens
     if len(shape) == 1:
+        require(needed_by is None, f"{op}: {needed_by} needs cu_seqlens for packed [N] tensors")
         return None
     rows, length = shape
     return torch.arange(rows + 1, device=device) * length
@@ -135,5 +136,10 @@ def sequence_offsets(op: str, shape: torch.Size, cu_seqlens: Tensor | None, devi
 def sequence_ids(offsets: Tensor, num_tokens: int) -> Tensor:
     """The index of the sequence that each of the `num_tokens` tokens belongs to, ``[N]`` int64."""
     tokens = torch.arange(num_tokens, device=offsets.device)
-    # A search, unlike a repetition, stays within bounds where unchecked offsets do not end at `num_tokens`.
+    # Unlike repeat_interleave, a search stays within bounds if unchecked offsets do not end at `num_tokens`.
     return torch.searchsorted(offsets[1:].long(), tokens, right=True).clamp(max=max(offsets.numel() - 2, 0))
+
+
+def sequence_sums(values: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    """The sums of ``values [N, ...]`` over each sequence, ``[S, ...]``; `ids` are those of `sequence_ids`."""
+    return values.new_zeros(offsets.numel() - 1, *values.shape[1:]).index_add_(0, ids, values)

@@ -1,4 +1,4 @@
-"""The arguments that both operations on the output head take: checked, and made into a `Head`."""
+"""The arguments that both operations on the output head take: checked, and made into a `Head` and a `Pass`."""
 
 from __future__ import annotations
 
@@ -6,107 +6,128 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_kernels._checks import (
-    IGNORE_INDEX,
-    accumulation_dtype,
-    require,
-    require_device,
-    require_finite_positive,
-    require_floating,
-    require_product_operands,
-    require_shape,
-    require_targets,
-    require_tensors,
-    values_can_be_checked,
-)
+from grpo_kernels import _checks as checks
+from grpo_kernels._backend import choose_backend
 from grpo_kernels._head import Head
+from grpo_kernels._passes import Pass
+from grpo_kernels._torch_head import TorchHead
 from grpo_kernels.budget import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
 
 
-def make_head(
+def make_pass(
     op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [...]
     *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
+    bias: Tensor | None,  # [V]
+    temperature: float | Tensor,  # [...]
     logit_scale: float,
     softcap: float | None,
     max_buffer_bytes: int | None,
     process_group: dist.ProcessGroup | None,
-) -> tuple[Head, Tensor | None]:
-    """Check the arguments that both operations take; return the head and per-token temperatures (None for 1)."""
-    require_tensors(op, hidden=hidden, weight=weight, targets=targets)
-    require_floating(op, hidden=hidden, weight=weight, bias=bias)
-    require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
-    require_product_operands(op, hidden=hidden, weight=weight, bias=bias)
-    require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
-    require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
-    require(
+    with_entropy: bool,
+    backend: str,
+) -> tuple[str, Pass]:
+    """Check the arguments and flatten them; return the name of the backend and the pass."""
+    checks.require_tensors(op, hidden=hidden, weight=weight, targets=targets)
+    checks.require_floating(op, hidden=hidden, weight=weight, bias=bias)
+    checks.require_device(op, hidden.device, weight=weight, targets=targets, bias=bias)
+    checks.require_product_operands(op, hidden=hidden, weight=weight, bias=bias)
+    checks.require(hidden.dim() >= 1, f"{op}: hidden must have shape [..., H], got a scalar")
+    checks.require(weight.dim() == 2, f"{op}: weight must have shape [V, H], got {tuple(weight.shape)}")
+    checks.require(
         hidden.shape[-1] == weight.shape[1],
         f"{op}: hidden has H={hidden.shape[-1]}, but weight [V, H] has H={weight.shape[1]}",
     )
-    require_shape(op, hidden.shape[:-1], targets=targets)
-    require_shape(op, weight.shape[:1], bias=bias)
-    require(
+    checks.require_shape(op, hidden.shape[:-1], targets=targets)
+    checks.require_shape(op, weight.shape[:1], bias=bias)
+    checks.require(
         weight.shape[1] > 0 and (weight.shape[0] > 0 or process_group is not None),
         f"{op}: weight [V, H] must have V and H of at least 1, got {tuple(weight.shape)}",
     )
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"{op}: process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
-    require_finite_positive(op, "softcap", softcap)
-    require_finite_positive(op, "logit_scale", logit_scale)
-    require_finite_positive(op, "max_buffer_bytes", max_buffer_bytes)
-    dtype = accumulation_dtype(hidden, weight)
+    for name, number in (("softcap", softcap), ("logit_scale", logit_scale), ("max_buffer_bytes", max_buffer_bytes)):
+        checks.require_finite_positive(op, name, number)
+    dtype = checks.accumulation_dtype(hidden, weight)
+    temperatures = _flat_temperatures(op, temperature, targets, dtype)
+    backend = choose_backend(op, backend, hidden.device, dtype)
+    shards = [weight.shape[0]] if process_group is None else _gather_sizes(weight, process_group)
+    checks.require_targets(op, targets, sum(shards))
+    head = make_head(
+        weight, bias, hidden_dtype=hidden.dtype, logit_scale=logit_scale, softcap=softcap,
+        max_buffer_bytes=max_buffer_bytes, process_group=process_group, shards=shards, backend=backend,
+    )  # fmt: skip
+    # Under no_grad, an autograd function still sees that its inputs require gradients.
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    call = Pass(
+        head, hidden.reshape(-1, hidden.shape[-1]), head.local_targets(targets.reshape(-1)), temperatures,
+        needs=(needs[0], needs[1], needs[2]), with_entropy=with_entropy,
+    )  # fmt: skip
+    return backend, call
 
-    if temperature is None:
-        raise TypeError(f"{op}: temperature must be a number or a tensor, got None; leave it out for 1.0")
-    if isinstance(temperature, Tensor):
-        require_floating(op, temperature=temperature)
-        require_device(op, hidden.device, temperature=temperature)
-        if temperature.numel() == 1:
-            temperature = temperature.reshape(()).expand(targets.shape).contiguous()
-        require_shape(op, targets.shape, temperature=temperature)
-        temperatures = temperature.detach().reshape(-1).to(dtype).contiguous()
-        if values_can_be_checked(hidden.device):
-            used = temperatures[targets.reshape(-1) != IGNORE_INDEX]
-            wrong = used[~(used.isfinite() & (used > 0))]
-            require(wrong.numel() == 0, f"{op}: temperature must be finite and above 0, got {wrong[:1].tolist()}")
-    else:
-        require_finite_positive(op, "temperature", temperature)
-        smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-        require(
-            smallest <= temperature <= largest,
-            f"{op}: temperature={temperature} is out of {dtype}'s range, {smallest:.3g} to {largest:.3g}",
-        )
-        temperatures = None if temperature == 1.0 else hidden.new_full((targets.numel(),), temperature, dtype=dtype)
 
-    device = hidden.device.type
-    operand_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+def make_head(
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    *,
+    hidden_dtype: torch.dtype,
+    logit_scale: float,
+    softcap: float | None,
+    max_buffer_bytes: int | None,
+    process_group: dist.ProcessGroup | None,
+    shards: list[int],  # the vocabulary of every rank's shard
+    backend: str,
+) -> Head:
+    """The head of a backend; autocast and the dtypes decide the dtype of operands."""
+    device = weight.device.type
+    operand_dtype = torch.promote_types(hidden_dtype, weight.dtype)
+    dtype = torch.float64 if operand_dtype == torch.float64 else torch.float32
     if torch.is_autocast_enabled(device) and operand_dtype != torch.float64:
         operand_dtype = torch.get_autocast_dtype(device)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     on_gpu = GPU_BUFFER_BYTES if trained else FROZEN_GPU_BUFFER_BYTES
-    default = CPU_BUFFER_BYTES if device == "cpu" else on_gpu
-    shards = [weight.shape[0]]
-    rank = 0
-    if process_group is not None:
-        rank, shards = dist.get_rank(process_group), _gather_sizes(weight, process_group)
-    head = Head(
+    kind: type[Head] = TorchHead
+    if backend == "triton":
+        from grpo_kernels.triton_kernels.triton_head import TritonHead as kind
+    return kind(
         weight=weight.detach(),
         bias=None if bias is None else bias.detach().contiguous(),
         logit_scale=float(logit_scale),
         softcap=softcap,
         process_group=process_group,
-        max_buffer_bytes=max_buffer_bytes or default,
+        max_buffer_bytes=max_buffer_bytes or (CPU_BUFFER_BYTES if device == "cpu" else on_gpu),
         operand_dtype=operand_dtype,
         dtype=dtype,
-        vocab_start=sum(shards[:rank]),
+        vocab_start=0 if process_group is None else sum(shards[: dist.get_rank(process_group)]),
         sizing_vocab=max(shards),
     )
-    require_targets(op, targets, sum(shards))
-    return head, temperatures
+
+
+def _flat_temperatures(op: str, temperature: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Temperatures ``[N]`` in the accumulation dtype; None for 1."""
+    if temperature is None:
+        raise TypeError(f"{op}: temperature must be a number or a tensor, got None; leave it out for 1.0")
+    if not isinstance(temperature, Tensor):
+        checks.require_finite_positive(op, "temperature", temperature)
+        smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        checks.require(
+            smallest <= temperature <= largest,
+            f"{op}: temperature={temperature} is out of {dtype}'s range, {smallest:.3g} to {largest:.3g}",
+        )
+        return None if temperature == 1.0 else targets.new_full((targets.numel(),), temperature, dtype=dtype)
+    checks.require_floating(op, temperature=temperature)
+    checks.require_device(op, targets.device, temperature=temperature)
+    if temperature.numel() == 1:
+        temperature = temperature.reshape(()).expand(targets.shape)
+    checks.require_shape(op, targets.shape, temperature=temperature)
+    flat = temperature.detach().reshape(-1).to(dtype).contiguous()
+    if checks.values_can_be_checked(targets.device):
+        used = flat[targets.reshape(-1) != checks.IGNORE_INDEX]
+        wrong = used[~(used.isfinite() & (used > 0))]
+        checks.require(wrong.numel() == 0, f"{op}: temperature must be finite and above 0, got {wrong[:1].tolist()}")
+    return flat
 
 
 def _gather_sizes(weight: Tensor, process_group: dist.ProcessGroup) -> list[int]:

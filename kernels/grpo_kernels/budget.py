@@ -1,4 +1,4 @@
-"""Byte budgets of temporary memory, and the chunks that keep to them."""
+"""Byte budgets of temporary memory, and chunks that fit them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 MIB = 1 << 20
 CPU_BUFFER_BYTES = 256 * MIB
 GPU_BUFFER_BYTES = 1024 * MIB
-# A frozen head has no gradient that each chunk reads and writes, so its chunks may be shorter.
+# No weight gradient is read and written for each chunk of a frozen head, so shorter chunks cost little.
 FROZEN_GPU_BUFFER_BYTES = 512 * MIB
 
-# What a CPU works on at once, rows of the buffer or copies of operands: it stays in the last-level cache.
+# What a CPU works on at once, rows of the buffer or copies of operands: small enough for the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB
-# The most that such a block takes of the byte budget. Two are alive at once.
+# The largest share of the byte budget for such a block. Two exist at once.
 BLOCK_SHARE = 0.125
-# [C, H] temporaries alive at once beside the logits: hidden states and gradients, each also scaled or rounded.
+# [C, H] temporaries that exist at once beside the logits: hidden states and gradients, each also scaled or rounded.
 NARROW_COPIES = 3
 
 

@@ -1,8 +1,8 @@
-"""Is this machine served, and rightly? ``python -m grpo_kernels.doctor``
+"""Do the operations run on this machine, and are they right? ``python -m grpo_kernels.doctor``
 
-Prints versions, devices and the path that each operation takes, then compares every operation with its definition in
+Prints versions, devices and the backend of each operation, then compares every operation with its definition in
 float64 on random inputs, for each dtype and backend that can run here. Takes about five seconds (on a GPU, the kernels
-are compiled first). Exit status 1 when a result is wrong.
+are compiled first). The exit status is 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import importlib.util
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
-from grpo_kernels._backend import backend_name, triton_obstacle
+from grpo_kernels._backend import choose_backend, triton_obstacle
 
-OPERATIONS = ("linear_logprob", "policy_loss", "linear_policy_loss", "kl_estimate", "masked_mean")
+Outputs = tuple[list[Tensor], list[str]]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# Relative errors that are allowed: 32 roundings of float32; one rounding of the operands of a 16-bit product and one
-# of the finished gradient. Log-probabilities and losses of 16-bit inputs are held to float32.
+# Allowed relative errors: 32 roundings of float32; one rounding of the operands of a 16-bit product and one of the
+# finished gradient. Log-probabilities and losses of 16-bit inputs must have float32's accuracy.
 EXACT, ROUNDED = 32 * 2.0**-24, {torch.bfloat16: 3 * 2.0**-9, torch.float16: 3 * 2.0**-12}
 N, H, V = 96, 64, 1000
 
@@ -41,75 +41,61 @@ def inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, leaves))
+def _policy_loss(t: dict[str, Tensor], backend: str) -> Outputs:
+    loss = policy_loss(
+        t["logprobs"], t["advantages"], t["weights"], PolicyObjective(beta=0.1), old_logprobs=t["old_logprobs"],
+        ref_logprobs=t["ref_logprobs"], backend=backend,
+    ).loss  # fmt: skip
+    return [loss], ["logprobs"]
 
 
-def _linear_logprob(t: dict[str, Tensor], backend: str) -> list[Tensor]:
+def _linear_policy_loss(t: dict[str, Tensor], backend: str) -> Outputs:
+    names = ("hidden", "weight", "targets", "advantages", "weights")
+    result = linear_policy_loss(*(t[name] for name in names), backend=backend)
+    return [result.loss, result.logprobs], ["hidden", "weight"]
+
+
+def _linear_logprob(t: dict[str, Tensor], backend: str) -> Outputs:
     outputs = linear_logprob(t["hidden"], t["weight"], t["targets"], return_entropy=True, backend=backend)
-    return [*outputs, *_gradients(outputs[0].sum() - outputs[1].sum(), [t["hidden"], t["weight"]])]
+    return list(outputs), ["hidden", "weight"]
 
 
-def _policy_loss(t: dict[str, Tensor], backend: str) -> list[Tensor]:
-    old, ref = t["old_logprobs"], t["ref_logprobs"]
-    result = policy_loss(
-        t["logprobs"], t["advantages"], t["weights"], PolicyObjective(beta=0.1), old_logprobs=old, ref_logprobs=ref,
-        backend=backend,
-    )  # fmt: skip
-    return [result.loss, *_gradients(result.loss, [t["logprobs"]])]
-
-
-def _linear_policy_loss(t: dict[str, Tensor], backend: str) -> list[Tensor]:
-    result = linear_policy_loss(
-        t["hidden"], t["weight"], t["targets"], t["advantages"], t["weights"], PolicyObjective(), backend=backend
-    )
-    return [result.loss, result.logprobs, *_gradients(result.loss, [t["hidden"], t["weight"]])]
-
-
-def _kl_estimate(t: dict[str, Tensor], backend: str) -> list[Tensor]:
-    kl = kl_estimate(t["logprobs"], t["ref_logprobs"], backend=backend)
-    return [kl, *_gradients(kl.sum(), [t["logprobs"]])]
-
-
-def _masked_mean(t: dict[str, Tensor], backend: str) -> list[Tensor]:
-    mean = masked_mean(t["hidden"], t["targets"][:, None] % 2 == 0, 0, backend=backend)
-    return [mean, *_gradients(mean.sum(), [t["hidden"]])]
-
-
-CHECKS: dict[str, Callable[[dict[str, Tensor], str], list[Tensor]]] = {
+# operation -> a call of it: the outputs, and the names of the inputs to differentiate in
+CHECKS: dict[str, Callable[[dict[str, Tensor], str], Outputs]] = {
     "linear_logprob": _linear_logprob,
     "policy_loss": _policy_loss,
     "linear_policy_loss": _linear_policy_loss,
-    "kl_estimate": _kl_estimate,
-    "masked_mean": _masked_mean,
-}
+    "kl_estimate": lambda t, backend: (
+        [kl_estimate(t["logprobs"], t["ref_logprobs"], backend=backend)], ["logprobs"]
+    ),
+    "masked_mean": lambda t, backend: (
+        [masked_mean(t["hidden"], t["targets"][:, None] % 2 == 0, 0, backend=backend)], ["hidden"]
+    ),
+}  # fmt: skip
+
+
+def results(operation: str, given: dict[str, Tensor], dtype: torch.dtype | None, backend: str) -> list[Tensor]:
+    """Outputs and gradients of the operation on `given`, whose floating-point tensors are cast to `dtype`, if any."""
+    leaves = {
+        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in given.items()
+    }
+    outputs, names = CHECKS[operation](leaves, backend)
+    # The outputs with opposite signs, so that none hides behind another.
+    loss = sum(sign * out.sum() for sign, out in zip((1, -1), outputs, strict=False) if out.requires_grad)
+    return [*outputs, *torch.autograd.grad(loss, [leaves[name] for name in names])]
 
 
 def worst_share(operation: str, dtype: torch.dtype, device: torch.device, backend: str) -> float:
-    """The largest error of the operation's results, as a share of what is allowed; NaN counts as infinite."""
+    """The largest error of the operation's results, as a share of the allowed error; NaN counts as infinite."""
     given = inputs(dtype, device)
-
-    def leaves(kind: torch.dtype | None) -> dict[str, Tensor]:
-        return {
-            name: tensor.detach().to(kind or tensor.dtype).requires_grad_(tensor.is_floating_point())
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in given.items()
-        }
-
-    results, truth = CHECKS[operation](leaves(None), backend), CHECKS[operation](leaves(torch.float64), "reference")
     shares = []
-    for result, exact in zip(results, truth, strict=True):
+    found, truth = results(operation, given, None, backend), results(operation, given, torch.float64, "reference")
+    for result, exact in zip(found, truth, strict=True):
         error = ((result.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
         share = error / ROUNDED.get(result.dtype, EXACT)
         shares.append(share if share == share else float("inf"))
     return max(shares)
-
-
-def backends(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    if triton_obstacle(device, dtype) is None:
-        yield "triton"
-    yield "torch"
 
 
 def describe(device: torch.device) -> str:
@@ -121,26 +107,22 @@ def describe(device: torch.device) -> str:
     return f"{device}: {properties.name}, {device_name(device)}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def version(package: str) -> str:
-    return metadata.version(package) if importlib.util.find_spec(package) else "not installed"
-
-
 def main() -> int:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    versions = f"python {platform.python_version()}, torch {torch.__version__}, triton {version('triton')}"
-    print(versions)
+    triton = metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
+    print(f"python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
     failures = 0
     for device in devices:
         print(describe(device))
         obstacle = triton_obstacle(device, torch.float32)
         print(f"  Triton kernels: {'yes' if obstacle is None else 'no, ' + obstacle}")
-        for operation in OPERATIONS:
-            chosen = {backend_name(operation, "auto", device, dtype) for dtype in DTYPES[:3]}
+        for operation in CHECKS:
+            chosen = {choose_backend(operation, "auto", device, dtype) for dtype in DTYPES[:3]}
             print(f"  {operation:20} backend='auto' takes {' or '.join(sorted(chosen))}")
         started = time.perf_counter()
-        for operation in OPERATIONS:
+        for operation in CHECKS:
             for dtype in DTYPES:
-                for backend in backends(device, dtype):
+                for backend in ("torch",) if triton_obstacle(device, dtype) else ("triton", "torch"):
                     share = worst_share(operation, dtype, device, backend)
                     failures += share > 1
                     verdict = "ok" if share <= 1 else "WRONG"

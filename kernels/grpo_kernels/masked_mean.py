@@ -2,9 +2,8 @@
 
     masked_mean(x, m, dim) = (x * m).sum(dim) / m.sum(dim)
 
-An empty selection has no mean, so the result is NaN there, as in ``torch.mean`` of an empty tensor. Entries outside
-the mask never reach the result or the gradient, even where they are NaN or infinite. Sums are float32 (float64 for
-float64 inputs); what is saved is the mask and its counts.
+The mean of an empty selection is NaN, as in ``torch.mean`` of an empty tensor. Entries outside the mask affect neither
+the result nor the gradient, even if they are NaN or infinite. Sums are float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -16,44 +15,13 @@ from grpo_kernels._backend import choose_backend
 from grpo_kernels._checks import accumulation_dtype, require, require_device, require_floating, require_tensors
 
 
-def masked_mean_ref(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """The definition above, differentiated by autograd: the oracle of the tests."""
-    mask = mask.bool().expand(values.shape)
-    selected = torch.where(mask, values.to(accumulation_dtype(values)), 0.0)
-    return selected.sum() / mask.sum() if dim is None else selected.sum(dim) / mask.sum(dim)
-
-
-class _MaskedMean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, mask, dim):
-        mask = mask.bool()
-        dims = list(range(values.dim())) if dim is None else [dim]
-        count = mask.expand(values.shape).sum(dims, keepdim=True)
-        selected = values.to(accumulation_dtype(values)).masked_fill(~mask, 0.0)
-        mean = selected.sum(dims, keepdim=True) / count
-        ctx.save_for_backward(mask, count)
-        ctx.values_shape, ctx.values_dtype = values.shape, values.dtype
-        ctx.kept_shape = mean.shape
-        return mean.reshape(()) if dim is None else mean.squeeze(dim)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        mask, count = ctx.saved_tensors
-        grad = (grad_output.reshape(ctx.kept_shape) / count).expand(ctx.values_shape)
-        return grad.masked_fill(~mask, 0.0).to(ctx.values_dtype), None, None
-
-
-def _masked_mean_triton(values, mask, dim):
-    from grpo_kernels.triton_kernels.elementwise_kernels import MaskedMeanTriton
-
-    return MaskedMeanTriton.apply(values, mask, dim)
-
-
-_IMPLEMENTATIONS = {"triton": _masked_mean_triton, "torch": _MaskedMean.apply, "reference": masked_mean_ref}
-
-
-def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend: str = "auto") -> Tensor:
+def masked_mean(
+    values: Tensor,  # any shape
+    mask: Tensor,  # a shape that broadcasts to that of `values`
+    dim: int | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """Mean of `values` over the entries where `mask` is set, differentiable in `values`.
 
     Args:
@@ -84,5 +52,15 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None, *, backend
     )
     if dim is not None and not -values.dim() <= dim < values.dim():
         raise IndexError(f"{op}: dim={dim} is out of range for values of shape {tuple(values.shape)}")
-    run = choose_backend(op, _IMPLEMENTATIONS, backend, values.device, accumulation_dtype(values))
-    return run(values, mask, dim)
+    if choose_backend(op, backend, values.device, accumulation_dtype(values)) == "triton":
+        from grpo_kernels.triton_kernels.elementwise_kernels import MaskedMeanTriton
+
+        return MaskedMeanTriton.apply(values, mask, dim)
+    return masked_mean_ref(values, mask, dim)
+
+
+def masked_mean_ref(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """The definition above in PyTorch, which is also the torch backend; autograd saves the mask and its counts."""
+    mask = mask.bool().expand(values.shape)
+    selected = torch.where(mask, values.to(accumulation_dtype(values)), 0.0)
+    return selected.sum() / mask.sum() if dim is None else selected.sum(dim) / mask.sum(dim)

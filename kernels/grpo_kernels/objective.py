@@ -1,4 +1,4 @@
-"""The policy objective as data: one algebra for every published variant.
+"""The policy objective as data: one formula for all published variants.
 
     L = sum_t w_t * ( rho_t * l(logp_t, old_t, A_t) + beta * kl(logp_t, ref_t) - entropy_coef * entropy_t )
 
@@ -24,9 +24,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from grpo_kernels._checks import require, require_floating, require_number
+from grpo_kernels._checks import require, require_choice, require_finite_positive, require_number
 from grpo_kernels.token_weights import AGGREGATIONS
 
 KINDS = ("clip", "cispo", "sapo", "vespo", "reinforce")
@@ -41,8 +39,8 @@ class PolicyObjective:
 
     Attributes:
         kind: ``"clip"``, ``"cispo"``, ``"sapo"``, ``"vespo"`` or ``"reinforce"``.
-        epsilon: lower clip distance of ``"clip"``, above 0; from 1 on nothing is clipped below, and infinity never
-            clips.
+        epsilon: lower clip distance of ``"clip"``, above 0; 1 or more clips nothing below, and infinity nothing at
+            all.
         epsilon_high: upper clip distance of ``"clip"`` (None: `epsilon`), or the bound of ``"cispo"``'s ratio.
         delta: upper bound of the unclipped ratio in ``"clip"`` (None: no bound). It matters where A < 0.
         level: whether the ratio belongs to a ``"token"``, to a ``"sequence"`` as the geometric mean of its tokens'
@@ -54,14 +52,14 @@ class PolicyObjective:
         sapo_temperature_pos, sapo_temperature_neg: ``"sapo"``'s temperature for A > 0 and for A <= 0.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``"vespo"``'s power and decay of the ratio for
             A > 0 and for A < 0.
-        aggregation: the normaliser that `token_weights` puts into the weights:
+        aggregation: the normaliser that `token_weights` includes in the weights:
             ``"sequence_mean"``: 1 / (S * length of the sequence),
             ``"token_mean"``: 1 / (tokens of the step),
             ``"constant_length"``: 1 / (S * a constant length),
             ``"sequence_sum"``: 1 / S.
 
     Raises:
-        ValueError: a field is outside what is allowed.
+        ValueError: a field is out of range or unknown.
     """
 
     kind: str = "clip"
@@ -83,23 +81,16 @@ class PolicyObjective:
 
     def __post_init__(self):
         choices = {"kind": KINDS, "level": LEVELS, "kl": KL_ESTIMATORS, "aggregation": AGGREGATIONS}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(value in allowed, f"PolicyObjective: {name}={value!r} is unknown; choose one of {allowed}")
-        shapes = ("sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg")
-        shapes = (*shapes, "vespo_lambda_neg")
-        for name in ("epsilon", "epsilon_high", "delta", "beta", "entropy_coef", *shapes):
-            require_number("PolicyObjective", name, getattr(self, name))
+        for name, value in vars(self).items():
+            if name in choices:
+                require_choice("PolicyObjective", name, value, choices[name])
+            elif name in ("beta", "entropy_coef"):
+                require_number("PolicyObjective", name, value)
+                require(math.isfinite(value), f"PolicyObjective: {name} must be finite, got {value}")
+            elif name not in ("epsilon", "kl_bias_correction"):
+                require_finite_positive("PolicyObjective", name, value)
+        require_number("PolicyObjective", "epsilon", self.epsilon)
         require(self.epsilon > 0, f"PolicyObjective: epsilon must be above 0, got {self.epsilon}")
-        for name in ("epsilon_high", "delta", *shapes):
-            value = getattr(self, name)
-            require(
-                value is None or (math.isfinite(value) and value > 0),
-                f"PolicyObjective: {name} must be a finite number above 0, got {value}",
-            )
-        for name in ("beta", "entropy_coef"):
-            value = getattr(self, name)
-            require(math.isfinite(value), f"PolicyObjective: {name} must be finite, got {value}")
         require(self.beta >= 0, f"PolicyObjective: beta must be >= 0, got {self.beta}")
         if self.kind == "cispo":
             require(self.epsilon_high is not None, "PolicyObjective: kind='cispo' needs epsilon_high (the paper's 5.0)")
@@ -115,13 +106,24 @@ class PolicyObjective:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
+    def lower_bound(self) -> float:
+        """The ratio below which ``"clip"`` is flat where A < 0."""
+        return 1 - self.epsilon
+
+    @property
+    def upper_bound(self) -> float:
+        """The ratio above which ``"clip"`` is flat where A > 0, or the bound of ``"cispo"``'s ratio."""
+        return self.upper_epsilon if self.kind == "cispo" else 1 + self.upper_epsilon
+
+    @property
     def uses_reference(self) -> bool:
+        """Whether the loss needs log-probabilities of a reference policy, as its KL term does."""
         return self.beta != 0.0
 
     @property
     def advantage_alone(self) -> bool:
         """Whether a token of advantage 0 has no gradient whatever its log-probability."""
-        return self.beta == 0.0 and self.entropy_coef == 0.0
+        return not self.uses_reference and self.entropy_coef == 0.0
 
 
 class _Presets(dict):
@@ -149,16 +151,3 @@ PRESETS: dict[str, PolicyObjective] = _Presets(
         "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
     }
 )
-
-
-def require_objective(op: str, objective: PolicyObjective) -> None:
-    if not isinstance(objective, PolicyObjective):
-        raise TypeError(f"{op}: objective must be a PolicyObjective (see PRESETS), got {type(objective).__name__}")
-
-
-def require_reference(op: str, objective: PolicyObjective, ref_logprobs: Tensor | None) -> None:
-    require(
-        not objective.uses_reference or ref_logprobs is not None,
-        f"{op}: beta={objective.beta} needs ref_logprobs",
-    )
-    require_floating(op, ref_logprobs=ref_logprobs)

@@ -1,14 +1,15 @@
 """The constant correction ``rho_t`` for the difference between a sampler's and the trainer's log-probabilities.
 
-Another engine computes the same policy with other kernels, in another precision, or with weights that are a step old;
-importance sampling accounts for it ("Your efficient RL framework secretly brings you off-policy RL training", and TRL's
-`vllm_importance_sampling_mode`). With ``d_t = logprobs_t - sampling_logprobs_t``, a mode is a level and a bound:
+A sampling engine computes the same policy with other kernels, in another precision, or with weights that are a step
+old. Importance sampling corrects for that ("Your efficient RL framework secretly brings you off-policy RL training",
+and TRL's `vllm_importance_sampling_mode`). With ``d_t = logprobs_t - sampling_logprobs_t``, a mode is a level and a
+bound:
 
     token      rho_t = exp(d_t)                 truncate   min(max(rho, clip_min), clip_max)
     sequence   rho   = exp(sum_t d_t)           mask       rho where clip_min <= rho <= clip_max, else 0
     geometric  rho   = exp(mean_t d_t)
 
-The product over a sequence of thousands of tokens leaves any bounds; the geometric form does not grow with the length
+The product over a sequence of thousands of tokens exceeds any bounds; the geometric form does not grow with the length
 (GSPO's ratio, arXiv 2507.18071, eq. 7).
 """
 
@@ -17,16 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._checks import (
-    require,
-    require_device,
-    require_floating,
-    require_number,
-    require_shape,
-    require_tensors,
-    sequence_ids,
-    sequence_offsets,
-)
+from grpo_kernels import _checks as checks
 
 RATIO_LEVELS = ("token", "sequence", "geometric")
 RATIO_BOUNDS = ("truncate", "mask")
@@ -35,23 +27,23 @@ SAMPLING_RATIO_MODES = tuple(f"{level}_{bound}" for level in RATIO_LEVELS for bo
 
 @torch.no_grad()
 def sampling_ratio(
-    logprobs: Tensor,
-    sampling_logprobs: Tensor,
+    logprobs: Tensor,  # [N] or [B, T]
+    sampling_logprobs: Tensor,  # [N] or [B, T]
     mode: str = "sequence_mask",
     *,
     clip_max: float | None = 3.0,
     clip_min: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,  # [N] or [B, T]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
     """``rho_t`` of every token, for the `correction` of `policy_loss` and `linear_policy_loss`.
 
     Args:
         logprobs: the trainer's log-probabilities when the update began, packed ``[N]`` or padded ``[B, T]``.
-        sampling_logprobs: same shape, those that the sampler drew the tokens with, after its temperature and filters;
-            where one of either is NaN (unknown, or left out by `skip_inactive`), the difference counts as 0. Where one
-            is -inf, the ratio is infinite before the bounds; where `logprobs` is -inf, the ratio is 0 in any case.
-        mode: a level and what is done at the bounds, ``"token_truncate"`` to ``"geometric_mask"``.
+        sampling_logprobs: same shape; the sampler's log-probabilities of its tokens, after temperature and filters.
+            Where either is NaN (unknown, or left out by `skip_inactive`), the difference counts as 0. Where this is
+            -inf, the ratio is infinite before the bounds; where `logprobs` is -inf, the ratio is always 0.
+        mode: a level and a bound of the table above, ``"token_truncate"`` to ``"geometric_mask"``.
         clip_max, clip_min: bounds of the ratio; None for none.
         mask: same shape, non-zero where a token counts; None for all.
         cu_seqlens: ``[S + 1]`` int offsets of the sequences in a packed tensor; the token level needs none.
@@ -64,26 +56,24 @@ def sampling_ratio(
             `cu_seqlens`.
     """
     op = "sampling_ratio"
-    require(
-        mode in SAMPLING_RATIO_MODES, f"{op}: mode={mode!r} is unknown; choose one of {', '.join(SAMPLING_RATIO_MODES)}"
-    )
-    require_tensors(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
-    require_floating(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
+    checks.require_choice(op, "mode", mode, SAMPLING_RATIO_MODES)
+    checks.require_tensors(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
+    checks.require_floating(op, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
     if mask is not None:
-        require_tensors(op, mask=mask)
-    require_shape(op, logprobs.shape, sampling_logprobs=sampling_logprobs, mask=mask)
-    require_device(op, logprobs.device, sampling_logprobs=sampling_logprobs, mask=mask)
+        checks.require_tensors(op, mask=mask)
+    checks.require_shape(op, logprobs.shape, sampling_logprobs=sampling_logprobs, mask=mask)
+    checks.require_device(op, logprobs.device, sampling_logprobs=sampling_logprobs, mask=mask)
     for name, value in (("clip_max", clip_max), ("clip_min", clip_min)):
-        require_number(op, name, value)
-        require(value is None or value >= 0, f"{op}: {name} must be at least 0, got {value}")
-    require(
+        checks.require_number(op, name, value)
+        checks.require(value is None or value >= 0, f"{op}: {name} must be at least 0, got {value}")
+    checks.require(
         clip_min is None or clip_max is None or clip_min <= clip_max,
         f"{op}: clip_min={clip_min} is above clip_max={clip_max}",
     )
     level, bound = mode.split("_")
     difference = logprobs.float() - sampling_logprobs.float()
     difference = difference.masked_fill(logprobs.isnan() | sampling_logprobs.isnan(), 0.0)
-    # What the policy cannot draw has ratio 0; +inf becomes finite, so that it does not cancel a sequence's -inf to NaN.
+    # A token that the policy never draws has ratio 0; a finite value in place of +inf keeps inf - inf out of the sums.
     difference = difference.masked_fill(logprobs == float("-inf"), float("-inf")).clamp(
         max=torch.finfo(torch.float32).max
     )
@@ -91,16 +81,16 @@ def sampling_ratio(
         difference = difference.masked_fill(mask == 0, 0.0)
     log_ratio = difference
     if level != "token":
-        offsets = sequence_offsets(op, logprobs.shape, cu_seqlens, logprobs.device)
-        require(offsets is not None, f"{op}: mode={mode!r} of packed [N] tensors needs cu_seqlens")
+        offsets = checks.sequence_offsets(op, logprobs.shape, cu_seqlens, logprobs.device, f"mode={mode!r}")
+        assert offsets is not None
         flat = difference.flatten()
-        ids = sequence_ids(offsets, flat.numel())
-        totals = flat.new_zeros(offsets.numel() - 1).index_add_(0, ids, flat)
+        ids = checks.sequence_ids(offsets, flat.numel())
+        totals = checks.sequence_sums(flat, ids, offsets)
         if level == "geometric":
-            counts = flat.new_ones(flat.numel()) if mask is None else (mask != 0).flatten().to(flat)
-            totals = totals / totals.new_zeros(totals.shape).index_add_(0, ids, counts).clamp_(min=1.0)
+            counts = torch.ones_like(flat) if mask is None else (mask != 0).flatten().to(flat)
+            totals = totals / checks.sequence_sums(counts, ids, offsets).clamp_(min=1.0)
         log_ratio = totals[ids].view_as(difference)
     ratio = torch.exp(log_ratio)
-    low, high = 0.0 if clip_min is None else clip_min, float("inf") if clip_max is None else clip_max
+    low, high = clip_min or 0.0, float("inf") if clip_max is None else clip_max
     ratio = ratio.clamp(low, high) if bound == "truncate" else ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
     return ratio if mask is None else ratio.masked_fill(mask == 0, 1.0)

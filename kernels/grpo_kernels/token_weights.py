@@ -1,4 +1,4 @@
-"""Weights of tokens, which carry the mask and the normaliser of a whole optimizer step."""
+"""Token weights, which combine the mask and the normaliser of a whole optimizer step."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_kernels._checks import require, require_number, require_shape, require_tensors, sequence_ids, sequence_offsets
+from grpo_kernels import _checks as checks
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant_length", "sequence_sum")
 
 
 def token_weights(
-    mask: Tensor,
+    mask: Tensor,  # [N] or [B, T]
     aggregation: str,
     *,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     num_sequences: float | None = None,
     num_tokens: float | None = None,
     constant_length: float | None = None,
 ) -> Tensor:
     """The weights ``w_t`` of a whole optimizer step: mask and normaliser in one tensor.
 
-    Call it once on all sequences of the step, or on a part of them with the totals of the step given; either way the
-    loss of the step is the plain sum of its microbatches' losses.
+    Call it once on all sequences of the step, or on each part of them with the totals of the step; either way the loss
+    of the step is the plain sum of its microbatches' losses.
 
     Args:
-        mask: ``[B, T]``, a sequence a row, or packed ``[N]`` with `cu_seqlens`; non-zero where a token counts.
+        mask: ``[B, T]``, one sequence per row, or packed ``[N]`` with `cu_seqlens`; non-zero where a token counts.
         aggregation: one of the values described in :class:`PolicyObjective`.
         cu_seqlens: ``[S + 1]`` int offsets of the sequences of a packed mask.
         num_sequences: sequences of the step (default: those in `mask`, empty ones included, as in TRL).
         num_tokens: counted tokens of the step (default: those in `mask`).
-        constant_length: the length of ``"constant_length"``; Dr. GRPO and TRL take the longest allowed completion.
+        constant_length: the length of ``"constant_length"``; in Dr. GRPO and TRL the longest allowed completion.
 
     Returns:
         float32 tensor of `mask`'s shape. A step without any counted token gives zeros.
@@ -42,43 +42,47 @@ def token_weights(
             `constant_length` where it is needed.
     """
     op = "token_weights"
-    require(aggregation in AGGREGATIONS, f"{op}: aggregation={aggregation!r} is unknown; choose one of {AGGREGATIONS}")
-    require_tensors(op, mask=mask)
-    require(mask.dim() in (1, 2), f"{op}: mask must have shape [B, T] or [N], got {tuple(mask.shape)}")
+    checks.require_choice(op, "aggregation", aggregation, AGGREGATIONS)
+    checks.require_tensors(op, mask=mask)
+    checks.require(mask.dim() in (1, 2), f"{op}: mask must have shape [B, T] or [N], got {tuple(mask.shape)}")
     counted = (mask != 0).to(torch.float32)
     if aggregation == "token_mean":
         total = counted.sum() if num_tokens is None else counted.new_tensor(float(num_tokens))
         return counted / total.clamp(min=1.0)
 
-    offsets = sequence_offsets(op, mask.shape, cu_seqlens, mask.device)
-    require(offsets is not None, f"{op}: aggregation={aggregation!r} needs cu_seqlens for a packed mask")
+    offsets = checks.sequence_offsets(op, mask.shape, cu_seqlens, mask.device, f"aggregation={aggregation!r}")
+    assert offsets is not None
     sequences = float(max(offsets.numel() - 1, 1)) if num_sequences is None else float(num_sequences)
-    require(sequences > 0, f"{op}: num_sequences must be above 0, got {num_sequences}")
+    checks.require(sequences > 0, f"{op}: num_sequences must be above 0, got {num_sequences}")
     if aggregation == "sequence_sum":
         return counted / sequences
     if aggregation == "constant_length":
-        require(
+        checks.require(
             constant_length is not None and constant_length > 0,
             f"{op}: aggregation='constant_length' needs constant_length above 0, got {constant_length}",
         )
         return counted / (sequences * constant_length)
     flat = counted.flatten()
-    ids = sequence_ids(offsets, flat.numel())
-    lengths = flat.new_zeros(offsets.numel() - 1).index_add_(0, ids, flat).clamp_(min=1.0)
+    ids = checks.sequence_ids(offsets, flat.numel())
+    lengths = checks.sequence_sums(flat, ids, offsets).clamp_(min=1.0)
     return (flat / (sequences * lengths[ids])).view_as(counted)
 
 
-def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """The tokens of the highest entropy, which alone carry the policy gradient in "Beyond the 80/20 Rule"
-    (arXiv 2506.01939; TRL's `top_entropy_quantile`): give the others the advantage 0.
+def high_entropy_mask(
+    entropy: Tensor,  # any shape
+    mask: Tensor,  # the same shape
+    quantile: float,
+) -> Tensor:
+    """The tokens with the highest entropy, the only ones with a policy gradient in "Beyond the 80/20 Rule"
+    (arXiv 2506.01939; TRL's `top_entropy_quantile`). Set the advantages of the others to 0.
 
-    The weights stay as they are, and so do the normaliser, the KL term and the ratio of a sequence.
+    The weights stay unchanged, and so do the normaliser, the KL term and the ratio of a sequence.
 
     Args:
         entropy: per-token entropies of all tokens of the step, nats, any shape.
         mask: same shape; non-zero where a token counts.
         quantile: the share of the counted tokens to keep, in [0, 1]; ties with the last one are kept as well. 0 keeps
-            the highest.
+            the highest one.
 
     Returns:
         bool tensor of `entropy`'s shape, False where `mask` is 0.
@@ -87,14 +91,14 @@ def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
         ValueError: `quantile` is out of range, or the shapes differ.
     """
     op = "high_entropy_mask"
-    require_tensors(op, entropy=entropy, mask=mask)
-    require_shape(op, entropy.shape, mask=mask)
-    require_number(op, "quantile", quantile)
-    require(0 <= quantile <= 1, f"{op}: quantile must be from 0 to 1, got {quantile}")
+    checks.require_tensors(op, entropy=entropy, mask=mask)
+    checks.require_shape(op, entropy.shape, mask=mask)
+    checks.require_number(op, "quantile", quantile)
+    checks.require(0 <= quantile <= 1, f"{op}: quantile must be from 0 to 1, got {quantile}")
     counted = mask != 0
     values = entropy[counted].sort().values
     if values.numel() == 0:
         return counted
-    # The first one at or above the interpolated quantile; rounded, since 1 - 0.7 is a little above 0.3.
+    # The first value at or above the interpolated quantile; rounded, since 1 - 0.7 is a little above 0.3.
     threshold = values[math.ceil(round((1 - quantile) * (values.numel() - 1), 6))]
     return counted & (entropy >= threshold)

@@ -1,4 +1,4 @@
-"""A bfloat16 head on a CPU: its products read no memory but their operands', and change no setting of torch."""
+"""A bfloat16 head on a CPU: products read only the memory of their operands, and change no setting of torch."""
 
 import threading
 
@@ -43,9 +43,9 @@ def outcome(run, arguments, **options):
 
 
 class TilesReadOn(TorchDispatchMode):
-    """bfloat16 products as AMX tiles make them: 32 columns at a time where the rows lie far enough apart.
+    """bfloat16 products as AMX tiles compute them: 32 columns at a time if the rows are far enough apart.
 
-    What lies beyond the last column is multiplied by 0, so whatever is there may turn the product into NaN.
+    Memory beyond the last column is multiplied by 0, so a NaN there makes the product NaN.
     """
 
     products = 0
@@ -74,7 +74,7 @@ class TilesReadOn(TorchDispatchMode):
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("budget", [None, 40_000])
 @pytest.mark.parametrize("V", [33, 100, 250, 1000])
-def test_gradients_where_products_read_beyond_the_last_column(V, budget, trainable, run):
+def test_linear_operations_when_products_read_beyond_the_last_column(V, budget, trainable, run):
     arguments = make(9, 16, V, trainable)
     expected = outcome(run, arguments, max_buffer_bytes=budget)
     with TilesReadOn() as tiles:
@@ -87,7 +87,7 @@ def test_gradients_where_products_read_beyond_the_last_column(V, budget, trainab
 @pytest.mark.parametrize("run", [from_logprobs, from_loss])
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("V", [33, 100, 250, 1000, 32001, 50257])
-def test_nan_behind_the_rows_of_the_inputs(V, trainable, run):
+def test_linear_operations_with_nan_between_the_rows_of_inputs(V, trainable, run):
     arguments = make(9, 40, V, trainable)
     expected = outcome(run, arguments)
     for name in LEAVES:
@@ -100,7 +100,7 @@ def test_nan_behind_the_rows_of_the_inputs(V, trainable, run):
 
 
 @pytest.mark.parametrize("run", [from_logprobs, from_loss])
-def test_without_onednn(run, monkeypatch):
+def test_linear_operations_without_onednn(run, monkeypatch):
     arguments = make(33, 40, 259)
     expected = outcome(run, arguments)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -110,7 +110,7 @@ def test_without_onednn(run, monkeypatch):
         assert relative_error(found[name], expected[name]) < SLACK[torch.bfloat16]
 
 
-def test_no_setting_of_torch_is_changed(monkeypatch):
+def test_linear_operations_change_no_torch_setting(monkeypatch):
     def refuse(*setting):
         raise AssertionError(f"changed for every thread: {setting}")
 
@@ -120,7 +120,7 @@ def test_no_setting_of_torch_is_changed(monkeypatch):
         outcome(run, make(9, 16, 100))
 
 
-def test_log_probabilities_are_exact_under_the_users_own_setting():
+def test_linear_logprob_is_exact_with_bf16_matmul_precision():
     arguments = make(64, 64, 4096, trainable="")
     arguments["hidden"] = (arguments["hidden"] * 6.5).bfloat16()
     logits = arguments["hidden"].double() @ arguments["weight"].double().T
@@ -137,7 +137,7 @@ def test_log_probabilities_are_exact_under_the_users_own_setting():
     assert (found - exact).abs().max() <= 2e-5
 
 
-def test_float32_products_of_other_threads_stay_exact():
+def test_matmul_in_other_threads_stays_exact():
     before = torch.backends.mkldnn.matmul.fp32_precision
     a, b = torch.randn(128, 256), torch.randn(256, 128)
     exact, errors, done = a.double() @ b.double(), [0.0], threading.Event()
@@ -166,7 +166,7 @@ def test_float32_products_of_other_threads_stay_exact():
 
 
 @pytest.mark.slow
-def test_compiled_for_any_shape():
+def test_linear_policy_loss_compiled_with_dynamic_shapes():
     def loss(hidden, weight, targets, advantages, weights):
         return linear_policy_loss(hidden, weight, targets, advantages, weights).loss
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("shape", [(1,), (33,), (3, 5), (0,), ()])
-def test_kl_against_the_definition(shape, estimator, dtype):
+def test_kl_estimate_equals_reference(shape, estimator, dtype):
     def run(arguments, **options):
         kl = kl_estimate(**arguments, estimator=estimator, **options)
         (kl * 1.7).sum().backward()
@@ -27,12 +27,12 @@ def test_kl_against_the_definition(shape, estimator, dtype):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_kl_gradcheck(estimator):
+def test_kl_estimate_gradcheck(estimator):
     pair = [torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(lambda a, b: kl_estimate(a, b, estimator), pair)
 
 
-def test_k3_of_nearly_equal_policies():
+def test_kl_estimate_k3_of_nearly_equal_policies():
     """exp(-d) - 1 + d is d**2 / 2 there, which float32 loses when it subtracts 1."""
     d = torch.tensor([1e-4, -1e-4, 3e-3])
     logprobs = torch.zeros(3, requires_grad=True)
@@ -41,7 +41,7 @@ def test_k3_of_nearly_equal_policies():
     torch.testing.assert_close(logprobs.grad, -torch.expm1(-d.double()).float(), rtol=1e-6, atol=0)
 
 
-def test_k3_is_unbiased():
+def test_kl_estimate_k1_and_k3_are_unbiased():
     """The mean over samples of the policy is the divergence."""
     p, q = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], dtype=torch.float64)
     exact = (p * (p / q).log()).sum()
@@ -58,7 +58,7 @@ def test_k3_is_unbiased():
         (([0.0], torch.zeros(1)), TypeError, "logprobs must be a tensor, got list"),
     ],
 )
-def test_kl_bad_input(arguments, error, words):
+def test_kl_estimate_bad_input(arguments, error, words):
     with pytest.raises(error) as caught:
         kl_estimate(*arguments)
     assert words in str(caught.value)
@@ -77,7 +77,7 @@ MASKS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [None, 0, 1, -1])
 @pytest.mark.parametrize("mask", MASKS)
-def test_mean_against_the_definition(mask, dim, dtype):
+def test_masked_mean_equals_reference(mask, dim, dtype):
     def run(arguments, **options):
         mean = masked_mean(arguments["values"], chosen, dim, **options)
         weights = torch.linspace(0.5, 2, mean.numel(), dtype=torch.float64).view(mean.shape).to(mean.dtype)
@@ -92,7 +92,7 @@ def test_mean_against_the_definition(mask, dim, dtype):
     assert not (results["d"] == 99).any()
 
 
-def test_mean_by_hand():
+def test_masked_mean_of_known_values():
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     mask = torch.tensor([[1, 1, 0], [0, 0, 1]])
     assert masked_mean(values, mask) == 3
@@ -100,7 +100,7 @@ def test_mean_by_hand():
     assert masked_mean(values, mask, 0).tolist() == [1, 2, 6]
 
 
-def test_an_empty_mask_has_no_mean():
+def test_masked_mean_of_empty_mask_is_nan():
     values = torch.randn(3, 4, requires_grad=True)
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[1] = False
@@ -113,7 +113,7 @@ def test_an_empty_mask_has_no_mean():
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
-def test_garbage_outside_of_the_mask(garbage):
+def test_masked_mean_ignores_garbage_outside_the_mask(garbage):
     values = torch.tensor([1.0, garbage, 3.0], requires_grad=True)
     mean = masked_mean(values, torch.tensor([True, False, True]))
     mean.backward()
@@ -121,7 +121,7 @@ def test_garbage_outside_of_the_mask(garbage):
     assert values.grad.tolist() == [0.5, 0, 0.5]
 
 
-def test_mean_gradcheck():
+def test_masked_mean_gradcheck():
     mask = torch.rand(3, 4) > 0.3
     values = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: masked_mean(x, mask), values)
@@ -137,7 +137,7 @@ def test_mean_gradcheck():
         ((torch.zeros(4), [1, 1, 1, 1]), TypeError, "mask must be a tensor, got list"),
     ],
 )
-def test_mean_bad_input(arguments, error, words):
+def test_masked_mean_bad_input(arguments, error, words):
     with pytest.raises(error) as caught:
         masked_mean(*arguments)
     assert words in str(caught.value)

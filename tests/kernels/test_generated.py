@@ -1,6 +1,6 @@
 """Generated cases for every operation and backend: shapes, dtypes, options, masks, strides, frozen and tied weights.
 
-`make test` runs a fixed selection; `make fuzz` runs more, other ones each time, and prints how to repeat a failure.
+`make test` runs a fixed selection; `make fuzz` runs more, different ones each time, and prints how to repeat a failure.
 """
 
 import math
@@ -24,7 +24,7 @@ def examples(number: int):
     return settings(
         max_examples=FUZZ or number, derandomize=not FUZZ, deadline=None, database=None,
         suppress_health_check=list(HealthCheck), print_blob=bool(FUZZ),
-        # Interpreted cases are slow to make smaller.
+        # Shrinking interpreted cases is slow.
         phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if FUZZ else [])],
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ def heads(draw):
             # All but one are excluded.
             bias[torch.arange(V) != draw(st.integers(0, V - 1))] = float("-inf")
         arguments["bias"] = bias
-    # Where a softcap is all but reached, 1 - tanh**2 has no digits left in float32, whoever computes it.
+    # Near the softcap, 1 - tanh**2 has no accurate digits in float32, in any implementation.
     arguments["softcap"] = draw(st.sampled_from([None, None, 2.5, 30.0])) if kind == "usual" else None
     arguments["logit_scale"] = draw(st.sampled_from([1.0, 1.0, 0.25]))
     arguments["temperature"] = draw(st.sampled_from([1.0, 0.7 if kind == "usual" else 0.5, "each"]))
@@ -94,7 +94,7 @@ def hidden_of(arguments: dict):
 
 
 def against(scale: float, value: torch.Tensor) -> torch.Tensor:
-    """A sum of terms of either sign, to be judged by their size, not by what is left of them."""
+    """A sum of terms of both signs, compared relative to the size of the terms, which may cancel."""
     return torch.stack([value / scale, torch.ones_like(value)])
 
 
@@ -104,7 +104,7 @@ def gradients(arguments: dict):
 
 @examples(100)
 @given(heads(), st.sampled_from(["logprobs", "both"]))
-def test_linear_logprob(case, used):
+def test_linear_logprob_generated(case, used):
     arguments, _, dtype = case
 
     def run(arguments, **options):
@@ -140,7 +140,7 @@ def objectives(draw):
 
 @st.composite
 def token_arguments(draw, logprobs, lengths, objective):
-    """Arguments of the loss around given exact log-probabilities, with masks, zero advantages and -inf hidden by 0."""
+    """Arguments of the loss near given exact log-probabilities, with masks, zero advantages and -inf under weight 0."""
     N = logprobs.numel()
     exact = torch.where(logprobs.isfinite(), logprobs, -20.0).double()
     # Differences of a product's factors multiply.
@@ -172,7 +172,7 @@ def term_size(arguments: dict, logprobs: torch.Tensor) -> float:
 
 @examples(100)
 @given(heads(), objectives(), st.data())
-def test_linear_policy_loss(case, objective, data):
+def test_linear_policy_loss_generated(case, objective, data):
     arguments, lengths, dtype = case
     plain = {k: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
              for k, v in arguments.items()}  # fmt: skip
@@ -196,7 +196,7 @@ def test_linear_policy_loss(case, objective, data):
 
 @examples(100)
 @given(st.lists(st.integers(0, 40), max_size=9), objectives(), st.integers(0, 2**16), st.booleans(), st.data())
-def test_policy_loss(lengths, objective, seed, padded, data):
+def test_policy_loss_generated(lengths, objective, seed, padded, data):
     torch.manual_seed(seed)
     if padded:
         lengths = [max(lengths, default=0)] * len(lengths)
@@ -230,7 +230,7 @@ SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 @given(
     SHAPES, st.sampled_from(["k1", "k2", "k3"]), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 99)
 )
-def test_kl_estimate(shape, estimator, dtype, ref_dtype, seed):
+def test_kl_estimate_generated(shape, estimator, dtype, ref_dtype, seed):
     torch.manual_seed(seed)
     names = {"logprobs": dtype, "ref_logprobs": ref_dtype}
     arguments = {name: (-3 * torch.rand(shape)).to(kind).requires_grad_() for name, kind in names.items()}
@@ -245,7 +245,7 @@ def test_kl_estimate(shape, estimator, dtype, ref_dtype, seed):
 
 @examples(50)
 @given(SHAPES, st.data(), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
-def test_masked_mean(shape, data, dtype, share, seed):
+def test_masked_mean_generated(shape, data, dtype, share, seed):
     torch.manual_seed(seed)
     dim = data.draw(st.sampled_from([None, *range(-len(shape), len(shape))]))
     start = data.draw(st.integers(0, len(shape)))
@@ -254,7 +254,7 @@ def test_masked_mean(shape, data, dtype, share, seed):
     values = torch.randn(shape)
     selected = mask.expand(shape)
     values[~selected] = float("nan")
-    # What stands outside of the mask is hidden from the reference, which would multiply it by 0.
+    # The reference must not see values outside the mask, which it would multiply by 0.
     count = selected.sum() if dim is None else selected.sum(dim)
 
     def run(arguments, **options):

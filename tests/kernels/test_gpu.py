@@ -1,4 +1,4 @@
-"""What only a GPU can show: bfloat16 products, memory, and that the host does not wait."""
+"""Tests that need a GPU: bfloat16 products, memory, and synchronization."""
 
 import warnings
 
@@ -28,7 +28,7 @@ def make(N, H, V, dtype=torch.bfloat16, trainable=True):
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("shape", [(4096, 576, 49152), (1000, 1024, 151936), (300, 64, 259)], ids=str)
-def test_bfloat16_at_full_size(shape, trainable):
+def test_linear_policy_loss_bfloat16_at_full_size(shape, trainable):
     hidden, weight, targets, tokens = make(*shape, trainable=trainable)
     result = linear_policy_loss(hidden, weight, targets, **tokens, objective=PRESETS["dapo"], backend="triton")
     result.loss.backward()
@@ -42,7 +42,7 @@ def test_bfloat16_at_full_size(shape, trainable):
         assert relative_error(weight.grad, exact[1].grad) < 3 * SLACK[torch.bfloat16]
 
 
-def test_scoring_holds_no_logits():
+def test_linear_logprob_without_gradient_stores_no_logits():
     hidden, weight, targets, _ = make(65536, 576, 49152)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -54,7 +54,7 @@ def test_scoring_holds_no_logits():
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_the_workspace_keeps_to_the_budget(trainable):
+def test_linear_policy_loss_workspace_fits_the_budget(trainable):
     hidden, weight, targets, tokens = make(32768, 576, 49152, trainable=trainable)
     budget = 256 * MIB
     torch.cuda.synchronize()
@@ -66,7 +66,7 @@ def test_the_workspace_keeps_to_the_budget(trainable):
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_the_host_waits_once_at_most(trainable):
+def test_linear_policy_loss_synchronizes_at_most_once(trainable):
     """For the number of rows that are multiplied; never in the backward."""
     hidden, weight, targets, tokens = make(512, 64, 1000, trainable=trainable)
 

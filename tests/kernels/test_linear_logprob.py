@@ -24,12 +24,12 @@ def test_outputs_and_gradients(N, V, trainable, dtype):
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_vocabulary(dtype, trainable):
+def test_large_vocabulary(dtype, trainable):
     compare(run, make(33, 576, 49152, dtype, trainable=trainable), dtype)
 
 
 @pytest.mark.usefixtures("large_tiles")
-def test_the_largest_vocabulary():
+def test_largest_vocabulary():
     compare(run, make(3, 17, 151936, torch.bfloat16), torch.bfloat16, max_buffer_bytes=MIB)
 
 
@@ -41,7 +41,7 @@ def run_without_entropy(arguments, **options):
 
 @pytest.mark.parametrize("trainable", ["hw", "h", "w"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_probabilities_alone(dtype, trainable):
+def test_log_probabilities_without_entropy(dtype, trainable):
     arguments = make(33, 17, 259, dtype, trainable=trainable)
     compare(run_without_entropy, arguments, dtype, max_buffer_bytes=9 * 4 * 259)
 
@@ -117,7 +117,7 @@ def test_ignored_targets(ignored, trainable):
 
 
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_garbage_behind_an_ignored_target(trainable):
+def test_ignored_targets_hide_garbage(trainable):
     arguments = make(33, 17, 259, trainable=trainable, temperature=torch.rand(33) + 0.5)
     ignored = torch.zeros(33, dtype=torch.bool)
     ignored[::4] = True
@@ -207,7 +207,7 @@ def test_huge_logits(dtype, trainable):
     torch.testing.assert_close(results["logprobs"].double(), exact, atol=1e-6, rtol=1e-6)
 
 
-def test_a_large_common_offset_costs_no_digits():
+def test_large_common_offset_of_logits():
     # Logits near 1e4 have a spacing of 1e-3; their differences, and so the log-probabilities, are exact.
     hidden = torch.tensor([[1.0, 1.0]])
     weight = torch.stack([torch.full((64,), 8192.0), torch.arange(64) / 1024], 1)
@@ -271,7 +271,7 @@ def test_no_grad():
 
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("V", [259, 49152])
-def test_log_probabilities_of_16_bit_inputs_are_exact(V):
+def test_log_probabilities_of_16_bit_inputs(V):
     arguments = make(64, 64, V, torch.bfloat16, trainable="")
     arguments["hidden"] = (arguments["hidden"] * 6.5).bfloat16()
     arguments = {k: v.detach() for k, v in arguments.items()}
@@ -284,7 +284,7 @@ def test_log_probabilities_of_16_bit_inputs_are_exact(V):
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("trainable", ["hw", "h", ""])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_budget_bounds_every_tensor(dtype, trainable):
+def test_budget_bounds_every_tensor(dtype, trainable):
     N, H, V, budget = 600, 8, 1000, 100_000
     arguments = make(N, H, V, dtype, trainable=trainable, softcap=3.0)
     with LargestTensor() as largest:
@@ -298,7 +298,7 @@ def test_the_budget_bounds_every_tensor(dtype, trainable):
 
 
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_small_vocabulary_keeps_to_the_budget_too(trainable):
+def test_budget_with_small_vocabulary(trainable):
     # Here [C, H] copies outweigh the [C, V] logits.
     N, H, V, budget = 600, 256, 2, 40_000
     arguments = make(N, H, V, trainable=trainable)
@@ -324,7 +324,7 @@ def test_cost(trainable, entropy, cost):
     assert count_flops(step, shapes) == cost
 
 
-def test_rows_without_a_gradient_are_not_recomputed():
+def test_cost_of_rows_without_a_gradient():
     arguments = make(40, 8, 50)
     upstream = torch.zeros(40)
     upstream[::4] = 1.0
@@ -333,7 +333,7 @@ def test_rows_without_a_gradient_are_not_recomputed():
     assert cost == 0.75 + 3 * 0.25
 
 
-def test_weight_changed_before_the_backward_is_refused():
+def test_weight_changed_before_backward_is_refused():
     arguments = make(5, 4, 7)
     logprobs = linear_logprob(**arguments)
     with torch.no_grad():
@@ -388,7 +388,7 @@ def test_weight_changed_before_the_backward_is_refused():
                 "targets": torch.zeros(3, dtype=torch.long, device="meta"),
             },
             ValueError,
-            "hidden is on meta, where tensors have no values",
+            "hidden is on meta, which holds no values",
         ),
         (
             {"weight": torch.zeros(7, 4, dtype=torch.float8_e4m3fn)},
@@ -416,7 +416,7 @@ def test_bad_inputs(change, error, words):
         linear_logprob(**{**arguments, **change})
 
 
-def test_one_temperature_in_a_tensor_of_any_shape():
+def test_temperature_of_one_element():
     arguments = make(5, 4, 7)
     expected = linear_logprob(**arguments, temperature=0.5)
     for shape in ((), (1,), (1, 1)):

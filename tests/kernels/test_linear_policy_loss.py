@@ -22,10 +22,10 @@ def runner(objective):
             (result.loss * 1.7).backward()
         counted = (arguments["weights"] != 0) & (arguments["targets"] != -100)
         gradients = {f"d {name}": arguments[name].grad for name in LEAVES if name in arguments}
-        # Rows of weight 0 are not computed; the reference computes them all the same.
+        # The operation skips rows of weight 0, which the reference computes.
         outputs = {"logprobs": result.logprobs[counted], "entropy": result.entropy[counted]}
         stats = {name: value.float() for name, value in result.stats.items()}
-        # A sum of signed numbers is judged by how many there are, not by what is left of them.
+        # Terms of both signs cancel, so the error is relative to their count.
         stats["kl"] = stats["kl"] + stats["tokens"]
         loss = result.loss
         if objective.level == "product":
@@ -57,7 +57,7 @@ def test_dtypes_and_chunks(level, trainable, dtype, budget):
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_real_vocabulary(dtype, trainable):
+def test_large_vocabulary(dtype, trainable):
     arguments = make([20, 13], dtype=dtype, trainable=trainable, vocab=49152, width=576)
     compare(runner(PRESETS["dapo"]), arguments, dtype)
 
@@ -72,7 +72,7 @@ def test_small_batches(lengths, level):
 
 @pytest.mark.parametrize("name", ["dapo", "gspo", "cispo", "everything"])
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_equals_the_two_operations(name, trainable):
+def test_loss_equals_the_two_operations(name, trainable):
     arguments, objective = make(trainable=trainable), OBJECTIVES[name]
     got = linear_policy_loss(objective=objective, **arguments)
     got.loss.backward()
@@ -90,7 +90,7 @@ def test_equals_the_two_operations(name, trainable):
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "everything"])
-def test_padded_equals_packed(name):
+def test_loss_padded_equals_packed(name):
     packed, objective = make([4, 2, 6]), OBJECTIVES[name]
     offsets = packed["cu_seqlens"].tolist()
     padded = {}
@@ -172,7 +172,7 @@ def test_tied_weight_gets_both_gradients():
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_buffer_collects_over_microbatches(level):
+def test_grad_weight_buffer_accumulates_over_microbatches(level):
     objective = PolicyObjective(level=level)
     batches = [make(), make([2, 9])]
     weight = batches[0]["weight"].detach().bfloat16().requires_grad_()
@@ -208,7 +208,7 @@ def half_without_advantage(**extra):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_skipping_rows_without_a_gradient(level, trainable):
+def test_skip_inactive_rows(level, trainable):
     objective = PolicyObjective(level=level)
     arguments = half_without_advantage(trainable=trainable)
     expected = runner(objective)(arguments)
@@ -245,7 +245,7 @@ def test_cost(level, trainable, skip, cost):
     assert count_flops(step, (32, H, V)) == pytest.approx(cost)
 
 
-def test_masked_rows_cost_nothing():
+def test_cost_of_masked_rows():
     arguments = half_without_advantage()
     arguments["advantages"].fill_(1.0)
     arguments["weights"][:8] = 0
@@ -253,7 +253,7 @@ def test_masked_rows_cost_nothing():
     assert count_flops(lambda: linear_policy_loss(**arguments).loss.backward(), (32, H, V)) == pytest.approx(1.5)
 
 
-def test_clipped_sequences_are_not_recomputed():
+def test_cost_of_clipped_sequences():
     """Sequence level, trainable head: 1U for all rows, 3U for those of the sequences whose ratio is not clipped."""
     arguments = half_without_advantage()
     arguments["advantages"].fill_(1.0)
@@ -265,7 +265,7 @@ def test_clipped_sequences_are_not_recomputed():
 
 
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_one_moving_token_moves_its_sequence(trainable):
+def test_sequence_level_gradient_of_one_token_reaches_its_sequence(trainable):
     objective = PolicyObjective(level="sequence", epsilon=0.9)
     advantages = torch.zeros(sum(LENGTHS))
     advantages[[8, 20]] = torch.tensor([1.0, -2.0])
@@ -275,7 +275,7 @@ def test_one_moving_token_moves_its_sequence(trainable):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_a_loss_scale_keeps_float16_gradients_from_underflow(trainable, level):
+def test_float16_gradients_with_loss_scale(trainable, level):
     scale = 2.0**20
     arguments = make(dtype=torch.float16, trainable=trainable)
     # Without the scale the gradients are far below float16's smallest number, 6e-8.
@@ -290,7 +290,7 @@ def test_a_loss_scale_keeps_float16_gradients_from_underflow(trainable, level):
     assert results["d hidden"].dtype == torch.float16
 
 
-def test_one_backward_for_each_forward():
+def test_second_backward_is_refused():
     arguments = make()
     loss = linear_policy_loss(**arguments).loss
     loss.backward(retain_graph=True)
@@ -341,7 +341,7 @@ def test_bad_input(change, error, words):
 
 
 @pytest.mark.parametrize("trainable", ["hw", "h"])
-def test_a_loss_of_no_tokens_is_zero_and_says_so(trainable):
+def test_all_targets_ignored_warns(trainable):
     arguments = make(trainable=trainable, targets=torch.full((33,), -100))
     with pytest.warns(UserWarning, match=r"all 33 targets are -100 \(ignored\), so the loss and its gradients are 0"):
         result = linear_policy_loss(**arguments)

@@ -9,7 +9,7 @@ import pytest
 MIB = 2**20
 H, V = 576, 49152
 BUDGET = 256 * MIB
-# What the BLAS packs and the allocator keeps. The largest total seen, 254 MiB at N=5192, was within the budget itself.
+# Memory that the BLAS and the allocator keep. The largest measured total, 254 MiB at N=5192, is within the budget.
 SLACK = 16 * MIB
 
 SCRIPT = """
@@ -51,8 +51,8 @@ def peak(tokens: int, kind: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_is_the_budget_and_the_gradients():
-    # 5192 tokens are four full chunks; the others leave some of the budget unused.
+def test_linear_policy_loss_peak_memory():
+    # 5192 tokens fill four chunks; the other counts leave some of the budget unused.
     figures = {tokens: peak(tokens, "fused") for tokens in (4096, 5192, 8192)}
     full = peak(4096, "full")
     for tokens, size in figures.items():

@@ -1,6 +1,6 @@
 """The portable path's products on a GPU, where bfloat16 operands give float32 results, with the products emulated.
 
-A CPU refuses `out_dtype`; here it is made of widened operands, so that everything around the products is the real code.
+A CPU does not support `out_dtype`, so the emulation widens the operands; all other code is the real one.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def gpu_products(monkeypatch):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_loss_and_gradients(level, trainable, weight_dtype, gpu_products):
+def test_linear_policy_loss_with_mixed_products(level, trainable, weight_dtype, gpu_products):
     objective = PolicyObjective(level=level, beta=0.1)
     arguments = make(dtype=torch.bfloat16, trainable=trainable)
     trained = arguments["weight"].requires_grad
@@ -64,7 +64,7 @@ def test_loss_and_gradients(level, trainable, weight_dtype, gpu_products):
             assert relative_error(arguments[name].grad, exact[name].grad) < 3 * SLACK[torch.bfloat16]
 
 
-def test_log_probabilities_stay_exact(gpu_products):
+def test_linear_logprob_with_mixed_products(gpu_products):
     hidden, weight = torch.randn(20, 64).bfloat16() * 4, torch.randn(500, 64).bfloat16()
     targets = torch.randint(0, 500, (20,))
     exact = linear_logprob(hidden.double(), weight.double(), targets, backend="reference")

@@ -1,4 +1,4 @@
-"""What only some systems have is imported where it is used, so that the rest works on the others."""
+"""Platform-specific modules are imported where they are used, so that everything else works without them."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from grpo_fast.train import metrics
 MISSING = ["_posixsubprocess", "crypt", "curses", "fcntl", "grp", "nis", "ossaudiodev", "posix", "pty", "pwd"]
 MISSING += ["readline", "resource", "spwd", "syslog", "termios", "triton", "tty"]
 
-# Other packages may import them: theirs is the choice what they run on.
+# Other packages may import them.
 IMPORT_ALL = """
 import builtins, importlib, json, pkgutil, sys
 import grpo_fast, grpo_kernels
@@ -44,12 +44,12 @@ for package in map(importlib.import_module, ours):
             failed[module.name] = str(error)
 print(json.dumps([count, failed]))
 """
-# These hold Triton's kernels, and are imported on the way to a launch.
+# These modules define Triton's kernels, and are imported when one is needed.
 TRITON = "grpo_kernels.triton_kernels"
 OPTIONAL = {"trl", "verl", "vllm"}
 
 
-def test_every_module_is_imported_without_what_other_systems_lack():
+def test_modules_import_without_platform_packages():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, json.dumps(MISSING)], capture_output=True, text=True, check=True
     )
@@ -64,7 +64,7 @@ def test_every_module_is_imported_without_what_other_systems_lack():
     assert failed == {}
 
 
-def test_isolated_rewards_are_refused_where_processes_cannot_be_limited(monkeypatch):
+def test_isolated_rewards_without_process_limits_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     with pytest.raises(UserError, match=r"reward_funcs: math_answer runs in a process of its own.*Linux and macOS"):
         RewardModel(["math_answer"], None)

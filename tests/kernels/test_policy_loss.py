@@ -46,7 +46,7 @@ def runner(objective):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_against_the_definition(name, dtype):
+def test_loss_equals_reference(name, dtype):
     compare(runner(OBJECTIVES[name]), make(dtype=dtype), dtype)
     compare(runner(OBJECTIVES[name]), make(dtype=dtype, correction=torch.rand(20, dtype=dtype)), dtype)
 
@@ -97,20 +97,20 @@ def one_token(log_ratio, advantage, objective, **extra):
     [
         (1.0, 2.0, -2.0, -2.0, 0, 0),
         (1.1, 2.0, -2.2, -2.2, 0, 0),
-        (1.5, 2.0, -2.4, 0.0, 0, 1),  # gained enough: flat above 1 + 0.2
-        (0.5, 2.0, -1.0, -1.0, 0, 0),  # a good token that got rarer is always pulled back
-        (1.5, -2.0, 3.0, 3.0, 0, 0),  # a bad token that got likelier is always pushed down
-        (0.5, -2.0, 1.6, 0.0, 1, 0),  # lost enough: flat below 1 - 0.2
+        (1.5, 2.0, -2.4, 0.0, 0, 1),  # flat above 1 + 0.2
+        (0.5, 2.0, -1.0, -1.0, 0, 0),  # a good token that became less likely always has a gradient
+        (1.5, -2.0, 3.0, 3.0, 0, 0),  # a bad token that became more likely always has a gradient
+        (0.5, -2.0, 1.6, 0.0, 1, 0),  # flat below 1 - 0.2
     ],
 )
-def test_clip_by_hand(ratio, advantage, loss, slope, low, high):
+def test_clip_of_known_ratios(ratio, advantage, loss, slope, low, high):
     got_loss, got_slope, stats = one_token(math.log(ratio), advantage, PolicyObjective())
     assert got_loss == pytest.approx(loss)
     assert got_slope == pytest.approx(slope)
     assert (stats["clip_low"].item(), stats["clip_high"].item()) == (low, high)
 
 
-def test_delta_bounds_what_a_bad_token_can_do():
+def test_delta_bounds_the_ratio_of_negative_advantages():
     assert one_token(math.log(9.0), -2.0, PolicyObjective())[0] == pytest.approx(18)
     loss, slope, _ = one_token(math.log(9.0), -2.0, PolicyObjective(delta=3.0))
     assert (loss, slope) == (pytest.approx(6), 0)
@@ -118,11 +118,11 @@ def test_delta_bounds_what_a_bad_token_can_do():
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("side", ["on", "inside", "outside"])
-def test_the_bound_itself_still_has_a_gradient(advantage, side):
-    """As torch.clamp and torch.minimum have it, and so every implementation written with them."""
+def test_gradient_at_the_clip_bound(advantage, side):
+    """As in torch.clamp and torch.minimum, and so in every implementation that uses them."""
     objective = PolicyObjective(epsilon=0.5)
     bound = 1.5 if advantage > 0 else 0.5
-    # exp(log(x)) need not be x, so the ratio of exactly the bound is searched for.
+    # exp(log(x)) may differ from x, so search for the log-ratio that gives exactly the bound.
     nearby = math.log(bound) + torch.arange(-4.0, 5.0, dtype=torch.float64) * 2.0**-53
     log_ratio = next(x for x in nearby if x.exp() == bound)
     outward = 1 if advantage > 0 else -1
@@ -135,7 +135,7 @@ def test_the_bound_itself_still_has_a_gradient(advantage, side):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("log_ratio", [-800.0, -200.0, 200.0, 800.0])
-def test_zero_advantage_is_exactly_zero(name, log_ratio):
+def test_zero_advantage_gives_exactly_zero(name, log_ratio):
     # exp(800) is infinite in float64 as well, and 0 * inf must not become NaN.
     objective = dataclasses.replace(OBJECTIVES[name], beta=0.0, entropy_coef=0.0)
     extra = {"cu_seqlens": torch.tensor([0, 1])}
@@ -144,7 +144,7 @@ def test_zero_advantage_is_exactly_zero(name, log_ratio):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_sapo_is_flat_where_its_gate_is_full(level):
+def test_sapo_gradient_with_saturated_gate(level):
     # The ratio is infinite in float32, and its gradient is still a number: 0.
     objective = dataclasses.replace(PRESETS["sapo"], level=level)
     logprobs = torch.tensor([0.0], requires_grad=True)
@@ -180,7 +180,7 @@ def test_packed_equals_padded(name):
     offsets = packed["cu_seqlens"].tolist()
 
     def pad(values):
-        # Padding holds garbage, which the weight 0 must hide.
+        # Padding holds garbage, which weight 0 must hide.
         rows = torch.full((3, 6), 7.0)
         for row in range(3):
             rows[row, : offsets[row + 1] - offsets[row]] = values[offsets[row] : offsets[row + 1]]
@@ -198,7 +198,7 @@ def test_packed_equals_padded(name):
         torch.testing.assert_close(got["d logprobs"][row, : part.stop - part.start], expected["d logprobs"][part])
 
 
-def test_one_advantage_a_sequence():
+def test_advantage_per_sequence():
     arguments = make([4, 1, 6], advantages=torch.tensor([1.0, -1.0, 2.0]))
     expected = {**arguments, "advantages": torch.tensor([1.0] * 4 + [-1.0] + [2.0] * 6)}
     assert policy_loss(**arguments).loss == policy_loss(**expected).loss
@@ -228,7 +228,7 @@ def test_product_ratio_is_the_product():
 
 
 @pytest.mark.parametrize("log_ratio", [-200.0, 200.0])
-def test_vespo_gives_no_weight_to_ratios_far_off(log_ratio):
+def test_vespo_weight_of_extreme_ratios(log_ratio):
     """Also where the ratio itself is 0 or infinite in the arithmetic's dtype."""
     logprobs = torch.tensor([log_ratio - 1.0], requires_grad=True)
     result = policy_loss(
@@ -268,7 +268,7 @@ def test_no_tokens(level):
         ({"advantages": [1.0]}, TypeError, "advantages must be a tensor, got list"),
         ({"cu_seqlens": torch.tensor([0, 19])}, ValueError, "must end at the number of tokens 20, got 19"),
         ({"cu_seqlens": torch.tensor([1, 20])}, ValueError, "must start at 0, got 1"),
-        ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, ValueError, "cu_seqlens must not fall"),
+        ({"cu_seqlens": torch.tensor([0, 9, 5, 20])}, ValueError, "cu_seqlens must not decrease"),
         ({"cu_seqlens": None, "objective": PRESETS["gspo"]}, ValueError, "level='sequence' needs cu_seqlens"),
         ({"cu_seqlens": None, "objective": PRESETS["rloo"]}, ValueError, "level='product' needs cu_seqlens"),
         ({"ref_logprobs": None, "objective": PolicyObjective(beta=0.1)}, ValueError, "beta=0.1 needs ref_logprobs"),
@@ -287,7 +287,7 @@ def test_bad_input(change, error, words):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"kind": "ppo"}, "kind='ppo' is unknown; choose one of ('clip'"),
+        ({"kind": "ppo"}, "kind='ppo' is unknown; choose one of clip, cispo"),
         ({"level": "word"}, "level='word' is unknown"),
         ({"kl": "k4"}, "kl='k4' is unknown"),
         ({"aggregation": "mean"}, "aggregation='mean' is unknown"),

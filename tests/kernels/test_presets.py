@@ -1,6 +1,6 @@
 """Every preset against its paper's formula, written out sequence by sequence in float64.
 
-The formulas are objectives to be maximised, as in the papers; docs/objectives.md names the equations.
+The formulas are objectives to maximise, as in the papers; docs/objectives.md names the equations.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from support.oracle import relative_error
 
 LENGTHS = [7, 1, 12, 4, 9, 10]
 SEQUENCES, TOKENS, MAX_LENGTH = len(LENGTHS), sum(LENGTHS), 16
-# Everything is float64 but `token_weights`, which are float32.
+# Everything is float64 except `token_weights`, which are float32.
 TOLERANCE = 1e-6
 
 
@@ -128,17 +128,17 @@ def assert_equal(got, expected):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_formula(preset):
+def test_preset_equals_formula(preset):
     batch = make()
     expected = by_formula(batch, FORMULAS[preset])
     assert_equal(by_us(batch, PRESETS[preset]), expected)
-    # Any other preset is told apart, but for those that are the same formula.
+    # The gradient differs from that of every preset with another formula.
     for other in PRESETS.keys() - {preset} - ({"bnpo", "dapo"} if preset in ("bnpo", "dapo") else set()):
         assert relative_error(by_us(batch, PRESETS[other])[1], expected[1]) > 1e-3, other
 
 
-def test_naive_policy_gradient_and_baselines():
-    """Raw rewards, or rewards less a baseline, are what the advantages are; RLOO's first step is such a gradient."""
+def test_preset_reinforce_and_rloo_are_policy_gradients():
+    """With raw rewards, or rewards less a baseline, as advantages; RLOO's first step is such a gradient."""
     batch = make()
     batch["old_logprobs"] = batch["logprobs"]
     _, expected = by_formula(batch, lambda sequences: sum(s["A"] * s["logp"].sum() for s in sequences) / SEQUENCES)
@@ -156,7 +156,7 @@ KL = {
 
 @pytest.mark.parametrize("corrected", [False, True], ids=["", "corrected"])
 @pytest.mark.parametrize("kl", KL)
-def test_kl_in_the_loss(kl, corrected):
+def test_kl_term_equals_formula(kl, corrected):
     """GRPO's equation 3 with each estimate, and DeepSeek-V3.2's, weighted by the ratio."""
 
     def formula(sequences):
@@ -170,7 +170,7 @@ def test_kl_in_the_loss(kl, corrected):
     assert_equal(by_us(batch, objective), by_formula(batch, formula))
 
 
-def test_corrected_kl_has_the_reverse_kls_gradient():
+def test_corrected_kl_gradient_is_that_of_reverse_kl():
     """Over a whole vocabulary, the expected gradient of ratio times k3 is that of the reverse KL, and k3's is not."""
     policy = torch.randn(5, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
@@ -196,8 +196,8 @@ def test_entropy_bonus():
 
 
 @pytest.mark.parametrize("preset", ["dapo", "grpo", "gspo"])
-def test_high_entropy_tokens_carry_the_gradient(preset):
-    """As in "Beyond the 80/20 Rule": an indicator before the clipped term, which the normaliser does not see."""
+def test_high_entropy_mask_in_the_loss(preset):
+    """As in "Beyond the 80/20 Rule": an indicator in front of the clipped term, without effect on the normaliser."""
     batch = make()
     keep = high_entropy_mask(batch["entropy"], torch.ones(TOKENS), 0.2)
     # ceil(0.2 * (43 - 1)) and the highest: 9 of 43.
@@ -230,7 +230,7 @@ def test_high_entropy_mask_is_the_quantile(quantile, count):
     assert torch.equal(high_entropy_mask(entropy, mask, quantile), expected)
 
 
-def test_high_entropy_mask_keeps_ties_and_takes_nothing():
+def test_high_entropy_mask_of_ties_and_of_empty_mask():
     entropy = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5])
     assert high_entropy_mask(entropy, torch.ones(5), 0.0).tolist() == [False, True, True, True, False]
     assert not high_entropy_mask(entropy, torch.zeros(5), 0.5).any()
@@ -249,14 +249,14 @@ def test_high_entropy_mask_bad_input(change, words):
     assert words in str(caught.value)
 
 
-def test_infinite_epsilon_and_epsilon_of_one_never_clip_below():
+def test_epsilon_of_one_or_more_never_clips_below():
     batch = make()
     for epsilon in (1.0, 3.0):
         objective = dataclasses.replace(PRESETS["unclipped"], epsilon=epsilon, epsilon_high=1e9)
         assert_equal(by_us(batch, objective), by_formula(batch, FORMULAS["unclipped"]))
 
 
-def test_fields_of_a_run_reach_the_objective():
+def test_config_fields_reach_the_objective():
     fields = {"kl_estimator": "k1", "importance_sampling_level": "product", "beta": 0.1, "vespo_k_neg": 1.5}
     fields |= {
         "vespo_k_pos": 1.1,
@@ -275,7 +275,7 @@ def test_fields_of_a_run_reach_the_objective():
 
 
 @pytest.mark.parametrize("name", ["dpo", "GRPO", None])
-def test_an_unknown_preset_names_the_known_ones(name):
+def test_unknown_preset_is_refused(name):
     with pytest.raises(KeyError) as caught:
         PRESETS[name]
     assert f"PRESETS has no {name!r}; choose one of grpo, bnpo, dr_grpo, dapo" in str(caught.value)

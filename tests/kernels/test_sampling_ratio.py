@@ -36,7 +36,7 @@ def definition(logprobs, sampled, mode, low, high):
 
 @pytest.mark.parametrize("mode", SAMPLING_RATIO_MODES)
 @pytest.mark.parametrize(("low", "high"), [(None, 1.2), (0.8, None), (0.9, 1.1), (None, None)])
-def test_modes_follow_their_definition(mode, low, high):
+def test_modes_equal_definition(mode, low, high):
     logprobs, sampled = draws()
     sampled[5] = math.nan
     got = sampling_ratio(logprobs, sampled, mode, clip_min=low, clip_max=high, cu_seqlens=OFFSETS)
@@ -57,8 +57,8 @@ def test_padded_rows_equal_packed_ones(mode):
     assert (got[~mask] == 1).all()
 
 
-def test_the_geometric_form_does_not_grow_with_the_length():
-    """A steady 1% a token: over 4,096 of them the product masks the answer, the geometric mean does not."""
+def test_geometric_mode_is_independent_of_length():
+    """With 1% per token over 4,096 tokens the product masks the answer, and the geometric mean does not."""
     logprobs = torch.zeros(4096)
     offsets = torch.tensor([0, 4096])
     product = sampling_ratio(logprobs, logprobs - 0.01, "sequence_mask", cu_seqlens=offsets)
@@ -67,14 +67,14 @@ def test_the_geometric_form_does_not_grow_with_the_length():
     torch.testing.assert_close(geometric, torch.full_like(geometric, math.exp(0.01)))
 
 
-def test_the_corrected_gradient_is_that_of_the_samplers_distribution():
+def test_corrected_gradient_is_unbiased():
     """The mean over what the sampler drew, corrected, is the mean over what the policy would have drawn."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
     other = logits.detach() + 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)
     rewards = torch.randn(6, generator=generator, dtype=torch.float64)
     policy, sampler = logits.log_softmax(0), other.log_softmax(0)
-    # Every token once, weighted by how often the sampler draws it, in place of sampling.
+    # Instead of sampling: every token once, weighted by the sampler's probability.
     rho = sampling_ratio(policy, sampler, "token_truncate", clip_max=None)
     result = policy_loss(policy, rewards, sampler.exp(), PRESETS["reinforce"], correction=rho)
     (got,) = torch.autograd.grad(result.loss, logits, retain_graph=True)
@@ -102,21 +102,21 @@ def test_masked_sequences_have_no_gradient():
         ({"mode": "sequence_mask"}, "needs cu_seqlens"),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_bad_options_are_refused(options, message):
     logprobs, sampled = draws()
     with pytest.raises(ValueError, match=message):
         sampling_ratio(logprobs, sampled, **{"mode": "token_mask", **options})
 
 
-def test_shapes_must_be_equal():
+def test_unequal_shapes_are_refused():
     logprobs, sampled = draws()
     with pytest.raises(ValueError, match="sampling_logprobs must have shape"):
         sampling_ratio(logprobs, sampled[1:], "token_mask")
 
 
 @pytest.mark.parametrize("mode", SAMPLING_RATIO_MODES)
-def test_an_infinite_log_probability_is_no_ratio_of_one(mode):
-    """Each sequence of two tokens; the policy or the sampler, or both, say that a token cannot be drawn."""
+def test_infinite_log_probabilities(mode):
+    """In sequences of two tokens, the policy, the sampler or both give a token probability 0."""
     level, bound = mode.split("_")
     never = -math.inf
 
@@ -135,7 +135,7 @@ def test_an_infinite_log_probability_is_no_ratio_of_one(mode):
 
 
 @pytest.mark.parametrize("mode", SAMPLING_RATIO_MODES)
-def test_unknown_log_probabilities_of_either_count_as_equal(mode):
+def test_nan_log_probabilities_count_as_equal(mode):
     logprobs, sampled = torch.tensor([math.nan, -1.0, -1.0]), torch.tensor([-1.0, math.nan, -1.0])
     assert sampling_ratio(logprobs, sampled, mode, cu_seqlens=torch.tensor([0, 3])).tolist() == [1.0, 1.0, 1.0]
 
@@ -149,7 +149,7 @@ def test_unknown_log_probabilities_of_either_count_as_equal(mode):
         ({"clip_max": math.nan}, ValueError, "clip_max must be at least 0, got nan"),
     ],
 )
-def test_unusable_arguments(change, error, words):
+def test_bad_tensors_are_refused(change, error, words):
     arguments = {"logprobs": torch.zeros(2), "sampling_logprobs": torch.zeros(2), "mode": "token_mask"}
     with pytest.raises(error, match=f"sampling_ratio: {words}"):
         sampling_ratio(**{**arguments, **change})

@@ -18,7 +18,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_formula(aggregation):
+def test_weights_equal_formula(aggregation):
     """Four sequences of 3, 1, 5 and no tokens; the empty one counts as a sequence, as in TRL."""
     expected = torch.tensor([*EXPECTED[aggregation], 0.0])[:, None] * MASK
     torch.testing.assert_close(token_weights(MASK, aggregation, constant_length=10), expected)
@@ -27,8 +27,8 @@ def test_formula(aggregation):
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_parts_with_the_totals_of_the_step(aggregation):
-    """Any part of a step gets its own share, when it is told the step's totals: what ranks need."""
+def test_weights_of_parts_with_totals(aggregation):
+    """Given the totals of the step, as ranks have them, each part of it gets its share."""
     whole = token_weights(MASK, aggregation, constant_length=10)
     parts = [
         token_weights(part, aggregation, constant_length=10, num_sequences=4, num_tokens=9)
@@ -39,7 +39,7 @@ def test_parts_with_the_totals_of_the_step(aggregation):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("cuts", [[3], [1, 2], [1, 2, 3], [0, 4]])
-def test_losses_of_the_parts_add_up(preset, cuts):
+def test_losses_of_parts_add_up(preset, cuts):
     objective = PRESETS[preset]
     weights = token_weights(MASK, objective.aggregation, constant_length=10)
     fields = {"advantages": torch.randn(4, 5), "old_logprobs": torch.randn(4, 5) * 0.1 - 1, "weights": weights}
@@ -70,7 +70,7 @@ def test_no_tokens(aggregation, shape):
         ({"aggregation": "mean"}, "aggregation='mean' is unknown; choose one of"),
         ({"aggregation": "constant_length"}, "needs constant_length above 0, got None"),
         ({"aggregation": "constant_length", "constant_length": 0}, "needs constant_length above 0, got 0"),
-        ({"mask": torch.ones(4)}, "needs cu_seqlens for a packed mask"),
+        ({"mask": torch.ones(4)}, "needs cu_seqlens for packed [N] tensors"),
         ({"mask": torch.ones(4), "cu_seqlens": torch.tensor([0, 3])}, "must end at the number of tokens 4, got 3"),
         ({"mask": torch.ones(1, 2, 3)}, "mask must have shape [B, T] or [N], got (1, 2, 3)"),
         ({"num_sequences": 0}, "num_sequences must be above 0, got 0"),

@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: compilation for every GPU, sizes beyond 32 bits, tuning, refusals."""
+"""The Triton kernels: compilation for every GPU, sizes beyond 32 bits, tuning, refusals."""
 
 import json
 import mmap
@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
-from grpo_kernels._head_arguments import make_head
+from grpo_kernels._head_arguments import make_pass
 from grpo_kernels.triton_kernels import launch, tiles, triton_head
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, nearest_architecture, splits_of
 from support.logprob_cases import make, run
 from support.loss_cases import make as make_loss
 from support.oracle import SLACK, relative_error
 
-interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="is about the interpreter")
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="tests the interpreter")
 COMPILED = [name for name in ARCHITECTURES if name != "interpreter"]
 
 
@@ -40,7 +40,7 @@ def compiled(*command: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", COMPILED)
-def test_every_kernel_compiles(architecture):
+def test_kernels_compile_for_architecture(architecture):
     """Every tile of the table, default and candidate, fits the GPU and keeps its inner loop in registers."""
     lines = compiled("-m", "grpo_kernels.triton_kernels.compile_report", architecture, "--json").splitlines()
     reports = [json.loads(line) for line in lines]
@@ -53,11 +53,11 @@ def test_every_kernel_compiles(architecture):
     for report in reports:
         assert report["shared"] <= row.shared_bytes, report
         assert report["loop_spills"] == 0, report
-        # What spills at all spills once for a tile of products, not once for a step of its loop.
+        # A spill may occur once per tile of products, but not in each step of its loop.
         assert report["stack"] <= 160, report
 
 
-def test_nothing_is_compiled_anew_as_tokens_change():
+def test_kernels_are_not_recompiled_for_other_token_counts():
     changes = json.loads(compiled(str(Path(__file__).parents[1] / "support" / "launches.py")))
     assert len(changes) == 9
     assert not any(changes.values()), changes
@@ -65,7 +65,7 @@ def test_nothing_is_compiled_anew_as_tokens_change():
 
 @interpreted
 @pytest.mark.slow
-def test_seventy_thousand_rows(monkeypatch):
+def test_kernels_with_seventy_thousand_rows(monkeypatch):
     """More rows than a grid's second dimension could count, in one launch of each kernel."""
     row = ARCHITECTURES["interpreter"]
     monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(row, single=(Tile(1024, 16, 16, 16, 4, 2),)))
@@ -96,23 +96,22 @@ def far_apart(matrix: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 @interpreted
-def test_offsets_beyond_32_bits():
+def test_head_offsets_beyond_32_bits():
     """Rows of the weight and of the buffer that start past 2**31 elements."""
     stride = 2**30 + 8
     arguments = make(4, 8, 5, trainable="")
     weight = far_apart(arguments["weight"], stride)
     assert weight.storage_offset() + 4 * weight.stride(0) > 2**31
-    head, _ = make_head(
+    _, call = make_pass(
         "test", arguments["hidden"], weight, arguments["targets"], bias=None, temperature=1.0, logit_scale=1.0,
-        softcap=None, max_buffer_bytes=None, process_group=None,
+        softcap=None, max_buffer_bytes=None, process_group=None, with_entropy=True, backend="triton",
     )  # fmt: skip
-    head = triton_head.TritonHead(**vars(head))
     results = []
     for out in (torch.empty(4, 8)[:, :5], far_apart(torch.zeros(4, 5), stride)):
-        stats = head.forward_(head.operand(arguments["hidden"]), arguments["targets"], None, out, True)
+        (chunk,) = call.chunks(torch.arange(4), out, True)
         e = out.clone()
-        head.gradient_(out, stats, arguments["targets"], None, torch.ones(4), torch.ones(4))
-        results.append((stats.logprobs, stats.entropy, e, out.clone()))
+        call.head.gradient_(chunk, torch.ones(4), torch.ones(4))
+        results.append((chunk.stats.logprobs, chunk.stats.entropy, e, out.clone()))
     for near, far in zip(*results, strict=True):
         assert torch.equal(near, far)
     expected = linear_logprob(**arguments, backend="torch")
@@ -122,7 +121,7 @@ def test_offsets_beyond_32_bits():
 @interpreted
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("V", [264, 259])
-def test_descriptors(V, trainable, monkeypatch):
+def test_head_with_tensor_descriptors(V, trainable, monkeypatch):
     """The loads and stores of sm_90 and later. V = 259 leaves a last block that is not full."""
     used, describe = [], triton_head.TensorDescriptor.from_tensor
 
@@ -142,8 +141,8 @@ def test_descriptors(V, trainable, monkeypatch):
 
 
 @interpreted
-def test_a_nan_is_seen():
-    """In hidden states, and in the weight: neither maximum nor clip may hide it."""
+def test_kernels_propagate_nan():
+    """Neither a maximum nor a clip hides a NaN in hidden states or the weight."""
     for place in ("hidden", "weight"):
         arguments = make(5, 8, 130, trainable="")
         arguments[place][2, 3] = float("nan")
@@ -159,16 +158,18 @@ def test_a_nan_is_seen():
 
 
 @interpreted
-def test_unchecked_values_lead_nowhere(monkeypatch):
-    """On a GPU ids and offsets are not read beforehand: a wrong one shows as NaN or is cut off, and harms nothing."""
-    for module in ("grpo_kernels._checks", "grpo_kernels._head_arguments"):
-        monkeypatch.setattr(f"{module}.values_can_be_checked", lambda device: False)
+def test_unchecked_ids_and_offsets_are_harmless(monkeypatch):
+    """A GPU does not check ids and offsets: a wrong id gives NaN, wrong offsets are cut off, other rows stay right."""
+    monkeypatch.setattr("grpo_kernels._checks.values_can_be_checked", lambda device: False)
     arguments = make(5, 8, 130, trainable="")
     expected = linear_logprob(**arguments)
     arguments["targets"][1], arguments["targets"][3] = 130, -7
     logprobs = linear_logprob(**arguments, backend="triton")
     assert logprobs.isnan().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(logprobs[[0, 2, 4]], expected[[0, 2, 4]])
+    # PyTorch itself refuses ids that are too large.
+    arguments["targets"][1] = 5
+    assert linear_logprob(**arguments, backend="torch").isnan().tolist() == [False, False, False, True, False]
     tokens = {key: torch.rand(9) for key in ("logprobs", "advantages", "weights", "old_logprobs")}
     for offsets in ([0, 4, 900], [-50, 4, 9], [0, 4, 6]):
         loss = policy_loss(
@@ -188,7 +189,7 @@ def test_splits_cover_every_tile_once(row_blocks, tiles_, programs):
 
 
 @interpreted
-def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path):
+def test_autotuning_measures_each_head_once(monkeypatch, tmp_path):
     row = ARCHITECTURES["interpreter"]
     candidates = (*row.single, Tile(32, 64, 16, 32, 4, 2))
     monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(row, single=candidates))
@@ -210,22 +211,24 @@ def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path):
     assert list(known) == ["interpreter float32 softcap=False H=8 V=130 store=False entropy=False"]
     slower = next(tile for tile in candidates if tile != launches[-1])
     launches.clear()
-    # Another number of tokens is the same head; what the file says is taken.
+    # Another number of tokens uses the same entry of the file.
     (tmp_path / "cache" / "tiles.json").write_text(json.dumps({next(iter(known)): vars(slower)}))
     tiles.known_tiles.cache_clear()
     again = linear_logprob(**{k: v if k == "weight" else v[:5] for k, v in arguments.items()}, backend="triton")
     assert launches == [slower]
     torch.testing.assert_close(again, first[:5])
-    # A damaged file is measured anew, not an error; so is one of other contents.
+    # After a damaged file, or one with other contents, the tiles are measured again.
     for damaged in ("{", "[1]", json.dumps({next(iter(known)): {"width": 3}})):
         (tmp_path / "cache" / "tiles.json").write_text(damaged)
         tiles.known_tiles.cache_clear()
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
         assert json.loads((tmp_path / "cache" / "tiles.json").read_text()).popitem()[1]["rows"] > 0
-    # Where nothing can be kept, the process remembers what it has measured.
+    # Without a writable folder, the process keeps its measurements in memory.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.warns(UserWarning, match="tuned tiles cannot be kept in .*; set GRPO_KERNELS_CACHE to a folder"):
+    with pytest.warns(
+        UserWarning, match="tuned tiles cannot be stored in .*; set GRPO_KERNELS_CACHE to a writable folder"
+    ):
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
     launches.clear()
     torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
@@ -253,7 +256,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_what_cannot_run_is_refused_in_one_line(op, monkeypatch):
+def test_unsupported_backend_is_refused(op, monkeypatch):
     values = torch.rand(3, 4)
     with pytest.raises(ValueError, match=f"^{op}: backend='triton' cannot run here: float64 is computed by backend="):
         OPERATIONS[op](values.double())
@@ -270,30 +273,33 @@ def test_what_cannot_run_is_refused_in_one_line(op, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_a_missing_triton_is_named(monkeypatch):
+def test_missing_triton_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^masked_mean: .*triton is not installed; pip install triton$"):
         OPERATIONS["masked_mean"](torch.rand(3, 4))
 
 
 @interpreted
-def test_the_doctor_finds_a_wrong_result(monkeypatch, capsys):
+def test_doctor_finds_a_wrong_result(monkeypatch, capsys):
     from grpo_kernels import doctor
 
-    monkeypatch.setattr(doctor, "OPERATIONS", ("policy_loss", "masked_mean"))
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in ("policy_loss", "masked_mean")})
     assert doctor.main() == 0
     said = capsys.readouterr().out
     assert "backend='auto' takes torch" in said
     assert "masked_mean          bfloat16  triton  ok" in said
     right = doctor.CHECKS["masked_mean"]
-    monkeypatch.setitem(
-        doctor.CHECKS, "masked_mean", lambda t, backend: [x + (backend == "triton") for x in right(t, backend)]
-    )
+
+    def wrong(tensors, backend):
+        (mean,), names = right(tensors, backend)
+        return [mean + (backend == "triton")], names
+
+    monkeypatch.setitem(doctor.CHECKS, "masked_mean", wrong)
     assert doctor.main() == 1
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_loss_gradients_have_no_hidden_copies():
+def test_linear_policy_loss_tensors_fit_the_budget():
     """The kernels' buffer is the only tensor of width V, and it keeps to the budget."""
     from support.measure import LargestTensor
 

@@ -18,7 +18,7 @@ CASES = {
 }
 
 
-# Backend, dtype and the error that is allowed; float64 is the portable path's alone.
+# Backend, dtype and the allowed error; only the torch backend supports float64.
 BACKENDS = {"torch": (torch.float64, 1e-12), "triton": (torch.float32, 2e-6)}
 
 
@@ -88,7 +88,7 @@ def count_collectives(rank: int, store: str, backend: str):
     arguments, _ = make(False, torch.float32)
     part = slice(0, CUT) if rank == 0 else slice(CUT, V)
     arguments |= {name: arguments[name].detach()[part] for name in ("weight", "bias")}
-    # Not by a TorchDispatchMode: torch then keeps the group until the process exits, which may abort it.
+    # A TorchDispatchMode would make torch keep the group until the process exits, which may abort it.
     with mock.patch.multiple(dist, **{name: mock.Mock(wraps=getattr(dist, name)) for name in COLLECTIVES}):
         linear_logprob(**arguments, process_group=dist.group.WORLD, backend=backend).sum().backward()
         count = {name: getattr(dist, name).call_count for name in COLLECTIVES}
@@ -98,5 +98,5 @@ def count_collectives(rank: int, store: str, backend: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_small_all_reduces_forward_and_one_for_the_gradient(backend, tmp_path):
+def test_collectives_of_one_forward_and_backward(backend, tmp_path):
     mp.spawn(count_collectives, args=(str(tmp_path / "store"), backend), nprocs=2)

@@ -1,6 +1,6 @@
-"""Print for how many numbers of tokens each kernel would be compiled anew for one GPU.
+"""Print for how many token counts each kernel would be compiled again for one GPU.
 
-Run in a process of its own, where Triton's kernels are not interpreted: launches are recorded, not made.
+Run as a separate process, where Triton's kernels are not interpreted: launches are recorded but not executed.
 """
 
 import json

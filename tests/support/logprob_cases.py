@@ -10,7 +10,7 @@ LEAVES = ("hidden", "weight", "bias")
 
 
 def make(shape, H, V, dtype=torch.float32, *, weight_dtype=None, trainable="hw", scale=1.0, **extra):
-    """Arguments of one call; `trainable` names those of (h)idden, (w)eight and (b)ias that want a gradient."""
+    """Arguments of one call; `trainable` lists which of (h)idden, (w)eight and (b)ias require a gradient."""
     shape = shape if isinstance(shape, tuple) else (shape,)
     arguments = {
         "hidden": (torch.randn(*shape, H) * scale).to(dtype),
@@ -25,7 +25,7 @@ def make(shape, H, V, dtype=torch.float32, *, weight_dtype=None, trainable="hw",
 
 
 def run(arguments, *, entropy_in_loss=True, **options):
-    """Outputs and gradients of a loss that sends a different number into every output."""
+    """Outputs and gradients of a loss with a different coefficient for every output."""
     logprobs, entropy = linear_logprob(**arguments, return_entropy=True, **options)
     upstream = torch.linspace(-1, 1.3, logprobs.numel(), dtype=torch.float64).view(logprobs.shape).to(logprobs.dtype)
     loss = (logprobs * upstream)[logprobs.isfinite()].sum()

@@ -1,4 +1,4 @@
-"""What a call costs: the largest tensor it makes, and the flops of its matrix products (Triton's included)."""
+"""The cost of a call: the largest tensor it creates, and the flops of its matrix products (including Triton's)."""
 
 from unittest import mock
 
@@ -19,7 +19,7 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        # In units of float32; views of what went in are not new memory.
+        # In units of float32; views of inputs are not new memory.
         sizes = [storage.nbytes() // 4 for storage in made if storage.data_ptr() not in inputs]
         self.numel = max(self.numel, *sizes, 0)
         return out
@@ -30,10 +30,10 @@ def count_flops(function, shapes: tuple[int, int, int]) -> float:
     N, H, V = shapes
     forward, kernels = TritonHead.launch_forward, 0
 
-    def count_forward(head, tile, hidden, *args):
+    def count_forward(head, tile, rows, *args):
         nonlocal kernels
-        kernels += 2 * hidden.numel() * head.vocab_size
-        return forward(head, tile, hidden, *args)
+        kernels += 2 * rows.hidden.numel() * head.vocab_size
+        return forward(head, tile, rows, *args)
 
     addmm_ = {torch.ops.aten.addmm_: lambda _, a, b, *args, **kwargs: mm_flop(a, b)}
     with (

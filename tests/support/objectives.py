@@ -1,4 +1,4 @@
-"""Objectives that use every setting."""
+"""Objectives that together use every setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is right, and how far from it a result may be.
+"""The exact result of an operation, and the allowed error.
 
 Truth is the operation's `<op>_ref` (``backend="reference"``: full logits, autograd) in float64 on the same input
 values. Native is the same reference in the dtype at hand: float32 as it is, 16-bit types under autocast, where the
@@ -14,9 +14,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-# Native may be right to the last bit by luck, above all in small shapes, so a few roundings are always allowed.
+# The native error may be 0 by chance, mostly in small shapes, so a few roundings are always allowed.
 SLACK = {
-    # Truth is rounded to float64 too; its roundings grow with logits and log-ratios in the hundreds.
+    # Truth is rounded to float64; its errors grow with logits and log-ratios in the hundreds.
     torch.float64: 1e-12,
     # Sums over the vocabulary and the tokens in another order: 16 units of the last place.
     torch.float32: 2e-6,
@@ -27,7 +27,7 @@ SLACK = {
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """Norm-wise; infinities must stand in the same places. Against a truth of zero the error is absolute."""
+    """Norm-wise; infinities must be at the same places. If the truth is zero, the error is absolute."""
     assert result.shape == truth.shape
     result, truth = result.detach().double(), truth.detach().double()
     infinite = truth.isinf()
@@ -38,7 +38,7 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 
 
 def check(results: dict[str, Tensor | None], native: dict[str, Tensor | None], truth: dict[str, Tensor | None]) -> None:
-    """Hold every output and gradient of `results` to the rule at the top of this module."""
+    """Check every output and gradient of `results` by the rule at the top of this module."""
     assert results.keys() == truth.keys()
     for name, result in results.items():
         if truth[name] is None:
@@ -58,7 +58,7 @@ def to_double(value):
 
 
 def fresh(value):
-    """A leaf of its own, so that gradients of several runs do not add up. Strides are kept."""
+    """A new leaf, so that gradients of several runs do not add up. Strides are kept."""
     if isinstance(value, Tensor) and value.requires_grad:
         return value.detach().requires_grad_(True)
     return value

@@ -14,7 +14,8 @@ from grpo_fast.model.packing import build_microbatch, plan_rows
 from grpo_fast.model.policy import LossInputs
 from grpo_fast.train.batch import build_step_batch
 from grpo_kernels import PRESETS
-from grpo_kernels._policy_terms import Tokens, policy_loss_ref
+from grpo_kernels._policy_terms import Tokens
+from grpo_kernels.policy_loss import policy_loss_ref
 from support.rows import LAYOUTS, plain_logprobs
 from support.tiny import random_samples, tiny_model
 

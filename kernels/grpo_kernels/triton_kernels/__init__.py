@@ -1,1 +1,1 @@
-"""Every Triton kernel, the tiles they run with, and their launchers. Imported only where a kernel is asked for."""
+"""Every Triton kernel, the tiles they run with, and their launchers. Imported when a kernel is first needed."""

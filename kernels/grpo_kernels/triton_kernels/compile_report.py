@@ -29,6 +29,16 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 
 MATRIX_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|FFMA)")
 SPILL = re.compile(r"\b(LDL|STL)\b")
+# The types of arguments by their names; the others are pointers to float32.
+SIZES = ("N", "V", "H", "hidden_stride", "weight_stride_v", "out_stride", "stride", "tiles_per_split", "splits")
+NUMBERS = ("logit_scale", "softcap", "low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta")
+TYPES = {
+    **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
+    **dict.fromkeys((*NUMBERS, "entropy_coef"), "fp32"),
+    "targets": "*i64",
+    "offsets": "*i64",
+    "mask": "*i1",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel: the types of its arguments, in order, and its compile-time constants."""
+    """One specialisation of a kernel: the types of arguments that differ from `TYPES`, and compile-time constants."""
 
     kernel: triton.JITFunction
     name: str
@@ -77,10 +87,7 @@ def head_variants(architecture: str) -> Iterator[Variant]:
 
 
 def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entropy: bool, options: bool) -> Variant:
-    types = {"bias": "*fp32", "targets": "*i64", "temperature": "*fp32", "partials": "*fp32", "tile_maximum": "*fp32"}
-    sizes = ("N", "V", "H", "hidden_stride", "weight_stride_v", "out_stride", "tiles_per_split", "splits")
-    types |= dict.fromkeys(sizes, "i32")
-    types |= {"logit_scale": "fp32", "softcap": "fp32"}
+    types = {}
     blocks = {
         "hidden": (tile.rows, tile.depth),
         "weight": (tile.columns, tile.depth),
@@ -102,52 +109,36 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
 
 
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
-    types = {"e": f"*{dtype}", "targets": "*i64", "N": "i32", "V": "i32", "stride": "i32"}
-    types |= {"logit_scale": "fp32", "softcap": "fp32"}
-    names = ("tile_maximum", "maximum", "total", "weighted", "at_target", "temperature", "grad_logprobs")
-    types |= dict.fromkeys((*names, "grad_entropy"), "*fp32")
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
         "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS, "ROWS": triton_head.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
-    aligned = frozenset({"e", "V", "stride"})
-    return Variant(head_kernels.head_gradient, name, types, constants, triton_head.GRADIENT_WARPS, aligned=aligned)
+    return Variant(
+        head_kernels.head_gradient, name, {"e": f"*{dtype}"}, constants, triton_head.GRADIENT_WARPS,
+        aligned=frozenset({"e", "V", "stride"}),
+    )  # fmt: skip
 
 
 def small_variants() -> Iterator[Variant]:
     """The kernels that are bound by memory; the same on every architecture."""
-    types = {"partials": "*fp32", "statistics": "*fp32", "targets": "*i64", "N": "i32", "V": "i32", "splits": "i32"}
     constants = {"CHECK_TARGETS": True, "BLOCK": triton_head.COMBINE_ROWS}
-    yield Variant(head_kernels.combine_splits, "", types, constants, triton_head.COMBINE_WARPS)
-    names = ("logprobs", "advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "entropy")
-    types = {**dict.fromkeys((*names, "grad_logprobs", "sums"), "*fp32"), "offsets": "*i64", "N": "i32"}
-    numbers = ("low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta", "entropy_coef")
-    types |= dict.fromkeys(numbers, "fp32")
-    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_TIMES_RATIO", "PRODUCT")
+    yield Variant(head_kernels.combine_splits, "", {}, constants, triton_head.COMBINE_WARPS)
+    flags = ("HAS_DELTA", "HAS_OLD", "HAS_REF", "HAS_CORRECTION", "HAS_ENTROPY", "KL_BIAS_CORRECTION", "PRODUCT")
     for kernel in (policy_kernels.policy_tokens, policy_kernels.policy_sequences):
         for kind, index in policy_kernels.KINDS.items():
             constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy_kernels.BLOCK}
-            yield Variant(kernel, kind, types, constants, policy_kernels.WARPS)
+            yield Variant(kernel, kind, {}, constants, policy_kernels.WARPS)
     block = {"BLOCK": elementwise_kernels.BLOCK}
+    types = {"logprobs": "*bf16", "grad_logprobs": "*bf16"}
     for kl in (1, 2, 3):
-        types = {"logprobs": "*bf16", "ref_logprobs": "*fp32", "out": "*fp32", "N": "i32"}
         yield Variant(elementwise_kernels.kl_forward, f"k{kl}", types, {"KL": kl, **block})
-        types = {"logprobs": "*bf16", "ref_logprobs": "*fp32", "grad_output": "*fp32"}
-        types |= {"grad_logprobs": "*bf16", "grad_ref": "*fp32", "N": "i32"}
-        yield Variant(
-            elementwise_kernels.kl_backward,
-            f"k{kl}",
-            types,
-            {"KL": kl, "NEEDS_LOGPROBS": True, "NEEDS_REF": True, **block},
-        )
-    sizes = dict.fromkeys(("numel", "length", "inner"), "i32")
+        constants = {"KL": kl, "NEEDS_LOGPROBS": True, "NEEDS_REF": True, **block}
+        yield Variant(elementwise_kernels.kl_backward, f"k{kl}", types, constants)
     for inner in (1, 128):
-        types = {"values": "*bf16", "mask": "*i1", "sums": "*fp32", "counts": "*fp32", **sizes}
         constants = {"BLOCK_L": elementwise_kernels.BLOCK // inner, "BLOCK_I": inner}
-        yield Variant(elementwise_kernels.masked_sums, f"inner {inner}", types, constants)
-    types = {"mask": "*i1", "grad_mean": "*fp32", "grad_values": "*bf16", **sizes}
-    yield Variant(elementwise_kernels.masked_mean_backward, "", types, block)
+        yield Variant(elementwise_kernels.masked_sums, f"inner {inner}", {"values": "*bf16"}, constants)
+    yield Variant(elementwise_kernels.masked_mean_backward, "", {"grad_values": "*bf16"}, block)
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -158,7 +149,8 @@ def target_of(architecture: str) -> GPUTarget:
 
 def compile_variant(variant: Variant, architecture: str) -> Report:
     names = variant.kernel.arg_names
-    types = variant.types | dict.fromkeys(variant.constants, "constexpr")
+    types = {name: variant.types.get(name, TYPES.get(name, "*fp32")) for name in names}
+    types |= dict.fromkeys(variant.constants, "constexpr")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -166,7 +158,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     }
     source = ASTSource(
         variant.kernel,
-        signature={name: types[name] for name in names},
+        signature=types,
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         attrs=attributes,
     )
@@ -187,7 +179,7 @@ def _read_amd(asm: dict) -> tuple[int, int, int]:
         return int(re.search(rf"\.{field}:\s*(\d+)", asm["amdgcn"]).group(1))
 
     spills = number("vgpr_spill_count")
-    # Which instructions spill is not told apart, so any spill counts as one of the loop.
+    # The report does not locate spills, so any spill counts as one in the loop.
     return number("vgpr_count"), number("private_segment_fixed_size"), spills
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.triton_kernels.launch import on_device, stored_dtype
+from grpo_kernels.triton_kernels.launch import run_kernel, stored_dtype
 from grpo_kernels.triton_kernels.math import kl_terms
 
 BLOCK = 1024
@@ -43,7 +43,7 @@ def kl_backward(
 
 
 class KLEstimateTriton(torch.autograd.Function):
-    """Saves its inputs; the backward makes the derivative anew."""
+    """Saves its inputs; the backward computes the derivative again."""
 
     @staticmethod
     def forward(ctx, logprobs, ref_logprobs, estimator):
@@ -52,9 +52,7 @@ class KLEstimateTriton(torch.autograd.Function):
         ctx.kl = int(estimator[1])
         out = torch.empty_like(logprobs, dtype=torch.float32)
         N = out.numel()
-        if N:
-            with on_device(logprobs):
-                kl_forward[(-(-N // BLOCK),)](logprobs, ref_logprobs, out, N, KL=ctx.kl, BLOCK=BLOCK)
+        run_kernel(kl_forward, out.device, -(-N // BLOCK), logprobs, ref_logprobs, out, N, KL=ctx.kl, BLOCK=BLOCK)
         return out
 
     @staticmethod
@@ -67,12 +65,10 @@ class KLEstimateTriton(torch.autograd.Function):
             for t, need in zip(ctx.saved_tensors, wanted[:2], strict=True)
         ]
         N = logprobs.numel()
-        if N:
-            with on_device(logprobs):
-                kl_backward[(-(-N // BLOCK),)](
-                    logprobs, ref_logprobs, grad_output.contiguous(), *grads, N,
-                    KL=ctx.kl, NEEDS_LOGPROBS=wanted[0], NEEDS_REF=wanted[1], BLOCK=BLOCK,
-                )  # fmt: skip
+        run_kernel(
+            kl_backward, logprobs.device, -(-N // BLOCK), logprobs, ref_logprobs, grad_output.contiguous(), *grads, N,
+            KL=ctx.kl, NEEDS_LOGPROBS=wanted[0], NEEDS_REF=wanted[1], BLOCK=BLOCK,
+        )  # fmt: skip
         saved = zip(grads, ctx.saved_tensors, strict=True)
         return *(None if grad is None else grad.to(t.dtype) for grad, t in saved), None
 
@@ -145,11 +141,10 @@ class MaskedMeanTriton(torch.autograd.Function):
         grad = torch.empty(ctx.shape, dtype=stored_dtype(ctx.dtype), device=grad_output.device)
         numel = grad.numel()
         _, length, inner = _factors(ctx.shape, ctx.dim)
-        if numel:
-            with on_device(grad):
-                masked_mean_backward[(-(-numel // BLOCK),)](
-                    mask.expand(ctx.shape).contiguous(), grad_mean, grad, numel, length, inner, BLOCK=BLOCK
-                )
+        run_kernel(
+            masked_mean_backward, grad.device, -(-numel // BLOCK),
+            mask.expand(ctx.shape).contiguous(), grad_mean, grad, numel, length, inner, BLOCK=BLOCK,
+        )  # fmt: skip
         return grad.to(ctx.dtype), None, None
 
 
@@ -164,16 +159,15 @@ def _factors(shape: torch.Size, dim: int | None) -> tuple[int, int, int]:
 def _masked_sums(values: Tensor, mask: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     outer, length, inner = _factors(values.shape, dim)
     if dim is None:
-        # Segments instead of one long row; the last may be short, which `numel` tells.
+        # Segments instead of one long row; the kernel compares with `numel`, since the last one may be short.
         outer, length = -(-length // SEGMENT), SEGMENT
     both = torch.empty(2, outer * inner, dtype=torch.float32, device=values.device)
     block_i = min(triton.next_power_of_2(max(inner, 1)), 128)
-    if outer * inner:
-        with on_device(values):
-            masked_sums[(outer * -(-inner // block_i),)](
-                values, mask, *both, values.numel(), length, inner, BLOCK_L=max(BLOCK // block_i, 1), BLOCK_I=block_i
-            )
+    run_kernel(
+        masked_sums, values.device, outer * -(-inner // block_i), values, mask, *both, values.numel(), length, inner,
+        BLOCK_L=max(BLOCK // block_i, 1), BLOCK_I=block_i,
+    )  # fmt: skip
     if dim is not None:
         return both[0], both[1]
-    # float32 counts whole numbers up to 2**24 only, which one segment never passes.
+    # float32 is exact only for integers up to 2**24; the count of a segment is smaller.
     return both[0].sum().reshape(1), both[1].double().sum().float().reshape(1)

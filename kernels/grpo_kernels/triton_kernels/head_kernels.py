@@ -9,9 +9,9 @@
     head_gradient   e -> dL/d(hidden @ weight.T) in place; the target's column comes from the float32 statistics
 
 A work item of `head_forward` is (a block of rows, a split of the vocabulary); neighbours share the split, so its
-weight stays in the second-level cache. On sm_90 and later a fixed number of programs walks over all items and loads
-through tensor descriptors; before, there is one program an item with plain pointers. Row counts are plain run-time
-numbers: nothing is compiled anew as they change, offsets are 64 bits wide and the grid has one dimension.
+weight stays in the second-level cache. On sm_90 and later a fixed number of programs processes all items and loads
+through tensor descriptors; before, each item has its own program and plain pointers. Row counts are plain run-time
+numbers: no kernel is compiled again as they change, offsets are 64 bits wide and the grid has one dimension.
 """
 
 import triton
@@ -38,6 +38,18 @@ def _part(z, index: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART:
 
 
 @triton.jit
+def _merge(maximum, total, weighted, other_maximum, other_total, other_weighted, WITH_ENTROPY: tl.constexpr):
+    """The statistics of two sets of columns from those of each; log e is relative to the maximum, so it shifts too."""
+    merged = tl.maximum(maximum, other_maximum)
+    shift = tl.where(maximum == float("-inf"), 0.0, maximum - merged)
+    other_shift = tl.where(other_maximum == float("-inf"), 0.0, other_maximum - merged)
+    kept, added = tl.exp(shift), tl.exp(other_shift)
+    if WITH_ENTROPY:
+        weighted = kept * (weighted + shift * total) + added * (other_weighted + other_shift * other_total)
+    return merged, kept * total + added * other_total, weighted
+
+
+@triton.jit
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
     N, V, out_stride, logit_scale, softcap,
@@ -61,21 +73,16 @@ def _fold_tile(
     at_target += tl.sum(tl.where(column[None, :] == target_column[:, None], z, 0.0), 1)
 
     tile_max = tl.max(z, 1)
-    # A tile of nothing but -inf has no finite maximum to subtract.
+    # A tile in which every logit is -inf has no finite maximum to subtract.
     z -= tl.where(tile_max == float("-inf"), 0.0, tile_max)[:, None]
     if WITH_ENTROPY:
         # An excluded column must count as 0 * log 0 = 0; exp(-200) is 0 already. NaN stays NaN.
         z = tl.maximum(z, -200.0, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp(z)
     tile_total = tl.sum(e, 1)
-    new_maximum = tl.maximum(maximum, tile_max)
-    kept_shift = tl.where(maximum == float("-inf"), 0.0, maximum - new_maximum)
-    added_shift = tl.where(tile_max == float("-inf"), 0.0, tile_max - new_maximum)
-    kept, added = tl.exp(kept_shift), tl.exp(added_shift)
+    tile_weighted = tl.zeros_like(tile_total)
     if WITH_ENTROPY:
-        # log e is relative to the maximum: what was summed before moves along with it.
         tile_weighted = tl.sum(e * z, 1)
-        weighted = kept * (weighted + kept_shift * total) + added * (tile_weighted + added_shift * tile_total)
     if STORE:
         if DESCRIPTORS:
             out.store([first_row, first_column], e.to(out.dtype))
@@ -86,7 +93,8 @@ def _fold_tile(
                 row_mask[:, None] & column_mask[None, :],
             )
         tl.store(tile_maximum + (first_column // WIDTH).to(tl.int64) * N + rows, tile_max, row_mask)
-    return new_maximum, kept * total + added * tile_total, weighted, at_target
+    maximum, total, weighted = _merge(maximum, total, weighted, tile_max, tile_total, tile_weighted, WITH_ENTROPY)
+    return maximum, total, weighted, at_target
 
 
 @triton.jit(
@@ -201,24 +209,16 @@ def combine_splits(
         at = partials + tl.cast(split, tl.int64) * N + rows
         split_maximum = tl.load(at, mask, other=float("-inf"))
         split_total = tl.load(at + plane, mask, other=0.0)
-        new_maximum = tl.maximum(maximum, split_maximum)
-        kept_shift = tl.where(maximum == float("-inf"), 0.0, maximum - new_maximum)
-        added_shift = tl.where(split_maximum == float("-inf"), 0.0, split_maximum - new_maximum)
-        kept, added = tl.exp(kept_shift), tl.exp(added_shift)
         split_weighted = tl.load(at + 2 * plane, mask, other=0.0)
-        weighted = kept * (weighted + kept_shift * total) + added * (split_weighted + added_shift * split_total)
-        total = kept * total + added * split_total
+        maximum, total, weighted = _merge(maximum, total, weighted, split_maximum, split_total, split_weighted, True)
         at_target += tl.load(at + 3 * plane, mask, other=0.0)
-        maximum = new_maximum
     if CHECK_TARGETS:
-        # An id outside of the vocabulary has no logit: it must show, not pass for 0.
+        # An id outside the vocabulary has no logit: its z is NaN, not 0.
         target = tl.load(targets + rows, mask, other=0)
         at_target = tl.where((target >= 0) & (target < V), at_target, float("nan"))
-    size = tl.cast(N, tl.int64)
-    tl.store(statistics + rows, maximum, mask)
-    tl.store(statistics + size + rows, total, mask)
-    tl.store(statistics + 2 * size + rows, weighted, mask)
-    tl.store(statistics + 3 * size + rows, at_target, mask)
+    combined = (maximum, total, weighted, at_target)
+    for index in tl.static_range(4):
+        tl.store(statistics + index * tl.cast(N, tl.int64) + rows, combined[index], mask)
 
 
 @triton.jit(
@@ -264,7 +264,7 @@ def head_gradient(
     z_target = tl.load(at_target + rows, row_mask, other=0.0)
     target = tl.load(targets + rows, row_mask, other=-1)
     target_logprob = (z_target - row_maximum) - tl.log(row_total)
-    # p - 1 at the target is formed from the float32 statistics, and rounded once, on its way out.
+    # p - 1 at the target is computed from the float32 statistics, and rounded once, in the store.
     at_target_gradient = -expm1(target_logprob)
     g = tl.full([ROWS], 1.0, tl.float32)
     if HAS_GRAD:
@@ -300,6 +300,6 @@ def head_gradient(
         if HAS_SOFTCAP:
             z = tl.log(tl.where(values > 0.0, values, 1.0)) + (shift + row_maximum)[:, None]
             z = tl.where(is_target, z_target[:, None], z) * row_temperature[:, None] / softcap
-            # An excluded column has gradient 0 already; its z is not of this world.
+            # Masked column: z is undefined, and the gradient is already 0.
             gradient *= tl.maximum(1.0 - z * z, 0.0)
         tl.store(pointers, (gradient * scale[:, None]).to(e.dtype.element_ty), mask)

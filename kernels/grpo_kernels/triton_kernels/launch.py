@@ -1,12 +1,12 @@
-"""Where the kernels may run: the architecture of a device, and what is refused, in one line each."""
+"""Where the kernels run: the architecture of a device, what is refused in one line, and launches."""
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, nearest_architecture
 
@@ -27,7 +27,7 @@ def device_name(device: torch.device) -> str | None:
 
 
 def architecture_of(device: torch.device) -> str | None:
-    """The row of :data:`ARCHITECTURES` that serves `device`, or None."""
+    """The row of :data:`ARCHITECTURES` for `device`, or None."""
     if interpreting():
         return "interpreter"
     name = device_name(device)
@@ -35,7 +35,7 @@ def architecture_of(device: torch.device) -> str | None:
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take tensors of `dtype` on `device`; None where they can."""
+    """Why the kernels do not support tensors of `dtype` on `device`; None if they do."""
     if dtype == torch.float64:
         return "float64 is computed by backend='torch'"
     if architecture_of(device) is not None:
@@ -47,13 +47,15 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel stores for a result of `dtype`: the interpreter cuts to bfloat16 where a GPU rounds."""
+    """The dtype in which a kernel stores a result of `dtype`: the interpreter truncates to bfloat16, a GPU rounds."""
     return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
 
 
-def on_device(tensor: Tensor):
-    """The context in which a kernel for `tensor` is launched: Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def run_kernel(kernel: Any, device: torch.device, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launch `programs` programs of a kernel, if any, on `device`: by itself Triton takes the current device."""
+    if programs:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(programs,)](*arguments, **constants)
 
 
 def processors(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Elementwise functions that Triton's language lacks or computes with too few digits, in float32."""
+"""Elementwise float32 functions that Triton's language lacks or computes too inaccurately."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
-    """tanh(x) to within 3e-7 of its value, in few steps: it is taken of every logit."""
+    """tanh(x) with a relative error of at most 3e-7, in few steps, since it runs on every logit."""
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
     e = tl.exp(-2.0 * tl.abs(x))

@@ -1,11 +1,11 @@
 """The policy loss in Triton: loss, derivative and every logged sum in one pass over the tokens.
 
-    policy_tokens     ratio of a token: a block of tokens a program
-    policy_sequences  ratio of a sequence (mean or product of its tokens'): a sequence a program, which reads its
-                      tokens once for the ratio, once for the terms and once to hand the ratio's derivative back
+    policy_tokens     ratio of a token: each program computes a block of tokens
+    policy_sequences  ratio of a sequence (mean or product of its tokens'): each program reads the tokens of a sequence
+                      once for the ratio, once for the terms and once to add the derivative of the ratio
 
-Both write float32 sums [8, programs] (the loss, then the statistics of `policy_loss.STATISTICS`), which are added up
-afterwards, always in the same order. Clip bounds and coefficients are run-time numbers.
+Both write float32 sums [8, programs] (the loss, then the statistics `STATISTICS` of `_policy_terms.py`), which are
+added up afterwards, always in the same order. Clip bounds and coefficients are run-time numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo_kernels._policy_terms import STATISTICS, VESPO_BOUNDS, Terms, Tokens
 from grpo_kernels.objective import PolicyObjective
-from grpo_kernels.triton_kernels.launch import on_device
+from grpo_kernels.triton_kernels.launch import run_kernel
 from grpo_kernels.triton_kernels.math import kl_terms, sigmoid
 
 BLOCK, WARPS = 1024, 8
@@ -32,7 +32,7 @@ _POINTERS += ["grad_logprobs", "sums"]
 def _objective(
     ratio, logp, A, low, high, delta, pos, neg, decay_pos, decay_neg, KIND: tl.constexpr, HAS_DELTA: tl.constexpr
 ):
-    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: the rows of `policy_loss.TOKEN_LOSSES`. NaN passes every bound.
+    """l, dl/dlog_ratio and dl/dlogp at a fixed ratio: as in `_policy_terms.TOKEN_LOSSES`. NaN passes every bound.
 
     `pos` and `neg` are sapo's temperatures or vespo's k, `decay_pos` and `decay_neg` vespo's lambda.
     """
@@ -73,7 +73,7 @@ def _terms(
     at, mask, counted, w, logp, A, ratio, share, ref_logprobs, correction, entropy,
     low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """For a block of tokens: dL/dlog_ratio, dL/dlogp at a fixed ratio, and the eight sums; `share` counts a ratio."""
     value, through, direct = _objective(
@@ -83,16 +83,16 @@ def _terms(
     if HAS_CORRECTION:
         scale *= tl.where(counted, tl.load(correction + at, mask, other=0.0), 0.0)
     # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
-    moves = A != 0
-    loss = tl.where(moves, scale * value, 0.0)
-    through = tl.where(moves, scale * through, 0.0)
-    direct = tl.where(moves, scale * direct, 0.0)
+    active = A != 0
+    loss = tl.where(active, scale * value, 0.0)
+    through = tl.where(active, scale * through, 0.0)
+    direct = tl.where(active, scale * direct, 0.0)
     kl = tl.zeros(w.shape, tl.float32)
     if HAS_REF:
         kl, kl_slope = kl_terms(logp - tl.where(counted, tl.load(ref_logprobs + at, mask, other=0.0), 0.0), KL)
         if beta != 0.0:
             factor = beta * w
-            if KL_TIMES_RATIO:
+            if KL_BIAS_CORRECTION:
                 factor *= ratio
                 through += factor * kl
             loss += factor * kl
@@ -134,7 +134,7 @@ def policy_tokens(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
     N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, PRODUCT: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +143,7 @@ def policy_tokens(
     through, direct, block_sums = _terms(
         at, mask, counted, w, logp, A, tl.exp(log_ratio), counted.to(tl.float32), ref_logprobs, correction, entropy,
         low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
-        KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
+        KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_BIAS_CORRECTION,
     )  # fmt: skip
     tl.store(grad_logprobs + at, through + direct, mask)
     for index in tl.static_range(8):
@@ -155,11 +155,11 @@ def policy_sequences(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
     N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, PRODUCT: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
-    # Unchecked offsets must not lead outside of the tensors.
+    # Unchecked offsets must not lead outside the tensors.
     start = tl.maximum(tl.load(offsets + sequence).to(tl.int64), 0)
     end = tl.minimum(tl.load(offsets + sequence + 1).to(tl.int64), N)
     log_ratios = tl.zeros([BLOCK], tl.float32)
@@ -187,7 +187,7 @@ def policy_sequences(
             at, mask, counted, w, logp, A, tl.zeros([BLOCK], tl.float32) + sequence_ratio,
             counted.to(tl.float32) / length, ref_logprobs, correction, entropy,
             low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
-            KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_TIMES_RATIO,
+            KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_BIAS_CORRECTION,
         )  # fmt: skip
         throughs += through
         totals = _add(totals, block_sums)
@@ -195,7 +195,7 @@ def policy_sequences(
     for index in tl.static_range(8):
         tl.store(sums + index * tl.num_programs(0) + sequence, totals[index])
 
-    # Every token of a sequence moves the one ratio, a mean by 1 / length.
+    # Every token of a sequence has a share in its ratio; in a mean, 1 / length.
     each = tl.sum(throughs, 0) / divisor
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -219,27 +219,24 @@ def policy_terms_triton(
     entropy: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Terms:
-    """`policy_loss.policy_terms` in one kernel; float32 ``[N]`` tensors."""
+    """`_policy_terms.policy_terms` in one kernel; float32 ``[N]`` tensors."""
     o, N = objective, logprobs.numel()
     fields = (None if field is None else field.contiguous() for field in (logprobs, *tokens, entropy))
     logprobs, advantages, weights, old, ref, correction, entropy = fields
     by_sequence = o.level != "token"
     programs = offsets.numel() - 1 if by_sequence else -(-N // BLOCK)
-    # Tokens of no sequence, where offsets go unchecked, have no gradient.
+    # Unchecked offsets may leave tokens without a sequence; they have no gradient.
     grad = torch.zeros_like(logprobs) if by_sequence else torch.empty_like(logprobs)
     sums = torch.empty(1 + len(STATISTICS), programs, dtype=torch.float32, device=logprobs.device)
-    kernel = policy_sequences if by_sequence else policy_tokens
-    high = o.epsilon_high if o.kind == "cispo" else 1 + o.upper_epsilon
     shape = (o.vespo_k_pos, o.vespo_k_neg) if o.kind == "vespo" else (o.sapo_temperature_pos, o.sapo_temperature_neg)
-    if programs > 0:
-        with on_device(logprobs):
-            kernel[(programs,)](
-                logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
-                N, 1 - o.epsilon, high, o.delta or 0.0, *shape, o.vespo_lambda_pos, o.vespo_lambda_neg,
-                float(o.beta), float(o.entropy_coef),
-                KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
-                HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
-                KL_TIMES_RATIO=o.kl_bias_correction, PRODUCT=o.level == "product", BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+    run_kernel(
+        policy_sequences if by_sequence else policy_tokens, logprobs.device, programs,
+        logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
+        N, o.lower_bound, o.upper_bound, o.delta or 0.0, *shape, o.vespo_lambda_pos, o.vespo_lambda_neg,
+        float(o.beta), float(o.entropy_coef),
+        KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
+        HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
+        KL_BIAS_CORRECTION=o.kl_bias_correction, PRODUCT=o.level == "product", BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     loss, *stats = sums.sum(1)
-    return Terms(loss, grad, None if entropy is None else -o.entropy_coef * weights, torch.stack(stats))
+    return Terms(loss, torch.stack(stats), grad, None if entropy is None else -o.entropy_coef * weights)

@@ -1,8 +1,8 @@
 """The tile of `head_forward` for each architecture, and how its work is split over a GPU.
 
-Chosen from the compiler's resource reports (`python -m grpo_kernels.triton_kernels.compile_report` prints them): the
-largest tile whose inner loop keeps everything in registers and whose stages fit the shared memory. With
-GRPO_KERNELS_AUTOTUNE=1 the candidates are measured once for each head instead, and the winner is kept on disk.
+Each tile is the largest whose inner loop keeps everything in registers and whose stages fit the shared memory, by the
+compiler's resource reports (`python -m grpo_kernels.triton_kernels.compile_report`). With GRPO_KERNELS_AUTOTUNE=1 the
+candidates are measured once for each head instead, and the fastest is stored on disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KIB = 1 << 10
 class Tile:
     """A block of `rows` x `columns` products in steps of `depth`, handled by `warps` in `stages` of loads.
 
-    The statistics are taken `part` columns at a time, and `part` columns share one stored maximum.
+    The statistics are computed for `part` columns at a time, which share one stored maximum.
     """
 
     rows: int
@@ -37,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the table holds for one kind of GPU.
+    """The table's row for one kind of GPU.
 
     Attributes:
         shared_bytes: shared memory that one program may use.
@@ -71,17 +71,17 @@ ARCHITECTURES = {
     # Triton 3.9 cannot lay out a softcap between tensor memory that is read in parts and a store.
     "sm_100": Architecture(227 * KIB, True, _LARGE, _SINGLE, capped=(Tile(128, 128, 64, 128, 8, 4),)),
     "sm_120": Architecture(99 * KIB, True, (Tile(128, 128, 64, 64, 8, 3), Tile(128, 128, 32, 64, 8, 3)), _SINGLE),
-    # Splitting a tile for its statistics would go through AMD's shared memory, so it is taken whole.
+    # Splitting a tile for its statistics would go through AMD's shared memory, so it stays whole.
     "gfx942": Architecture(
         64 * KIB, False, (Tile(128, 128, 32, 128, 8, 2), Tile(128, 256, 32, 256, 8, 2)), (Tile(64, 64, 16, 64, 4, 2),)
     ),
-    # Small enough for small tests to have several tiles, parts and splits; larger ones would be interpreted faster.
+    # Small, so that small tests have several tiles, parts and splits; the interpreter would run larger ones faster.
     "interpreter": Architecture(1 << 40, False, (Tile(64, 128, 32, 64, 4, 2),), (Tile(64, 128, 32, 64, 4, 2),)),
 }
 
 
 def nearest_architecture(name: str) -> str | None:
-    """The table's row for a GPU: its own, or the nearest older one of the same generation (sm_103 -> sm_100)."""
+    """The table's row for a GPU: its own, or that of the nearest older GPU of its generation (sm_103 -> sm_100)."""
     if name in ARCHITECTURES or not name.startswith("sm_"):
         return name if name in ARCHITECTURES else None
     number = int(name[3:])
@@ -92,10 +92,10 @@ def nearest_architecture(name: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def splits_of(row_blocks: int, tiles: int, programs: int) -> tuple[int, int]:
-    """How many splits of the vocabulary, and tiles in each, keep `programs` busy: (splits, tiles a split).
+    """How many splits of the vocabulary, and tiles in each, keep `programs` busy: (splits, tiles per split).
 
-    The time of a launch is its rounds of work items times the tiles of an item; more splits even out the rounds, but
-    each writes its own statistics, so the fewest splits within 2% of the best are taken.
+    The time of a launch is its rounds of work items times the tiles of an item. More splits even out the rounds, but
+    each writes its own statistics, so the result is the fewest splits within 2% of the best.
     """
     costs = {}
     for splits in range(1, min(tiles, 4 * programs) + 1):
@@ -113,22 +113,16 @@ def cache_file() -> Path:
     return Path(folder) / "tiles.json"
 
 
-def autotuning() -> bool:
-    return os.environ.get("GRPO_KERNELS_AUTOTUNE") == "1"
-
-
-def choose_tile(
-    candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float] | None = None
-) -> Tile:
+def choose_tile(candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float]) -> Tile:
     """The tile for a head: the first of `candidates`, or with autotuning the fastest of them.
 
     Args:
         candidates: from :meth:`Architecture.candidates`.
         architecture: a key of :data:`ARCHITECTURES`.
-        key: what else a measurement depends on: the head's dtype, sizes and options.
-        measure: seconds that a launch with a tile takes; called for each candidate when no winner is on disk.
+        key: the dtype, sizes and options of the head, on which a measurement also depends.
+        measure: seconds that a launch with a tile takes; called for each candidate if no fastest one is on disk.
     """
-    if not autotuning() or measure is None or len(candidates) == 1:
+    if os.environ.get("GRPO_KERNELS_AUTOTUNE") != "1" or len(candidates) == 1:
         return candidates[0]
     path, name = cache_file(), f"{architecture} {key}"
     known = known_tiles(path)
@@ -140,7 +134,7 @@ def choose_tile(
 
 @lru_cache(maxsize=1)
 def known_tiles(path: Path) -> dict[str, Tile]:
-    """The winners on disk, read once by a process, and those that it has found since."""
+    """The fastest tiles on disk, read once by a process, and those that it has found since."""
     try:
         return {name: Tile(**fields) for name, fields in _read(path).items()}
     except TypeError:
@@ -156,16 +150,16 @@ def _read(path: Path) -> dict:
 
 
 def _write(path: Path, known: dict) -> None:
-    """Replaced in one step, so that processes that tune at the same time never read half a file."""
+    """Replace the file in one step, so that processes that tune at the same time never read half of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}")
         part.write_text(json.dumps(known, indent=1, sort_keys=True))
         os.replace(part, path)
     except OSError as error:
-        # A run goes on with what it has measured, and only the next one measures again.
+        # This process keeps its measurements in memory; only the next one measures again.
         warnings.warn(
-            f"grpo_kernels: tuned tiles cannot be kept in {path} ({error.strerror}); set GRPO_KERNELS_CACHE to a "
-            "folder that can be written",
+            f"grpo_kernels: tuned tiles cannot be stored in {path} ({error.strerror}); set GRPO_KERNELS_CACHE to a "
+            "writable folder",
             stacklevel=2,
         )
