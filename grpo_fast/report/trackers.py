@@ -1,4 +1,4 @@
-"""Trackers beside the run folder: tensorboard, wandb and trackio, through accelerate."""
+"""Experiment trackers through accelerate: tensorboard, wandb and trackio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROJECT = "grpo-fast"
 
 
 def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
-    """Accelerator's arguments for the trackers of `report_to`; event files go into the run folder.
+    """Keyword arguments of Accelerator for the trackers in `report_to`; their files go into the run folder.
 
     Raises:
         UserError: a tracker's package is not installed.
@@ -32,17 +32,17 @@ def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
 
 
 def hyperparameters(config: GRPOConfig) -> dict[str, bool | int | float | str]:
-    """The configuration, flat and of simple types: lists and mappings become JSON."""
-    values = dataclasses.asdict(config)
-    return {name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-            for name, value in values.items()}  # fmt: skip
+    """The configuration as trackers accept it: lists, mappings and None become JSON."""
+    simple = (bool, int, float, str)
+    values = dataclasses.asdict(config).items()
+    return {name: value if isinstance(value, simple) else json.dumps(value) for name, value in values}
 
 
 class Trackers:
-    """The trackers of a run; use as a context manager around it.
+    """The trackers of a run. Use it as a context manager around the run.
 
-    A tracker that fails while the run goes on, for want of a network say, is left out from then on: `warn` gets one
-    line, and the run goes on. WANDB_PROJECT names another project than ``grpo-fast``.
+    A tracker that fails during the run, for example without a network, gets no more metrics; `warn` is called once,
+    and the run continues. The project is ``grpo-fast`` unless WANDB_PROJECT names another one.
 
     Raises:
         UserError: a tracker could not be started.
@@ -67,7 +67,7 @@ class Trackers:
                 getattr(tracker, method)(*args, **kwargs)
                 working.append(tracker)
             except Exception as error:
-                self.warn(f"{tracker.name} failed and gets no more figures: {one_line(error)}")
+                self.warn(f"{tracker.name} failed and gets no more metrics: {one_line(error)}")
         self.accelerator.trackers = working
 
     def __enter__(self) -> Trackers:

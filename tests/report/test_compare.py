@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
@@ -60,15 +60,17 @@ def test_what_cannot_be_compared(tmp_path):
     other = write_run(tmp_path / "other", [0.5], eval_metric="digits_included")
     with pytest.raises(UserError, match=r"is scored by 'mine', .*other by 'digits_included'; choose one with --metric"):
         read_curves([one, other])
-    with pytest.raises(UserError, match="one has no figures of 'no_such'"):
+    with pytest.raises(UserError, match="one has no values of 'no_such'"):
         read_curves([one], "no_such")
     with pytest.raises(UserError, match="is not a run folder"):
         read_curves([tmp_path / "none"])
 
 
 def test_the_figure_holds_every_line_and_the_mean_over_seeds(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: figures.append(self) or save(self, *args, **options)
+    )
     curve = Curve("a", [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8])], [0.5], [], [0.25])
     plot_curves({"left": [curve], "right": [curve, curve]}, "mine", tmp_path / "new" / "figure.png")
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")

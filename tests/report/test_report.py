@@ -113,7 +113,7 @@ def test_a_finished_run(folder):
         titles
     )
     # No objective with a reference, no chart of its divergence.
-    assert "KL to the initial policy" not in titles
+    assert "KL to the reference policy" not in titles
     assert len(made.named("path", "band")) == 1
     # The score before and after, on the curve of its reward.
     assert len(made.named("circle", "dot")) == 2
@@ -155,7 +155,7 @@ def test_missing_files_and_figures(folder):
         file.unlink()
     write_lines(folder / "metrics.jsonl", [{"step": 1, "reward": 1.0}, {"step": 2}])
     made = page(folder)
-    assert "No completions were written." in made.words
+    assert "No completions were logged." in made.words
     assert len(made.named("svg")) == 1
     (folder / "metrics.jsonl").unlink()
     assert "No step has been logged yet." in page(folder).words
@@ -180,7 +180,7 @@ def test_completions_best_and_worst(folder):
     assert [(s.label, s.text, s.advantage) for s in groups[0].samples] == [
         ("best", "answer 2", 1.0), ("worst", "answer 0", -1.0),
     ]  # fmt: skip
-    assert [s.label for s in groups[1].samples] == ["one of equals"]
+    assert [s.label for s in groups[1].samples] == ["all equal"]
     assert "answer 2" in page(folder).words
     assert "answer 1" not in page(folder).words
 
@@ -318,7 +318,7 @@ def test_broken_files_are_named(folder, name):
 
 def test_long_runs_are_thinned():
     values = [float(i) for i in range(10 * MOST_POINTS)]
-    assert thin(values)[:2] == [4.5, 14.5]
+    assert thin(values, 10)[:2] == [4.5, 14.5]
     curves = draw_curves([step_metrics(step) for step in range(1, 10 * MOST_POINTS)], {})
     assert len(curves.steps) <= MOST_POINTS
     assert {len(chart.values) for chart in curves.charts} == {len(curves.steps)}
@@ -371,7 +371,7 @@ def test_figures_that_are_no_numbers_are_shown_as_damaged(folder, value):
     assert f") and is not drawn, and {len(figures) - 1} more" in made.words
     assert made.words.count(" (not a number)") == 2
     assert any(a["aria-label"].startswith("reward ") for a in made.named("svg"))
-    with pytest.raises(UserError, match="has no figures of 'nothing'"):
+    with pytest.raises(UserError, match="has no values of 'nothing'"):
         read_curves([folder], "nothing")
     assert read_curves([folder], "reward")[1][0].last == [pytest.approx(0.3)]
 
@@ -465,7 +465,7 @@ def test_a_page_of_countless_figures_is_bounded(folder):
     write_lines(folder / "completions" / "completions_00010.jsonl", lines)
     made = page(folder)
     assert len(made.named("svg")) <= MOST_CHARTS
-    assert re.search(r"4[,\d]+ more figures are not drawn", made.words)
+    assert re.search(r"4[,\d]+ more metrics are not drawn", made.words)
     assert (folder / "report.html").stat().st_size < 1 << 20
 
 

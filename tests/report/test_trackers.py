@@ -81,7 +81,7 @@ def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch):
         trackers.log({"reward": 2.0}, step=2)
         trackers.log({"reward": 3.0}, step=3)
     assert calls == [2]
-    assert warnings == ["tensorboard failed and gets no more figures: no route to host"]
+    assert warnings == ["tensorboard failed and gets no more metrics: no route to host"]
 
 
 def test_a_tracker_that_does_not_start_is_reported(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_hosted_trackers_offline(tmp_path, package, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip(package)
     GRPOTrainer(config(tmp_path / "run", report_to=[package])).train()
-    assert "gets no more figures" not in capsys.readouterr().out
+    assert "gets no more metrics" not in capsys.readouterr().out
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb") if package == "wandb" else
                 (tmp_path / "trackio").glob("grpo-fast*"))  # fmt: skip
 
