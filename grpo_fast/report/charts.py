@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from grpo_fast.report.curves import column, held_out_points, known, mean, smooth
@@ -65,10 +65,10 @@ class Chart:
 class Curves:
     """The charts of a run. Each point is the mean of `width` logged steps; `left_out` charts were too many."""
 
-    steps: list[float] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    width: int = 1
-    left_out: int = 0
+    steps: list[float]
+    charts: list[Chart]
+    width: int
+    left_out: int
 
 
 def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curves:
@@ -78,7 +78,7 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
     training.
     """
     if not history:
-        return Curves()
+        return Curves([], [], 1, 0)
     steps, width = column(history, "step"), max(math.ceil(len(history) / MOST_POINTS), 1)
     names = dict.fromkeys(name for entry in history for name in entry)
     rewards = [name for name in names if name.startswith("rewards/") and name.endswith("/mean")]

@@ -22,10 +22,8 @@ LEFT_OUT = FREE_FIELDS - {"max_steps"} | {"seed"}
 
 @dataclass(frozen=True)
 class Curve:
-    """One setting. `lines` holds, for each seed, the steps and the smoothed training metric; `last` its mean over the
-    last tenth of the steps. `before` and `after` are the held-out scores of the finished runs, if the metric is their
-    score.
-    """
+    """One setting: for each seed, the steps and the smoothed training metric, and its mean over the last tenth of the
+    steps. `before` and `after` are the held-out scores of the finished runs whose score is this metric."""
 
     label: str
     lines: list[tuple[list[int], list[float]]]

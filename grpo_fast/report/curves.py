@@ -109,9 +109,6 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
                 )  # fmt: skip
     for axis in axes[1]:
         axis.set_xlabel("optimizer step")
-    figure.suptitle(
-        f"{plain(summary.metric)}: {show(summary.before, share)} to {show(summary.after, share)} in "
-        f"{summary.steps} steps, {summary.train_seconds:.0f} s of training",
-        fontsize=12,
-    )  # fmt: skip
+    scores = f"{plain(summary.metric)}: {show(summary.before, share)} to {show(summary.after, share)}"
+    figure.suptitle(f"{scores} in {summary.steps} steps, {summary.train_seconds:.0f} s of training", fontsize=12)
     save_figure(figure, path)

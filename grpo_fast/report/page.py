@@ -37,8 +37,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     from markupsafe import Markup
 
     run = read_run(folder)
-    damaged = list(run.damaged)
-    completions = read_completions(folder, damaged)
+    completions = read_completions(folder, run.damaged)
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -50,7 +49,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
         curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
-        warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=damaged,
+        warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=run.damaged,
     )  # fmt: skip
     output = output or folder / "report.html"
     with writing(output):
@@ -76,13 +75,12 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     """The main results at the top of the page: (label, value, note)."""
     made, summary = [], run.summary
     if summary:
-        scores = [summary.get(name) for name in ("before", "after")]
-        share = is_share(*(score for score in scores if score is not None))
-        before, after = ("n/a" if score is None else show(score, share) for score in scores)
-        made.append((f"{summary.get('metric')} on held-out prompts", f"{before} → {after}", "before → after"))
-        if (best := summary.get("best_score")) is not None:
-            kept = f"kept: {summary.get('best_checkpoint')}"
-            made.append(("best on held-out prompts", show(best, is_share(best)), kept))
+        scores = {name: summary[name] for name in ("before", "after", "best_score") if name in summary}
+        shown = {name: show(score, is_share(*scores.values())) for name, score in scores.items()}
+        change = f"{shown.get('before', 'n/a')} → {shown.get('after', 'n/a')}"
+        made.append((f"{summary.get('metric')} on held-out prompts", change, "before → after"))
+        if "best_score" in shown:
+            made.append(("best on held-out prompts", shown["best_score"], f"kept: {summary.get('best_checkpoint')}"))
     if not run.history:
         return made
     last = run.history[-1]["step"]

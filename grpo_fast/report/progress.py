@@ -19,10 +19,8 @@ from grpo_fast.report import Summary, clock, is_share, show
 from grpo_fast.report.charts import figure
 from grpo_fast.report.console import Terminal
 
-# How many progress lines a run prints without a terminal.
-PLAIN_LINES = 20
-# Longer names of the score are shortened in the progress line.
-LONGEST_NAME = 16
+# How many progress lines a run prints without a terminal, and the most characters of the score's name in them.
+PLAIN_LINES, LONGEST_NAME = 20, 16
 PRETRAINED_RECIPE = Path("examples/smollm2_addition.yaml")
 
 
@@ -96,9 +94,8 @@ class Progress:
         for column in ("before", "after", "steps", "training time"):
             table.add_column(column, justify="right")
         share = is_share(summary.before, summary.after)
-        table.add_row(
-            show(summary.before, share), show(summary.after, share), str(summary.steps), clock(summary.train_seconds)
-        )
+        before, after = show(summary.before, share), show(summary.after, share)
+        table.add_row(before, after, str(summary.steps), clock(summary.train_seconds))
         self.console.print(table)
         for label, path in (
             ("run folder", self.run_folder),
@@ -126,14 +123,9 @@ def step_figures(metrics: dict[str, float], metric: str) -> str:
     score = metrics[f"rewards/{metric}/mean"]
     name = metric if len(metric) <= LONGEST_NAME else metric[: LONGEST_NAME - 1] + "…"
     memory = metrics.get("memory/peak_allocated_gib", metrics.get("memory/peak_rss_gib"))
-    figures = [
-        f"reward {metrics['reward']:.3f}",
-        f"{name} {show(score, is_share(score))}",
-        f"length {metrics['completions/mean_length']:.0f}",
-        f"{metrics['tokens_per_second']:,.0f} tokens/s",
-        *([] if memory is None else [f"{memory:.1f} GiB"]),
-    ]
-    return "  ".join(figures)
+    scores = f"reward {metrics['reward']:.3f}  {name} {show(score, is_share(score))}"
+    speed = f"length {metrics['completions/mean_length']:.0f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+    return f"{scores}  {speed}" + ("" if memory is None else f"  {memory:.1f} GiB")
 
 
 def command() -> str:

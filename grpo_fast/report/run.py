@@ -6,7 +6,7 @@ import math
 import reprlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,7 @@ from grpo_fast.files import parse_json, read_yaml, without_checksum
 from grpo_fast.report.curves import number
 
 # The most steps with completions, prompts of a step, rewards of a completion and characters of a text that are shown.
-SHOWN_STEPS = 8
-SHOWN_PROMPTS = 3
-SHOWN_REWARDS = 50
-LONGEST_TEXT = 8000
+SHOWN_STEPS, SHOWN_PROMPTS, SHOWN_REWARDS, LONGEST_TEXT = 8, 3, 50, 8000
 # The most bytes of a line and of a file that are read.
 LONGEST_LINE, LARGEST_FILE = 64 << 20, 1 << 30
 # Levels of nested lists and objects that are read; a run writes 4.
@@ -40,8 +37,8 @@ class Run:
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     plan: dict[str, dict[str, float]]
-    warnings: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
+    warnings: list[str]
+    damaged: list[str]
 
 
 @dataclass(frozen=True)
@@ -241,8 +238,6 @@ def _text(content: Any) -> str:
             f"{message.get('role')}: {message.get('content')}" if isinstance(message, dict) else str(message)
             for message in content
         )
-    text = "" if content is None else str(content)
-    left_out, half = len(text) - LONGEST_TEXT, LONGEST_TEXT // 2
-    if left_out <= 0:
-        return text
-    return f"{text[:half]}\n\n[... {left_out:,} characters left out ...]\n\n{text[-half:]}"
+    text, half = "" if content is None else str(content), LONGEST_TEXT // 2
+    note = f"\n\n[... {len(text) - LONGEST_TEXT:,} characters left out ...]\n\n"
+    return text if len(text) <= LONGEST_TEXT else text[:half] + note + text[-half:]

@@ -20,7 +20,7 @@ PROJECT = "grpo-fast"
 
 
 def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
-    """Keyword arguments of Accelerator for the trackers in `report_to`; their files go into the run folder.
+    """Keyword arguments of Accelerator for the trackers in `report_to`, whose files go into the run folder `folder`.
 
     Raises:
         UserError: a tracker's package is not installed.
