@@ -17,29 +17,17 @@ import random
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import (
-    Run,
-    Times,
-    describe_failure,
-    main,
-    parser,
-    peak_memory,
-    release,
-    require,
-    show_bytes,
-    show_seconds,
-    start,
-    version,
-)
+from benchmarks.harness.measure import Run, main, parser, peak_memory, release, require, start
+from benchmarks.harness.steps import compare_steps
 from benchmarks.harness.trainers import (
     PacedTRL,
-    Stopped,
     alone_in_accelerate,
     fixed_rollout,
     missing_trl,
@@ -249,7 +237,7 @@ class TRLSteps:
 
 def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: float, folder: Path) -> None:
     """Measure one fraction of groups with equal rewards and write its rows."""
-    device, table = run.device, run.table("step", KEY)
+    device = run.device
     rollouts = make_rollouts(setting, vocab, equal)
     rows = [{"prompt": prompt} for prompt in make_prompts(setting)]
     data = folder / "prompts.jsonl"
@@ -263,67 +251,34 @@ def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: f
         max_tokens_per_microbatch=setting.rows_per_microbatch * width, learning_rate=1e-6,
         lr_scheduler_type="constant", max_steps=repeats + 1,
     )  # fmt: skip
-    ours = OurSteps(config, rollouts, device)
-    tokens = sum(length + len(ids) for length, group in zip(ours.prompt_tokens, rollouts, strict=True) for ids in group)
-    trainers: dict[str, Any] = {OURS: ours}
-    status = {OURS: {"status": "ok"}, TRL: {"status": "ok"}}
-    if reason := missing_trl():
-        status[TRL] = {"status": "left out", "detail": reason}
-    else:
+    trainers: dict[str, Any] = {OURS: OurSteps(config, rollouts, device)}
+    steps: dict[str, Any] = {OURS: partial(measured_step, trainers[OURS], device), TRL: missing_trl()}
+    if steps[TRL] is None:
         trainers[TRL] = TRLSteps(config, folder / "trl", rows, rollouts, setting, device)
+        steps[TRL] = partial(measured_step, trainers[TRL], device)
+    lengths = trainers[OURS].prompt_tokens
+    columns = {
+        "model": setting.model, "dtype": setting.dtype, "equal": equal, "prompts": setting.prompts,
+        "group": setting.group, "prompt_tokens": max(lengths), "mean_tokens": setting.mean_tokens,
+        "longest_tokens": setting.longest, "padded_tokens": setting.samples * width,
+        "tokens": sum(prompt + len(ids) for prompt, group in zip(lengths, rollouts, strict=True) for ids in group),
+    }  # fmt: skip
 
-    times = {trainer: Times() for trainer in trainers}
-    peaks: dict[str, float] = {}
+    def difference() -> float:
+        return gradient_difference(trainers[OURS].gradients, trainers[TRL].gradients)
 
-    def one_step(trainer: str, timed: bool) -> None:
-        if status[trainer]["status"] != "ok":
-            return
-        try:
-            with peak_memory(device) as peak:
-                seconds = trainers[trainer].step()
-        except Stopped as error:
-            status[trainer] = {"status": "failed", "detail": str(error)}
-        except Exception as error:
-            status[trainer] = {"status": "failed", "detail": describe_failure(error)}
-        else:
-            if timed:
-                times[trainer].seconds.append(seconds)
-                peaks[trainer] = max(peaks.get(trainer, 0.0), peak.bytes)
+    try:
+        compare_steps(run.table("step", KEY), columns, steps, difference, LIMITS[setting.dtype], repeats, TRL)
+    finally:
+        for trainer in trainers.values():
+            trainer.stop()
 
-    for trainer in trainers:
-        one_step(trainer, timed=False)
-    difference = None
-    if all(status[trainer]["status"] == "ok" for trainer in (OURS, TRL)):
-        difference = gradient_difference(ours.gradients, trainers[TRL].gradients)
-        if not difference <= LIMITS[setting.dtype]:
-            wrong = {"status": "wrong", "detail": f"the first gradients differ by {difference:.2g}"}
-            status = {OURS: wrong, TRL: wrong}
-    for number in range(repeats):
-        for trainer in list(trainers) if number % 2 == 0 else list(trainers)[::-1]:
-            one_step(trainer, timed=True)
-    for trainer in trainers.values():
-        trainer.stop()
-    for trainer, state in status.items():
-        row = {
-            "model": setting.model, "dtype": setting.dtype, "equal": equal, "trainer": trainer, **state,
-            "prompts": setting.prompts, "group": setting.group, "prompt_tokens": max(ours.prompt_tokens),
-            "mean_tokens": setting.mean_tokens, "longest_tokens": setting.longest, "tokens": tokens,
-            "padded_tokens": setting.samples * width, "gradient_difference": difference,
-            "transformers": version("transformers"),
-            "peer": f"trl {version('trl')}" if trainer == TRL else "",
-        }  # fmt: skip
-        if times.get(trainer) and times[trainer].seconds:
-            taken = times[trainer]
-            row |= {**taken.columns(), "tokens_per_second": tokens / taken.median, "peak_bytes": peaks[trainer]}
-            row["speedup"] = times[TRL].median / taken.median if times.get(TRL) else None
-            print(
-                f"  equal {equal:<5}{trainer:12}{show_seconds(taken.median):>10}  {tokens / taken.median:>10,.0f} "
-                f"tokens/s  {show_bytes(peaks[trainer]):>11}",
-                flush=True,
-            )
-        else:
-            print(f"  equal {equal:<5}{trainer:12}{state['status']}: {state.get('detail', '')}", flush=True)
-        table.add(row)
+
+def measured_step(trainer: Any, device: torch.device) -> tuple[float, float]:
+    """Seconds and peak bytes of one step."""
+    with peak_memory(device) as peak:
+        seconds = trainer.step()
+    return seconds, peak.bytes
 
 
 def run_step(run: Run, equal: list[float], model: str | None = None) -> None:
@@ -340,6 +295,7 @@ def run_step(run: Run, equal: list[float], model: str | None = None) -> None:
         for number, fraction in enumerate(equal):
             if run.out_of_time(f"step: equal {fraction}"):
                 continue
+            print(f"  {fraction:.0%} equal rewards", flush=True)
             (folder / str(number)).mkdir()
             measure_fraction(run, setting, model_name, vocab, fraction, folder / str(number))
             gc.collect()

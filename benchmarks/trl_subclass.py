@@ -14,26 +14,16 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness.measure import (
-    Deadline,
-    Run,
-    Times,
-    main,
-    parser,
-    peak_memory,
-    pick,
-    require,
-    show_bytes,
-    show_seconds,
-    start,
-    version,
-)
+from benchmarks import step
+from benchmarks.harness.measure import Deadline, Run, main, parser, peak_memory, pick, require, start
 from benchmarks.harness.process import JsonProcess, serve
+from benchmarks.harness.steps import compare_steps
 from benchmarks.harness.trainers import PacedTRL, fixed_rollout, missing_trl, our_config, quiet, trl_trainer
 from benchmarks.step import (
     LIMITS,
@@ -70,11 +60,9 @@ class Job:
 
 
 def setting_for(run: Run, model: str | None) -> Setting:
-    if run.quick:
-        return Setting(model or "llama-tiny", "float32", 4, 4, 8, 4)
-    if run.device.type == "cpu":
-        return Setting(model or "llama-45m", "float32", 4, 8, 32, 16)
-    return Setting(model or "llama-0.6b", "bfloat16", 8, 8, 256, 512)
+    if run.quick or run.device.type != "cpu":
+        return step.setting_for(run, model)
+    return Setting(model or "llama-45m", "float32", 4, 8, 32, 16)
 
 
 def build_trainer(job: Job) -> Any:
@@ -113,12 +101,12 @@ def steps(job: Job) -> Callable[[], dict[str, float]]:
 
     paced = PacedTRL(build_trainer(job), device, keep)
 
-    def step() -> dict[str, float]:
+    def take_step() -> dict[str, float]:
         with peak_memory(device) as peak:
             seconds = paced.step()
         return {"seconds": seconds, "peak_bytes": peak.bytes}
 
-    return step
+    return take_step
 
 
 def measure_case(run: Run, setting: Setting, case: str, model: str, vocab: int, folder: Path) -> None:
@@ -127,63 +115,29 @@ def measure_case(run: Run, setting: Setting, case: str, model: str, vocab: int, 
     repeats, threads = run.repeats or (2 if run.quick else 3), torch.get_num_threads()
     job = Job("", case, asdict(setting), model, vocab, str(run.device), threads, repeats + 2, str(folder))
     processes: dict[str, JsonProcess] = {}
-    status = {name: {"status": "ok"} for name in (FUSED, TRL)}
-    times, peaks, difference = {name: Times() for name in status}, dict.fromkeys(status, 0.0), None
 
-    def step(name: str, timed: bool) -> None:
-        if status[name]["status"] != "ok":
-            return
-        try:
-            if name not in processes:
-                fields = {**asdict(job), "trainer": name}
-                processes[name] = JsonProcess("benchmarks.trl_subclass", fields, Deadline())
-            reply = processes[name].ask()
-        except UserError as error:
-            status[name] = {"status": "failed", "detail": str(error)}
-            return
-        if timed:
-            times[name].seconds.append(reply["seconds"])
-            peaks[name] = max(peaks[name], reply["peak_bytes"])
+    def take_step(name: str) -> tuple[float, float]:
+        if name not in processes:
+            fields = {**asdict(job), "trainer": name}
+            processes[name] = JsonProcess("benchmarks.trl_subclass", fields, Deadline())
+        reply = processes[name].ask()
+        return reply["seconds"], reply["peak_bytes"]
 
+    def difference() -> float:
+        return gradient_difference(*(load_file(folder / f"{name}.safetensors") for name in (FUSED, TRL)))
+
+    answers = [len(ids) for group in make_rollouts(setting, vocab, 0.0) for ids in group]
+    columns = {
+        "model": setting.model, "dtype": setting.dtype, "case": case, "prompts": setting.prompts,
+        "group": setting.group, "prompt_tokens": setting.prompt_tokens, "mean_tokens": setting.mean_tokens,
+        "longest_tokens": max(answers), "tokens": sum(answers) + setting.samples * setting.prompt_tokens,
+    }  # fmt: skip
+    steps = {name: partial(take_step, name) for name in (FUSED, TRL)}
     try:
-        for name in status:
-            step(name, timed=False)
-        if all(state["status"] == "ok" for state in status.values()):
-            difference = gradient_difference(*(load_file(folder / f"{name}.safetensors") for name in (FUSED, TRL)))
-            if not difference <= LIMITS[setting.dtype]:
-                wrong = {"status": "wrong", "detail": f"the first gradients differ by {difference:.2g}"}
-                status = {FUSED: wrong, TRL: wrong}
-        for number in range(repeats):
-            for name in list(status)[:: 1 if number % 2 == 0 else -1]:
-                step(name, timed=True)
+        compare_steps(run.table("trl_subclass", KEY), columns, steps, difference, LIMITS[setting.dtype], repeats, TRL)
     finally:
         for process in processes.values():
             process.stop()
-    write_rows(run, setting, case, vocab, status, times, peaks, difference)
-
-
-def write_rows(
-    run: Run, setting: Setting, case: str, vocab: int, status: dict[str, dict[str, str]], times: dict[str, Times],
-    peaks: dict[str, float], difference: float | None,
-) -> None:  # fmt: skip
-    table = run.table("trl_subclass", KEY)
-    answers = [len(ids) for group in make_rollouts(setting, vocab, 0.0) for ids in group]
-    tokens = sum(answers) + setting.samples * setting.prompt_tokens
-    for name, state in status.items():
-        row = {
-            "model": setting.model, "dtype": setting.dtype, "case": case, "trainer": name, **state,
-            "prompts": setting.prompts, "group": setting.group, "prompt_tokens": setting.prompt_tokens,
-            "mean_tokens": setting.mean_tokens, "longest_tokens": max(answers), "tokens": tokens,
-            "gradient_difference": difference, "transformers": version("transformers"), "peer": f"trl {version('trl')}",
-        }  # fmt: skip
-        taken = times[name]
-        if state["status"] == "ok" and taken.seconds:
-            row |= {**taken.columns(), "tokens_per_second": tokens / taken.median, "peak_bytes": peaks[name]}
-            row["speedup"] = times[TRL].median / taken.median if times[TRL].seconds else None
-            print(f"  {case:6}{name:18}{show_seconds(taken.median):>10}{show_bytes(peaks[name]):>12}", flush=True)
-        else:
-            print(f"  {case:6}{name:18}{state['status']}: {state.get('detail', '')}", flush=True)
-        table.add(row)
 
 
 def run_subclass(run: Run, cases: list[str], model: str | None = None) -> None:
@@ -197,6 +151,7 @@ def run_subclass(run: Run, cases: list[str], model: str | None = None) -> None:
         for case in cases:
             if run.out_of_time(f"trl_subclass: {case}"):
                 continue
+            print(f"  {case}", flush=True)
             folder = Path(name) / case
             folder.mkdir()
             measure_case(run, setting, case, path, vocab, folder)
