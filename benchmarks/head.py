@@ -9,6 +9,7 @@ one is reported and not timed. The floor is the bare matrix products of the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -148,18 +149,6 @@ def measure_problem(
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["status"] == "ok":
-            print(
-                f"  {row['contender']:28}{show_seconds(row['seconds']):>10}  {row['to_floor']:6.2f}x floor  "
-                f"{show_bytes(row['peak_bytes'] or float('nan')):>11}  {row['cost']}",
-                flush=True,
-            )
-        else:
-            print(f"  {row['contender']:28}{row['status']}: {row['detail']}", flush=True)
-
-
 def run_head(
     run: Run, cases: list[Case], modes: Sequence[str], contenders: Sequence[Contender] = CONTENDERS,
     table: Table | None = None, seconds: float | None = None, least: int = 3,
@@ -183,7 +172,12 @@ def run_head(
             rows = measure_problem(run, problem.with_mode(mode), truth, contenders, seconds=seconds, least=least)
             for row in rows:
                 table.add(row)
-            show(rows)
+                shown = f"{row['status']}: {row['detail']}"
+                if row["status"] == "ok":
+                    peak = show_bytes(row["peak_bytes"] or math.nan)
+                    time = f"{show_seconds(row['seconds']):>10}  {row['to_floor']:6.2f}x floor"
+                    shown = f"{time}  {peak:>11}  {row['cost']}"
+                print(f"  {row['contender']:28}{shown}", flush=True)
         del problem, truth
         release(run.device)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.measure import available_bytes, missing, pick, show_bytes, version
-from benchmarks.harness.problem import EPSILON, MODES, Batch, Problem, grpo_loss
+from benchmarks.harness.problem import EPSILON, MODES, Batch, Problem, cap_logits, grpo_loss
 from grpo_kernels import PRESETS, linear_logprob, linear_policy_loss
 
 Loss = Callable[[Tensor, Tensor, Batch], tuple[Tensor, Tensor | None]]
@@ -84,10 +84,6 @@ class Contender:
             raise NotApplicable(f"needs about {show_bytes(need)} of memory")
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def _ours(batch: Batch) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         result = linear_policy_loss(
@@ -105,7 +101,7 @@ def _ours_score(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
 
 def _full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """A linear head in the weights' dtype, then a log-softmax in float32."""
-    logits = _capped((hidden @ weight.T).float(), softcap)
+    logits = cap_logits((hidden @ weight.T).float(), softcap)
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
 
 

@@ -177,7 +177,7 @@ def make_problem(
     return problem, _truth(problem, normalisers, logprobs, generator)
 
 
-def _transform(logits: Tensor, softcap: float | None) -> Tensor:
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -198,7 +198,7 @@ def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | 
         part = weight[columns].double()
         for start in range(0, tokens, block):
             rows = slice(start, start + block)
-            logits = _transform(hidden[rows].double() @ part.T, softcap)
+            logits = cap_logits(hidden[rows].double() @ part.T, softcap)
             normalisers[rows] = torch.logaddexp(normalisers[rows], logits.logsumexp(1))
             local = targets[rows] - columns.start
             here = (local >= 0) & (local < part.shape[0])
@@ -224,7 +224,7 @@ def _truth(problem: Problem, normalisers: Tensor, logprobs: Tensor, generator: t
 
     def grad_logits(logits: Tensor, rows: Tensor | slice, ids: Tensor) -> Tensor:
         """dL/dlogits (before the softcap) ``[rows, ids]``."""
-        capped = _transform(logits, softcap)
+        capped = cap_logits(logits, softcap)
         made = torch.exp(capped - normalisers[rows, None]).neg_()
         made += batch.targets[rows, None] == ids
         made *= coefficient[rows, None]

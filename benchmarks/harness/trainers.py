@@ -24,6 +24,12 @@ from benchmarks.harness.measure import describe_failure, missing, require
 
 # TRL reads this when it is imported; its notices would appear between the results.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+# What TRL calls by the same names as we do.
+SHARED_SETTINGS = (
+    "num_generations", "max_completion_length", "temperature", "loss_type", "beta", "scale_rewards", "num_iterations",
+    "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_steps", "gradient_checkpointing",
+    "bf16", "use_cpu", "shuffle_dataset", "seed",
+)  # fmt: skip
 
 
 def missing_trl() -> str | None:
@@ -58,27 +64,11 @@ def trl_arguments(config: Any, folder: Path, rows_per_microbatch: int, **others:
     trl = require("trl", "trl")
     samples = config.generation_batch_size
     steps = -(-samples // rows_per_microbatch)
-    settings = {
+    settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
+    settings |= {
         "output_dir": str(folder),
         "per_device_train_batch_size": samples // steps,
         "gradient_accumulation_steps": steps,
-        "num_generations": config.num_generations,
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-        "loss_type": config.loss_type,
-        "beta": config.beta,
-        "scale_rewards": config.scale_rewards,
-        "num_iterations": config.num_iterations,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "max_steps": config.max_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": config.bf16,
-        "use_cpu": config.use_cpu,
-        "shuffle_dataset": config.shuffle_dataset,
-        "seed": config.seed,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -11,10 +11,8 @@ from grpo_fast.report.curves import column, held_out_points, known, mean, smooth
 # The size of a chart and the margins for its axes, in SVG units.
 WIDTH, HEIGHT = 340, 172
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 22
-# The most points of a line; in longer runs each point is the mean of several steps.
-MOST_POINTS = 1000
-# The most charts on a page. No run of ours writes as many metrics.
-MOST_CHARTS = 200
+# The most points of a line, each of which is the mean of several steps in longer runs, and charts on a page.
+MOST_POINTS, MOST_CHARTS = 1000, 200
 
 # Metric -> title, colour and, for a band, the metrics of its two edges; in the order of the page.
 CHARTS = {
@@ -107,8 +105,7 @@ def _chart(
     values, smoothed, *band = lines
     finite = [value for line in (values, *band) for value in known(line)] + [score for _, _, score in held_out]
     y_ticks = ticks(min(finite), max(finite))
-    low, high = y_ticks[0], y_ticks[-1]
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
+    low, high, first, last = y_ticks[0], y_ticks[-1], steps[0], max(steps[-1], steps[0] + 1)
 
     def x(step: float) -> float:
         return round(LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,9 +64,8 @@ def read_curves(folders: Sequence[Path], metric: str | None = None) -> tuple[str
 
 def _score(run: Run) -> str:
     functions = run.config.get("reward_funcs") or "reward"
-    last = functions[-1] if isinstance(functions, list) else functions
-    name = str(last).replace(":", ".").rpartition(".")[2]
-    return str(run.summary.get("metric") or run.config.get("eval_metric") or name)
+    last = str(functions[-1] if isinstance(functions, list) else functions)
+    return str(run.summary.get("metric") or run.config.get("eval_metric") or re.split("[.:]", last)[-1])
 
 
 def _labels(configs: list[dict[str, Any]]) -> list[str]:

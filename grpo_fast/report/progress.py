@@ -31,13 +31,11 @@ class Progress:
         self.config, self.run_folder, self.metric = config, run_folder, metric
         processes = f", {size()} processes" if size() > 1 else ""
         self.console = Terminal(quiet=not is_main())
-        self.console.print(
-            f"{config.model_name_or_path} ({figure(num_parameters)} parameters) on "
-            f"{config.dataset_name}: {config.max_steps} steps of {config.prompts_per_step} prompts x "
-            f"{config.num_generations} completions, loss {config.loss_type}, seed {config.seed}{processes}",
-            soft_wrap=True,
+        self.note(
+            f"{config.model_name_or_path} ({figure(num_parameters)} parameters) on {config.dataset_name}: "
+            f"{config.max_steps} steps of {config.prompts_per_step} prompts x {config.num_generations} completions, "
+            f"loss {config.loss_type}, seed {config.seed}{processes}\nrun folder: {run_folder}"
         )
-        self.console.print(f"run folder: {run_folder}", soft_wrap=True)
         count = 2 * len(str(config.max_steps)) + 1
         self.bar = Bar(
             BarColumn(bar_width=10),
@@ -68,8 +66,8 @@ class Progress:
 
     def stopped(self, step: int, checkpoint: Path) -> None:
         self.bar.stop()
-        resume = resume_command(self.run_folder)
-        self.note(f"stopped after step {step}; the model so far: {checkpoint}; to go on: {resume}")
+        so_far = f"stopped after step {step}; the model so far: {checkpoint}"
+        self.note(f"{so_far}; to go on: {resume_command(self.run_folder)}")
 
     def started(self, before: float) -> None:
         self.note(f"before: {self.metric} {show(before, is_share(before))}")
@@ -106,13 +104,12 @@ class Progress:
             *([("best model", self.run_folder / summary.best_checkpoint)] if summary.best_checkpoint else []),
         ):
             self.note(f"{label + ':':<13}{path}")
+        shows_recipe = PRETRAINED_RECIPE.exists() and "smollm2" not in self.config.model_name_or_path
         hints = {
             "another objective": f"{self.run_folder / 'config.yaml'} --loss_type dr_grpo --output_dir runs/dr_grpo",
-            "a pretrained model": str(PRETRAINED_RECIPE),
+            **({"a pretrained model": str(PRETRAINED_RECIPE)} if shows_recipe else {}),
             "your own task": "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'",
         }
-        if not PRETRAINED_RECIPE.exists() or "smollm2" in self.config.model_name_or_path:
-            del hints["a pretrained model"]
         self.note("\nWhat to try next", style="bold")
         for hint, arguments in hints.items():
             self.note(f"  {hint + ':':<20}{command()} train {arguments}")

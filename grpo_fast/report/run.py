@@ -17,12 +17,9 @@ from grpo_fast.report.curves import number
 
 # The most steps with completions, prompts of a step, rewards of a completion and characters of a text that are shown.
 SHOWN_STEPS, SHOWN_PROMPTS, SHOWN_REWARDS, LONGEST_TEXT = 8, 3, 50, 8000
-# The most bytes of a line and of a file that are read.
-LONGEST_LINE, LARGEST_FILE = 64 << 20, 1 << 30
-# Levels of nested lists and objects that are read; a run writes 4.
-DEEPEST = 50
-# The numbers in ``summary.json``; those that a run did not measure are null.
-SUMMARY_FIGURES = ("before", "after", "train_seconds", "steps", "best_score")
+# The most bytes of a line and of a file, and levels of nested lists and objects (a run writes 4), that are read.
+LONGEST_LINE, LARGEST_FILE, DEEPEST = 64 << 20, 1 << 30, 50
+SUMMARY_NUMBERS = ("before", "after", "train_seconds", "steps", "best_score")
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion with its rewards by function; `label` is its place in the group.
-
-    Rewards and advantage are whatever the file holds, which in a damaged file may be anything.
-    """
+    """A completion and its place in the group. In a damaged file, rewards and advantage may be anything."""
 
     label: str
     text: str
@@ -84,7 +78,7 @@ def read_run(folder: Path) -> Run:
     noted = read_lines(folder / "warnings.jsonl", damaged, most=LARGEST_FILE)
     warnings = [str(entry["text"]) for entry in noted if "text" in entry]
     summary, plan = (_read_object(folder / name) for name in ("summary.json", "memory_plan.json"))
-    for name in SUMMARY_FIGURES:
+    for name in SUMMARY_NUMBERS:
         if _is_wrong(summary.get(name)):
             damaged.append(f"summary.json: {name} is not a number: {_quoted(summary[name])}")
         if number(summary.get(name)) is None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from accelerate.utils import ProjectConfiguration
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, one_line
-
-PROJECT = "grpo-fast"
 
 
 def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
@@ -33,12 +32,11 @@ def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
 
 def hyperparameters(config: GRPOConfig) -> dict[str, bool | int | float | str]:
     """The configuration as trackers accept it: lists, mappings and None become JSON."""
-    simple = (bool, int, float, str)
     values = dataclasses.asdict(config).items()
-    return {name: value if isinstance(value, simple) else json.dumps(value) for name, value in values}
+    return {name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for name, value in values}
 
 
-class Trackers:
+class Trackers(AbstractContextManager):
     """The trackers of a run. Use it as a context manager around the run.
 
     A tracker that fails during the run, for example without a network, gets no more metrics; `warn` is called once,
@@ -53,7 +51,7 @@ class Trackers:
         name = config.run_name or folder.name
         arguments = {"wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
         try:
-            accelerator.init_trackers(os.environ.get("WANDB_PROJECT", PROJECT), hyperparameters(config), arguments)
+            accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "grpo-fast"), hyperparameters(config), arguments)
         except Exception as error:
             raise UserError(f"report_to={config.report_to} could not be started: {one_line(error)}") from None
 
@@ -69,9 +67,6 @@ class Trackers:
             except Exception as error:
                 self.warn(f"{tracker.name} failed and gets no more metrics: {one_line(error)}")
         self.accelerator.trackers = working
-
-    def __enter__(self) -> Trackers:
-        return self
 
     def __exit__(self, *_) -> None:
         self._each("finish")
