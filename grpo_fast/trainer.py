@@ -429,6 +429,7 @@ class GRPOTrainer:
         config, weights = self.config, self.rewards.weights
         groups, drawn, metrics = sample_groups(self.sample, weights, config)
         advantages = reward_advantages(groups.rewards, weights, config)
+        self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
         batch = dataclasses.replace(batch.to(self.accelerator.device), drawn=drawn)
