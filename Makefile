@@ -57,16 +57,16 @@ $(VENV)/.dev: $(VENV)/.smollm2
 	@touch $@
 
 demo: $(VENV)/.train
-	$(BIN)/grpo-fast train examples/sort.yaml $(ARGS)
+	$(BIN)/grpo-fast train sort $(ARGS)
 
 demo-seeds: $(VENV)/.train
-	for seed in 1 2 3; do $(BIN)/grpo-fast train examples/sort.yaml --seed $$seed $(ARGS) || exit 1; done
+	for seed in 1 2 3; do $(BIN)/grpo-fast train sort --seed $$seed $(ARGS) || exit 1; done
 
 sort-comparison: $(VENV)/.train
 	$(BIN)/python examples/sort_comparison.py $(ARGS)
 
 smollm2: $(VENV)/.smollm2
-	$(BIN)/grpo-fast train examples/smollm2_addition.yaml $(ARGS)
+	$(BIN)/grpo-fast train smollm2_addition $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm and not benchmark and not long" $(ARGS)

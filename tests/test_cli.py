@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +11,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS
 
-SORT = str(Path(__file__).parent.parent / "examples" / "sort.yaml")
+SORT = "sort"
 
 
 def test_options_override_the_file():
@@ -49,7 +48,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--gradient_accumulation_steps", "4"], "set max_tokens_per_microbatch instead"),
         ([SORT, "--vllm_importance_sampling_cap", "2"], "set vllm_importance_sampling_clip_max instead"),
         ([SORT, "--vllm_tensor_parallel_size", "2"], "grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2"),
-        ([SORT, "--max_eval_samples", "4", SORT], "the configuration file goes first"),
+        ([SORT, "--max_eval_samples", "4", "sort.yaml"], "the configuration file goes first"),
         ([SORT, "--seed", str(2**63)], "it must be a finite number, at least 0 and below 2**63"),
         ([SORT, "--reward_weights", "[.nan, 1, 1]"], "reward_weights"),
         ([SORT, "--reward_weights", "[1e39, 1, 1]"], "it must be made of numbers within +-3.4e+38"),

@@ -22,7 +22,7 @@ from grpo_fast.report.console import Terminal
 PLAIN_LINES = 20
 # A longer name of the score is cut in the line of figures.
 LONGEST_NAME = 16
-PRETRAINED_RECIPE = Path("examples/smollm2_addition.yaml")
+PRETRAINED_RECIPE = "smollm2_addition"
 
 
 class Progress:
@@ -119,8 +119,8 @@ class Progress:
         hints = [
             ("another objective", f"{self.run_folder / 'config.yaml'} --loss_type dr_grpo --output_dir runs/dr_grpo")
         ]
-        if PRETRAINED_RECIPE.exists() and "smollm2" not in self.config.model_name_or_path:
-            hints.append(("a pretrained model", str(PRETRAINED_RECIPE)))
+        if "smollm2" not in self.config.model_name_or_path:
+            hints.append(("a pretrained model", PRETRAINED_RECIPE))
         task = "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'"
         return [*hints, ("your own task", task)]
 

@@ -267,7 +267,7 @@ def test_vllm_has_weights_and_keys_of_its_own():
 
 @pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)
 def test_recipes_fit(recipe, model, vram):
-    config = parse_config([str(ROOT / "examples" / f"{recipe}.yaml")])
+    config = parse_config([recipe])
     model_config = read_config(model, **(config.model_init_kwargs or {}))
     plan = plan_memory(config, model_config)
     assert plan.fits(vram)
@@ -280,7 +280,7 @@ def test_recipes_fit(recipe, model, vram):
 
 def test_64k_recipe_stretches_the_positions(tmp_path):
     """The recipe's arguments reach the rotary embedding of a model that is loaded with them."""
-    config = parse_config([str(ROOT / "examples" / "qwen3_8b_gsm8k_80gb_lora_64k.yaml")])
+    config = parse_config(["qwen3_8b_gsm8k_80gb_lora_64k"])
     small = medium(rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, max_position_embeddings=40960)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
     plain, stretched = (
@@ -489,7 +489,7 @@ def test_folders_and_built_ins_are_read(capsys, tmp_path):
     medium().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 128
     assert main(["plan", "--model", str(tmp_path), "--vram=24GiB", "--max_completion_length=64"]) == 0
-    assert main(["plan", str(ROOT / "examples" / "sort.yaml"), "--vram=24GiB"]) == 0
+    assert main(["plan", "sort", "--vram=24GiB"]) == 0
     assert "random-llama" in capsys.readouterr().out
 
 

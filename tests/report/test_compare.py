@@ -119,7 +119,7 @@ def test_every_sorting_experiment_is_a_valid_configuration(monkeypatch):
 
     for changes in (changes for panel in sort_comparison.PANELS.values() for changes in panel.values()):
         options = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in changes.items()]
-        config = parse_config([str(sort_comparison.RECIPE), *options])
+        config = parse_config([sort_comparison.RECIPE, *options])
         assert {name: getattr(config, name) for name in changes} == changes
 
 
