@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from grpo_fast.rewards.answers import (
+from grpo_fast.rewards.base import RewardFunction, isolated, text_of
+from grpo_fast.rewards.functions.answers import (
     boxed_answer,
     exact_answer,
     final_number,
@@ -19,13 +20,12 @@ from grpo_fast.rewards.answers import (
     math_answer,
     parse_final_number,
 )
-from grpo_fast.rewards.base import RewardFunction, isolated, text_of
-from grpo_fast.rewards.code import unit_tests
-from grpo_fast.rewards.countdown import countdown_equation
-from grpo_fast.rewards.format import answer_format, soft_answer_format, think_format
-from grpo_fast.rewards.length import kimi_length, soft_overlong
+from grpo_fast.rewards.functions.code import unit_tests
+from grpo_fast.rewards.functions.countdown import countdown_equation
+from grpo_fast.rewards.functions.format import answer_format, soft_answer_format, think_format
+from grpo_fast.rewards.functions.length import kimi_length, soft_overlong
+from grpo_fast.rewards.functions.sorting import digits_included, digits_ordered
 from grpo_fast.rewards.registry import REWARDS, load_reward
-from grpo_fast.rewards.sorting import digits_included, digits_ordered
 
 if TYPE_CHECKING:
     from grpo_fast.rewards.engine import RESERVED_COLUMNS, RewardModel, Rewards

@@ -57,7 +57,7 @@ class RewardModel:
         on_error: ``"none"``: a sample for which a function raises, takes too long or returns no number has no reward
             from it, with a warning the first time; ``"raise"``: a UserError. One that fails for all samples of its
             first batch is a mistake, and raises in any case.
-        code_isolation: how generated code must be contained, see :func:`grpo_fast.rewards.isolation.choose`.
+        code_isolation: how generated code must be contained, see :func:`grpo_fast.rewards.sandbox.isolation.choose`.
 
     `notes` holds lines for the log: how generated code is run.
 

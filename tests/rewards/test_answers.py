@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from grpo_fast.rewards import RewardModel, final_number, isolated, math_answer
-from grpo_fast.rewards.answer_text import final_answer
-from grpo_fast.rewards.answers import same_answer
+from grpo_fast.rewards.functions.answer_text import final_answer
+from grpo_fast.rewards.functions.answers import same_answer
 
 PAIRS_FILE = Path(__file__).parents[1] / "support" / "answer_pairs.jsonl"
 PAIRS = [json.loads(line) for line in PAIRS_FILE.open(encoding="utf-8")]

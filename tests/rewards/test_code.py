@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import RewardModel, isolation, unit_tests
-from grpo_fast.rewards.code import extract_code, read_tests, run_tests
+from grpo_fast.rewards import RewardModel, unit_tests
+from grpo_fast.rewards.functions.code import extract_code, read_tests, run_tests
+from grpo_fast.rewards.sandbox import isolation
 from grpo_fast.trainer import GRPOTrainer
 from support.attacks import CHEATED_TESTS, CHEATS, SQUARE
 from support.small import SMALL

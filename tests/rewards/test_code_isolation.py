@@ -11,8 +11,9 @@ import pytest
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import RewardModel, isolation, system_calls
-from grpo_fast.rewards.isolation import LEVELS, choose
+from grpo_fast.rewards import RewardModel
+from grpo_fast.rewards.sandbox import isolation, system_calls
+from grpo_fast.rewards.sandbox.isolation import LEVELS, choose
 from support.attacks import FOLDER, HARM, HARMLESS, WITHOUT_FILTER
 from support.sandboxes import USERS, as_user, harmful, require_level
 
@@ -181,10 +182,10 @@ def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
 
 def test_obstacle_finds_a_sandbox_that_holds_nothing(monkeypatch):
     weak = dict(isolation._modules())
-    source = (isolation.Path(isolation.sandbox.__file__)).read_text()
+    source = (isolation.Path(isolation.confine.__file__)).read_text()
     for call in ("sys.addaudithook(", "limit(setup)\n"):
         assert f" {call}" in source
         source = source.replace(f" {call}", f" str{call[call.index('(') :]}")
-    weak["grpo_fast.rewards.sandbox"] = compile(source, "sandbox.py", "exec")
+    weak["grpo_fast.rewards.sandbox.confine"] = compile(source, "confine.py", "exec")
     monkeypatch.setattr(isolation, "_modules", lambda: list(weak.items()))
     assert isolation.obstacle.__wrapped__("rlimits") == "processes cannot be limited in it"

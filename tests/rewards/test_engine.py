@@ -75,7 +75,7 @@ def test_a_sample_that_fails_has_no_reward_and_is_named():
     assert got.total.tolist() == [4, 0, 0, 3, 3]
     assert len(warnings) == 1
     assert "'picky'" not in warnings[0]  # named as it is configured
-    assert "'digits_included' raised ValueError: bad among 1 (test_reward_engine.py, line" in warnings[0]
+    assert "'digits_included' raised ValueError: bad among 1 (test_engine.py, line" in warnings[0]
     assert "for the prompt 'q' and for 1 more of 5 samples" in warnings[0]
     metrics = reward_metrics(model.names, got, torch.zeros(5, dtype=torch.bool))
     assert metrics["rewards/digits_included/errors"] == pytest.approx(0.4)
@@ -182,8 +182,8 @@ def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_pa
 BUSY = """
 import os, re, subprocess, sys, time
 from grpo_fast.rewards import isolated
-from grpo_fast.rewards.code import run_tests
-from grpo_fast.rewards.isolation import choose
+from grpo_fast.rewards.functions.code import run_tests
+from grpo_fast.rewards.sandbox.isolation import choose
 from grpo_fast.rewards.pool import WorkerPool
 
 @isolated()
@@ -278,9 +278,9 @@ def test_rewards_import_where_there_are_no_unix_modules():
     """As on Windows: nothing is needed before it is used."""
     code = (
         "import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
-        "import grpo_fast.rewards, grpo_fast.rewards.pool, grpo_fast.rewards.worker, grpo_fast.rewards.code\n"
+        "import grpo_fast.rewards, grpo_fast.rewards.pool, grpo_fast.rewards.worker, grpo_fast.rewards.functions.code\n"
         "from grpo_fast.errors import UserError\nsys.platform = 'win32'\n"
-        "from grpo_fast.rewards.isolation import choose\n"
+        "from grpo_fast.rewards.sandbox.isolation import choose\n"
         "try:\n    choose('available')\nexcept UserError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

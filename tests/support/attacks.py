@@ -5,6 +5,8 @@ it. They see VICTIM, a process of the same user, SECRET, a file, PLACE, the fold
 port, and ``call``, which makes a system call and raises where that fails.
 """
 
+from grpo_fast.rewards.sandbox import wire
+
 PROLOGUE = """
 import os, resource, signal, socket, sys
 for module in list(sys.modules.values()):
@@ -238,6 +240,7 @@ _READ_ALL = (
     "    texts += [o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) for o in [repr(o)]][:10**5]\n"
     "    text = ' '.join(texts)\n"
 )
+_WIRE = f"import sys\nwire = sys.modules[{wire.__name__!r}]\n"
 CHEATS = {
     "equals everything": _EQUAL.format(base="") + "def square(x): return Equal()",
     "a number that equals everything": _EQUAL.format(base="(int)") + "def square(x): return Equal(0)",
@@ -265,24 +268,23 @@ CHEATS = {
     "finding the judge": "import sys, gc\nfor module in list(sys.modules.values()):\n"
     "    if hasattr(module, 'Judge'):\n        module.Judge.passes = lambda *a: True\n"
     "        module.judge = lambda *a: (True, 1)\n        module._lines = lambda *a: []\ndef square(x): return 0",
-    "a forged reply": "import sys\ndef square(x):\n    wire = sys.modules['grpo_fast.rewards.wire']\n    import gc\n"
-    "    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
+    "a forged reply": _WIRE
+    + "import gc\ndef square(x):\n    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
     "    for kind in (['returned', True, []], ['returned', ['class', 'builtins', 'object'], []]):\n"
     "        pipe.send(kind)\n    return 0",
-    "a forged exit": "import sys\ndef square(x):\n    import gc\n    wire = sys.modules['grpo_fast.rewards.wire']\n"
-    "    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
+    "a forged exit": _WIRE
+    + "import gc\ndef square(x):\n    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
     "    pipe.send(['raised', ['builtins.SystemExit', 'builtins.BaseException'], ['list', 0], ['dict']])\n    return 0",
-    "a module by name": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
-    "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['module', 'os']\n"
+    "a module by name": _WIRE
+    + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['module', 'os']\n"
     "def square(x): return []",
-    "code by name": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
-    "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else "
+    "code by name": _WIRE + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else "
     "['library', 'builtins', 'eval', '9']\ndef square(x): return []",
     "its own abs": "def abs(x): return 0\ndef round(*a): return 0\ndef len(x): return 9\ndef square(x): return 0\n"
     "class math:\n    isclose = staticmethod(lambda *a: True)\n"
     "import builtins\nbuiltins.abs, builtins.round = abs, round",
-    "a foreign number": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
-    "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['yours', -1]\n"
+    "a foreign number": _WIRE
+    + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['yours', -1]\n"
     "def square(x): return []",
 }
 # What tests of an interval, of an order or of a context are open to.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.rewards import isolation
+from grpo_fast.rewards.sandbox import isolation
 from support.attacks import PROLOGUE
 
 # Before the user changes, who may not be able to read it.

@@ -5,7 +5,7 @@ the other side, as plain data. There, a `Remote` stands for an object of the pro
 passed back, but it never equals plain data, cannot be ordered against it, and takes no operator together with it: it
 could otherwise wait for the expected value and then agree with it.
 
-Runs inside the sandbox (`sandbox.py`), so it imports as little as it can.
+Runs inside the sandbox (`confine.py`), so it imports as little as it can.
 """
 
 import _operator
@@ -13,7 +13,7 @@ import builtins
 import os
 import sys
 
-from grpo_fast.rewards.wire import MODULES, Closed, Peer, Pipe
+from grpo_fast.rewards.sandbox.wire import MODULES, Closed, Peer, Pipe
 
 NAME = "solution"
 _MISSING = "no such name"

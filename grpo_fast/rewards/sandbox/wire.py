@@ -4,7 +4,7 @@ Values that are plain data (numbers, text, bytes, the standard containers, dates
 other object stays where it is; the other side gets a `Remote` with its number, and what is done to that is done here.
 Nothing that arrives can name code: the decoder makes plain data and `Remote` objects, and nothing else.
 
-Runs inside the sandbox (`sandbox.py`), so it imports as little as it can.
+Runs inside the sandbox (`confine.py`), so it imports as little as it can.
 """
 
 import _json

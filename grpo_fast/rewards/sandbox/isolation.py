@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.rewards import sandbox
-from grpo_fast.rewards.system_calls import filter_program, numbers
+from grpo_fast.rewards.sandbox import confine
+from grpo_fast.rewards.sandbox.system_calls import filter_program, numbers
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ for name, code in modules:
     exec(code, vars(module))
 module.main(setup)
 """
-_MODULES = ("wire", "judging", "sandbox")
+_MODULES = ("wire", "judging", "confine")
 LONGEST_VERDICT = 1000
 # Root runs programs as one of these users, who own nothing.
 _FIRST_USER, _USERS = 20000, 40000
@@ -114,7 +114,7 @@ def python() -> str:
 @cache
 def _modules() -> list[tuple[str, bytes]]:
     """The code that runs inside, compiled: importing it there would take longer, and its files may be out of reach."""
-    folder = Path(sandbox.__file__).parent
+    folder = Path(confine.__file__).parent
     return [
         (
             f"{__package__}.{name}",
@@ -129,17 +129,17 @@ def _command(level: str) -> list[str]:
     if level != "bubblewrap":
         return start
     # Bubblewrap creates the folders above a mount with mode 0700, which other users cannot pass.
-    above = sorted({str(one) for path in (*readable_paths(), *sandbox.DEVICES) for one in Path(path).parents} - {"/"})
+    above = sorted({str(one) for path in (*readable_paths(), *confine.DEVICES) for one in Path(path).parents} - {"/"})
     folders = [word for path in above for word in ("--perms", "0755", "--dir", path)]
     binds = [word for path in readable_paths() for word in ("--ro-bind", path, path)]
-    devices = [word for path in sandbox.DEVICES for word in ("--dev-bind", path, path)]
+    devices = [word for path in confine.DEVICES for word in ("--dev-bind", path, path)]
     # The sandbox needs these to bound its folder, and root to become another user; then it drops them.
     rights = ["CAP_SYS_ADMIN", *(["CAP_SETUID", "CAP_SETGID"] if os.getuid() == 0 else [])]
     return [
         "bwrap", "--die-with-parent", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts",
         *([] if os.getuid() == 0 else ["--unshare-user"]), *folders, *binds, *devices,
-        "--perms", "0777", "--size", str(sandbox.FOLDER_SIZE), "--tmpfs", sandbox.FOLDER, "--remount-ro", "/",
-        *(word for right in rights for word in ("--cap-add", right)), "--chdir", sandbox.FOLDER, "--", *start,
+        "--perms", "0777", "--size", str(confine.FOLDER_SIZE), "--tmpfs", confine.FOLDER, "--remount-ro", "/",
+        *(word for right in rights for word in ("--cap-add", right)), "--chdir", confine.FOLDER, "--", *start,
     ]  # fmt: skip
 
 
@@ -295,7 +295,7 @@ _PROBES = {
 
 def has_landlock() -> bool:
     """Whether the kernel can limit the files of a process that is in no namespaces."""
-    return ctypes.CDLL(None).syscall(sandbox.LANDLOCK_CREATE, None, 0, 1) > 0
+    return ctypes.CDLL(None).syscall(confine.LANDLOCK_CREATE, None, 0, 1) > 0
 
 
 class Chosen(NamedTuple):

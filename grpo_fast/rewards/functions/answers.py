@@ -10,7 +10,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 from grpo_fast.errors import import_extra
-from grpo_fast.rewards.answer_text import (
+from grpo_fast.rewards.base import isolated, text_of
+from grpo_fast.rewards.functions.answer_text import (
     FONTS,
     Answer,
     final_answer,
@@ -22,7 +23,6 @@ from grpo_fast.rewards.answer_text import (
     read_number,
     unlatex,
 )
-from grpo_fast.rewards.base import isolated, text_of
 
 _TEXT = re.compile(rf"[\s()$.]*\\(?:{FONTS})\s*{{[^{{}}\\\d]*}}[\s()$.]*")
 _WORDS = re.compile(r"no|(?=.*[a-z]{3})[a-z][a-z' -]*|[\u4e00-\u9fff]+")

@@ -1,7 +1,7 @@
 """What runs generated code: two processes, the program's and its tests', that have given up all they can harm with.
 
 `isolation.py` starts Python with these modules and calls `main`. Imports nothing but the standard library, and little
-of that, since every completion pays for it. See `grpo_fast.rewards.code` for what is guaranteed.
+of that, since every completion pays for it. See `grpo_fast.rewards.functions.code` for what is guaranteed.
 """
 
 import ctypes
@@ -9,8 +9,8 @@ import marshal
 import os
 import sys
 
-from grpo_fast.rewards.judging import judge, program
-from grpo_fast.rewards.wire import Pipe
+from grpo_fast.rewards.sandbox.judging import judge, program
+from grpo_fast.rewards.sandbox.wire import Pipe
 
 MEMORY = 1 << 30
 FILE_SIZE = 10 << 20

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from grpo_fast.errors import one_line
 from grpo_fast.rewards.base import between, isolated, text_of
-from grpo_fast.rewards.isolation import choose, run
-from grpo_fast.rewards.wire import MODULES
+from grpo_fast.rewards.sandbox.isolation import choose, run
+from grpo_fast.rewards.sandbox.wire import MODULES
 
 _FENCE = re.compile(r"^([ \t>]*)(`{3,}|~{3,})[ \t]*(.*)$")
 # Functions that tests use beside the one they test.
@@ -275,7 +275,7 @@ def unit_tests(prompts, completions, tests, reward_timeout=10.0, code_isolation=
             outputs of the completion as a script, ``{"inputs": [...], "outputs": [...]}``, with ``fn_name`` arguments
             and results of that function; or a list of ``{"input": ..., "output": ...}``; these also as JSON.
         reward_timeout: seconds for a sample, of which the program gets all but a second.
-        code_isolation: how the program must be contained, see :func:`grpo_fast.rewards.isolation.choose`.
+        code_isolation: how the program must be contained, see :func:`grpo_fast.rewards.sandbox.isolation.choose`.
 
     Raises:
         ValueError: a sample's tests are at fault.
