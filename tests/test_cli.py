@@ -53,7 +53,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--reward_weights", "[.nan, 1, 1]"], "reward_weights"),
         ([SORT, "--reward_weights", "[1e39, 1, 1]"], "it must be made of numbers within +-3.4e+38"),
         ([SORT, "--eval_dataset_name", "x.jsonl"], "brings its own held-out rows"),
-        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "'exact_answer' is there 2 times"),
+        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "'exact_answer' is listed 2 times"),
         ([SORT, "--attn_implementation", "bogus"], "could not be loaded"),
         ([SORT, "--model_init_kwargs", "{vocab_size: 3}"], "'vocab_size' is not a field to set"),
         ([SORT, "--model_init_kwargs", "{hidden_size: -3}"], "could not be loaded"),

@@ -1,4 +1,4 @@
-"""One call of a reward function: what it returned, and for which samples it failed. Needs no torch."""
+"""Calling a reward function: what it returned, and for which samples it failed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _IMMUTABLE = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 class Outcome(NamedTuple):
-    """A function's values ``[B]`` as it returned them, and by the index of a sample, whose value is None, what failed.
+    """A function's values ``[B]`` as it returned them, and an error message for each index whose value is missing.
 
-    An error reads on from "reward function 'name'".
+    The messages complete the sentence "reward function 'name' ...".
     """
 
     values: list[Any]
@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
 
 
 class WrongReturn(Exception):
-    """A function could not be called, or returned something other than a value for each sample."""
+    """A function could not be called, or did not return one value per sample."""
 
 
 def failed(size: int, message: str) -> Outcome:
@@ -37,39 +37,36 @@ def failed(size: int, message: str) -> Outcome:
 def call(function: RewardFunction, arguments: dict[str, list], size: int, timeout: float) -> Outcome:
     """Call `function` on the whole batch.
 
-    Where that raises, it is called on each sample alone to find those at fault, and once more on all the others
-    together, since it may compare them.
+    If that raises, each sample is tried alone to find those at fault. Then the others are scored together, because the
+    function may compare them.
 
     Args:
         function: sync or async.
         arguments: lists of `size` values, by name; each call gets deep copies of them.
-        timeout: seconds after which an async call is cancelled.
+        timeout: seconds until an async call is cancelled.
     """
-    try:
-        return Outcome(_values(function, arguments, range(size), timeout), {})
-    except (Exception, SystemExit) as error:
-        outcome = failed(size, _reason(error))
-    if size == 1:
-        return outcome
-    errors = {}
-    for index in range(size):
+
+    def attempt(indices: Sequence[int]) -> tuple[list, str]:
         try:
-            _values(function, arguments, [index], timeout)
+            return _values(function, arguments, indices, timeout), ""
         except (Exception, SystemExit) as error:
-            errors[index] = _reason(error)
+            return [], _reason(error)
+
+    values, reason = attempt(range(size))
+    if not reason:
+        return Outcome(values, {})
+    errors = {index: error for index in range(size) if (error := attempt([index])[1])} if size > 1 else {}
     rest = [index for index in range(size) if index not in errors]
-    if not errors or not rest:
-        return outcome
-    try:
-        found = dict(zip(rest, _values(function, arguments, rest, timeout), strict=True))
-    except (Exception, SystemExit):
-        return outcome
-    return Outcome([found.get(index) for index in range(size)], errors)
+    if errors and rest:
+        found, error = attempt(rest)
+        if not error:
+            by_index = dict(zip(rest, found, strict=True))
+            return Outcome([by_index.get(index) for index in range(size)], errors)
+    return failed(size, reason)
 
 
 def _values(function: RewardFunction, arguments: dict[str, list], indices: Sequence[int], timeout: float) -> list:
-    chosen = {name: _copies(name, values, indices) for name, values in arguments.items()}
-    values = function(**chosen)
+    values = function(**{name: _copies(name, column, indices) for name, column in arguments.items()})
     if inspect.isawaitable(values):
         values = asyncio.run(_within(values, timeout))
     values = values.tolist() if hasattr(values, "tolist") else values
@@ -85,7 +82,7 @@ async def _within(values: Any, timeout: float) -> Any:
 
 
 def _copies(name: str, values: list, indices: Sequence[int]) -> list:
-    """Copies that a function may change at any depth: samples of a group share the values of their row."""
+    """Copies that a function may change at any depth: the samples of a group share the values of their row."""
     try:
         return [copied(values[index]) for index in indices]
     except Exception as error:
@@ -93,7 +90,7 @@ def _copies(name: str, values: list, indices: Sequence[int]) -> list:
 
 
 def copied(value: Any) -> Any:
-    """A deep copy, much faster than `copy.deepcopy` for what JSON holds, and for long lists of numbers above all."""
+    """A deep copy; much faster than `copy.deepcopy` for JSON values, above all for long lists of numbers."""
     kind = type(value)
     if kind in _IMMUTABLE:
         return value

@@ -1,4 +1,4 @@
-"""Which arguments a reward function is called with, and which of the data's columns it needs. Needs no torch."""
+"""Which arguments a reward function is called with, and which dataset columns it needs. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from grpo_fast.errors import UserError, one_line
 from grpo_fast.rewards.base import RewardFunction, text_of
 from grpo_fast.rewards.registry import REWARDS
 
-# What the trainer passes by name beside the data's own columns: to every function, and to those that take it.
+# The trainer passes the reserved names to every function, beside the dataset's columns, the offered ones to functions
+# that take them, and the judged ones to functions with a judge: whether a completion is right, and its group's number.
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 OFFERED_COLUMNS = ("rendered_prompts",)
-# And to functions with a judge: whether a completion is right, and a number for each group of completions.
 JUDGED_COLUMNS = ("correct", "groups")
 
 
 def unreachable(function: RewardFunction) -> set[str]:
-    """Names that no column of the data can have for `function`: the trainer, or Python, fills these arguments."""
+    """Names that a dataset column cannot have for `function`, because the trainer or Python fills these arguments."""
     judged = JUDGED_COLUMNS if hasattr(function, "judge") else ()
     return {*RESERVED_COLUMNS, *OFFERED_COLUMNS, *judged, *_filled_by_call(function)}
 
@@ -33,12 +33,12 @@ def chosen(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def check_values(functions: Iterable[RewardFunction], rows: list[dict[str, Any]]) -> None:
-    """Every row must have a value in the columns that a built-in function compares with.
+    """Check that every row has a value in the columns that built-in functions require.
 
-    A function of the user's own may return None for a row without one.
+    Other functions may return None for a row without a value.
 
     Raises:
-        UserError: it names the column, the function and the row's prompt.
+        UserError: a value is missing; names the column, the function and the row's prompt.
     """
     for function in functions:
         if REWARDS.get(getattr(function, "__name__", "")) is not function:
@@ -49,15 +49,14 @@ def check_values(functions: Iterable[RewardFunction], rows: list[dict[str, Any]]
             for row in rows if name not in RESERVED_COLUMNS else ():
                 value = row.get(name)
                 if value is None or value != value:
-                    prompt = one_line(text_of(row["prompt"]), 60)
                     raise UserError(
-                        f"the row with the prompt {prompt!r} has no {name!r}, which the reward function "
-                        f"{function.__name__!r} needs; add it, or leave the row out"
+                        f"the row with the prompt {one_line(text_of(row['prompt']), 60)!r} has no {name!r}, which the "
+                        f"reward function {function.__name__!r} needs; add it, or leave the row out"
                     )
 
 
 def _parameters(function: RewardFunction) -> dict[str, inspect.Parameter]:
-    """By name; empty for a function of which Python does not know them."""
+    """The parameters by name; empty for a function without an inspectable signature."""
     try:
         return dict(inspect.signature(function).parameters)
     except ValueError:

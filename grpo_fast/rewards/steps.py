@@ -1,4 +1,4 @@
-"""Rewards of a completion's steps, as reward functions return them."""
+"""Rewards for the steps of a completion, as reward functions return them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Steps = list[tuple[int, float]]
 
 
 def read_steps(name: str, value: object, index: int, text: str) -> Steps | float:
-    """What function `name` returned for the steps of completion `index`, whose text is `text`; NaN for None.
+    """Check what function `name` returned for the steps of completion `index`, whose text is `text`; NaN for None.
 
     Raises:
-        UserError: it is no list of pairs, an end is not a rising whole number within the text, or a reward not finite.
+        UserError: `value` is not a list of pairs, the ends do not rise within the text, or a reward is not finite.
     """
     if value is None:
         return math.nan
@@ -40,6 +40,8 @@ def read_steps(name: str, value: object, index: int, text: str) -> Steps | float
     return steps
 
 
-def mean_reward(steps: Steps) -> float:
-    """A completion's process rewards in one number; NaN without steps."""
+def mean_reward(steps: Steps | float) -> float:
+    """A completion's reward itself, or the mean over its steps; NaN without steps."""
+    if not isinstance(steps, list):
+        return steps
     return sum(reward for _, reward in steps) / len(steps) if steps else math.nan

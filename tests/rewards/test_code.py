@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import RewardModel, unit_tests
-from grpo_fast.rewards.functions.code import extract_code, read_tests, run_tests
+from grpo_fast.rewards.functions import code
+from grpo_fast.rewards.functions.code import extract_code, read_tests
 from grpo_fast.rewards.sandbox import isolation
 from grpo_fast.trainer import GRPOTrainer
 from support.attacks import CHEATED_TESTS, CHEATS, SQUARE
@@ -24,6 +25,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 TEST = "assert square(3) == 9"
 SECONDS = 20.0
 HELPER, MAIN = "def helper(x):\n    return x * x\n", "def square(x):\n    return helper(x)\n"
+
+
+def run_tests(program, tests, seconds=SECONDS, code_isolation="available"):
+    return code.run_tests(program, read_tests(tests), seconds, code_isolation)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_run_tests_right_programs_pass(program, tests):
 
 
 def test_run_tests_threads_pass_where_they_are_held():
-    if isolation.choose("available").level == "rlimits":
+    if isolation.choose("available")[0] == "rlimits":
         pytest.skip("without a system call filter a program has no threads")
     program = (
         "import threading, concurrent.futures, queue\ndef squares(xs):\n"
@@ -326,19 +331,19 @@ def test_read_tests_knows_every_form(tests):
         ("  \n", "tests are empty"),
         (5, "tests must be code, a list of code"),
         (3, "tests must be code"),
-        ("assert square(3) = 9", "tests are no valid Python: .*, line 1"),
-        ("# nothing", "tests call nothing of the program"),
-        ("assert True", "tests call nothing of the program"),
+        ("assert square(3) = 9", "tests are not valid Python: .*, line 1"),
+        ("# nothing", "tests do not use the program"),
+        ("assert True", "tests do not use the program"),
         (
             "def check(f):\n    assert f(3) == 9",
-            r"tests call nothing of the program: .*; check\(\) is defined but not called",
+            r"tests do not use the program: .*; check\(\) is defined but not called",
         ),
-        ("import math\nassert math.sqrt(9) == 3", "tests call nothing of the program"),
+        ("import math\nassert math.sqrt(9) == 3", "tests do not use the program"),
         ({"inputs": ["1"], "outputs": []}, "tests have 1 inputs and 0 outputs"),
         ({"question": "1"}, "tests hold a dict of question; it must have inputs and outputs"),
         ({"inputs": [[1]], "outputs": [1], "fn_name": "f(); g"}, "tests have fn_name="),
         ([TEST, 3], "tests hold 3"),
-        (f"import numpy as np\n{TEST}", "tests import 'numpy'; only the standard library is there"),
+        (f"import numpy as np\n{TEST}", "tests import 'numpy'; only the standard library is available"),
     ],
 )
 def test_check_rows_names_the_row_whose_tests_are_at_fault(tests, message):
@@ -365,7 +370,7 @@ def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
         "reward_funcs": ["unit_tests"],
         "model_name_or_path": "missing",
     }
-    with pytest.raises(UserError, match=r"data, row \d \(prompt 'p0'\): unit_tests: tests call nothing of the program"):
+    with pytest.raises(UserError, match=r"data, row \d \(prompt 'p0'\): unit_tests: tests do not use the program"):
         GRPOTrainer(GRPOConfig(**settings, output_dir=str(tmp_path / "run")))
 
 

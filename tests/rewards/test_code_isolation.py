@@ -120,21 +120,21 @@ def missing(*levels):
             r"resource limits only, .*seccomp \(not here: pip install 'grpo-fast\[train\]",
         ),
         ("strict", [], "bubblewrap", "runs in bubblewrap"),
-        ("strict", NAMES[:1], "namespaces", "namespaces of its own"),
+        ("strict", NAMES[:1], "namespaces", "its own namespaces"),
         ("none", [], "rlimits", r"in a process with resource limits only, which can signal this user's others$"),
     ],
 )
 def test_choose_takes_the_best_level_and_says_what_is_missing(code_isolation, absent, level, note):
-    chosen = choose(code_isolation, missing(*absent))
-    assert chosen.level == level
-    assert re.search(note, chosen.note), chosen.note
-    assert "\n" not in chosen.note
+    chosen, line = choose(code_isolation, missing(*absent))
+    assert chosen == level
+    assert re.search(note, line), line
+    assert "\n" not in line
 
 
 def test_choose_says_when_nothing_holds_files(monkeypatch):
     monkeypatch.setattr(isolation, "has_landlock", lambda: False)
-    assert "it can read and write this user's files" in choose("none", missing()).note
-    assert "files" not in choose("strict", missing()).note
+    assert "it can read and write this user's files" in choose("none", missing())[1]
+    assert "files" not in choose("strict", missing())[1]
 
 
 def test_choose_strict_without_namespaces_is_refused():
@@ -142,7 +142,7 @@ def test_choose_strict_without_namespaces_is_refused():
         UserError, match=r"code_isolation='strict': .* bubblewrap \(not here: .*, namespaces \(not here"
     ):
         choose("strict", missing(*NAMES[:2]))
-    with pytest.raises(UserError, match="'available': unit_tests cannot run generated code so on this machine"):
+    with pytest.raises(UserError, match="'available': unit_tests cannot run generated code like that on this machine"):
         choose("available", missing(*NAMES))
 
 

@@ -182,7 +182,7 @@ def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_pa
 BUSY = """
 import os, re, subprocess, sys, time
 from grpo_fast.rewards import isolated
-from grpo_fast.rewards.functions.code import run_tests
+from grpo_fast.rewards.functions.code import read_tests, run_tests
 from grpo_fast.rewards.sandbox.isolation import choose
 from grpo_fast.rewards.pool import WorkerPool
 
@@ -195,7 +195,7 @@ def busy(prompts, completions, **columns):
         # The trials of the level end by themselves; what comes after `started` does not.
         choose("available")
         open(columns["started"][0], "w").close()
-        run_tests("import time\\ndef f(): time.sleep(1000)", "f()", 1000.0)
+        run_tests("import time\\ndef f(): time.sleep(1000)", read_tests("f()"), 1000.0)
     # In this process's group, and in none of ours.
     subprocess.Popen(["sleep", "1000"])
     subprocess.Popen(["sh", "-c", "sleep 1000 & sleep 1000"], start_new_session=True)

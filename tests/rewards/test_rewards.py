@@ -218,7 +218,7 @@ def test_reward_names_take_as_much_of_their_source_as_tells_them_apart(tmp_path)
 
 
 def test_a_reward_function_that_is_there_twice_is_refused():
-    with pytest.raises(UserError, match="'exact_answer' is there 2 times; its weight is in reward_weights"):
+    with pytest.raises(UserError, match="'exact_answer' is listed 2 times; set its weight in reward_weights"):
         RewardModel(["exact_answer", "exact_answer"], None)
 
 
@@ -232,7 +232,7 @@ def test_reward_files_with_different_neighbours_of_one_name_are_refused(tmp_path
         sources.append(f"{tmp_path / name / 'rewards.py'}:{name}")
     RewardModel(sources[:1], None)
     with pytest.raises(
-        UserError, match=r"first/shared_helper.py and .*second/shared_helper.py are modules of one name"
+        UserError, match=r"first/shared_helper.py and .*second/shared_helper.py are modules of the same name"
     ):
         RewardModel(sources, None)
 
