@@ -23,10 +23,11 @@ from grpo_fast.data import (
     read_file,
     sort_digits,
 )
-from grpo_fast.data.questions import gsm8k, last_boxed, math
+from grpo_fast.data.questions import gsm8k, math
 from grpo_fast.errors import UserError
 from grpo_fast.model.loading import digit_tokenizer
 from grpo_fast.rewards import RewardModel
+from grpo_fast.rewards.functions.answer_text import boxes
 
 # GSM8K's train.jsonl and test.jsonl.
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[2] / "data" / "gsm8k"))
@@ -193,7 +194,8 @@ def test_all_of_gsm8k_is_read():
     ],
 )
 def test_boxed_answers_have_balanced_braces(text, boxed):
-    assert last_boxed(text) == boxed
+    found = boxes(text)
+    assert (found[-1][2].strip() if found else None) == boxed
 
 
 def test_math_from_the_hub(monkeypatch):
@@ -220,8 +222,8 @@ def test_math_from_the_hub(monkeypatch):
     [
         (gsm8k, {"train": ['{"question": "a"}']}, r"gsm8k, train row 1 of .*: no text in column 'answer'"),
         (gsm8k, {"train": ['{"question": "a", "answer": "5"}']}, "no number after #### in the answer '5'"),
-        (gsm8k, {"test": ['{"question": "a", "answer": "#### 5"}']}, "has no split 'train'; there is test.jsonl"),
-        (gsm8k, {}, "there is no .jsonl, .json, .csv .* or .parquet file"),
+        (gsm8k, {"test": ['{"question": "a", "answer": "#### 5"}']}, "has no split 'train'; it has test.jsonl"),
+        (gsm8k, {}, "it has no .jsonl, .json, .csv .* or .parquet file"),
         (math, {"train": [r'{"problem": "a", "solution": "5"}']}, r"no \\boxed{} in the solution that ends in '5'"),
         (math, {"train": ['{"problem": 5, "solution": "5"}']}, "no text in column 'problem'"),
     ],
@@ -296,7 +298,7 @@ def test_other_files(tmp_path, suffix):
         (
             ['{"question": "a"}'] * 2,
             {"prompt_template": "{q}"},
-            "row 1: prompt_template uses column 'q', but there is question",
+            "row 1: prompt_template uses column 'q', but the row has question",
         ),
         (['{"question": "a"}'] * 2, {"prompt_template": "{"}, "prompt_template cannot be filled: Single '{' enc"),
         (['{"prompt": 3}'] * 2, {}, "row 1: a prompt must be text, or chat messages with a role and a content, got 3"),
@@ -320,9 +322,9 @@ def test_bad_lines_are_named(tmp_path, lines, fields, message):
         ("sort_digit", {}, "did you mean 'sort_digits'"),
         ("sort_digits", {"dataset_kwargs": {"lenth": 3}}, "not 'lenth' .did you mean 'length'"),
         ("sort_digits", {"dataset_kwargs": {"length": "a"}}, "length='a' is not allowed: it must be of type int"),
-        ("sort_digits", {"dataset_train_split": "zzz"}, "dataset_train_split='zzz' goes with hub datasets"),
+        ("sort_digits", {"dataset_train_split": "zzz"}, "dataset_train_split='zzz' requires a hub dataset"),
         ("sort_digits", {"dataset_kwargs": {"length": 9}}, "length=9 is not allowed: it must be from 1 to 6"),
-        ("a.jsonl", {"dataset_kwargs": {"length": 4}}, "dataset_kwargs goes with the built-in datasets"),
+        ("a.jsonl", {"dataset_kwargs": {"length": 4}}, "dataset_kwargs requires one of the built-in datasets"),
     ],
 )
 def test_bad_names_are_named(name, fields, message):
@@ -494,12 +496,12 @@ def test_suffixes_say_what_a_file_holds(tmp_path, name):
     ("name", "content", "message"),
     [
         ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv, line 3: 1 cells for 2 columns"),
-        ("a.csv", b"a,a\n1,2\n", r"the first line must name every column, each by another name, got \['a', 'a'\]"),
-        ("a.csv", b"a,\n1,2\n", "the first line must name every column"),
+        ("a.csv", b"a,a\n1,2\n", r"the first line must have a different name for every column, got \['a', 'a'\]"),
+        ("a.csv", b"a,\n1,2\n", "the first line must have a different name"),
         ("a.csv", b'a,b\n1,"2\n', "line 2: not valid CSV: unexpected end of data"),
         ("a.csv", b"a,b\n1,\xff\n", "line 2: not UTF-8 text"),
-        ("a.jsonl.gz", b"{}", "is not a whole gzip file: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-9], "is not a whole gzip file"),
+        ("a.jsonl.gz", b"{}", "is not a complete gzip file: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-9], "is not a complete gzip file"),
         ("a.txt", b"", r"only a \.jsonl, \.json, \.csv \(each also with \.gz\) or \.parquet file can be read"),
     ],
 )

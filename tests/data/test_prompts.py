@@ -114,15 +114,18 @@ def test_columns_with_a_text_of_their_own_are_filled_in():
     ("fields", "message"),
     [
         ({"prompt_file": "r1_zer"}, "is neither a file nor one of .*did you mean 'r1_zero'"),
-        ({"prompt_file": "countdown"}, "prompt_file='countdown' uses column 'target', but there is question, answer"),
-        ({"prompt_file": "countdown", "system_prompt": "a"}, "brings its own messages; leave system_prompt out"),
+        (
+            {"prompt_file": "countdown"},
+            "prompt_file='countdown' uses column 'target', but the row has question",
+        ),
+        ({"prompt_file": "countdown", "system_prompt": "a"}, "has its own messages; leave system_prompt out"),
         ({"prompt_template": r"\boxed{}"}, r"cannot be filled: {} names no column; {{ and }} stand for braces"),
         (
             {"prompt_template": r"\frac{1}{2}"},
-            r"uses column '1', but there is .* \({{ and }} stand for braces",
+            r"uses column '1', but the row has .* \({{ and }} stand for braces",
         ),
-        ({"prompt_template": "{question.__class__}"}, "uses column 'question.__class__', but there is question"),
-        ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but there is question"),
+        ({"prompt_template": "{question.__class__}"}, "uses column 'question.__class__', but the row has question"),
+        ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but the row has question"),
         ({"prompt_template": "{question!x}"}, "cannot be filled"),
         ({"prompt_template": "{question:d}"}, "cannot be filled: Unknown format code 'd'"),
         (

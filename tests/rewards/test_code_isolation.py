@@ -106,7 +106,7 @@ def missing(*levels):
     ("code_isolation", "absent", "level", "note"),
     [
         ("available", [], "bubblewrap", r"runs in bubblewrap, with a system call filter$"),
-        ("available", NAMES[:1], "namespaces", r"namespaces .*; for more: bubblewrap \(not here: apt-get install bub"),
+        ("available", NAMES[:1], "namespaces", r"namespaces.*; for more: bubblewrap \(not here: apt-get install bub"),
         (
             "available",
             NAMES[:2],

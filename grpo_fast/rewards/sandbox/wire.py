@@ -1,10 +1,10 @@
-"""Calls between two processes that do not trust each other: plain data over pipes, and objects by number.
+"""Calls between two processes that do not trust each other: plain data is sent over pipes, objects as numbers.
 
-Values that are plain data (numbers, text, bytes, the standard containers, dates, decimals, fractions) are copied. Any
-other object stays where it is; the other side gets a `Remote` with its number, and what is done to that is done here.
-Nothing that arrives can name code: the decoder makes plain data and `Remote` objects, and nothing else.
+Plain data (numbers, text, bytes, the standard containers, dates, decimals, fractions) is copied. Any other object stays
+in its process; the other side gets a `Remote` with its number, and operations on that are carried out here. No message
+can name code: the decoder makes only plain data, the classes and modules below, and `Remote` objects.
 
-Runs inside the sandbox (`confine.py`), so it imports as little as it can.
+Runs inside the sandbox (`confine.py`), so it imports as little as possible.
 """
 
 import _json
@@ -15,7 +15,7 @@ import sys
 
 LONGEST = 64 << 20
 SCALARS = (type(None), bool, int, float, str)
-# Modules and classes that a test may know from the program's imports; each side has its own.
+# Modules and classes that tests may use from the program's imports; each side uses its own.
 MODULES = (
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "json",
     "math", "random", "re", "statistics", "string", "typing",
@@ -39,20 +39,20 @@ class _Context:
 
 
 def _refuse(value):
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
-# The json package itself would take as long to import as Python takes to start.
+# Importing the json package would take as long as Python takes to start.
 _scan = _json.make_scanner(_Context())
 _write = _json.make_encoder(None, _refuse, _json.encode_basestring_ascii, None, ":", ",", False, False, True)
 
 
 class Closed(BaseException):
-    """The other side has ended, which is no exception that a test may expect."""
+    """The other side has ended. Tests cannot expect this exception."""
 
 
 class Pipe:
-    """Messages, each behind its length, over two file descriptors."""
+    """Messages over two file descriptors, each preceded by its length."""
 
     def __init__(self, reading: int, writing: int):
         self.reading, self.writing = reading, writing
@@ -92,9 +92,9 @@ class Peer:
 
     Args:
         pipe: to the other process.
-        perform: what a request ``(operation, *arguments)`` of the other side does here; what it returns or raises is
-            the reply.
-        remote: makes the stand-in for an object of the other side, from this peer, its number and what is known of it.
+        perform: carries out a request ``(operation, plain, values, keywords)`` of the other side; what it returns or
+            raises is the reply.
+        remote: the class that stands for an object of the other side, made from this peer and the object's number.
     """
 
     def __init__(self, pipe: Pipe, perform, remote):
@@ -106,12 +106,12 @@ class Peer:
         self.lock = _thread.RLock()
 
     def request(self, operation: str, *plain, arguments: tuple = (), keywords: dict | None = None):
-        """Do `operation` on the other side and return its value.
+        """Carry out `operation` on the other side and return its value.
 
-        Lists, dicts, sets and other containers among the arguments that were changed there are changed here as well.
+        Changes to lists, dicts, sets and other containers among the arguments are applied here as well.
 
         Raises:
-            Exception: what it raised there, as the nearest exception that is known here.
+            Exception: what it raised there, as the nearest exception known here.
             Closed: the other side has ended.
         """
         keywords = keywords or {}
@@ -131,7 +131,7 @@ class Peer:
                 self.answer(kind, *rest)
 
     def answer(self, operation: str, plain: list, encoded: list, keywords: list) -> None:
-        """Do what the other side asks for, and reply."""
+        """Carry out a request of the other side, and reply."""
         try:
             values = [self.decode(value) for value in encoded]
             split = len(values) - len(keywords)
@@ -161,7 +161,7 @@ class Peer:
             if found:
                 break
         else:
-            # What ends a process there, such as SystemExit, is a failure here.
+            # What ends a process there, such as SystemExit, is an ordinary failure here.
             found = RuntimeError
         try:
             error = found(*self.decode(arguments))
@@ -214,12 +214,9 @@ class Peer:
         return self.own[number]
 
     def _theirs(self, number: int, kind: str, names: list):
-        if number not in self.remotes:
-            self.remotes[number] = self.adopt(number, kind, names)
-        return self.remotes[number]
-
-    def adopt(self, number: int, kind: str, names: list):
-        """What stands for an object of the other side: a class of exceptions can be caught, a coroutine awaited."""
+        """The stand-in for an object of the other side: a class of exceptions can be caught, a coroutine awaited."""
+        if number in self.remotes:
+            return self.remotes[number]
         stub = self.remote(self, number)
         if kind == "exception":
             known = [found for name in names if (found := self.exceptions.get(name) or _builtin_exception(name))]
@@ -227,6 +224,7 @@ class Peer:
             self.exceptions[names[0]] = stub
         elif kind == "coroutine":
             stub = _awaiting(self, stub)
+        self.remotes[number] = stub
         return stub
 
     def _items(self, *coded):
@@ -269,7 +267,7 @@ def _encode_tuple(peer: Peer, value: tuple) -> list:
 
 
 def _encode_library(peer: Peer, kind: type, value) -> list:
-    """By the arguments that make an equal one."""
+    """A value as the arguments that make an equal one."""
     arguments = value.__reduce__()[1] if kind.__module__ == "datetime" else (str(value),)
     if kind.__name__ == "deque":
         return ["deque", value.maxlen, *map(peer.encode, value)]
@@ -277,9 +275,9 @@ def _encode_library(peer: Peer, kind: type, value) -> list:
 
 
 def _decode_library(peer: Peer, module: str, name: str, *arguments):
-    if module not in ("datetime", "decimal", "fractions") or name not in CLASSES[module]:
+    if module not in ("datetime", "decimal", "fractions"):
         raise ValueError("not plain data")
-    return getattr(__import__(module), name)(*peer._items(*arguments))
+    return _decode_class(peer, module, name)(*peer._items(*arguments))
 
 
 def _decode_class(peer: Peer, module: str, name: str):
@@ -298,7 +296,7 @@ def _decode_named(peer: Peer, name: str, fields: list, *items):
     return _collections().namedtuple(name, fields, rename=True)(*peer._items(*items))
 
 
-# In this order; subclasses go over as their bases.
+# The first match counts; subclasses are sent as their bases.
 _ENCODERS = (
     (bool, lambda peer, value: bool(value)),
     (int, lambda peer, value: int(value)),
@@ -342,7 +340,7 @@ _DECODERS = {
 
 
 def _change(old, new) -> None:
-    """Make a container equal to what it has become on the other side; containers in it stay the same objects."""
+    """Make a container equal to its changed copy of the other side; containers in it keep their identity."""
     if type(old) is not type(new):
         return
     if type(old) is list:
@@ -350,8 +348,7 @@ def _change(old, new) -> None:
             if type(before) is type(after) and type(after) in (list, dict, set, bytearray):
                 _change(before, after)
                 new[index] = before
-        old[:] = new
-    elif type(old) is bytearray:
+    if type(old) in (list, bytearray):
         old[:] = new
     elif isinstance(old, (dict, set)):
         old.clear()
