@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.rewards.base import RewardFunction, isolated, text_of
-from grpo_fast.rewards.columns import RESERVED_COLUMNS
+from grpo_fast.rewards.calls import RESERVED_COLUMNS
 from grpo_fast.rewards.functions.answers import (
     boxed_answer,
     exact_answer,
@@ -22,10 +22,9 @@ from grpo_fast.rewards.functions.answers import (
     parse_final_number,
 )
 from grpo_fast.rewards.functions.code import unit_tests
-from grpo_fast.rewards.functions.countdown import countdown_equation
 from grpo_fast.rewards.functions.format import answer_format, soft_answer_format, think_format
 from grpo_fast.rewards.functions.length import kimi_length, soft_overlong
-from grpo_fast.rewards.functions.sorting import digits_included, digits_ordered
+from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
 from grpo_fast.rewards.registry import REWARDS, load_reward
 
 if TYPE_CHECKING:

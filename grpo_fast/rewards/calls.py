@@ -1,4 +1,4 @@
-"""Calling a reward function: what it returned, and for which samples it failed. Does not import torch."""
+"""Calling a reward function: with which arguments, what it returned, where it failed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import asyncio
 import copy
 import inspect
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_fast.errors import one_line
-from grpo_fast.rewards.base import RewardFunction
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.rewards.base import RewardFunction, text_of
+from grpo_fast.rewards.registry import REWARDS
 
+# The trainer passes the reserved names to every function, beside the dataset's columns, the offered ones to functions
+# that take them, and the judged ones to functions with a judge: whether a completion is right, and its group's number.
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
+OFFERED_COLUMNS = ("rendered_prompts",)
+JUDGED_COLUMNS = ("correct", "groups")
 _IMMUTABLE = frozenset({str, bytes, int, float, bool, type(None)})
 
 
@@ -106,3 +112,60 @@ def _reason(error: BaseException) -> str:
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"raised {type(error).__name__}: {one_line(error)} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def unreachable(function: RewardFunction) -> set[str]:
+    """Names that a dataset column cannot have for `function`, because the trainer or Python fills these arguments."""
+    judged = JUDGED_COLUMNS if hasattr(function, "judge") else ()
+    return {*RESERVED_COLUMNS, *OFFERED_COLUMNS, *judged, *_filled_by_call(function)}
+
+
+def chosen(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `function` is called with."""
+    parameters = _parameters(function)
+    takes_all = not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    dropped = {name for name in OFFERED_COLUMNS if not takes_all and name not in parameters}
+    dropped |= _filled_by_call(function)
+    return {name: values for name, values in arguments.items() if name not in dropped}
+
+
+def check_values(functions: Iterable[RewardFunction], rows: list[dict[str, Any]]) -> None:
+    """Check that every row has a value in the columns that built-in functions require.
+
+    Other functions may return None for a row without a value.
+
+    Raises:
+        UserError: a value is missing; names the column, the function and the row's prompt.
+    """
+    for function in functions:
+        if REWARDS.get(getattr(function, "__name__", "")) is not function:
+            continue
+        for name, parameter in _parameters(function).items():
+            if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            for row in rows if name not in RESERVED_COLUMNS else ():
+                value = row.get(name)
+                if value is None or value != value:
+                    raise UserError(
+                        f"the row with the prompt {one_line(text_of(row['prompt']), 60)!r} has no {name!r}, which the "
+                        f"reward function {function.__name__!r} needs; add it, or leave the row out"
+                    )
+
+
+def _parameters(function: RewardFunction) -> dict[str, inspect.Parameter]:
+    """The parameters by name; empty for a function without an inspectable signature."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except ValueError:
+        return {}
+
+
+def _filled_by_call(function: RewardFunction) -> set[str]:
+    """Arguments that the call itself fills: a method's object (``self``), and a worker's ``reward_timeout``."""
+    names = {"reward_timeout"} & set(_parameters(function)) if hasattr(function, "isolated") else set()
+    method = function if inspect.ismethod(function) else function.__call__
+    if inspect.ismethod(method):
+        first = next(iter(inspect.signature(method.__func__).parameters.values()), None)
+        if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD:
+            names.add(first.name)
+    return names

@@ -15,13 +15,15 @@ import torch
 from grpo_fast.config import LARGEST_REWARD
 from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.rewards.base import RewardFunction, settings_of, text_of
-from grpo_fast.rewards.calls import Outcome, call, failed
-from grpo_fast.rewards.columns import (
+from grpo_fast.rewards.calls import (
     JUDGED_COLUMNS,
     OFFERED_COLUMNS,
     RESERVED_COLUMNS,
+    Outcome,
+    call,
     check_values,
     chosen,
+    failed,
     unreachable,
 )
 from grpo_fast.rewards.pool import WorkerPool, check_workers
@@ -148,13 +150,9 @@ class RewardModel:
         """
         self.check_columns(name for name in rows[0] if name != "prompt")
         check_values(self.functions, rows)
-        checks = [
-            (name, check)
-            for name, function in zip(self.names, self.functions, strict=True)
-            if (check := getattr(function, "check_row", None))
-        ]
-        for number, row in enumerate(rows, 1) if checks else ():
-            for name, check in checks:
+        for name, function in zip(self.names, self.functions, strict=True):
+            check = getattr(function, "check_row", None)
+            for number, row in enumerate(rows, 1) if check else ():
                 try:
                     check(row)
                 except ValueError as error:

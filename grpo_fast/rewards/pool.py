@@ -1,4 +1,4 @@
-"""Worker processes for reward functions that must be stopped when they hang, which a thread cannot be."""
+"""Worker processes for reward functions that may have to be killed, which a thread cannot be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -23,37 +22,33 @@ from typing import Any
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.rewards.calls import Outcome
 
-# Seconds in which a worker must have imported a function; the limit of a sample counts from then on.
+# Seconds for a worker to import a function, before the first sample's time starts; and to end with its children.
 START_LIMIT = 120.0
-# Seconds in which a worker and all that it has started must have ended.
 END_LIMIT = 5.0
 MOST_WORKERS = 8
 LONGEST_REPLY = 1 << 20
 
 
 def check_workers(name: str) -> None:
-    """Refuse a reward function that runs in workers where their time and memory cannot be limited.
-
-    Raises:
-        UserError: this is neither Linux nor macOS.
-    """
+    """Raise UserError for a reward function that runs in workers, unless this is Linux or macOS."""
     if importlib.util.find_spec("resource") is None:
         raise UserError(
-            f"reward_funcs: {name} runs in a process of its own, with limits that only Linux and macOS have, not "
+            f"reward_funcs: {name} runs in its own process with limits that only Linux and macOS have, not "
             f"{platform.system()}; run it there (on Windows, under WSL), or use a function without @isolated()"
         )
 
 
 class Worker:
-    """One process, idle or with one sample, and its keeper (``worker.keep``), which ends with this process.
+    """A process that scores one sample at a time, and its keeper (``worker.keep``), which ends with this process.
 
-    To be made in a thread that lasts: the kernel takes the end of that thread for the end of this process.
+    Create it in a thread that lasts: the kernel treats the end of that thread as the end of this process.
     """
 
     def __init__(self):
+        self.index, self.deadline, self.started = 0, 0.0, False
         self.connection, theirs = Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        # Away from the terminal's Ctrl-C, which is for the trainer; its end closes the pipe, and so ends the worker.
+        # A new session: the terminal's Ctrl-C is for the trainer, whose end closes the pipe and so ends the worker.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "grpo_fast.rewards.worker", str(theirs.fileno()), str(os.getpid())],
             env=environment,
@@ -75,20 +70,12 @@ class Worker:
         self.connection.close()
 
 
-@dataclass
-class Job:
-    worker: Worker
-    index: int
-    deadline: float
-    started: bool = False
-
-
 class WorkerPool:
-    """As many workers as there are CPUs, up to 8, started when they are needed and kept for the next batch."""
+    """One worker per CPU, up to 8, started on demand and kept for the next batch."""
 
     def __init__(self):
         self.idle: list[Worker] = []
-        # A Mac has no affinity.
+        # macOS has no affinity.
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.limit = min(cpus, MOST_WORKERS)
         self.lock = threading.Lock()
@@ -103,55 +90,58 @@ class WorkerPool:
         over_limit: float | None,
         settings: Mapping[str, Any] | None = None,
     ) -> Outcome:
-        """Score `size` samples, each alone, in at most `timeout` seconds each.
+        """Score `size` samples one by one, each in at most `timeout` seconds.
 
-        `settings` of the run reach those functions that have a parameter of that name.
-
-        A sample that takes longer, or that ends its worker, has the value `over_limit`; where that is None, an error.
+        Args:
+            name: of the reward function, see `load_reward`.
+            arguments: lists of `size` values, by name.
+            size: number of samples.
+            timeout: seconds per sample.
+            over_limit: value of a sample that takes longer or ends its worker; None makes that an error.
+            settings: of the run, for functions with parameters of these names.
         """
         values: list = [None] * size
         errors: dict[int, str] = {}
         waiting = deque(range(size))
-        jobs: dict[Connection, Job] = {}
+        busy: dict[Connection, Worker] = {}
 
-        def over(job: Job, reason: str) -> None:
-            del jobs[job.worker.connection]
-            job.worker.kill()
-            if job.started and over_limit is not None:
-                values[job.index] = over_limit
+        def end(worker: Worker, reason: str) -> None:
+            del busy[worker.connection]
+            worker.kill()
+            if worker.started and over_limit is not None:
+                values[worker.index] = over_limit
             else:
-                errors[job.index] = reason
+                errors[worker.index] = reason
 
         with self.lock:
-            while waiting or jobs:
-                while waiting and len(jobs) < self.limit:
+            while waiting or busy:
+                while waiting and len(busy) < self.limit:
                     index = waiting.popleft()
                     worker = self.idle.pop() if self.idle else self.starter.submit(Worker).result()
-                    job = jobs[worker.connection] = Job(worker, index, time.monotonic() + START_LIMIT)
+                    worker.index, worker.deadline, worker.started = index, time.monotonic() + START_LIMIT, False
+                    busy[worker.connection] = worker
                     try:
                         sample = {key: [column[index]] for key, column in arguments.items()}
                         worker.connection.send((name, sample, timeout, dict(settings or {})))
                     except Exception as error:
-                        over(job, f"could not be sent the sample: {one_line(error)}")
-                nearest = min((job.deadline for job in jobs.values()), default=0.0)
-                for connection in wait(list(jobs), max(nearest - time.monotonic(), 0.0)):
-                    job = jobs[connection]
+                        end(worker, f"could not be sent the sample: {one_line(error)}")
+                nearest = min((worker.deadline for worker in busy.values()), default=0.0)
+                for connection in wait(list(busy), max(nearest - time.monotonic(), 0.0)):
+                    worker = busy[connection]
                     try:
                         reply = connection.recv_bytes(LONGEST_REPLY)
                     except (EOFError, OSError):
-                        over(job, f"ended its process (status {job.worker.process.wait()})")
+                        end(worker, f"ended its process (status {worker.process.wait()})")
                         continue
                     if reply == b"started":
-                        job.started, job.deadline = True, time.monotonic() + timeout
+                        worker.started, worker.deadline = True, time.monotonic() + timeout
                         continue
-                    del jobs[connection]
-                    self.idle.append(job.worker)
-                    values[job.index], error = json.loads(reply)
+                    self.idle.append(busy.pop(connection))
+                    values[worker.index], error = json.loads(reply)
                     if error is not None:
-                        errors[job.index] = error
-                for job in [job for job in jobs.values() if job.deadline <= time.monotonic()]:
-                    limit = timeout if job.started else START_LIMIT
-                    over(job, f"took longer than {limit:g} s")
+                        errors[worker.index] = error
+                for worker in [worker for worker in busy.values() if worker.deadline <= time.monotonic()]:
+                    end(worker, f"took longer than {timeout if worker.started else START_LIMIT:g} s")
         return Outcome(values, errors)
 
     def close(self) -> None:

@@ -17,10 +17,9 @@ from grpo_fast.files import user_path
 from grpo_fast.rewards.base import RewardFunction
 from grpo_fast.rewards.functions.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
 from grpo_fast.rewards.functions.code import unit_tests
-from grpo_fast.rewards.functions.countdown import countdown_equation
 from grpo_fast.rewards.functions.format import answer_format, soft_answer_format, think_format
 from grpo_fast.rewards.functions.length import kimi_length, soft_overlong
-from grpo_fast.rewards.functions.sorting import digits_included, digits_ordered
+from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
 
 REWARDS: dict[str, RewardFunction] = {
     function.__name__: function

@@ -1,6 +1,6 @@
-"""A process that scores one sample at a time for `WorkerPool`, which kills it when a sample takes too long.
+"""A process that scores one sample at a time for `WorkerPool`, which kills it if a sample takes too long.
 
-Its limits need Linux or macOS: `pool.check_workers` refuses other systems before one is started.
+Its limits require Linux or macOS; `pool.check_workers` refuses other systems before a worker is started.
 """
 
 from __future__ import annotations
@@ -12,30 +12,28 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from grpo_fast.rewards.base import settings_of
-from grpo_fast.rewards.calls import Outcome, call
+from grpo_fast.rewards.calls import call
 from grpo_fast.rewards.registry import load_reward
 
-# Bytes that a worker may allocate, and seconds of CPU time beyond the limit after which it ends without being killed.
+# Bytes that a worker may allocate, and seconds of CPU time beyond the time limit after which the kernel ends it.
 MEMORY = 4 << 30
 GRACE = 5
 # linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-# How often a keeper looks for its parent where the kernel does not tell it.
+# Seconds between a keeper's looks for its parent on systems whose kernel does not report the parent's end.
 LOOKS = 0.2
 
 
 def keep(parent: int) -> None:
-    """Split into a keeper, which does not return, and the worker, which does.
+    """Fork into a keeper, which does not return, and the worker, which does.
 
-    The keeper waits until the worker or `parent` has ended, however it ends, or for SIGTERM. Then it kills everything
-    that the worker has started, in other process groups too, and exits.
+    The keeper waits for the end of the worker or of `parent`, or for SIGTERM. Then it kills everything that the worker
+    has started, also in other process groups, and exits.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
@@ -69,13 +67,13 @@ def keep(parent: int) -> None:
 
 
 def end_children() -> None:
-    """Kill all children of this process, and theirs, which become children of this one."""
+    """Kill all children of this process, and their children, which become children of this process."""
     listed = Path(f"/proc/self/task/{os.getpid()}/children")
     while True:
         try:
             children = listed.read_text().split()
         except OSError:
-            # They cannot be listed here: all that are in this process's group end, and so does this one.
+            # Children cannot be listed here: end this process's group, including this process.
             os.killpg(0, signal.SIGKILL)
             return
         for child in children:
@@ -87,13 +85,8 @@ def end_children() -> None:
             return
 
 
-def score(function, arguments: dict[str, list], timeout: float, settings: Mapping[str, Any]) -> Outcome:
-    chosen = settings_of(function, {**settings, "reward_timeout": timeout})
-    return call(lambda **columns: function(**columns, **chosen), arguments, 1, timeout)
-
-
 def serve(connection: Connection) -> None:
-    """Answer each (function's name, arguments of one sample, timeout, settings) twice: when it starts, and with its
+    """Answer each (function's name, one sample's arguments, timeout, settings) twice: at its start, and with its
     outcome."""
     import resource
 
@@ -105,13 +98,14 @@ def serve(connection: Connection) -> None:
             return
         if name not in functions:
             functions[name] = load_reward(name)
-            prepare = functions[name].prepare
-            if prepare:
+            if prepare := functions[name].prepare:
                 prepare(**settings_of(prepare, settings))
         spent = resource.getrusage(resource.RUSAGE_SELF)
         _limit("RLIMIT_CPU", math.ceil(spent.ru_utime + spent.ru_stime + timeout + GRACE))
         connection.send_bytes(b"started")
-        outcome = score(functions[name], arguments, timeout, settings)
+        function, chosen = functions[name], settings_of(functions[name], {**settings, "reward_timeout": timeout})
+        # Not a partial: a column with the name of a setting must not replace the setting.
+        outcome = call(lambda **columns: function(**columns, **chosen), arguments, 1, timeout)  # noqa: B023
         try:
             reply = json.dumps([outcome.values[0], outcome.errors.get(0)], default=float)
         except (TypeError, ValueError):

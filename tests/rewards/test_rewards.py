@@ -162,7 +162,7 @@ def test_wrong_rewards_are_named(tmp_path, body, message):
         ("kimi_length", r"kimi_length\(\) is not allowed: write kimi_length\(judge\)"),
         ("soft_overlong(10)", r"write soft_overlong\(max_completion_len, soft_punish_cache\)"),
         ("soft_overlong(10, ten)", r"write soft_overlong\(max_completion_len, soft_punish_cache\)"),
-        ("soft_overlong(10, 20)", "must be at least 1 and at most the first"),
+        ("soft_overlong(10, 20)", "must be from 1 to the first"),
     ],
 )
 def test_unknown_rewards_are_named(name, message):

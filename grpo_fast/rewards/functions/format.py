@@ -1,53 +1,43 @@
-"""Format rewards: 1 where a completion has the form that the prompt asks for, else 0.
+"""Format rewards: 1 if a completion has the format that the prompt asks for, else 0.
 
-A prompt that ends in ``<think>``, by itself or by the chat template, has opened that tag already; the completion is
-read as if it began with it.
+If the prompt ends in ``<think>``, by itself or through the chat template, the completion is read as if it began with
+that tag.
 """
 
 from __future__ import annotations
 
+import re
+
 from grpo_fast.rewards.base import text_of
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TAG = re.compile("(</?(?:think|answer)>)")
 
 
 def _whole(prompts: list, completions: list, rendered_prompts: list[str] | None) -> list[str]:
-    """The completions' texts, with the tag that the prompt has opened."""
+    """The completions' texts, including a tag that the prompt has opened."""
     texts = map(text_of, prompts) if rendered_prompts is None else rendered_prompts
     opened = [text.rstrip().endswith("<think>") for text in texts]
     return ["<think>" * tag + text_of(completion) for tag, completion in zip(opened, completions, strict=True)]
 
 
-def _between_tags(text: str) -> list[str] | None:
-    """The five stretches of text around R1-Zero's four tags; None unless each tag is there once, in order."""
-    if any(text.count(tag) != 1 for tag in TAGS):
-        return None
-    parts = []
-    for tag in TAGS:
-        part, found, text = text.partition(tag)
-        if not found:
-            return None
-        parts.append(part)
-    return [*parts, text]
-
-
 def answer_format(prompts, completions, rendered_prompts=None, **columns) -> list[float]:
-    """1 for ``<think>...</think> <answer>...</answer>`` with nothing but white space between and after them (R1-Zero,
-    arXiv 2501.12948).
+    """1 for ``<think>...</think> <answer>...</answer>`` with only white space between and after them (R1-Zero, arXiv
+    2501.12948).
 
-    Each tag occurs once, and both parts hold some text. There may be text before ``<think>``, as in prompts that begin
-    the answer with "Let me solve this step by step."
+    Each tag must occur once, and both parts must contain text. Text before ``<think>`` is allowed, for prompts that
+    begin the answer with "Let me solve this step by step."
     """
     rewards = []
     for text in _whole(prompts, completions, rendered_prompts):
-        parts = _between_tags(text)
-        filled = parts and [bool(part.strip()) for part in parts[1:]]
-        rewards.append(float(filled == [True, False, True, False]))
+        parts = _TAG.split(text)
+        filled = [bool(part.strip()) for part in parts[2::2]]
+        in_order = parts[1::2] == ["<think>", "</think>", "<answer>", "</answer>"]
+        rewards.append(float(in_order and filled == [True, False, True, False]))
     return rewards
 
 
 def soft_answer_format(prompts, completions, **columns) -> list[float]:
-    """1 where a ``</think>`` is followed, later on, by ``<answer>...</answer>``; text around them is no matter."""
+    """1 if ``<answer>...</answer>`` follows somewhere after a ``</think>``; other text is ignored."""
     rewards = []
     for completion in map(text_of, completions):
         _, found, rest = completion.partition("</think>")
@@ -57,8 +47,6 @@ def soft_answer_format(prompts, completions, **columns) -> list[float]:
 
 
 def think_format(prompts, completions, rendered_prompts=None, **columns) -> list[float]:
-    """1 where the completion begins with ``<think>``, has it once, and closes it (TRL's ``think_format_reward``)."""
-    rewards = []
-    for text in _whole(prompts, completions, rendered_prompts):
-        rewards.append(float(text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text))
-    return rewards
+    """1 if the completion begins with the only ``<think>`` and closes it (TRL's ``think_format_reward``)."""
+    texts = _whole(prompts, completions, rendered_prompts)
+    return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]

@@ -1,4 +1,4 @@
-"""Length rewards, in tokens, made with arguments: ``kimi_length(math_answer)``, ``soft_overlong(4096, 819)``."""
+"""Length rewards, in tokens, which take arguments: ``kimi_length(math_answer)``, ``soft_overlong(4096, 819)``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from grpo_fast.rewards.base import RewardFunction
 
 
 def kimi_length(judge: str) -> RewardFunction:
-    """Shorter is better when right, and no better than the middle of the group's range when wrong.
+    """Reward short completions if they are right; punish long ones, also if they are wrong.
 
-    With the lengths of the group's completions, ``x = 0.5 - (length - min) / (max - min)``: the reward is x where the
-    completion is right and ``min(0, x)`` where it is wrong; 0 where all lengths are equal (Kimi k1.5, arXiv 2501.12599,
-    section 2.3.3).
+    With the lengths in the group, ``x = 0.5 - (length - min) / (max - min)``, or 0 if all are equal. The reward is x
+    for a right completion and ``min(0, x)`` for a wrong one (Kimi k1.5, arXiv 2501.12599, section 2.3.3).
 
     Args:
-        judge: the reward function of the run that says what is right, by a value of 1 or more. Where it has no value,
-            neither has this one.
+        judge: the run's reward function that tells what is right, by a value of 1 or more. If it returns None, so does
+            this function.
     """
 
     def length_reward(prompts, completions, completion_ids, correct, groups, **columns) -> list[float | None]:
@@ -43,8 +42,8 @@ def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> RewardFunc
     """
     if not 0 < soft_punish_cache <= max_completion_len:
         raise UserError(
-            f"soft_overlong({max_completion_len}, {soft_punish_cache}) is not allowed: the second number, over which "
-            "the penalty grows, must be at least 1 and at most the first, the longest completion"
+            f"soft_overlong({max_completion_len}, {soft_punish_cache}) is not allowed: the second number, the tokens "
+            "over which the penalty grows, must be from 1 to the first, the longest completion"
         )
 
     def overlong_reward(prompts, completions, completion_ids, **columns) -> list[float]:

@@ -6,11 +6,10 @@ covers. seccompy (extra `train`) compiles the filter in the run's process; the s
 
 from __future__ import annotations
 
-import importlib
 from contextlib import suppress
 from functools import cache
 
-from grpo_fast.errors import UserError, one_line
+from grpo_fast.errors import UserError, import_extra, one_line
 
 ALLOWED = """
     access alarm arch_prctl brk chdir clock_getres clock_gettime clock_nanosleep close close_range copy_file_range dup
@@ -56,10 +55,7 @@ def numbers() -> dict[str, int]:
     Raises:
         UserError: seccompy is missing or does not know the processor.
     """
-    try:
-        syscalls = importlib.import_module("seccompy.syscalls")
-    except ImportError:
-        raise UserError("seccompy is not installed; install it with: pip install 'grpo-fast[train]'") from None
+    syscalls = import_extra("seccompy.syscalls", "train")
     try:
         syscalls.audit_arch()
     except Exception as error:
@@ -80,7 +76,7 @@ def filter_program(in_namespaces: bool) -> bytes:
         UserError: as :func:`numbers`.
     """
     known = numbers()
-    seccompy = importlib.import_module("seccompy")
+    seccompy = import_extra("seccompy", "train")
     built = seccompy.Filter(seccompy.Action.ERRNO | EPERM)
     for name in (*ALLOWED, *IN_NAMESPACES) if in_namespaces else ALLOWED:
         if name in known:
