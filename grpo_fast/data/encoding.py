@@ -76,11 +76,13 @@ def encode_rows(
 
 def _limits(max_positions: int | None, config: GRPOConfig) -> dict[str, int]:
     """How many tokens a prompt and its longest completion may have together, by the source of the limit."""
-    limits = {} if max_positions is None else {f"the model's {max_positions} positions": max_positions}
-    limits[f"max_tokens_per_microbatch={config.max_tokens_per_microbatch}"] = config.max_tokens_per_microbatch
-    if config.use_vllm and config.vllm_max_model_length is not None:
-        limits[f"vllm_max_model_length={config.vllm_max_model_length}"] = config.vllm_max_model_length
-    return limits
+    microbatch, vllm = config.max_tokens_per_microbatch, config.vllm_max_model_length if config.use_vllm else None
+    limits = {
+        f"the model's {max_positions} positions": max_positions,
+        f"max_tokens_per_microbatch={microbatch}": microbatch,
+        f"vllm_max_model_length={vllm}": vllm,
+    }
+    return {name: tokens for name, tokens in limits.items() if tokens is not None}
 
 
 def tokens_before(tokenizer: Any) -> list[int]:

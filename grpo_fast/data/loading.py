@@ -54,21 +54,20 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
 def hold_out(rows: list[Row], contents: list[str]) -> tuple[list[Row], list[Row]]:
     """Split rows into training rows, in their order, and about a tenth, at most 200, that are held out.
 
-    The content of a row alone decides: its hash is a place between 0 and 1, and rows below `HELD_OUT_SHARE` are held
-    out, the lowest first (or just the lowest one if none is below). Rows with the same prompt stay together, at the
-    lowest of their places. So the split does not depend on a seed, order or limit, and when rows with other prompts are
-    added to the file, no training row becomes a held-out one.
-
-    Args:
-        rows: with their prompts.
-        contents: a text that identifies each row.
+    The hash of a row's text in `contents` is its place between 0 and 1. Rows below `HELD_OUT_SHARE` are held out, the
+    lowest first (or the lowest one if none is below); rows with the same prompt stay together at the lowest of their
+    places. So the split does not depend on a seed, order or limit, and new rows with other prompts move no training row
+    to the held-out ones.
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(_content(row["prompt"]), []).append(index)
     if len(groups) < 2:
         return rows, []
-    placed = sorted((min(_place(contents[index]) for index in group), group) for group in groups.values())
+    # Places from 0 to below 1, the same on every machine.
+    hashes = [hashlib.blake2b(content.encode(), digest_size=6).digest() for content in contents]
+    places = [int.from_bytes(digest) / 2**48 for digest in hashes]
+    placed = sorted((min(places[index] for index in group), group) for group in groups.values())
     held_out = placed[0][1]
     for place, group in placed[1:-1]:
         if place >= HELD_OUT_SHARE or len(held_out) + len(group) > MAX_HELD_OUT:
@@ -76,11 +75,6 @@ def hold_out(rows: list[Row], contents: list[str]) -> tuple[list[Row], list[Row]
         held_out = held_out + group
     chosen = set(held_out)
     return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in held_out]
-
-
-def _place(content: str) -> float:
-    """A hash of a text as a number from 0 to below 1, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest()) / 2**48
 
 
 def _content(value: object) -> str:

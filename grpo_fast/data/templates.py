@@ -63,7 +63,7 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
                 raise UserError(
                     f"{name} uses column {column!r}, but the row has {', '.join(row)} ({{{{ and }}}} stand for braces)"
                 )
-            if is_missing(row[column]):
+            if row[column] is None or row[column] != row[column]:
                 raise UserError(f"{name} uses column {column!r}, which is empty here")
             if not has_text(row[column]):
                 raise UserError(
@@ -72,19 +72,14 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
                 )
         try:
             if isinstance(template, str):
-                return check_prompt(_fill(template, (), row))
-            return check_prompt([*system, *({**m, "content": _fill(m["content"], (), row)} for m in template)])
+                prompt = _fill(template, (), row)
+            else:
+                prompt = [*system, *({**m, "content": _fill(m["content"], (), row)} for m in template)]
         except (ValueError, TypeError, LookupError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"{name} cannot be filled: {one_line(error)}") from None
+        return check_prompt(prompt)
 
     return build
-
-
-def is_missing(value: object) -> bool:
-    """Whether a row's value in a column is None or NaN."""
-    return value is None or (isinstance(value, float) and value != value)
 
 
 def has_text(value: object) -> bool:

@@ -74,17 +74,13 @@ def call(function: RewardFunction, arguments: dict[str, list], size: int, timeou
 def _values(function: RewardFunction, arguments: dict[str, list], indices: Sequence[int], timeout: float) -> list:
     values = function(**{name: _copies(name, column, indices) for name, column in arguments.items()})
     if inspect.isawaitable(values):
-        values = asyncio.run(_within(values, timeout))
+        values = asyncio.run(asyncio.wait_for(values, timeout))
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise WrongReturn(f"must return a list of numbers, got {type(values).__name__}")
     if len(values) != len(indices):
         raise WrongReturn(f"returned {len(values)} rewards for {len(indices)} completions")
     return list(values)
-
-
-async def _within(values: Any, timeout: float) -> Any:
-    return await asyncio.wait_for(values, timeout)
 
 
 def _copies(name: str, values: list, indices: Sequence[int]) -> list:

@@ -90,15 +90,10 @@ class WorkerPool:
         over_limit: float | None,
         settings: Mapping[str, Any] | None = None,
     ) -> Outcome:
-        """Score `size` samples one by one, each in at most `timeout` seconds.
+        """Score `size` samples with the function `name`, each alone in at most `timeout` seconds.
 
-        Args:
-            name: of the reward function, see `load_reward`.
-            arguments: lists of `size` values, by name.
-            size: number of samples.
-            timeout: seconds per sample.
-            over_limit: value of a sample that takes longer or ends its worker; None makes that an error.
-            settings: of the run, for functions with parameters of these names.
+        A sample that takes longer or ends its worker gets the value `over_limit`, or an error if that is None. The
+        function gets the `settings` that it has parameters for.
         """
         values: list = [None] * size
         errors: dict[int, str] = {}

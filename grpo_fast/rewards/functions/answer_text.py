@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from grpo_fast.rewards.base import between
 
-# Characters. Answers are at the end of a text, and math-verify's patterns take quadratic time; Python refuses to convert
+# Characters. Answers are at the end of a text, and math-verify's patterns take quadratic time; Python does not convert
 # numbers that are much longer; a list is on one side of an "or".
 LONGEST_ANSWER, LONGEST_NUMBER, LONGEST_LIST = 2000, 1000, 100
 FONTS = "text|textbf|textit|mathrm|mathbf|mbox"

@@ -89,17 +89,12 @@ def _plain_latex(text: str) -> str:
     return re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,!;: ]|[\s$]", "", text)
 
 
-def _check_math() -> None:
-    # Only the workers spend the seconds that the import takes.
-    require_extra("math_verify", "train")
-
-
-def _prepare_math() -> None:
-    # Import sympy and build the parsers, which takes seconds.
-    same_answer(r"\boxed{\frac{1}{2}}", "1/2")
-
-
-@isolated(over_limit=0.0, check=_check_math, prepare=_prepare_math)
+# `prepare` imports sympy and builds the parsers, which takes seconds.
+@isolated(
+    over_limit=0.0,
+    check=lambda: require_extra("math_verify", "train"),
+    prepare=lambda: same_answer(r"\boxed{\frac{1}{2}}", "1/2"),
+)
 def math_answer(prompts, completions, answer, **columns) -> list[float]:
     r"""1 if the completion's answer is mathematically equal to the ``answer`` column, by math-verify, else 0.
 

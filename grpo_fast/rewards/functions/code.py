@@ -193,19 +193,13 @@ def _read_cases(item: Mapping) -> tuple[list[str], list[tuple[str, str]]]:
         inputs, outputs = [inputs], [outputs]
     if len(inputs) != len(outputs):
         raise ValueError(f"have {len(inputs)} inputs and {len(outputs)} outputs")
-    function = item.get("fn_name")
+    function, pairs = item.get("fn_name"), list(zip(inputs, outputs, strict=True))
     if function:
         if not str(function).isidentifier():
             raise ValueError(f"have fn_name={function!r}, which is not the name of a function")
-        return [
-            f"assert {function}(*{given!r}) == {expected!r}" for given, expected in zip(inputs, outputs, strict=True)
-        ], []
-    return [], [(_text(given), _text(expected)) for given, expected in zip(inputs, outputs, strict=True)]
-
-
-def _text(value: str | list) -> str:
-    """An input or output, which some data sets give as a list of lines."""
-    return value if isinstance(value, str) else "\n".join(map(str, value))
+        return [f"assert {function}(*{given!r}) == {expected!r}" for given, expected in pairs], []
+    # Some data sets have lists of lines.
+    return [], [tuple(v if isinstance(v, str) else "\n".join(map(str, v)) for v in pair) for pair in pairs]
 
 
 def run_tests(code: str, tests: Tests, seconds: float, code_isolation: str = "available") -> bool:

@@ -37,6 +37,8 @@ _BINARY = {
     )
 }  # fmt: skip
 _OPERATORS = {**_UNARY, **_WITH_VALUES, **_BINARY}
+_ATTRIBUTES = {"get": getattr, "set": setattr, "delete": delattr}
+_CLASS_CHECKS = {"isinstance": isinstance, "issubclass": issubclass}
 
 
 class Remote:
@@ -121,18 +123,12 @@ class Program:
                 return plain[0] in names, names.get(plain[0])
             case "call":
                 return values[0](*values[1:], **keywords)
-            case "get":
-                return getattr(values[0], plain[0])
-            case "set":
-                return setattr(values[0], plain[0], values[1])
-            case "delete":
-                return delattr(values[0], plain[0])
+            case "get" | "set" | "delete":
+                return _ATTRIBUTES[operation](values[0], plain[0], *values[1:])
             case "operator":
                 return _OPERATORS[plain[0]](*values)
-            case "isinstance":
-                return isinstance(*values)
-            case "issubclass":
-                return issubclass(*values)
+            case "isinstance" | "issubclass":
+                return _CLASS_CHECKS[operation](*values)
             case "await":
                 import asyncio
 
@@ -215,7 +211,7 @@ class Judge:
             case "call" if callable(value):
                 return value(*others, **keywords)
             case "get" | "set" if _is_public(value, plain[0]):
-                return getattr(value, plain[0]) if operation == "get" else setattr(value, plain[0], *others)
+                return _ATTRIBUTES[operation](value, plain[0], *others)
             case "get" if plain[0] in ("__name__", "__qualname__", "__doc__"):
                 return str(getattr(value, plain[0]))
             case "get":
@@ -247,10 +243,8 @@ def _is_public(value, name: str) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    lines = [line.rstrip() for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+    """The lines without white space at their ends and empty lines at the end."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def judge(pipe: Pipe, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> str:

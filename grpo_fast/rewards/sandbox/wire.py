@@ -156,13 +156,8 @@ class Peer:
         return ["raised", _names(type(error)), *details]
 
     def _exception(self, names: list, arguments: list, attributes: list) -> BaseException:
-        for name in names:
-            found = self.exceptions.get(name) or _builtin_exception(name)
-            if found:
-                break
-        else:
-            # What ends a process there, such as SystemExit, is an ordinary failure here.
-            found = RuntimeError
+        # What ends a process there, such as SystemExit, is an ordinary failure here.
+        found = next(self._known(names), RuntimeError)
         try:
             error = found(*self.decode(arguments))
         except Exception:
@@ -171,6 +166,14 @@ class Peer:
             if not name.startswith("_") and found.__module__ != "builtins":
                 setattr(error, name, value)
         return error
+
+    def _known(self, names: list):
+        """The classes of exceptions known here among those with these names."""
+        for name in names:
+            module, _, plain = name.partition(".")
+            found = self.exceptions.get(name) or (module == "builtins" and getattr(builtins, plain, None))
+            if isinstance(found, type) and issubclass(found, Exception):
+                yield found
 
     def encode(self, value):
         kind = type(value)
@@ -219,8 +222,7 @@ class Peer:
             return self.remotes[number]
         stub = self.remote(self, number)
         if kind == "exception":
-            known = [found for name in names if (found := self.exceptions.get(name) or _builtin_exception(name))]
-            stub = type(names[0].rpartition(".")[2], (known[0],), {"__module__": "solution"})
+            stub = type(names[0].rpartition(".")[2], (next(self._known(names), Exception),), {"__module__": "solution"})
             self.exceptions[names[0]] = stub
         elif kind == "coroutine":
             stub = _awaiting(self, stub)
@@ -239,20 +241,8 @@ def _names(kind: type) -> list[str]:
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
 
 
-def _builtin_exception(name: str) -> type | None:
-    module, _, plain = name.partition(".")
-    found = getattr(builtins, plain, None) if module == "builtins" else None
-    return found if isinstance(found, type) and issubclass(found, Exception) else None
-
-
 async def _awaiting(peer: Peer, stub):
     return peer.request("await", arguments=(stub,))
-
-
-def _collections():
-    import collections
-
-    return collections
 
 
 def _encode_dict(peer: Peer, value: dict) -> list:
@@ -268,9 +258,9 @@ def _encode_tuple(peer: Peer, value: tuple) -> list:
 
 def _encode_library(peer: Peer, kind: type, value) -> list:
     """A value as the arguments that make an equal one."""
-    arguments = value.__reduce__()[1] if kind.__module__ == "datetime" else (str(value),)
     if kind.__name__ == "deque":
         return ["deque", value.maxlen, *map(peer.encode, value)]
+    arguments = value.__reduce__()[1] if kind.__module__ == "datetime" else (str(value),)
     return ["library", kind.__module__, kind.__name__, *map(peer.encode, arguments)]
 
 
@@ -293,7 +283,7 @@ def _decode_module(peer: Peer, name: str):
 
 
 def _decode_named(peer: Peer, name: str, fields: list, *items):
-    return _collections().namedtuple(name, fields, rename=True)(*peer._items(*items))
+    return __import__("collections").namedtuple(name, fields, rename=True)(*peer._items(*items))
 
 
 # The first match counts; subclasses are sent as their bases.
@@ -319,10 +309,10 @@ _DECODERS = {
     "tuple": lambda peer, *items: tuple(peer._items(*items)),
     "named": _decode_named,
     "dict": Peer._pairs,
-    "OrderedDict": lambda peer, *items: _collections().OrderedDict(peer._pairs(*items)),
-    "Counter": lambda peer, *items: _collections().Counter(peer._pairs(*items)),
-    "defaultdict": lambda peer, *items: _collections().defaultdict(None, peer._pairs(*items)),
-    "deque": lambda peer, longest, *items: _collections().deque(peer._items(*items), longest),
+    "OrderedDict": lambda peer, *items: _decode_class(peer, "collections", "OrderedDict")(peer._pairs(*items)),
+    "Counter": lambda peer, *items: _decode_class(peer, "collections", "Counter")(peer._pairs(*items)),
+    "defaultdict": lambda peer, *items: _decode_class(peer, "collections", "defaultdict")(None, peer._pairs(*items)),
+    "deque": lambda peer, longest, *items: _decode_class(peer, "collections", "deque")(peer._items(*items), longest),
     "set": lambda peer, *items: set(peer._items(*items)),
     "frozenset": lambda peer, *items: frozenset(peer._items(*items)),
     "bytes": lambda peer, text: bytes.fromhex(text),
