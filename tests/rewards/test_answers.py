@@ -16,7 +16,7 @@ PAIRS = [json.loads(line) for line in PAIRS_FILE.open(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("kind", sorted({pair["kind"] for pair in PAIRS}))
-def test_answer_pairs(kind):
+def test_same_answer_pairs(kind):
     pairs = [pair for pair in PAIRS if pair["kind"] == kind]
     assert {pair["right"] for pair in pairs} == {True, False}
     for pair in pairs:
@@ -27,7 +27,7 @@ KINDS = ("decimal", "minus sign", "exponent", "choice", "chinese", "degrees", "u
 KINDS += ("commas", "part of an expression", "clock", "long digits", "several boxes", "hedge")
 
 
-def test_the_table_is_large_and_has_no_doubles():
+def test_answer_pairs_are_many_and_unique():
     assert len(PAIRS) >= 1000
     counts = Counter(pair["kind"] for pair in PAIRS)
     assert min(counts[kind] for kind in KINDS) >= 30
@@ -57,7 +57,7 @@ def test_the_table_is_large_and_has_no_doubles():
         ("", [""], False, None),
     ],
 )
-def test_final_answer(text, items, bare, claim):
+def test_final_answer_in_texts(text, items, bare, claim):
     assert final_answer(text) == (items, bare, claim)
 
 
@@ -87,7 +87,7 @@ HARM = {
 }
 
 
-def test_harm_is_scored_zero_in_bounded_time():
+def test_math_answer_harmful_completions_end_in_time():
     """On one or more workers; a completion takes at most the limit, and the harmless ones beside them are right."""
     model = RewardModel(["math_answer", "final_number"], None, timeout=1.0)
     completions = [*HARM.values(), r"\boxed{\frac{14}{2}}"]
@@ -102,7 +102,7 @@ def test_harm_is_scored_zero_in_bounded_time():
     assert seconds < 1.0 * len(completions) + 30
 
 
-def test_it_is_marked_and_runs_in_a_thread_too():
+def test_math_answer_is_isolated_and_runs_in_a_thread():
     """A user may call it anywhere: math-verify's own time limits would fail outside of the main thread."""
     assert math_answer.isolated
     assert math_answer.over_limit == 0

@@ -59,7 +59,7 @@ def run_tests(program, tests, seconds=SECONDS, code_isolation="available"):
         ("", None),
     ],
 )
-def test_extract_code_finds_the_block(text, expected):
+def test_extract_code_one_block(text, expected):
     assert extract_code(text) == expected
 
 
@@ -85,7 +85,7 @@ def block(*codes):
         (block("print(input())\n", "print(int(input()))\n"), [], "print(int(input()))\n"),
     ],
 )
-def test_extract_code_takes_the_blocks_that_belong_together(text, wanted, expected):
+def test_extract_code_joins_the_needed_blocks(text, wanted, expected):
     assert extract_code(text, wanted) == expected
 
 
@@ -215,7 +215,7 @@ def test_run_tests_right_programs_pass(program, tests):
     assert run_tests(program, tests, SECONDS)
 
 
-def test_run_tests_threads_pass_where_they_are_held():
+def test_run_tests_threads_pass_with_the_filter():
     if isolation.choose("available")[0] == "rlimits":
         pytest.skip("without a system call filter a program has no threads")
     program = (
@@ -249,13 +249,13 @@ def test_run_tests_wrong_programs_fail(program, tests):
 
 
 @pytest.mark.parametrize("program", CHEATS.values(), ids=CHEATS)
-def test_run_tests_cheats_fail(program):
+def test_run_tests_cheating_programs_fail(program):
     """One after the other, since every one has to fail each kind of test."""
     passed = [name for name, tests in CHEATED_TESTS.items() if run_tests(program, tests, SECONDS, "none")]
     assert passed == []
 
 
-def test_run_tests_cheated_tests_can_be_passed():
+def test_run_tests_right_program_passes_all_forms():
     """Otherwise the test above would show nothing."""
     assert [name for name, tests in CHEATED_TESTS.items() if not run_tests(SQUARE, tests, SECONDS)] == []
 
@@ -275,7 +275,7 @@ def test_run_tests_cheated_tests_can_be_passed():
         "def apply(f):\n    f._remote_peer.request('call', arguments=(exec, 'raise SystemExit'))",
     ],
 )
-def test_run_tests_functions_of_the_tests_lead_nowhere(program):
+def test_run_tests_functions_of_the_tests_expose_nothing(program):
     tests = (
         "EXPECTED = 'a long secret'\ndef given(x, other=EXPECTED): return EXPECTED[x]\nassert apply(given) == EXPECTED"
     )
@@ -316,7 +316,7 @@ def test_run_tests_compares_the_output_of_scripts(program, passes):
         [{"input": "3", "output": "9"}, {"input": "4", "output": "16"}],
     ],
 )
-def test_read_tests_knows_every_form(tests):
+def test_read_tests_all_forms(tests):
     script = f"{SQUARE}\nif __name__ == '__main__':\n    print(square(int(input())))"
     wrong = script.replace("x * x", "x + 7")
     assert run_tests(script, tests, SECONDS)
@@ -346,7 +346,7 @@ def test_read_tests_knows_every_form(tests):
         (f"import numpy as np\n{TEST}", "tests import 'numpy'; only the standard library is available"),
     ],
 )
-def test_check_rows_names_the_row_whose_tests_are_at_fault(tests, message):
+def test_check_rows_invalid_tests(tests, message):
     model = RewardModel(["unit_tests"], None, code_isolation="none")
     rows = [{"prompt": "Square numbers.", "tests": TEST}, {"prompt": "Square them.", "tests": tests}]
     with pytest.raises(
@@ -359,7 +359,7 @@ def test_check_rows_names_the_row_whose_tests_are_at_fault(tests, message):
         read_tests(tests)
 
 
-def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
+def test_trainer_refuses_invalid_tests_before_a_model_is_loaded(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"p{i}", "tests": TEST if i else "assert True"} for i in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -374,7 +374,7 @@ def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
         GRPOTrainer(GRPOConfig(**settings, output_dir=str(tmp_path / "run")))
 
 
-def test_trainer_says_how_generated_code_is_run(tmp_path, capsys):
+def test_trainer_reports_how_generated_code_runs(tmp_path, capsys):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}>", "tests": TEST}) + "\n" for i in range(10, 20)))
     settings = {**SMALL, "dataset_kwargs": None, "dataset_name": str(path), "reward_funcs": ["unit_tests"]}
@@ -385,7 +385,7 @@ def test_trainer_says_how_generated_code_is_run(tmp_path, capsys):
     assert said in " ".join(capsys.readouterr().out.split())
 
 
-def test_run_tests_that_never_use_the_program_are_at_fault():
+def test_run_tests_that_never_use_the_program_are_invalid():
     tests = "for _ in range(0):\n    assert square(3) == 9"
     with pytest.raises(ValueError, match="tests ran to their end, without having used the program"):
         run_tests(SQUARE, tests, SECONDS)
@@ -395,14 +395,14 @@ def test_run_tests_that_never_use_the_program_are_at_fault():
     assert not run_tests("1 / 0", f"1 / 0\n{TEST}", SECONDS)
 
 
-def test_run_tests_in_a_sandbox_that_breaks_is_no_failure_of_the_program(monkeypatch):
+def test_run_tests_broken_sandbox_is_an_error(monkeypatch):
     assert run_tests(SQUARE, TEST, SECONDS, "none")
     monkeypatch.setattr(isolation, "python", lambda: "/bin/false")
     with pytest.raises(RuntimeError, match="the sandbox for generated code did not start within 20 s"):
         run_tests(SQUARE, TEST, SECONDS, "none")
 
 
-def test_unit_tests_scores_completions():
+def test_unit_tests_of_completions():
     completions = [f"```python\n{SQUARE}\n```", f"```python\n{SQUARE}\n```", "I cannot.", f"<answer>{SQUARE}</answer>"]
     tests = [TEST, [TEST, "assert square(1) == 2"], TEST, [TEST, "assert square(0) == 0"]]
     assert unit_tests([""] * 4, completions, tests=tests) == [1, 0, 0, 1]
@@ -410,7 +410,7 @@ def test_unit_tests_scores_completions():
     assert unit_tests([""], chat, tests=tests[:1]) == [1]
 
 
-def test_reward_model_goes_on_beside_harm():
+def test_reward_model_scores_harmless_beside_harmful_programs():
     """Through the trainer's own door: harmless and harmful completions in one batch."""
     model = RewardModel(["unit_tests"], None, timeout=5.0)
     assert any("generated code runs" in note for note in model.notes)
@@ -428,7 +428,7 @@ def test_reward_model_goes_on_beside_harm():
     model.pool.close()
 
 
-def test_a_deep_chain_of_folders_is_removed(monkeypatch, tmp_path):
+def test_run_removes_deeply_nested_folders(monkeypatch, tmp_path):
     """Deeper than Python's recursion, and locked at its end."""
     monkeypatch.setattr(isolation.tempfile, "tempdir", str(tmp_path))
     os.chmod(tmp_path, 0o755)
@@ -438,7 +438,7 @@ def test_a_deep_chain_of_folders_is_removed(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_program_has_no_connection_to_the_judge_outside():
+def test_program_cannot_forge_a_verdict():
     """What it writes to every open file is no verdict, and closes nothing of ours."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)

@@ -48,7 +48,7 @@ def test_attacks_do_no_harm(user, level):
     assert as_user(user, harmful, attacks_on(level), passes(level)) == []
 
 
-def test_suite_has_attacks_of_every_kind():
+def test_attacks_are_of_every_kind():
     assert len(HARM) >= 100
     assert set(WITHOUT_FILTER) < set(HARM)
     assert len(WITHOUT_FILTER) >= 40
@@ -80,7 +80,7 @@ FOREVER = {
 
 @pytest.mark.parametrize("program", FOREVER.values(), ids=FOREVER)
 @pytest.mark.parametrize("level", ["bubblewrap", "namespaces", "rlimits"])
-def test_what_never_ends_is_killed_with_all_its_processes(level, program):
+def test_endless_program_is_killed_with_its_processes(level, program):
     require_level("root" if os.getuid() == 0 else "ordinary", level)
     before = processes()
     start = time.monotonic()
@@ -124,20 +124,20 @@ def missing(*levels):
         ("none", [], "rlimits", r"in a process with resource limits only, which can signal this user's others$"),
     ],
 )
-def test_choose_takes_the_best_level_and_says_what_is_missing(code_isolation, absent, level, note):
+def test_choose_best_level_and_note(code_isolation, absent, level, note):
     chosen, line = choose(code_isolation, missing(*absent))
     assert chosen == level
     assert re.search(note, line), line
     assert "\n" not in line
 
 
-def test_choose_says_when_nothing_holds_files(monkeypatch):
+def test_choose_note_without_landlock(monkeypatch):
     monkeypatch.setattr(isolation, "has_landlock", lambda: False)
     assert "it can read and write this user's files" in choose("none", missing())[1]
     assert "files" not in choose("strict", missing())[1]
 
 
-def test_choose_strict_without_namespaces_is_refused():
+def test_choose_strict_without_namespaces():
     with pytest.raises(
         UserError, match=r"code_isolation='strict': .* bubblewrap \(not here: .*, namespaces \(not here"
     ):
@@ -146,7 +146,7 @@ def test_choose_strict_without_namespaces_is_refused():
         choose("available", missing(*NAMES))
 
 
-def test_choose_unknown_value_is_named():
+def test_choose_unknown_value():
     with pytest.raises(
         UserError, match=r"code_isolation='most' is not allowed: it must be one of strict, available, no"
     ):
@@ -155,7 +155,7 @@ def test_choose_unknown_value_is_named():
         GRPOConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["unit_tests"], code_isolation="most")
 
 
-def test_strict_refuses_before_a_run_starts(monkeypatch):
+def test_reward_model_refuses_strict_before_a_run(monkeypatch):
     monkeypatch.setattr(isolation.choose, "__defaults__", (missing(*NAMES[:2]),))
     with pytest.raises(UserError, match="code_isolation='strict'"):
         RewardModel(["unit_tests"], None, code_isolation="strict")
@@ -166,7 +166,7 @@ def test_strict_refuses_before_a_run_starts(monkeypatch):
     assert RewardModel(["exact_answer"], None, code_isolation="strict").notes == []
 
 
-def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
+def test_obstacle_missing_software(monkeypatch, tmp_path):
     check = isolation.obstacle.__wrapped__
     monkeypatch.setenv("PATH", str(tmp_path))
     assert check("bubblewrap") == "bwrap is not installed"
@@ -180,7 +180,7 @@ def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
     system_calls.numbers.cache_clear()
 
 
-def test_obstacle_finds_a_sandbox_that_holds_nothing(monkeypatch):
+def test_obstacle_of_a_sandbox_without_limits(monkeypatch):
     weak = dict(isolation._modules())
     source = (isolation.Path(isolation.confine.__file__)).read_text()
     for call in ("sys.addaudithook(", "limit(setup)\n"):

@@ -24,7 +24,7 @@ async def slow_length(prompts, completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
-def test_async_functions_and_functions_at_once():
+def test_functions_run_concurrently():
     """Three functions that wait for each other: called one after the other, they would never end."""
     barrier = threading.Barrier(2, timeout=20)
 
@@ -38,7 +38,7 @@ def test_async_functions_and_functions_at_once():
     assert got.each.tolist() == [[1, 1, 1], [2, 1, 1]]
 
 
-def test_an_async_function_is_cancelled_at_the_limit():
+def test_async_function_is_cancelled_at_the_limit():
     cancelled = threading.Event()
 
     async def endless(prompts, completions, **columns):
@@ -62,7 +62,7 @@ def picky(prompts, completions, **columns):
     return [math.inf if completion == "inf" else float(len(set(completions))) for completion in completions]
 
 
-def test_a_sample_that_fails_has_no_reward_and_is_named():
+def test_failing_sample_has_no_reward_and_a_warning():
     model = RewardModel(["exact_answer", "digits_included"], None)
     model.functions[1] = picky
     warnings = []
@@ -84,7 +84,7 @@ def test_a_sample_that_fails_has_no_reward_and_is_named():
     assert len(warnings) == 1
 
 
-def test_a_function_that_fails_for_all_of_its_first_batch_is_a_mistake():
+def test_function_that_fails_for_its_first_batch_raises():
     model = RewardModel(["exact_answer"], None)
     model.functions = [picky]
     with pytest.raises(UserError, match=r"raised ValueError: bad among 2 .* for the prompt 'p' and for 1 more"):
@@ -94,7 +94,7 @@ def test_a_function_that_fails_for_all_of_its_first_batch_is_a_mistake():
     assert model(["p", "q"], ["bad", "bad"], {}).total.isnan().all()
 
 
-def test_a_function_that_hangs_costs_its_batch_but_not_the_run():
+def test_hanging_function_loses_its_batch():
     release = threading.Event()
 
     def hanging(prompts, completions, **columns):
@@ -117,7 +117,7 @@ def test_a_function_that_hangs_costs_its_batch_but_not_the_run():
     assert model(["p"], ["a"], {}).total.item() == 1
 
 
-def test_settings_are_checked():
+def test_reward_settings_out_of_range():
     for fields, message in (
         ({"reward_timeout": 0.0}, "reward_timeout=0.0"),
         ({"on_reward_error": "stop"}, "one of none, raise"),
@@ -158,7 +158,7 @@ def mine(prompts, completions, factor, **columns):
 """
 
 
-def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_path):
+def test_isolated_function_is_killed_at_the_limit(tmp_path):
     (tmp_path / "marked.py").write_text(MARKED)
     model = RewardModel([f"{tmp_path / 'marked.py'}:mine"], None, timeout=1.0)
     warnings = []
@@ -245,7 +245,7 @@ def alive(process: int, start: str) -> bool:
 )
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize(("kind", "processes"), [("idle", 2), ("sleep", 6), ("regex", 6), ("program", 4)])
-def test_workers_end_with_a_run_and_take_their_children_with_them(tmp_path, kind, processes, how):
+def test_workers_and_their_children_end_with_the_run(tmp_path, kind, processes, how):
     script, started = tmp_path / "busy.py", tmp_path / "started"
     script.write_text(BUSY)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
@@ -264,7 +264,7 @@ def test_workers_end_with_a_run_and_take_their_children_with_them(tmp_path, kind
         time.sleep(0.02)
 
 
-def test_workers_last_longer_than_the_thread_that_needed_them(tmp_path):
+def test_workers_outlive_the_thread_that_needed_them(tmp_path):
     """The kernel tells a child of the end of the thread that started it, as if it were the process's."""
     (tmp_path / "marked.py").write_text(MARKED)
     model = RewardModel([f"{tmp_path / 'marked.py'}:mine"], None)
@@ -274,7 +274,7 @@ def test_workers_last_longer_than_the_thread_that_needed_them(tmp_path):
     model.pool.close()
 
 
-def test_rewards_import_where_there_are_no_unix_modules():
+def test_rewards_import_without_unix_modules():
     """As on Windows: nothing is needed before it is used."""
     code = (
         "import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
