@@ -47,9 +47,6 @@ def encode_rows(
     """The rows to use, and their prompts as tokens.
 
     Args:
-        rows: with their prompts.
-        tokenizer: of the model.
-        config: of the run.
         max_positions: the model's limit, if it has one.
         kind: what messages call the rows, such as "training".
         warn: called with a line that says how many rows ``long_prompts="drop"`` drops.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import sys
 import threading
 import time
@@ -26,9 +27,11 @@ from grpo_fast.rewards.calls import (
     failed,
     unreachable,
 )
-from grpo_fast.rewards.pool import WorkerPool, check_workers
 from grpo_fast.rewards.registry import load_reward, metric_names
-from grpo_fast.rewards.steps import Steps, mean_reward, read_steps
+from grpo_fast.rewards.workers import WorkerPool, check_workers
+
+# For each step of a completion, its end in characters and its reward.
+Steps = list[tuple[int, float]]
 
 
 class Rewards(NamedTuple):
@@ -227,18 +230,16 @@ class RewardModel:
 
     def _call(self, index: int, function: RewardFunction, arguments: dict, size: int, outcomes: dict) -> None:
         """The body of a thread; a result after the time limit is ignored."""
-        if hasattr(function, "isolated"):
-            try:
-                found = self.pool.run(
-                    self.sources[index], arguments, size, self.timeout, function.over_limit, self.settings
-                )
-            except Exception as error:
-                found = failed(size, f"could not be run in worker processes: {one_line(error)}")
-        else:
-            try:
+        try:
+            if hasattr(function, "isolated"):
+                source = self.sources[index]
+                found = self.pool.run(source, arguments, size, self.timeout, function.over_limit, self.settings)
+            else:
                 found = call(function, arguments, size, self.timeout * size)
-            except KeyboardInterrupt as error:
-                found = error
+        except Exception as error:
+            found = failed(size, f"could not be run in worker processes: {one_line(error)}")
+        except KeyboardInterrupt as error:
+            found = error
         outcomes.setdefault(index, found)
 
     def _read(self, index: int, outcome: Outcome, texts: list[str]) -> Outcome:
@@ -291,3 +292,39 @@ def _number(value: object, index: int) -> float:
             f"returned {value!r:.80} for completion {index}; it must be a number within +-{LARGEST_REWARD:.1e}, or None"
         )
     return number
+
+
+def read_steps(name: str, value: object, index: int, text: str) -> Steps | float:
+    """Check what function `name` returned for the steps of completion `index`, whose text is `text`; NaN for None.
+
+    Raises:
+        UserError: `value` is not a list of pairs, the ends do not rise within the text, or a reward is not finite.
+    """
+    if value is None:
+        return math.nan
+    place = f"reward function {name!r}, completion {index}"
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{place}: {value!r:.80} beside lists of steps; every completion needs a list, or None")
+    steps: Steps = []
+    for pair in value:
+        try:
+            end, reward = pair
+            end, reward = operator.index(end), float(reward)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{place}: {pair!r:.80} must be a pair of a step's end and its reward") from None
+        if not abs(reward) <= LARGEST_REWARD:
+            raise UserError(f"{place}: the reward in {pair!r:.80} must be a number within +-{LARGEST_REWARD:.1e}")
+        lowest = steps[-1][0] + 1 if steps else 1
+        if not lowest <= end <= len(text):
+            raise UserError(
+                f"{place}: the end in {pair!r:.80} must be from {lowest} to {len(text)}, in the completion's characters"
+            )
+        steps.append((end, reward))
+    return steps
+
+
+def mean_reward(steps: Steps | float) -> float:
+    """A completion's reward itself, or the mean over its steps; NaN without steps."""
+    if not isinstance(steps, list):
+        return steps
+    return sum(reward for _, reward in steps) / len(steps) if steps else math.nan

@@ -127,7 +127,7 @@ def test_reward_settings_out_of_range():
 
 
 def test_workers_start_without_torch():
-    code = "import sys, grpo_fast.rewards.worker; print('torch' in sys.modules)"
+    code = "import sys, grpo_fast.rewards.workers; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -184,7 +184,7 @@ import os, re, subprocess, sys, time
 from grpo_fast.rewards import isolated
 from grpo_fast.rewards.functions.code import read_tests, run_tests
 from grpo_fast.rewards.sandbox.isolation import choose
-from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.rewards.workers import WorkerPool
 
 @isolated()
 def busy(prompts, completions, **columns):
@@ -278,7 +278,7 @@ def test_rewards_import_without_unix_modules():
     """As on Windows: nothing is needed before it is used."""
     code = (
         "import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
-        "import grpo_fast.rewards, grpo_fast.rewards.pool, grpo_fast.rewards.worker, grpo_fast.rewards.functions.code\n"
+        "import grpo_fast.rewards, grpo_fast.rewards.workers, grpo_fast.rewards.functions.code\n"
         "from grpo_fast.errors import UserError\nsys.platform = 'win32'\n"
         "from grpo_fast.rewards.sandbox.isolation import choose\n"
         "try:\n    choose('available')\nexcept UserError as error:\n    print(error)"

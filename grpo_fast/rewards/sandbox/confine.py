@@ -45,11 +45,6 @@ CHANGES = {
 }  # fmt: skip
 
 
-class LandlockPath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = [("allowed", ctypes.c_uint64), ("path", ctypes.c_int32)]
-
-
 class FilterProgram(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
@@ -232,7 +227,9 @@ def restrict_files(libc: ctypes.CDLL, stdlib: int, readable: list[str]) -> None:
         rights[os.open(path, os.O_PATH)] = READ_FILE | (WRITE_FILE if path == os.devnull else 0)
     rights[os.open(".", os.O_PATH)] = everything
     for path, allowed in rights.items():
-        if libc.syscall(LANDLOCK_ADD, rules, 1, ctypes.byref(LandlockPath(allowed, path)), 0):
+        # struct landlock_path_beneath_attr, packed.
+        rule = allowed.to_bytes(8, sys.byteorder) + path.to_bytes(4, sys.byteorder)
+        if libc.syscall(LANDLOCK_ADD, rules, 1, rule, 0):
             raise OSError(ctypes.get_errno(), "landlock")
         if path != stdlib:
             os.close(path)

@@ -128,12 +128,7 @@ def _command(level: str) -> list[str]:
 
 
 def run(
-    level: str,
-    code: str,
-    tests: str,
-    cases: list[tuple[str, str]],
-    seconds: float,
-    tested: Collection[str] = (),
+    level: str, code: str, tests: str, cases: list[tuple[str, str]], seconds: float, tested: Collection[str] = ()
 ) -> Outcome:
     """Judge a program.
 
