@@ -116,11 +116,7 @@ _READERS: dict[str, Callable[[Path, IO[bytes]], Iterable[Row]]] = {
 
 
 def load_hub(name: str, config: str | None, field: str) -> dict[str, Any]:
-    """The splits of a hub dataset; `field` is the name's field in error messages.
-
-    Raises:
-        UserError: it could not be loaded.
-    """
+    """The splits of a hub dataset, or a UserError with `field` as the name's field."""
     datasets = import_extra("datasets", "train")
     try:
         return datasets.load_dataset(name, config)

@@ -20,8 +20,7 @@ from grpo_fast.data.templates import Prompt, Row, has_text, load_template
 from grpo_fast.errors import UserError, nearest
 
 # Of a dataset without a split for evaluation, about this share of the rows is held out, at most MAX_HELD_OUT.
-HELD_OUT_SHARE = 0.1
-MAX_HELD_OUT = 200
+HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 200
 
 # Each returns the training rows and the held-out rows, except for a single file of GSM8K or MATH.
 BUILT_IN: dict[str, Callable[..., tuple[list[Row], list[Row] | None]]] = {

@@ -24,10 +24,7 @@ def gsm8k(path: str = GSM8K) -> tuple[list[Row], list[Row] | None]:
     """GSM8K (arXiv:2110.14168): the answer is the number after ``####``, without commas.
 
     `path` is a hub name; a folder with ``train`` and ``test`` files (see `read_file`); or one file, of which a share is
-    held out.
-
-    Raises:
-        UserError: the data cannot be read, or a row has no question or no answer after ``####``.
+    held out. Raises UserError if it cannot be read, or for a row without question or answer.
     """
     return _questions("gsm8k", path, "main" if path == GSM8K else None, _gsm8k_row)
 
@@ -35,10 +32,7 @@ def gsm8k(path: str = GSM8K) -> tuple[list[Row], list[Row] | None]:
 def math(path: str = MATH) -> tuple[list[Row], list[Row] | None]:
     r"""MATH (arXiv:2103.03874): the answer is the content of the solution's last ``\boxed{}``.
 
-    `path` is as for `gsm8k`; files have the columns ``problem`` and ``solution``.
-
-    Raises:
-        UserError: the data cannot be read, or a row has no problem or no boxed answer.
+    `path` and errors are as for `gsm8k`; files have the columns ``problem`` and ``solution``.
     """
     return _questions("math", path, None, _math_row)
 

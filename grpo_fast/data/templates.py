@@ -38,11 +38,8 @@ PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts"
 def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     """The function that makes a row's prompt from `prompt_template`, `prompt_file` or the column ``prompt``.
 
-    That function raises UserError for a column that is missing or not a text (a chat, an object), and for a prompt that
-    is not valid.
-
-    Raises:
-        UserError: a prompt file is missing or malformed, or a placeholder is not the name of a column.
+    That function raises UserError for a column that is missing or not a text (a chat, an object) and for an invalid
+    prompt; this one for a prompt file that is missing or malformed, or a placeholder that is not the name of a column.
     """
     if config.prompt_file is not None:
         name, template = f"prompt_file={config.prompt_file!r}", read_prompt_file(config.prompt_file)
@@ -90,11 +87,7 @@ def has_text(value: object) -> bool:
 
 
 def read_prompt_file(name: str) -> str | list[dict[str, str]]:
-    """The text or the chat messages of a prompt file, or of a built-in one by its name.
-
-    Raises:
-        UserError: there is no such file, or it is not UTF-8, YAML or a list of messages.
-    """
+    """The text or the chat messages of a prompt file, or of a built-in one by its name; UserError if invalid."""
     path = PROMPTS.get(name) or user_path(name)
     if not path.is_file():
         raise UserError(

@@ -22,8 +22,13 @@ from grpo_fast.rewards.functions.answers import (
     parse_final_number,
 )
 from grpo_fast.rewards.functions.code import unit_tests
-from grpo_fast.rewards.functions.format import answer_format, soft_answer_format, think_format
-from grpo_fast.rewards.functions.length import kimi_length, soft_overlong
+from grpo_fast.rewards.functions.format import (
+    answer_format,
+    kimi_length,
+    soft_answer_format,
+    soft_overlong,
+    think_format,
+)
 from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
 from grpo_fast.rewards.registry import REWARDS, load_reward
 

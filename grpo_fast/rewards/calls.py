@@ -126,12 +126,9 @@ def chosen(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def check_values(functions: Iterable[RewardFunction], rows: list[dict[str, Any]]) -> None:
-    """Check that every row has a value in the columns that built-in functions require.
+    """Raise UserError for a row without a value in a column that a built-in function requires.
 
-    Other functions may return None for a row without a value.
-
-    Raises:
-        UserError: a value is missing; names the column, the function and the row's prompt.
+    The user's own functions may return None for such a row.
     """
     for function in functions:
         if REWARDS.get(getattr(function, "__name__", "")) is not function:

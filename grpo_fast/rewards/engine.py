@@ -64,9 +64,6 @@ class RewardModel:
             function that fails for its whole first batch raises in any case.
         code_isolation: how generated code must be contained, see :func:`grpo_fast.rewards.sandbox.isolation.choose`.
 
-    Attributes:
-        notes: lines for the log about how generated code runs.
-
     Raises:
         UserError: a function cannot be loaded, cannot work here, or is listed twice.
     """
@@ -85,6 +82,7 @@ class RewardModel:
         self.weights = torch.tensor(weights or [1.0] * len(names), dtype=torch.float64)
         self.timeout, self.on_error = timeout, on_error
         self.settings: dict[str, Any] = {"reward_timeout": timeout, "code_isolation": code_isolation}
+        # Lines for the log about how generated code runs.
         self.notes: list[str] = []
         self.pool = WorkerPool()
         self.threads: dict[str, threading.Thread] = {}
@@ -114,11 +112,7 @@ class RewardModel:
         return self.names.index(metric)
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Check that every function accepts the data's columns by name; warn of columns that are not passed to it.
-
-        Raises:
-            UserError: a signature does not fit.
-        """
+        """Raise UserError if a function does not accept the columns; warn of columns that are not passed to it."""
         columns = list(columns)
         for name, function in zip(self.names, self.functions, strict=True):
             for column in unreachable(function) & set(columns):
@@ -142,14 +136,10 @@ class RewardModel:
                 ) from None
 
     def check_rows(self, rows: list[dict[str, Any]], source: str) -> None:
-        """Check the columns of rows that have prompts (`check_columns`), and the values that the functions need.
-
-        Args:
-            rows: the data.
-            source: the name of the rows in error messages.
+        """Check the columns of rows with prompts, and the values that the functions need.
 
         Raises:
-            UserError: a signature does not fit; or a value is missing or wrong, with the row's prompt.
+            UserError: a signature does not fit; or a value is missing or wrong, with the `source` of the rows.
         """
         self.check_columns(name for name in rows[0] if name != "prompt")
         check_values(self.functions, rows)

@@ -17,8 +17,13 @@ from grpo_fast.files import user_path
 from grpo_fast.rewards.base import RewardFunction
 from grpo_fast.rewards.functions.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
 from grpo_fast.rewards.functions.code import unit_tests
-from grpo_fast.rewards.functions.format import answer_format, soft_answer_format, think_format
-from grpo_fast.rewards.functions.length import kimi_length, soft_overlong
+from grpo_fast.rewards.functions.format import (
+    answer_format,
+    kimi_length,
+    soft_answer_format,
+    soft_overlong,
+    think_format,
+)
 from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
 
 REWARDS: dict[str, RewardFunction] = {
@@ -66,14 +71,13 @@ def load_reward(name: str) -> RewardFunction:
     """
     if is_built_in(name):
         return REWARDS[name] if name in REWARDS else _make(name)
-    path, colon, attribute = name.rpartition(":")
+    path, _, attribute = name.rpartition(":" if ":" in name else ".")
     try:
-        module = _load_file(path) if colon else _import_module(name)
+        module = _load_file(path) if ":" in name else _import_module(path, name)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"reward_funcs: {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
-    attribute = attribute if colon else name.rpartition(".")[2]
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"reward_funcs: {name!r} names no function: {module.__name__} has no callable {attribute!r}")
@@ -82,10 +86,7 @@ def load_reward(name: str) -> RewardFunction:
 
 def metric_names(functions: list[RewardFunction], sources: list[str]) -> list[str]:
     """A name for each function's metrics: its own name, or if several functions share it, the shortest distinct end of
-    what `load_reward` got: ``maths.score`` and ``code.score``.
-
-    Raises:
-        UserError: a function is listed twice.
+    what `load_reward` got: ``maths.score`` and ``code.score``. UserError for a function that is listed twice.
     """
     for source, count in Counter(sources).items():
         if count > 1:
@@ -151,13 +152,12 @@ def _check_neighbours(folder: Path) -> None:
             raise UserError(f"reward_funcs: {loaded} and {path} are modules of the same name; rename one of them")
 
 
-def _import_module(name: str) -> ModuleType:
-    module_name = name.rpartition(".")[0]
-    if not module_name:
+def _import_module(module: str, name: str) -> ModuleType:
+    if not module:
         names = [*REWARDS, *MAKERS]
         raise UserError(f"reward_funcs: {name!r} is unknown{nearest(name, names)}; built in: {', '.join(names)}")
     _extend_path(Path.cwd())
-    return importlib.import_module(module_name)
+    return importlib.import_module(module)
 
 
 def _extend_path(folder: Path) -> None:

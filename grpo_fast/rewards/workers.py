@@ -1,6 +1,6 @@
 """Worker processes for reward functions that may have to be killed, which a thread cannot be.
 
-`WorkerPool` is the run's side. As a program, this module is a worker, which scores one sample at a time.
+`WorkerPool` is used by the run; this module as a program is a worker, which scores one sample at a time.
 """
 
 from __future__ import annotations
@@ -31,13 +31,10 @@ from grpo_fast.rewards.calls import Outcome, call
 from grpo_fast.rewards.registry import load_reward
 
 # Seconds for a worker to import a function, before the first sample's time starts; and to end with its children.
-START_LIMIT = 120.0
-END_LIMIT = 5.0
-MOST_WORKERS = 8
-LONGEST_REPLY = 1 << 20
+START_LIMIT, END_LIMIT = 120.0, 5.0
+MOST_WORKERS, LONGEST_REPLY = 8, 1 << 20
 # Bytes that a worker may allocate, and seconds of CPU time beyond the time limit after which the kernel ends it.
-MEMORY = 4 << 30
-GRACE = 5
+MEMORY, GRACE = 4 << 30, 5
 # linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # Seconds between a keeper's looks for its parent on systems whose kernel does not report the parent's end.

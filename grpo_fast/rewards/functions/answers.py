@@ -112,8 +112,7 @@ def same_answer(completion: str, reference: str) -> bool:
 
 
 def _judged(rules: list[Rule], expected: Answer, given: Answer) -> bool:
-    verdicts = (rule(expected, given) for rule in rules)
-    return next(verdict for verdict in verdicts if verdict is not None)
+    return next(verdict for rule in rules if (verdict := rule(expected, given)) is not None)
 
 
 def _same_text(expected: Answer, given: Answer) -> bool | None:

@@ -1,8 +1,7 @@
 """Unit tests of generated Python.
 
 Each program runs in one process and its tests in another (``sandbox/judging.py``), which calls the program over a pipe
-and compares the results as plain data. Both are sandboxed (``sandbox/confine.py``) as well as this machine allows;
-``sandbox/isolation.py`` has the table of levels. All levels guarantee the following:
+and compares the results as plain data. Both are confined as well as this machine allows (``sandbox/isolation.py``):
 
 - CPU seconds are limited, and all processes are killed at the deadline.
 - A program has 1 GiB of address space, files of at most 10 MiB, 64 open files, no core dumps, an environment without

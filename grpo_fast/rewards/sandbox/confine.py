@@ -12,12 +12,9 @@ import sys
 from grpo_fast.rewards.sandbox.judging import judge, program
 from grpo_fast.rewards.sandbox.wire import Pipe
 
-MEMORY = 1 << 30
-FILE_SIZE = 10 << 20
-FOLDER_SIZE = 64 << 20
-FOLDER_FILES = 4096
-OPEN_FILES = 64
-THREADS = 64
+# Limits, in bytes and in numbers.
+MEMORY, FILE_SIZE, FOLDER_SIZE = 1 << 30, 10 << 20, 64 << 20
+FOLDER_FILES, OPEN_FILES, THREADS = 4096, 64, 64
 # The program's folder in namespaces.
 FOLDER = "/tmp"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")

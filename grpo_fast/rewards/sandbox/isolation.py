@@ -25,14 +25,8 @@ from grpo_fast.rewards.sandbox.system_calls import filter_program, numbers
 
 
 class Level(NamedTuple):
-    """A way to contain generated code.
-
-    Args:
-        holds: whether it keeps a malicious program from other processes, the network and files.
-        filtered: whether it uses the system call filter.
-        says: what is in force, for the log.
-        needs: how to get it.
-    """
+    """A way to contain generated code: whether it `holds` a malicious program back from other processes, the network
+    and files, whether it is `filtered` by system calls, what it `says` in the log, and how to get what it `needs`."""
 
     name: str
     holds: bool
@@ -130,15 +124,10 @@ def _command(level: str) -> list[str]:
 def run(
     level: str, code: str, tests: str, cases: list[tuple[str, str]], seconds: float, tested: Collection[str] = ()
 ) -> Outcome:
-    """Judge a program.
+    """Judge a program at a level, by name, within `seconds`.
 
-    Args:
-        level: the name of one of LEVELS.
-        code: the program.
-        tests: code that uses the program's names.
-        cases: pairs of an input and the output of the program as a script.
-        seconds: time limit for everything.
-        tested: names of Python's functions and modules that mean the program's in `tests`.
+    `tests` is code that uses the program's names, `cases` are pairs of input and output of the program as a script, and
+    `tested` are names of Python's functions and modules that mean the program's in `tests`.
     """
     deadline = time.monotonic() + seconds
     filtered = next(one.filtered for one in LEVELS if one.name == level)
@@ -222,11 +211,9 @@ def _folder(needed: bool) -> Iterator[str]:
 def _processes() -> int:
     """The number of this user's processes and threads, which count towards its limit."""
     user, count = os.getuid(), 0
-    for process in os.scandir("/proc"):
-        if process.name.isdecimal():
-            with suppress(OSError):
-                if process.stat().st_uid == user:
-                    count += len(os.listdir(f"{process.path}/task"))
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            count += len(os.listdir(process / "task")) if process.stat().st_uid == user else 0
     return count
 
 
@@ -272,11 +259,8 @@ def choose(code_isolation: str, obstacle: Callable[[str], str] = obstacle) -> tu
 
     Args:
         code_isolation: ``strict``: a level that contains malicious programs; ``available``: the best one here;
-            ``none``: resource limits only; or a level by name.
+            ``none``: resource limits only; or a level by name. UserError if there is none.
         obstacle: why a level does not work on this machine, or an empty string.
-
-    Raises:
-        UserError: there is none.
     """
     if not sys.platform.startswith("linux"):
         raise UserError("unit_tests runs generated code under Linux only")

@@ -50,11 +50,7 @@ PARTLY: dict[str, list[list[tuple[int, ...]]]] = {
 
 @cache
 def numbers() -> dict[str, int]:
-    """The numbers of this processor's system calls by name, including ``pivot_root``.
-
-    Raises:
-        UserError: seccompy is missing or does not know the processor.
-    """
+    """The numbers of this processor's system calls by name; UserError without seccompy or for an unknown processor."""
     syscalls = import_extra("seccompy.syscalls", "train")
     try:
         syscalls.audit_arch()
@@ -70,21 +66,16 @@ def numbers() -> dict[str, int]:
 
 @cache
 def filter_program(in_namespaces: bool) -> bytes:
-    """The compiled filter.
-
-    Raises:
-        UserError: as :func:`numbers`.
-    """
+    """The compiled filter, which allows more in namespaces; raises UserError like :func:`numbers`."""
     known = numbers()
     seccompy = import_extra("seccompy", "train")
     built = seccompy.Filter(seccompy.Action.ERRNO | EPERM)
-    for name in (*ALLOWED, *IN_NAMESPACES) if in_namespaces else ALLOWED:
-        if name in known:
+    allowed = {*ALLOWED, *IN_NAMESPACES} if in_namespaces else ALLOWED
+    for name in known:
+        if name in allowed:
             built.allow(name)
-    for name in ABSENT:
-        if name in known:
+        elif name in ABSENT:
             built.errno(name, ENOSYS)
-    for name, ways in PARTLY.items():
-        for way in ways if name in known else ():
+        for way in PARTLY.get(name, ()):
             built.allow(name, args=way)
     return built.program

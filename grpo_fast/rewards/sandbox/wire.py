@@ -90,11 +90,8 @@ class Pipe:
 class Peer:
     """One of two processes that call each other's objects.
 
-    Args:
-        pipe: to the other process.
-        perform: carries out a request ``(operation, plain, values, keywords)`` of the other side; what it returns or
-            raises is the reply.
-        remote: the class that stands for an object of the other side, made from this peer and the object's number.
+    `perform` carries out a request ``(operation, plain, values, keywords)`` of the other side; what it returns or
+    raises is the reply. `remote` is the class that stands for an object of the other side, by this peer and its number.
     """
 
     def __init__(self, pipe: Pipe, perform, remote):
