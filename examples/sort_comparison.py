@@ -2,8 +2,8 @@
 
     python examples/sort_comparison.py [--seeds 3] [--output_dir runs/sort_comparison] [--field value ...]
 
-What the advantages are, what the objective is where each batch serves several updates, and a KL term whose reference is
-refreshed. Runs that are finished are not made again, and one that was interrupted goes on from its checkpoint.
+Compares advantages, objectives with several updates per batch, and KL terms with a refreshed reference model. Finished
+runs are not repeated, and an interrupted run continues from its checkpoint.
 """
 
 from __future__ import annotations

@@ -6,11 +6,7 @@ import itertools
 import pytest
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import (
-    check_lengths,
-    encode_rows,
-    prompt_order,
-)
+from grpo_fast.data import check_lengths, encode_rows, prompt_order
 from grpo_fast.errors import UserError
 from grpo_fast.model.loading import digit_tokenizer
 

@@ -149,7 +149,7 @@ def test_read_file_byte_order_mark(tmp_path):
 
 
 def split(path, **fields):
-    """Prompts of both sides: of training in their order, held-out ones as a set."""
+    """The training prompts in their order, and the set of held-out prompts."""
     train, test = load_rows(config(path, **fields))
     return [row["prompt"] for row in train], {row["prompt"] for row in test}
 
@@ -166,12 +166,12 @@ def test_hold_out_depends_on_the_rows_alone(tmp_path):
     assert few == train[:9]
     assert len(fewer) == 5
     assert fewer < test
-    # Another prompt, order or format of the same rows.
+    # The same rows with another prompt, order or format.
     assert split(path, prompt_template="Q: {question}")[1] == {f"Q: {question}" for question in test}
     assert split(write(tmp_path / "b.jsonl", *reversed(rows)), **fields) == (train[::-1], test)
     (tmp_path / "c.csv").write_text("answer,question\n" + "".join(f"{i},q{i}\n" for i in range(400)))
     assert split(tmp_path / "c.csv", **fields) == (train, test)
-    # What was trained on stays so when the file grows.
+    # Training rows stay training rows when the file grows.
     more = [{"question": f"new{i}", "answer": str(i)} for i in range(5000)]
     grown, held_out = split(write(tmp_path / "d.jsonl", *rows, *more), **fields)
     assert len(held_out) == 200

@@ -1,4 +1,4 @@
-"""Templates and prompt files, and how a chat that ends in the assistant's turn is encoded and scored."""
+"""Templates and prompt files; encoding and scoring of chats that end in the assistant's turn."""
 
 import copy
 import datetime
@@ -34,7 +34,7 @@ def build(row, **fields):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a character."""
+    """A tokenizer with one token per character."""
     characters = sorted({chr(i) for i in range(32, 127)} | {"\n"})
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -180,7 +180,7 @@ def test_encode_prompts_opens_or_continues_the_assistants_turn(tokenizer):
 
 
 def test_as_scored_continued_turn():
-    """As in TRL, the message that is scored begins with what the prompt put into the assistant's mouth."""
+    """As in TRL, the scored message begins with the assistant's words in the prompt."""
     user, opened = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>"}
     assert as_scored("Hi <think>", "a") == ("Hi <think>", "a")
     assert as_scored([user], "a") == ([user], [{"role": "assistant", "content": "a"}])
@@ -190,7 +190,7 @@ def test_as_scored_continued_turn():
 
 
 def scored(tokenizer, rows, *completions, finish_reason="length"):
-    """What the rewards are called with for these completions, one for each row."""
+    """The arguments of the reward functions for these completions, one per row."""
     responses = [Response(tokenizer.encode(text, add_special_tokens=False), finish_reason) for text in completions]
     rollout, seen = SimpleNamespace(generate=lambda prompts, sampling: responses), []
     prompts = encode_prompts(rows, tokenizer, config())
@@ -208,7 +208,7 @@ def test_scored_completions_are_whole_turns(tokenizer):
 
 @pytest.fixture
 def tagged(tokenizer):
-    """The same with BOS and EOS, which it puts around a text, and tags that are special tokens."""
+    """A tokenizer that adds BOS and EOS to a text, and has tags as special tokens."""
     made = copy.deepcopy(tokenizer)
     made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool_call>", "<|im_end|>"]})
@@ -260,7 +260,7 @@ OPENS = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>\n")
         (OPENS, [USER], "<think>a</think> <answer>b</answer>", 0.0),
         (TEMPLATE, [USER], "<think>a</think> <answer>b</answer>", 1.0),
         (TEMPLATE, [USER], "a</think> <answer>b</answer>", 0.0),
-        # What a user writes opens nothing.
+        # A tag in the user's message opens nothing.
         (TEMPLATE, [{"role": "user", "content": "Use <think>"}], "a</think> <answer>b</answer>", 0.0),
         (TEMPLATE, [USER, {"role": "assistant", "content": "<think>\n"}], "a</think> <answer>b</answer>", 1.0),
         (OPENS, [USER, {"role": "assistant", "content": "<think>"}], "<think>a</think> <answer>b</answer>", 0.0),

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.data import (
-    load_rows,
-)
+from grpo_fast.data import load_rows
 from grpo_fast.data.questions import gsm8k, math
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.functions.answer_text import boxes
@@ -138,12 +136,6 @@ def test_gsm8k_empty_file(tmp_path):
     write(tmp_path / "train.jsonl")
     with pytest.raises(UserError, match="dataset_name='gsm8k' has no rows for training"):
         load_rows(config("gsm8k", dataset_kwargs={"path": str(tmp_path)}, prompt_file="r1_zero"))
-
-
-def split(path, **fields):
-    """Prompts of both sides: of training in their order, held-out ones as a set."""
-    train, test = load_rows(config(path, **fields))
-    return [row["prompt"] for row in train], {row["prompt"] for row in test}
 
 
 def test_gsm8k_folder_of_compressed_files(tmp_path):

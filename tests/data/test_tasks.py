@@ -6,13 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from grpo_fast.data import (
-    BUILT_IN,
-    addition,
-    arithmetic,
-    countdown,
-    sort_digits,
-)
+from grpo_fast.data import BUILT_IN, addition, arithmetic, countdown, sort_digits
 from grpo_fast.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""Mathematical equivalence: a table of answer pairs, each judged by hand, and completions that mean harm."""
+"""`math_answer`: a table of answer pairs, each judged by hand, and harmful completions."""
 
 import json
 import time
@@ -88,7 +88,7 @@ HARM = {
 
 
 def test_math_answer_harmful_completions_end_in_time():
-    """On one or more workers; a completion takes at most the limit, and the harmless ones beside them are right."""
+    """With one or more workers: no completion takes longer than the limit, and the harmless ones are scored."""
     model = RewardModel(["math_answer", "final_number"], None, timeout=1.0)
     completions = [*HARM.values(), r"\boxed{\frac{14}{2}}"]
     start = time.monotonic()
@@ -103,7 +103,7 @@ def test_math_answer_harmful_completions_end_in_time():
 
 
 def test_math_answer_is_isolated_and_runs_in_a_thread():
-    """A user may call it anywhere: math-verify's own time limits would fail outside of the main thread."""
+    """Users may call it anywhere; math-verify's own time limits would fail outside the main thread."""
     assert math_answer.isolated
     assert math_answer.over_limit == 0
     assert not hasattr(final_number, "isolated")

@@ -1,4 +1,4 @@
-"""What reward functions are called with, and what is accepted of what they return."""
+"""The arguments of reward functions, and the checks of what they return."""
 
 import math
 import pickle
@@ -9,10 +9,7 @@ import numpy
 import pytest
 
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import (
-    RESERVED_COLUMNS,
-    RewardModel,
-)
+from grpo_fast.rewards import RESERVED_COLUMNS, RewardModel
 
 
 def test_total_is_the_weighted_sum_without_none():
@@ -57,7 +54,7 @@ def test_check_columns_missing_argument():
 
 
 class Counted:
-    """A reward function that is an object, whose method has a ``self``."""
+    """A reward function that is an object, and one that is its method, with ``self``."""
 
     def __init__(self):
         self.seen = []
@@ -134,7 +131,7 @@ def test_check_rows_missing_answer(name, row):
 
 
 class Opaque:
-    """What is neither JSON nor immutable, such as an image."""
+    """A value that is neither JSON nor immutable, such as an image."""
 
     def __init__(self, pixels):
         self.pixels = pixels
@@ -146,7 +143,7 @@ COLUMNS = {
     "lists in lists": [[1, 2], [3, [4, [5]]]],
     "lists in dictionaries": {"inputs": [1, {"value": [2]}], "outputs": {"first": {"second": [3]}}},
     "a set in a tuple": ({1, 2}, [3]),
-    "a dictionary of a kind of its own": OrderedDict(cases=[1]),
+    "another kind of dictionary": OrderedDict(cases=[1]),
     "an array": numpy.arange(3),
     "an object": Opaque([[1, 2]]),
 }
@@ -173,7 +170,7 @@ def spoil(value):
 
 @pytest.mark.parametrize("value", COLUMNS.values(), ids=COLUMNS)
 def test_call_passes_deep_copies(value):
-    """Neither another function, nor another sample of the group, nor the next batch sees what a function changes."""
+    """Changes by a function are not visible to other functions, other samples of the group or the next batch."""
     seen = []
 
     def spoiling(prompts, completions, column, completion_ids, **columns):

@@ -1,4 +1,4 @@
-"""Unit tests of generated Python: which code is run, what passes, and what does not pass without being right."""
+"""Unit tests of generated Python: which code runs, and which programs pass."""
 
 import json
 import os
@@ -240,7 +240,7 @@ def test_run_tests_threads_pass_with_the_filter():
         (SQUARE, "assert cube(3) == 27"),
         (SQUARE, "assert square.missing == 1"),
         ("square = 9", TEST),
-        # Python has one, but the program does not.
+        # Python has this name, but the program does not define it.
         (SQUARE, "assert sum([1, 2]) == 3"),
     ],
 )
@@ -250,13 +250,13 @@ def test_run_tests_wrong_programs_fail(program, tests):
 
 @pytest.mark.parametrize("program", CHEATS.values(), ids=CHEATS)
 def test_run_tests_cheating_programs_fail(program):
-    """One after the other, since every one has to fail each kind of test."""
+    """Each program has to fail every kind of test."""
     passed = [name for name, tests in CHEATED_TESTS.items() if run_tests(program, tests, SECONDS, "none")]
     assert passed == []
 
 
 def test_run_tests_right_program_passes_all_forms():
-    """Otherwise the test above would show nothing."""
+    """The right program passes, so the failures above are due to the cheats."""
     assert [name for name, tests in CHEATED_TESTS.items() if not run_tests(SQUARE, tests, SECONDS)] == []
 
 
@@ -391,7 +391,7 @@ def test_run_tests_that_never_use_the_program_are_invalid():
         run_tests(SQUARE, tests, SECONDS)
     with pytest.raises(ValueError, match="tests raised ZeroDivisionError: division by zero, without having used"):
         run_tests(SQUARE, f"1 / 0\n{TEST}", SECONDS)
-    # That is the program's own fault.
+    # Here the program itself fails.
     assert not run_tests("1 / 0", f"1 / 0\n{TEST}", SECONDS)
 
 
@@ -411,7 +411,7 @@ def test_unit_tests_of_completions():
 
 
 def test_reward_model_scores_harmless_beside_harmful_programs():
-    """Through the trainer's own door: harmless and harmful completions in one batch."""
+    """Harmless and harmful completions in one batch, scored as in training."""
     model = RewardModel(["unit_tests"], None, timeout=5.0)
     assert any("generated code runs" in note for note in model.notes)
     forks = "import os\nfor _ in range(50):\n    os.fork()"
@@ -423,13 +423,13 @@ def test_reward_model_scores_harmless_beside_harmful_programs():
     assert time.monotonic() - start < 30
     assert got.total.tolist() == [1, 0, 0, 0, 1, 0, 0]
     assert not got.errors.any()
-    # One more starts the workers.
+    # One more thread starts the workers.
     assert threading.active_count() <= threads + 1
     model.pool.close()
 
 
 def test_run_removes_deeply_nested_folders(monkeypatch, tmp_path):
-    """Deeper than Python's recursion, and locked at its end."""
+    """Nested more deeply than Python can recurse, and the last folder is locked."""
     monkeypatch.setattr(isolation.tempfile, "tempdir", str(tmp_path))
     os.chmod(tmp_path, 0o755)
     program = "import os\ndef dig():\n    for _ in range(200):\n        os.mkdir('d')\n        os.chdir('d')\n"
@@ -439,7 +439,7 @@ def test_run_removes_deeply_nested_folders(monkeypatch, tmp_path):
 
 
 def test_program_cannot_forge_a_verdict():
-    """What it writes to every open file is no verdict, and closes nothing of ours."""
+    """Writing to every open file forges no verdict and closes no socket of this process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         program = "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'12\\npassed')\n"

@@ -1,4 +1,4 @@
-"""How generated code is contained: attacks at every level that this machine has, as root and as an ordinary user."""
+"""Containment of generated code: attacks at all levels that work here, as root and as an ordinary user."""
 
 import os
 import platform
@@ -55,12 +55,12 @@ def test_attacks_are_of_every_kind():
     assert set(FOLDER) == {"many large files", "ten thousand files"}
 
 
-# In names of signals and calls, what a program could do to its user's other processes.
+# What a program could do to its user's other processes, by names of attacks.
 REACHED = {name: HARM[f"processes: {name}"] for name in ("prlimit of files", "affinity", "priority", "scheduler")}
 
 
 def test_attacks_succeed_without_the_filter():
-    """Otherwise the tests above would show nothing."""
+    """The attacks work without the sandbox, so their failures above are due to it."""
     require_level("ordinary", "rlimits")
     assert as_user("ordinary", harmful, REACHED, passes("rlimits")) == list(REACHED)
 
@@ -98,7 +98,7 @@ def processes() -> set[str]:
 
 
 def missing(*levels):
-    """An `obstacle` of a machine that lacks these levels."""
+    """An `obstacle` function for a machine without these levels."""
     return lambda name: "not here" if name in levels else ""
 
 
@@ -162,7 +162,7 @@ def test_reward_model_refuses_strict_before_a_run(monkeypatch):
     model = RewardModel(["unit_tests"], None)
     assert model.settings["code_isolation"] == "seccomp"
     assert "without namespaces" in model.notes[0]
-    # Those that run no generated code are no concern of this.
+    # The setting does not affect functions that run no generated code.
     assert RewardModel(["exact_answer"], None, code_isolation="strict").notes == []
 
 
@@ -170,7 +170,7 @@ def test_obstacle_missing_software(monkeypatch, tmp_path):
     check = isolation.obstacle.__wrapped__
     monkeypatch.setenv("PATH", str(tmp_path))
     assert check("bubblewrap") == "bwrap is not installed"
-    # A program of that name that does not do what it should.
+    # A program of that name that does not work.
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'no permissions to create a new namespace' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     assert check("bubblewrap") == "no permissions to create a new namespace"

@@ -1,4 +1,4 @@
-"""How reward functions are called: all at once, with a limit on their time, and with failures that cost a sample."""
+"""Running reward functions: concurrency, time limits, failures, and worker processes."""
 
 import asyncio
 import math
@@ -25,7 +25,7 @@ async def slow_length(prompts, completions, **columns):
 
 
 def test_functions_run_concurrently():
-    """Three functions that wait for each other: called one after the other, they would never end."""
+    """Functions that wait for each other would never end if they were called one after the other."""
     barrier = threading.Barrier(2, timeout=20)
 
     def waiting(prompts, completions, **columns):
@@ -56,7 +56,7 @@ def test_async_function_is_cancelled_at_the_limit():
 
 
 def picky(prompts, completions, **columns):
-    """Compares completions, and does not take all of them."""
+    """Compares completions, and refuses some of them."""
     if "bad" in completions:
         raise ValueError(f"bad among {len(completions)}")
     return [math.inf if completion == "inf" else float(len(set(completions))) for completion in completions]
@@ -69,7 +69,7 @@ def test_failing_sample_has_no_reward_and_a_warning():
     model.warn = warnings.append
     columns = {"answer": ["a"] * 5}
     got = model(["p" * 200, "q", "r", "s", "t"], ["a", "bad", "inf", "b", "b"], columns)
-    # The others are compared with each other, three of them different.
+    # Without the one that raises, the batch has three different completions.
     assert got.each[:, 1].tolist() == pytest.approx([3, math.nan, math.nan, 3, 3], nan_ok=True)
     assert got.errors.tolist() == [[False, index in (1, 2)] for index in range(5)]
     assert got.total.tolist() == [4, 0, 0, 3, 3]
@@ -170,7 +170,7 @@ def test_isolated_function_is_killed_at_the_limit(tmp_path):
     nan = math.nan
     assert got.total.tolist() == pytest.approx([20, nan, 30, nan, nan, nan, nan, 40], nan_ok=True)
     assert "'mine' took longer than 1 s for the prompt 'q' and for 4 more of 8 samples" in warnings[0]
-    # The workers go on, and are others than this process.
+    # The workers are other processes than this one, and still work.
     again = model(["p"], ["ab"], {"factor": [1.0]})
     assert again.total.item() == 2
     workers = [worker.process for worker in model.pool.idle]
@@ -192,16 +192,16 @@ def busy(prompts, completions, **columns):
     if text == "idle":
         return [0.0]
     if text == "program":
-        # The trials of the level end by themselves; what comes after `started` does not.
+        # The trials of the level end by themselves; the program after `started` does not.
         choose("available")
         open(columns["started"][0], "w").close()
         run_tests("import time\\ndef f(): time.sleep(1000)", read_tests("f()"), 1000.0)
-    # In this process's group, and in none of ours.
+    # One in this process's group, one in another.
     subprocess.Popen(["sleep", "1000"])
     subprocess.Popen(["sh", "-c", "sleep 1000 & sleep 1000"], start_new_session=True)
     open(columns["started"][0], "w").close()
     if text == "regex":
-        # Python runs no handler of a signal meanwhile.
+        # Python runs no signal handlers during a match.
         re.match(r"(a+)+$", "a" * 60 + "b")
     time.sleep(1000)
 
@@ -216,7 +216,7 @@ if __name__ == "__main__":
 
 
 def descendants(process: int) -> dict[int, str]:
-    """All processes below one, each with the time of its start."""
+    """All descendants of a process, each with its start time."""
     below: dict[int, list[tuple[int, str]]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -265,7 +265,7 @@ def test_workers_and_their_children_end_with_the_run(tmp_path, kind, processes, 
 
 
 def test_workers_outlive_the_thread_that_needed_them(tmp_path):
-    """The kernel tells a child of the end of the thread that started it, as if it were the process's."""
+    """The kernel signals a child when the thread that started it ends, as if that were the process."""
     (tmp_path / "marked.py").write_text(MARKED)
     model = RewardModel([f"{tmp_path / 'marked.py'}:mine"], None)
     first = model(["p"], ["pid"], {"factor": [1.0]}).each.item()
@@ -275,7 +275,7 @@ def test_workers_outlive_the_thread_that_needed_them(tmp_path):
 
 
 def test_rewards_import_without_unix_modules():
-    """As on Windows: nothing is needed before it is used."""
+    """As on Windows: modules for Unix are imported only where they are used."""
     code = (
         "import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
         "import grpo_fast.rewards, grpo_fast.rewards.workers, grpo_fast.rewards.functions.code\n"

@@ -245,7 +245,7 @@ def test_kimi_length_right_and_wrong_completions():
 
 
 def test_kimi_length_separates_groups_of_one_prompt():
-    """A prompt that comes twice in a batch, as it does at the end of a pass over the data."""
+    """The same prompt twice in a batch, as happens at the end of an epoch."""
     model = RewardModel(["exact_answer", "kimi_length(exact_answer)"], None)
     ids = [[0] * length for length in (2, 4, 20, 40)]
     got = model(["q"] * 4, ["1"] * 4, {"answer": ["1"] * 4, "completion_ids": ids}, 2)
@@ -265,7 +265,7 @@ def test_kimi_length_judge_returns_none():
 
 
 def test_soft_overlong_grows_over_the_last_tokens():
-    """By hand: nothing up to 6 tokens, then a quarter for each, and no more than 1."""
+    """By hand: no penalty up to 6 tokens, then a quarter per token, at most 1."""
     reward = load_reward("soft_overlong(10, 4)")
     ids = [[0] * length for length in (0, 6, 7, 8, 9, 10, 11)]
     assert reward(ids, ids, completion_ids=ids) == [0, 0, -0.25, -0.5, -0.75, -1, -1]

@@ -3,11 +3,7 @@
 import pytest
 
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import (
-    RewardModel,
-    final_number,
-    load_reward,
-)
+from grpo_fast.rewards import RewardModel, final_number, load_reward
 
 
 @pytest.mark.parametrize(
@@ -81,7 +77,7 @@ def test_metric_names_function_listed_twice():
 
 
 def test_load_reward_files_with_different_neighbours_of_one_name(tmp_path):
-    """Otherwise the second file would import the first one's."""
+    """Otherwise the second file would import the first file's neighbour."""
     sources = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

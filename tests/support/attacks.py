@@ -1,4 +1,4 @@
-"""Programs that mean harm, for the tests of the sandbox.
+"""Malicious programs for the tests of the sandbox.
 
 Each runs to its end only if it can do its harm, and is made harmless to this machine: what it reaches for is set up for
 it. They see VICTIM, a process of the same user, SECRET, a file, PLACE, the folder that it lies in, PORT, a listening
@@ -10,7 +10,7 @@ from grpo_fast.rewards.sandbox import wire
 PROLOGUE = """
 import os, resource, signal, socket, sys
 for module in list(sys.modules.values()):
-    # The audit hook, where it can be got around so.
+    # Disable the audit hook if it can be reached.
     if hasattr(module, "REFUSED"):
         module.REFUSED, module.CHANGES = ("none",), set()
 try:
@@ -19,9 +19,9 @@ try:
 except OSError:
     pass
 def call(number, *arguments, fault=False):
-    # The numbers of x86-64 below 424; later ones are everywhere the same.
+    # Numbers below 424 are those of x86-64; later ones are the same on all processors.
     result = _libc.syscall(number, *arguments)
-    # A wrong address is found only where the call is allowed.
+    # The kernel reports a wrong address only if the call is allowed.
     if result < 0 and not (fault and ctypes.get_errno() == 14):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -184,7 +184,7 @@ RESOURCES = {
     "a higher limit of memory": "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
     "real time": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))",
 }
-# A folder in memory bounds these; on a disk they go on until the deadline.
+# A folder in memory limits these; on a disk they continue until the deadline.
 FOLDER = {
     "many large files": "for n in range(12):\n    open(str(n), 'wb').write(bytes(9 << 20))",
     "ten thousand files": "for n in range(10000):\n    open(str(n), 'w').close()",
@@ -205,7 +205,7 @@ HARM = {
     for name, program in programs.items()
 }
 
-# What limits, Landlock and the audit hook alone hold, as before there were levels; those above need a filter.
+# What resource limits, Landlock and the audit hook prevent; the other attacks require the filter.
 WITHOUT_FILTER = [
     *(f"programs: {name}" for name in PROGRAMS if name not in ("vfork", "clone3")),
     *(f"network: {name}" for name in ("a connection", "a datagram", "a server")),
@@ -287,7 +287,7 @@ CHEATS = {
     + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['yours', -1]\n"
     "def square(x): return []",
 }
-# What tests of an interval, of an order or of a context are open to.
+# Tests of equality, intervals, order and context, which cheats might exploit.
 CHEATED_TESTS = {
     "equal": "assert square(3) == 9\nassert square(4) == 16",
     "near": "assert abs(square(3) - 9) < 1e-6\nassert abs(16 - square(4)) < 1e-6",
