@@ -415,7 +415,7 @@ def recipes(argv: Sequence[str]) -> int:
     """List the configurations that ship with the package."""
     if argv and not {"--help", "-h"} & set(argv):
         raise UserError(f"grpo-fast recipes takes no arguments, not {' '.join(argv)!r}")
-    print(f"grpo-fast train, plan, serve and eval take these names in place of a file:\n\n{describe_recipes()}")
+    say(f"grpo-fast train, plan, serve and eval take these names in place of a file:\n\n{describe_recipes()}")
     return 0
 
 

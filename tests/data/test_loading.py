@@ -98,7 +98,7 @@ def test_load_rows_wrong_lines(tmp_path, lines, fields, message):
     [
         ("missing.jsonl", {}, "no such file: missing.jsonl"),
         ("sort_digit", {}, "did you mean 'sort_digits'"),
-        ("sort_digits", {"dataset_kwargs": {"lenth": 3}}, "not 'lenth' .did you mean 'length'"),
+        ("sort_digits", {"dataset_kwargs": {"lengths": 3}}, "not 'lengths' .did you mean 'length'"),
         ("sort_digits", {"dataset_kwargs": {"length": "a"}}, "length='a' is not allowed: it must be of type int"),
         ("sort_digits", {"dataset_train_split": "zzz"}, "dataset_train_split='zzz' requires a hub dataset"),
         ("sort_digits", {"dataset_kwargs": {"length": 9}}, "length=9 is not allowed: it must be from 1 to 6"),

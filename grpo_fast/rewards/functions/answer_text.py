@@ -60,7 +60,7 @@ _SHORT_UNITS += "|am|pm|rad|USD|EUR"
 # Words that continue the number or the sentence.
 _NO_UNITS = (
     "or|and|to|plus|minus|times|over|squared|cubed|factorial|pi|sqrt|point|half|dozen|more|less|fewer|greater|than"
-    "|halves|thirds|quarters|fourths|fifths|(?:ten|hundred|thousand|million)ths?"
+    "|halves|thirds|quarters|fourths|fifths|(?:ten|hundred|thousand|million)th[s]?"
 )
 # Possessive, so that a long text can be split into words in only one way.
 _UNIT = (
