@@ -16,7 +16,7 @@ from grpo_fast.cli import parse_config, quiet_libraries
 from grpo_fast.report.compare import plot_curves, print_curves, read_curves
 from grpo_fast.trainer import GRPOTrainer
 
-RECIPE = Path(__file__).parent / "sort_small.yaml"
+RECIPE = "sort_small"
 CENTRED = {"reward_baseline": "mean", "scale_rewards": "none"}
 OBJECTIVE = {**CENTRED, "num_iterations": 4}
 
@@ -72,7 +72,7 @@ def train(name: str, changes: dict, seed: int, output_dir: Path, fields: list[st
     folder = output_dir / f"{name.replace(', ', '_').replace(' ', '_')}-seed{seed}"
     given = {**changes, "run_name": name, "seed": seed, "output_dir": folder, "resume_from_checkpoint": True}
     options = [f"--{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in given.items()]
-    config = parse_config([str(RECIPE), *options, *fields])
+    config = parse_config([RECIPE, *options, *fields])
     summary = folder / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["steps"] != config.max_steps:
         GRPOTrainer(config).train()

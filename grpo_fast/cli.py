@@ -1,4 +1,4 @@
-"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``, ``plan`` and ``eval`` alike, ``report``."""
+"""The command line: ``grpo-fast train CONFIG [--field value ...]``, ``plan`` and ``eval`` alike, ``report``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from typing import get_args, get_type_hints
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
 from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say
 from grpo_fast.files import read_yaml, user_path
+from grpo_fast.recipes import describe_recipes, find_config
 from grpo_fast.report.terminal import open_standard_streams, print_error, silence
 from grpo_fast.startup import leaving_at_once
 from grpo_kernels import __version__
 
-USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
+USAGE = """usage: grpo-fast train CONFIG [--field value ...]
 
-Train a model with GRPO. Every field of the configuration can be set on the command line.
+Train a model with GRPO. CONFIG is a YAML file or the name of a recipe, such as sort. Every field of the configuration
+can be set on the command line.
 
-  grpo-fast plan CONFIG.yaml --vram 24GiB     what a run takes in memory, and whether it fits
+  grpo-fast recipes                           the configurations that ship with the package
+  grpo-fast plan CONFIG --vram 24GiB          what a run takes in memory, and whether it fits
   grpo-fast train --help                      all fields, with their meaning
-  grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
+  grpo-fast train CONFIG --print_config       the configuration as resolved
   grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
-  grpo-fast serve CONFIG.yaml                 a vLLM server for that run (use_vllm: true, vllm_mode: server)
+  grpo-fast serve CONFIG                      a vLLM server for that run (use_vllm: true, vllm_mode: server)
   grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
@@ -130,7 +133,7 @@ def _tell(error: str) -> None:
 
 
 def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
-    """The configuration of a YAML file (the first argument, optional) and of ``--field value`` pairs after it.
+    """The configuration of a recipe or YAML file (first argument, optional) and of ``--field value`` pairs after it.
 
     Args:
         argv: the command line.
@@ -142,14 +145,14 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
     """
     jsonargparse = import_extra("jsonargparse", "train")
     parser = jsonargparse.ArgumentParser(
-        prog="grpo-fast train", usage="grpo-fast train CONFIG.yaml [--field value ...]", exit_on_error=False
+        prog="grpo-fast train", usage="grpo-fast train CONFIG [--field value ...]", exit_on_error=False
     )
-    parser.add_argument("--config", action="config", help="YAML file; may also be given as the first argument.")
+    parser.add_argument("--config", action="config", help="YAML file; the first argument can be a file or recipe, too.")
     parser.add_class_arguments(GRPOConfig, instantiate=False)
     argv = ["--resume_from_checkpoint=true" if argument == "--resume" else argument for argument in argv]
     path = None
     if argv and not argv[0].startswith("-"):
-        path = user_path(argv[0])
+        path = find_config(argv[0])
         argv = [f"--config={path}", *argv[1:]]
     files = _config_files(argv)
     for file in files:
@@ -287,7 +290,7 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
-PLAN_USAGE = """usage: grpo-fast plan [CONFIG.yaml] --vram SIZE [--prompt_tokens 512] [--field value ...]
+PLAN_USAGE = """usage: grpo-fast plan [CONFIG] --vram SIZE [--prompt_tokens 512] [--field value ...]
 
 Add up what a run takes in memory, from the model's configuration alone: no weights, no GPU, no data.
 The exit status is 1 where it does not fit.
@@ -324,7 +327,7 @@ def plan(argv: Sequence[str]) -> int:
     return 0 if print_plan(config, size, int(prompt_tokens)) else 1
 
 
-SERVE_USAGE = """usage: grpo-fast serve CONFIG.yaml [--field value ...] [-- VLLM OPTIONS]
+SERVE_USAGE = """usage: grpo-fast serve CONFIG [--field value ...] [-- VLLM OPTIONS]
 
 Start a vLLM server with what the run of that configuration needs, at its vllm_server_base_url, or vllm_server_host and
 vllm_server_port. The run brings the weights. Ctrl-C ends it. At any address but loopback, server and run both need the
@@ -350,10 +353,10 @@ def serve(argv: Sequence[str]) -> int:
     return 0
 
 
-EVAL_USAGE = """usage: grpo-fast eval [CONFIG.yaml] [--model_name_or_path RUN/checkpoint-N] [--field value ...]
+EVAL_USAGE = """usage: grpo-fast eval [CONFIG] [--model_name_or_path RUN/checkpoint-N] [--field value ...]
 
 Measure a model on the held-out prompts of a configuration: the mean of every reward function and pass@k, with 95%
-intervals. A checkpoint may hold an adapter alone; without CONFIG.yaml its run's config.yaml is taken.
+intervals. A checkpoint may hold an adapter alone; without CONFIG its run's config.yaml is taken.
 
   --greedy             one completion a prompt, of the likeliest tokens
   --num_generations_eval N
@@ -408,6 +411,14 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def recipes(argv: Sequence[str]) -> int:
+    """List the configurations that ship with the package."""
+    if argv and not {"--help", "-h"} & set(argv):
+        raise UserError(f"grpo-fast recipes takes no arguments, not {' '.join(argv)!r}")
+    say(f"grpo-fast train, plan, serve and eval take these names in place of a file:\n\n{describe_recipes()}")
+    return 0
+
+
 def doctor(argv: Sequence[str]) -> int:
     """Check the kernels on this machine; returns 1 where a result is wrong."""
     if {"--help", "-h"} & set(argv):
@@ -438,6 +449,7 @@ def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str
 LASTING = ("train", "eval")
 COMMANDS = {
     "train": train,
+    "recipes": recipes,
     "plan": plan,
     "serve": serve,
     "eval": evaluate,

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +11,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS
 
-SORT = str(Path(__file__).parent.parent / "examples" / "sort.yaml")
+SORT = "sort"
 
 
 def test_options_override_the_file():
@@ -49,12 +48,12 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--gradient_accumulation_steps", "4"], "set max_tokens_per_microbatch instead"),
         ([SORT, "--vllm_importance_sampling_cap", "2"], "set vllm_importance_sampling_clip_max instead"),
         ([SORT, "--vllm_tensor_parallel_size", "2"], "grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2"),
-        ([SORT, "--max_eval_samples", "4", SORT], "the configuration file goes first"),
+        ([SORT, "--max_eval_samples", "4", "sort.yaml"], "the configuration file goes first"),
         ([SORT, "--seed", str(2**63)], "it must be a finite number, at least 0 and below 2**63"),
         ([SORT, "--reward_weights", "[.nan, 1, 1]"], "reward_weights"),
         ([SORT, "--reward_weights", "[1e39, 1, 1]"], "it must be made of numbers within +-3.4e+38"),
-        ([SORT, "--eval_dataset_name", "x.jsonl"], "brings its own held-out rows"),
-        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "'exact_answer' is there 2 times"),
+        ([SORT, "--eval_dataset_name", "x.jsonl"], "has its own held-out rows"),
+        ([SORT, "--reward_funcs", "[exact_answer, exact_answer]"], "'exact_answer' is listed 2 times"),
         ([SORT, "--attn_implementation", "bogus"], "could not be loaded"),
         ([SORT, "--model_init_kwargs", "{vocab_size: 3}"], "'vocab_size' is not a field to set"),
         ([SORT, "--model_init_kwargs", "{hidden_size: -3}"], "could not be loaded"),
@@ -78,8 +77,8 @@ def test_print_config_can_be_read_back(tmp_path):
             [SORT, "--generation_kwargs", "{min_new_tokens: 9}"],
             "min_new_tokens=9 is not allowed: it must be from",
         ),
-        ([SORT, "--dataset_config", "zzz"], "dataset_config='zzz' goes with hub datasets, not with 'sort_digits'"),
-        ([SORT, "--dataset_test_split", "zzz"], "dataset_test_split='zzz' goes with hub datasets"),
+        ([SORT, "--dataset_config", "zzz"], "dataset_config='zzz' requires a hub dataset, not 'sort_digits'"),
+        ([SORT, "--dataset_test_split", "zzz"], "dataset_test_split='zzz' requires a hub dataset"),
         ([SORT, "--system_prompt", "Be brief."], "system_prompt goes with prompt_template"),
         ([SORT, "--run_name", "../x"], "run_name='../x' is not allowed: it must be a name without '/'"),
         ([SORT, "--generation_kwargs", "{top_kk: 3}"], "generation_kwargs: 'top_kk' is not allowed"),

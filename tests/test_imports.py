@@ -27,6 +27,7 @@ FLOORS = (
     ("rollout", "report"),
     ("distributed",),
     ("data", "model"),
+    ("recipes",),
     ("config", "files", "rewards"),
     ("grpo_kernels", "errors", "startup"),
 )

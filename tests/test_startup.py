@@ -54,7 +54,7 @@ def program(*arguments, folder, **environment):
 def test_ctrl_c_during_an_import_ends_without_a_traceback(tmp_path, module):
     """Also where the library swallows the exception; accelerate is imported by the command, torch before it."""
     (tmp_path / f"{module}.py").write_text(INTERRUPTING)
-    done = program("train", str(ROOT / "examples" / "sort.yaml"), folder=tmp_path)
+    done = program("train", "sort", folder=tmp_path)
     assert done.stderr.decode() == "\ngrpo-fast: interrupted\n"
     assert done.returncode == 130
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -323,8 +322,7 @@ def test_too_small_a_disk_is_told_before_anything_is_sampled(tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_demo_learns_to_sort(tmp_path):
     """The recipe of `make demo` in half of its steps: a wrong sign or mask anywhere in the step would show here."""
-    recipe = str(Path(__file__).parent.parent / "examples" / "sort.yaml")
     options = ["--output_dir", str(tmp_path), "--seed", "11", "--max_steps", "150"]
-    summary = GRPOTrainer(parse_config([recipe, *options])).train()
+    summary = GRPOTrainer(parse_config(["sort", *options])).train()
     assert summary.before < 0.02
     assert summary.after >= 0.6

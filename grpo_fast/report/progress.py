@@ -21,7 +21,7 @@ from grpo_fast.report.console import Terminal
 
 # How many progress lines a run prints without a terminal, and the most characters of the score's name in them.
 PLAIN_LINES, LONGEST_NAME = 20, 16
-PRETRAINED_RECIPE = Path("examples/smollm2_addition.yaml")
+PRETRAINED_RECIPE = "smollm2_addition"
 
 
 class Progress:
@@ -104,10 +104,9 @@ class Progress:
             *([("best model", self.run_folder / summary.best_checkpoint)] if summary.best_checkpoint else []),
         ):
             self.note(f"{label + ':':<13}{path}")
-        shows_recipe = PRETRAINED_RECIPE.exists() and "smollm2" not in self.config.model_name_or_path
         hints = {
             "another objective": f"{self.run_folder / 'config.yaml'} --loss_type dr_grpo --output_dir runs/dr_grpo",
-            **({"a pretrained model": str(PRETRAINED_RECIPE)} if shows_recipe else {}),
+            **({} if "smollm2" in self.config.model_name_or_path else {"a pretrained model": PRETRAINED_RECIPE}),
             "your own task": "CONFIG.yaml --dataset_name my.jsonl --reward_funcs '[my_rewards.py:my_reward]'",
         }
         self.note("\nWhat to try next", style="bold")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from grpo_fast.config import UNCENTRED, GRPOConfig
 from grpo_fast.data.encoding import completion_text
-from grpo_fast.rewards.engine import Rewards
-from grpo_fast.rewards.steps import Steps
+from grpo_fast.rewards.engine import Rewards, Steps
 
 EPSILON = 1e-4
 

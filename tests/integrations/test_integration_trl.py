@@ -31,7 +31,7 @@ from grpo_fast.errors import UserError
 from grpo_fast.integrations import trl as integration
 from grpo_fast.integrations.trl import FusedGRPOTrainer
 from grpo_fast.model.loading import digit_tokenizer
-from grpo_fast.rewards.sorting import digits_included, digits_ordered
+from grpo_fast.rewards import digits_included, digits_ordered
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 STEPS = int(os.environ.get("TRL_STEPS", "20"))

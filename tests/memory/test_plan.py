@@ -17,7 +17,7 @@ from grpo_fast.model.loading import add_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
 from grpo_fast.model.policy import LossInputs
-from support.plans import ROOT, medium, read_config, settings
+from support.plans import medium, read_config, settings
 from support.tiny import SMALL
 
 FIXED = ("weights", "adapters", "optimizer state", "gradients")
@@ -235,7 +235,7 @@ def test_plan_memory_vllm_has_its_own_weights_and_cache():
 
 @pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)
 def test_plan_memory_recipes_fit(recipe, model, vram):
-    config = parse_config([str(ROOT / "examples" / f"{recipe}.yaml")])
+    config = parse_config([recipe])
     model_config = read_config(model, **(config.model_init_kwargs or {}))
     plan = plan_memory(config, model_config)
     assert plan.fits(vram)
@@ -248,7 +248,7 @@ def test_plan_memory_recipes_fit(recipe, model, vram):
 
 def test_64k_recipe_extends_the_positions(tmp_path):
     """The recipe's arguments reach the rotary embedding of a model that is loaded with them."""
-    config = parse_config([str(ROOT / "examples" / "qwen3_8b_gsm8k_80gb_lora_64k.yaml")])
+    config = parse_config(["qwen3_8b_gsm8k_80gb_lora_64k"])
     small = medium(rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, max_position_embeddings=40960)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
     plain, stretched = (

@@ -121,7 +121,7 @@ def test_sort_comparison_configurations_are_valid(monkeypatch):
 
     for changes in (changes for panel in sort_comparison.PANELS.values() for changes in panel.values()):
         options = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in changes.items()]
-        config = parse_config([str(sort_comparison.RECIPE), *options])
+        config = parse_config([sort_comparison.RECIPE, *options])
         assert {name: getattr(config, name) for name in changes} == changes
 
 

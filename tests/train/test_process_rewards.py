@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rewards.steps import mean_reward, read_steps
+from grpo_fast.rewards.engine import mean_reward, read_steps
 from grpo_fast.train.advantages import normalise_steps, spread_steps, step_tokens
 from support.small import SMALL, trainer
 

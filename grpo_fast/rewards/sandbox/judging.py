@@ -1,11 +1,11 @@
-"""The two sides of a judgement: the program in one process, and its tests in another, which calls it through a `Peer`.
+"""Judging a program: it runs in one process, and its tests in another, which calls it through a `Peer`.
 
-The program's side holds nothing of the tests. Of each call it sees the arguments, and what it returns is compared on
-the other side, as plain data. There, a `Remote` stands for an object of the program: it can be called, inspected and
-passed back, but it never equals plain data, cannot be ordered against it, and takes no operator together with it: it
-could otherwise wait for the expected value and then agree with it.
+The program's process holds nothing of the tests: it sees only the arguments of each call. The tests' process compares
+the results as plain data. There, a `Remote` stands for an object of the program. It can be called, inspected and passed
+back, but it never equals plain data and cannot be ordered against or combined with it; otherwise it could wait for the
+expected value and then agree with it.
 
-Runs inside the sandbox (`sandbox.py`), so it imports as little as it can.
+Runs inside the sandbox (`confine.py`), so it imports as little as possible.
 """
 
 import _operator
@@ -13,11 +13,10 @@ import builtins
 import os
 import sys
 
-from grpo_fast.rewards.wire import MODULES, Closed, Peer, Pipe
+from grpo_fast.rewards.sandbox.wire import MODULES, Closed, Peer, Pipe
 
 NAME = "solution"
-_MISSING = "no such name"
-# What Python does with an object other than calling it and looking up its attributes.
+# What Python does with an object besides calling it and looking up its attributes.
 _UNARY = {
     "__len__": len, "__iter__": iter, "__next__": next, "__str__": str, "__repr__": repr, "__hash__": hash,
     "__int__": int, "__float__": float, "__complex__": complex, "__index__": _operator.index, "__abs__": abs,
@@ -38,10 +37,12 @@ _BINARY = {
     )
 }  # fmt: skip
 _OPERATORS = {**_UNARY, **_WITH_VALUES, **_BINARY}
+_ATTRIBUTES = {"get": getattr, "set": setattr, "delete": delattr}
+_CLASS_CHECKS = {"isinstance": isinstance, "issubclass": issubclass}
 
 
 class Remote:
-    """An object of the other process."""
+    """Stands for an object of the other process."""
 
     __slots__ = ("_remote_number", "_remote_peer")
 
@@ -71,7 +72,7 @@ class Remote:
 def _method(name: str):
     def method(self, *values):
         if name == "__exit__":
-            # Neither an exception nor its traceback leaves this process, and the program does not suppress it.
+            # The exception and its traceback stay in this process, and the program cannot suppress it.
             self._remote_peer.request("operator", name, arguments=(self, None, None, None))
             return None
         return self._remote_peer.request("operator", name, arguments=(self, *values))
@@ -85,7 +86,7 @@ def _binary(name: str):
             return self._remote_peer.request("operator", name, arguments=(self, other))
         if name in ("__eq__", "__ne__"):
             return name == "__ne__"
-        raise TypeError(f"an object of the program takes no {name} together with {type(other).__name__}")
+        raise TypeError(f"an object of the program does not support {name} with {type(other).__name__}")
 
     return method
 
@@ -95,12 +96,12 @@ for _name in (*_UNARY, *_WITH_VALUES):
 for _name in _BINARY:
     setattr(Remote, _name, _binary(_name))
     if _name not in ("__lt__", "__le__", "__eq__", "__ne__", "__gt__", "__ge__"):
-        # With plain data on the left, too.
+        # Also for plain data on the left.
         setattr(Remote, f"__r{_name[2:]}", _binary(_name))
 
 
 class Program:
-    """The process of the program: runs it and does what the judge asks for."""
+    """The program's process: runs the program and serves the judge's requests."""
 
     def __init__(self, pipe: Pipe):
         self.peer = Peer(pipe, self.perform, Remote)
@@ -118,39 +119,30 @@ class Program:
         match operation:
             case "name":
                 names = vars(self.module)
-                # A missing name is not an exception that the program has raised.
-                return (True, names[plain[0]]) if plain[0] in names else (False, _MISSING)
+                # No exception: the program has raised none.
+                return plain[0] in names, names.get(plain[0])
             case "call":
                 return values[0](*values[1:], **keywords)
-            case "get":
-                return getattr(values[0], plain[0])
-            case "set":
-                return setattr(values[0], plain[0], values[1])
-            case "delete":
-                return delattr(values[0], plain[0])
+            case "get" | "set" | "delete":
+                return _ATTRIBUTES[operation](values[0], plain[0], *values[1:])
             case "operator":
                 return _OPERATORS[plain[0]](*values)
-            case "isinstance":
-                return isinstance(*values)
-            case "issubclass":
-                return issubclass(*values)
+            case "isinstance" | "issubclass":
+                return _CLASS_CHECKS[operation](*values)
             case "await":
-                return self.finish(values[0])
+                import asyncio
+
+                return asyncio.run(values[0])
             case "load":
-                return self.load(plain[0], plain[1])
+                return self.load(*plain)
             case "run":
                 return self.run(values[0])
             case "here":
                 return True
         raise ValueError(operation)
 
-    def finish(self, coroutine):
-        import asyncio
-
-        return asyncio.run(coroutine)
-
     def load(self, code: str, now: bool) -> None:
-        """Run the program as a module, or leave that to `run`."""
+        """Keep the program for `run`, and if `now`, run it as a module."""
         self.code = code
         if now:
             sys.modules[NAME] = self.module
@@ -158,12 +150,12 @@ class Program:
             exec(compile(code, NAME, "exec"), vars(self.module))
 
     def run(self, text: str) -> tuple[bool, str]:
-        """Run the program as a script with `text` as its input: whether it ended well, and its output."""
+        """Run the program as a script with `text` as its input. Returns whether it ended normally, and its output."""
         with open("stdin", "w", encoding="utf-8", newline="") as file:
             file.write(text)
         files = os.open("stdin", os.O_RDONLY), os.open("stdout", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         for target, file in enumerate(files):
-            # A program may have closed its own.
+            # The program may have closed its standard streams.
             if file != target:
                 os.dup2(file, target)
                 os.close(file)
@@ -184,7 +176,7 @@ class Program:
 
 
 class Names(dict):
-    """The global names of tests: their own; Python's functions and modules, which a program must not replace, unless
+    """The global names of tests: their own; Python's functions and modules, which a program must not replace unless
     they are `tested`; and the program's."""
 
     def __init__(self, judge: "Judge", tested: list[str]):
@@ -197,7 +189,7 @@ class Names(dict):
                 return __import__(name)
             if hasattr(builtins, name):
                 raise KeyError(name)
-        # Counted before the reply, so that a program cannot pass its own failure off as one of the tests.
+        # Counted before the reply, so that a program's failure is not taken for a fault of the tests.
         self.judge.uses += 1
         found, value = self.judge.peer.request("name", name)
         if found is not True:
@@ -206,30 +198,30 @@ class Names(dict):
 
 
 class Judge:
-    """The process of the tests."""
+    """The tests' process."""
 
     def __init__(self, pipe: Pipe):
         self.peer = Peer(pipe, self.perform, Remote)
         self.uses = 0
 
     def perform(self, operation: str, plain: list, values: list, keywords: dict):
-        """What the program may do with objects of the tests: use them, but not inspect how they are made."""
+        """What the program may do with objects of the tests: use them, but not inspect their implementation."""
         value, *others = values
         match operation:
             case "call" if callable(value):
                 return value(*others, **keywords)
             case "get" | "set" if _is_public(value, plain[0]):
-                return getattr(value, plain[0]) if operation == "get" else setattr(value, plain[0], *others)
+                return _ATTRIBUTES[operation](value, plain[0], *others)
             case "get" if plain[0] in ("__name__", "__qualname__", "__doc__"):
                 return str(getattr(value, plain[0]))
             case "get":
-                raise AttributeError("an object of the tests does not show this")
+                raise AttributeError("an object of the tests does not expose this")
             case "operator" if plain[0] in _OPERATORS and plain[0] not in ("__repr__", "__str__", "__format__"):
                 return _OPERATORS[plain[0]](value, *others)
         raise PermissionError("an object of the tests does not allow this")
 
     def passes(self, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> bool:
-        """Whether the program passes its tests and turns the input of every case into its output."""
+        """Whether the program passes its tests and produces the output of every case from its input."""
         self.uses = 1
         self.peer.request("load", code, bool(tests))
         self.uses = 0
@@ -240,32 +232,30 @@ class Judge:
             well, output = self.peer.request("run", arguments=(given,))
             if well is not True or _lines(output) != _lines(expected):
                 return False
-        # A program that has exited does not pass, even if its tests caught that.
+        # A program that has exited fails, even if its tests caught that.
         return self.peer.request("here") is True
 
 
 def _is_public(value, name: str) -> bool:
-    """Whether it is an attribute of an object whose class the tests define. Frames and functions lead to everything."""
+    """Whether `name` is public and the tests define the class of `value`; frames and functions give access to all."""
     own = getattr(type(value), "__module__", "") in ("tests", "_io")
     return own and type(name) is str and not name.startswith("_")
 
 
 def _lines(text: str) -> list[str]:
-    lines = [line.rstrip() for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+    """The lines without white space at their ends and empty lines at the end."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def judge(pipe: Pipe, code: str, tests: str, cases: list[tuple[str, str]], tested: list[str]) -> str:
-    """The verdict: ``passed``, ``failed``, or ``unused`` and how the tests ended without having used the program."""
+    """The verdict: ``passed``, ``failed``, or ``unused`` and how the tests ended without using the program."""
     sys.set_int_max_str_digits(0)
-    side, ended = Judge(pipe), "ran to their end"
+    side, verdict, ended = Judge(pipe), "failed", "ran to their end"
     try:
-        passed = side.passes(code, tests, cases, tested)
+        verdict = "passed" if side.passes(code, tests, cases, tested) else "failed"
     except BaseException as error:
-        passed, ended = False, f"raised {type(error).__name__}: {error}"
-    return ("passed" if passed else "failed") if side.uses else f"unused {ended}"
+        ended = f"raised {type(error).__name__}: {error}"
+    return verdict if side.uses else f"unused {ended}"
 
 
 def program(pipe: Pipe) -> None:

@@ -1,7 +1,7 @@
-"""What runs generated code: two processes, the program's and its tests', that have given up all they can harm with.
+"""The sandbox from inside: the processes of a program and of its tests give up everything they could do harm with.
 
-`isolation.py` starts Python with these modules and calls `main`. Imports nothing but the standard library, and little
-of that, since every completion pays for it. See `grpo_fast.rewards.code` for what is guaranteed.
+`isolation.py` starts Python with these modules and calls `main`. Imports only what it needs of the standard library,
+because every completion pays for it. `grpo_fast.rewards.functions.code` lists the guarantees.
 """
 
 import ctypes
@@ -9,21 +9,18 @@ import marshal
 import os
 import sys
 
-from grpo_fast.rewards.judging import judge, program
-from grpo_fast.rewards.wire import Pipe
+from grpo_fast.rewards.sandbox.judging import judge, program
+from grpo_fast.rewards.sandbox.wire import Pipe
 
-MEMORY = 1 << 30
-FILE_SIZE = 10 << 20
-FOLDER_SIZE = 64 << 20
-FOLDER_FILES = 4096
-OPEN_FILES = 64
-THREADS = 64
-# Where the program's own folder is, in namespaces.
+# Limits, in bytes and in numbers.
+MEMORY, FILE_SIZE, FOLDER_SIZE = 1 << 30, 10 << 20, 64 << 20
+FOLDER_FILES, OPEN_FILES, THREADS = 4096, 64, 64
+# The program's folder in namespaces.
 FOLDER = "/tmp"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
-# linux/prctl.h, linux/sched.h, linux/mount.h, linux/landlock.h; system calls from 424 on have these numbers on all
-# processors.
+# From linux/prctl.h, linux/sched.h, linux/mount.h and linux/landlock.h. System calls from 424 on have the same numbers
+# on all processors.
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SIGKILL = 9
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PIDS, NEW_NETWORK = (
@@ -34,7 +31,7 @@ MOUNT_SETATTR, AT_RECURSIVE, AT_EMPTY_PATH = 442, 0x8000, 0x1000
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 
-# Audit events of the network, of other programs and of foreign memory, and those that change the files they name.
+# Audit events of the network, other programs and foreign memory; and those that change the files they name.
 REFUSED = (
     "socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "ctypes.", "subprocess.",
     "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "pty.",
@@ -45,41 +42,24 @@ CHANGES = {
 }  # fmt: skip
 
 
-class LandlockRuleset(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("files", "network", "scoped")]
-
-
-class LandlockPath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = [("allowed", ctypes.c_uint64), ("path", ctypes.c_int32)]
-
-
-class MountAttributes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "namespace")]
-
-
 class FilterProgram(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
-
-
-class Capabilities(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("process", ctypes.c_int)]
 
 
 def main(setup: dict) -> None:
     """Set up the sandbox, start the program's process, and run the tests in this one.
 
     Args:
-        setup: `level`, the table's name; `user`, whom root becomes; `parent`, which this process must not survive (0
-            where that is seen to); `seconds` of CPU time; `readable` paths; `filter`, a seccomp program or b"";
-            `pivot_root`, that call's number; `processes`, those of the user that exist.
+        setup: `level`, by name; `user`, which root becomes; `parent`, the process that this one must not outlive (0 if
+            bubblewrap ensures that); `seconds` of CPU time; `readable` paths; `filter`, a seccomp program or b"";
+            `pivot_root`, that call's number; `processes`, how many the user has already.
 
-    The code and its tests are on the standard input, for the tests' process alone to read.
+    The program and its tests are on standard input, which only the tests' process reads.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     result = os.dup(1)
     confine = CONFINE[setup["level"]](libc, setup)
-    # Not before: with another user or other rights, a process forgets it.
+    # Not before: a change of user or rights resets it.
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     if setup["parent"] and os.getppid() != setup["parent"]:
         os._exit(1)
@@ -96,7 +76,7 @@ def main(setup: dict) -> None:
         os._exit(0)
     os.close(to_program[0])
     os.close(from_judge[1])
-    # Known outside where processes have the same numbers there.
+    # Without namespaces, the process has the same number outside.
     os.write(result, b"%d\n" % child)
     with open(0, "rb", closefd=False) as file:
         code, tests, cases, tested = marshal.load(file)
@@ -115,35 +95,25 @@ def close_standard_streams() -> None:
 
 
 def limit(setup: dict) -> None:
-    # Not above: where this file is imported, there may be none.
+    # Not at the top: this file is also imported on systems without this module.
     import resource
 
-    limits = {
-        "CPU": setup["seconds"] + 1,
-        "AS": MEMORY,
-        "NPROC": setup["processes"] + THREADS if setup["filter"] else 1,
-        "FSIZE": FILE_SIZE,
-        "NOFILE": OPEN_FILES,
-        "CORE": 0,
-        "MEMLOCK": 0,
-        "MSGQUEUE": 0,
-        "NICE": 0,
-        "RTPRIO": 0,
-    }
-    for name, value in limits.items():
+    processes = setup["processes"] + THREADS if setup["filter"] else 1
+    limits = {"CPU": setup["seconds"] + 1, "AS": MEMORY, "NPROC": processes, "FSIZE": FILE_SIZE, "NOFILE": OPEN_FILES}
+    for name, value in {**limits, **dict.fromkeys(("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"), 0)}.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def in_bubblewrap(libc: ctypes.CDLL, setup: dict):
-    """Bubblewrap has made the namespaces and mounts; what is left is the number of files, and root."""
+    """Bubblewrap has made the namespaces and mounts. Limit the number of files, and stop being root."""
     mount(libc, "none", FOLDER, None, MS_REMOUNT | MS_NOSUID | MS_NODEV, f"size={FOLDER_SIZE},nr_inodes={FOLDER_FILES}")
     become_user(setup["user"])
     return lambda: drop_rights(libc, setup)
 
 
 def in_namespaces(libc: ctypes.CDLL, setup: dict):
-    """New namespaces: of mounts, with the readable paths and an empty folder in memory; of processes, from the next
-    one on; of the network, with nothing in it; and where this is no root, of users, which allows all that."""
+    """Make new namespaces: mounts, with the readable paths and an empty folder in memory; processes, from the next one
+    on; an empty network; and unless this is root, users, which permits the others."""
     user, group = os.getuid(), os.getgid()
     spaces = NEW_MOUNTS | NEW_UTS | NEW_IPC | NEW_PIDS | NEW_NETWORK | (0 if user == 0 else NEW_USER)
     if libc.unshare(spaces):
@@ -166,16 +136,16 @@ def in_namespaces(libc: ctypes.CDLL, setup: dict):
         mount(libc, handle, target, None, MS_BIND | MS_RECURSIVE)
         os.close(source)
     os.makedirs(FOLDER * 2, exist_ok=True)
-    attributes = MountAttributes(set=1 | MS_NOSUID)
+    # struct mount_attr: the attributes to set (read-only is 1) and to clear, propagation, and a user namespace.
+    attributes = (ctypes.c_uint64 * 4)(1 | MS_NOSUID)
     root = os.open(FOLDER, os.O_PATH)
-    size = ctypes.sizeof(attributes)
-    if libc.syscall(MOUNT_SETATTR, root, b"", AT_RECURSIVE | AT_EMPTY_PATH, ctypes.byref(attributes), size):
+    if libc.syscall(MOUNT_SETATTR, root, b"", AT_RECURSIVE | AT_EMPTY_PATH, attributes, ctypes.sizeof(attributes)):
         raise OSError(ctypes.get_errno(), "mounts cannot be made read-only")
     os.close(root)
     options = f"mode=777,size={FOLDER_SIZE},nr_inodes={FOLDER_FILES}"
     mount(libc, "none", FOLDER * 2, "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir(FOLDER)
-    # The new root is put over the old one, which is then taken away.
+    # The new root is mounted over the old one, which is then unmounted.
     if libc.syscall(setup["pivot_root"], b".", b".") or libc.umount2(b".", MNT_DETACH):
         raise OSError(ctypes.get_errno(), "the root cannot be changed")
     os.chdir(FOLDER)
@@ -184,7 +154,7 @@ def in_namespaces(libc: ctypes.CDLL, setup: dict):
 
 
 def in_process(libc: ctypes.CDLL, setup: dict):
-    """No namespaces: only what every process may give up by itself."""
+    """No namespaces: only what any process may give up by itself."""
     library = os.path.dirname(os.__file__)
     stdlib = os.open(library, os.O_RDONLY)
     if os.getuid() == 0:
@@ -211,7 +181,7 @@ def mount(libc: ctypes.CDLL, source: str, target: str, kind: str | None, flags: 
 
 
 def become_user(user: int) -> None:
-    """Limits on processes do not bind root, and a user of its own keeps runs apart."""
+    """Stop being root, to which limits on processes do not apply; separate users keep runs apart."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(user, user, user)
@@ -219,11 +189,12 @@ def become_user(user: int) -> None:
 
 
 def drop_rights(libc: ctypes.CDLL, setup: dict) -> None:
-    """Give up all capabilities and every system call that the filter does not name."""
+    """Give up all capabilities, and all system calls that the filter does not list."""
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # The two processes have the same user: neither may look into the other's memory.
+    # The two processes have the same user, but must not read each other's memory.
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if libc.capset(ctypes.byref(Capabilities(0x20080522, 0)), bytes(24)):
+    # struct __user_cap_header_struct: version 3, this process.
+    if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), bytes(24)):
         raise OSError(ctypes.get_errno(), "capset")
     if setup["filter"]:
         code = FilterProgram(len(setup["filter"]) // 8, setup["filter"])
@@ -232,16 +203,16 @@ def drop_rights(libc: ctypes.CDLL, setup: dict) -> None:
 
 
 def restrict_files(libc: ctypes.CDLL, stdlib: int, readable: list[str]) -> None:
-    """Landlock, where the kernel has it: read the standard library and the system's, write in the present folder."""
+    """Use Landlock, if the kernel has it: read Python's and the system's libraries, write in the current folder."""
     version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if version < 1:
         return
     bits = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)
     everything = (1 << bits) - 1
-    ruleset = LandlockRuleset(everything, 3, 3)
+    # struct landlock_ruleset_attr: what to control of files, the network (version 4) and other processes (version 6).
     size = 8 if version < 4 else 16 if version < 6 else 24
-    rules = libc.syscall(LANDLOCK_CREATE, ctypes.byref(ruleset), size, 0)
+    rules = libc.syscall(LANDLOCK_CREATE, (ctypes.c_uint64 * 3)(everything, 3, 3), size, 0)
     rights = {stdlib: EXECUTE | READ_FILE | READ_DIR}
     for path in readable:
         try:
@@ -253,7 +224,9 @@ def restrict_files(libc: ctypes.CDLL, stdlib: int, readable: list[str]) -> None:
         rights[os.open(path, os.O_PATH)] = READ_FILE | (WRITE_FILE if path == os.devnull else 0)
     rights[os.open(".", os.O_PATH)] = everything
     for path, allowed in rights.items():
-        if libc.syscall(LANDLOCK_ADD, rules, 1, ctypes.byref(LandlockPath(allowed, path)), 0):
+        # struct landlock_path_beneath_attr, packed.
+        rule = allowed.to_bytes(8, sys.byteorder) + path.to_bytes(4, sys.byteorder)
+        if libc.syscall(LANDLOCK_ADD, rules, 1, rule, 0):
             raise OSError(ctypes.get_errno(), "landlock")
         if path != stdlib:
             os.close(path)
@@ -263,7 +236,7 @@ def restrict_files(libc: ctypes.CDLL, stdlib: int, readable: list[str]) -> None:
 
 
 def find_modules_by(library: str, handle: str) -> None:
-    """Import what is left of the standard library through a folder that is open, its path being closed to this user."""
+    """Import the rest of the standard library through an open folder, whose path this user may not read."""
     sys.path[:] = [path.replace(library, handle) for path in sys.path]
     sys.path_importer_cache.clear()
     for module in list(sys.modules.values()):
@@ -272,7 +245,7 @@ def find_modules_by(library: str, handle: str) -> None:
 
 
 def file_guard(readable: tuple[str, ...], folder: str):
-    """A second line where there is no Landlock: an audit hook, which code that is made to can get around."""
+    """An audit hook that limits files where there is no Landlock; malicious code can evade it."""
     realpath, writing = os.path.realpath, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     local = 1
 
@@ -281,7 +254,7 @@ def file_guard(readable: tuple[str, ...], folder: str):
         return any(path == one or path.startswith(f"{one}/") for one in folders)
 
     def hook(event: str, arguments: tuple) -> None:
-        # Event loops talk to themselves through a pair of local sockets.
+        # Event loops use a pair of local sockets.
         if event.startswith(REFUSED) or (event == "socket.__new__" and arguments[1] != local):
             raise PermissionError(f"{event} is not allowed here")
         paths = [argument for argument in arguments[:2] if isinstance(argument, (str, bytes, os.PathLike))]

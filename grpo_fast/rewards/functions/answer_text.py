@@ -1,6 +1,6 @@
-"""What a text gives as its answer: where it stands in the text, and what plain numbers, choices and times in it are.
+"""Finding the answer in a text, and reading the plain numbers, choices and times in it.
 
-Whether two pieces of mathematics are equal is not decided here.
+`answers.py` decides whether two answers are equal.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from typing import NamedTuple
 
 from grpo_fast.rewards.base import between
 
-# Final answers stand at the end; math-verify's patterns take quadratic time on long texts.
-LONGEST_ANSWER = 2000
-# Digits of a number that is read; Python refuses to convert much longer ones.
-LONGEST_NUMBER = 1000
-# Characters of several answers on one side of an "or".
-LONGEST_LIST = 100
+# Characters. Answers are at the end of a text, and math-verify's patterns take quadratic time; Python does not convert
+# numbers that are much longer; a list is on one side of an "or".
+LONGEST_ANSWER, LONGEST_NUMBER, LONGEST_LIST = 2000, 1000, 100
 FONTS = "text|textbf|textit|mathrm|mathbf|mbox"
 
 _CJK = r"\u4e00-\u9fff"
@@ -31,10 +28,10 @@ _SIGNS = str.maketrans(
 )
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,2})(?![\w.]*\w)")
-# Between Chinese and anything else, so that a number in a Chinese sentence is a word of its own.
+# Between Chinese and other characters, so that a number in a Chinese sentence becomes a separate word.
 _CJK_EDGE = re.compile(rf"(?<=[{_CJK}])(?=[^\s{_CJK}])|(?<=[^\s{_CJK}])(?=[{_CJK}])")
 
-# LaTeX of numbers, in order, as plain text.
+# Replacements from the LaTeX of numbers to plain text, in order.
 _UNLATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -57,15 +54,15 @@ _LITERAL = (
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 _SCALE = "|".join(rf"{word}s?\b" if word.isascii() else word for word in _SCALES)
-# Letters right behind a number, or short ones, are variables, but for these.
+# Other short words after a number are variables, not units.
 _SHORT_UNITS = "mm|cm|dm|km|mi|ft|in|yd|mg|kg|lbs?|oz|ml|cl|dl|hrs?|min|sec|ms|mph|kph|kmh|rpm|Hz|kHz|kW|kWh|kJ|kcal"
 _SHORT_UNITS += "|am|pm|rad|USD|EUR"
-# Words that go on with the number, or with the sentence.
+# Words that continue the number or the sentence.
 _NO_UNITS = (
     "or|and|to|plus|minus|times|over|squared|cubed|factorial|pi|sqrt|point|half|dozen|more|less|fewer|greater|than"
-    "|halves|thirds|quarters|fourths|fifths|(?:ten|hundred|thousand|million)ths?"
+    "|halves|thirds|quarters|fourths|fifths|(?:ten|hundred|thousand|million)th[s]?"
 )
-# Possessive: a long text is cut into words in one way only.
+# Possessive, so that a long text can be split into words in only one way.
 _UNIT = (
     rf"(?:(?!(?:{_NO_UNITS})\b)(?:(?<=[\s/])[A-Za-z]{{3,}}+|[A-Za-z]{{4,}}+|(?:{_SHORT_UNITS})(?![A-Za-z])|(?<=[\s/])[mgshLVWNJKCF](?!\w)"
     rf"|[€£¥₹]|[{_CJK}]++)(?:\s?\^\{{?\d\}}?)?+[\s/.·-]*+)++"
@@ -73,7 +70,7 @@ _UNIT = (
 _NUMBER = re.compile(
     rf"\s*[€£¥₹]?\s*{_LITERAL}\s*(?P<percent>%|[Pp]er\s?cent\b)?\s*(?P<scale>{_SCALE})?\s*(?:{_UNIT})?[\s.]*"
 )
-# A number in a sentence, with what is tied to it: of "10-3" or "12:30" no part is a number by itself.
+# A number in a sentence with everything attached to it: no part of "10-3" or "12:30" is a number by itself.
 _TIED = re.compile(
     r"(?:(?<![\w)\]}])[-+])?(?<!\d)(?:\d+(?: and)? (?=\d+/\d))?(?:\d|\.(?=\d))(?:\d|[.,:/^*+-](?=[\d.]))*"
 )
@@ -81,7 +78,7 @@ _TIED = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
 _FILLERS = r"(?:maybe|perhaps|possibly|even|else|also|alternatively|either|(?:it\s+)?(?:could|might|may)\s+be)"
 _OR = r"(?:\bor\b|\\(?:text|mbox)\s*\{\s*or\s*\}|或者?)"
-# What may stand between boxes that are one answer, or several to choose from.
+# What may separate boxes that form one answer, or several alternatives.
 _JOINT = re.compile(rf"(?:[\s$,;.:/&=]|\\[()\[\]]|\band\b|\bi\.e\.|{_OR}|\b{_FILLERS}\b)*", re.IGNORECASE)
 _ITEM = r"(?:[A-Za-z]\s*=\s*)?(?:\$[^$]+\$|(?<![\w.])[-+]?[^\s,;$]*\d(?:[^\s,;$]*[^\s,;$.])?)"
 _SPLIT = re.compile(rf"\s*,?\s*\(?\s*{_OR}\s*(?:{_FILLERS}\b\s*)*", re.IGNORECASE)
@@ -108,10 +105,10 @@ _CLOCK = re.compile(r"(?<![\d:.])(\d+(?:\s*:\s*\d+)+)(?![\d:])\s*(?:([ap])\.?\s?
 
 
 class Answer(NamedTuple):
-    """What a text gives as its answer.
+    """The answer of a text.
 
-    `items` are several where it gives several, to choose from or as a set; `bare` says that there is nothing around
-    them; `claim` is what a sentence such as "the answer is ..." says it is, None without one.
+    `items` has several entries if the text gives alternatives or a set. `bare` means that there is no other text around
+    them. `claim` is the answer according to a sentence such as "the answer is ...", or None.
     """
 
     items: list[str]
@@ -124,18 +121,18 @@ class Answer(NamedTuple):
 
     @property
     def stated(self) -> str:
-        """The narrowest text that holds the answer."""
+        """The shortest text that contains the answer."""
         return self.text if self.claim is None else self.claim
 
 
 class Quantity(NamedTuple):
-    """A number as it is written, exactly; `percent` says that a percent sign stands behind it."""
+    """An exact number; `percent` is whether a percent sign follows it in the text."""
 
     value: Fraction
     percent: bool = False
 
     def allows(self, given: Quantity) -> bool:
-        """Whether `given` is this number: 50% is 0.5, but a sign may be missing, too. What is 1/4 is not 0.25%."""
+        """Whether `given` is this number. 50% equals 0.5, and may lack its sign; 0.25% does not equal 1/4."""
         if self.percent == given.percent:
             return self.value == given.value
         if self.percent:
@@ -144,7 +141,7 @@ class Quantity(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """`text` with one spelling for what has several: full width, minus signs, ``½``, degrees, ``1e3`` and ``.5``."""
+    """Normalise what has several spellings: full width, minus signs, ``½``, degrees, ``1e3`` and ``.5``."""
     text = text.translate(_FULL_WIDTH).translate(_SIGNS)
     text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
     text = _EXPONENT.sub(lambda match: format(Decimal(match[0]), "f"), text)
@@ -153,16 +150,16 @@ def plain(text: str) -> str:
 
 
 def unlatex(text: str) -> str:
-    """`text` without the LaTeX that is usual around numbers and letters."""
+    """Remove the LaTeX that is usual around numbers and letters."""
     for pattern, replacement in _UNLATEX:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Every ``\boxed{...}`` whose braces close, and ``\boxed 5``: where it starts and ends, and its content.
+    r"""Start, end and content of every ``\boxed{...}`` with balanced braces and every ``\boxed 5``, also of ``\fbox``.
 
-    Inner boxes are content; ``\{`` and ``\}`` do not count as braces.
+    Inner boxes are part of the content; ``\{`` and ``\}`` do not count as braces.
     """
     found, position = [], 0
     while match := _BOX.search(text, position):
@@ -184,17 +181,17 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def last_box(text: str) -> str | None:
-    r"""The content of the last box in the last 2,000 characters; None where there is none."""
+    r"""The content of the last box in the last 2,000 characters, or None."""
     found = boxes(text[-LONGEST_ANSWER:])
     return found[-1][2] if found else None
 
 
 def final_answer(text: str) -> Answer:
-    r"""What a text gives as its answer.
+    r"""Find the answer of a text.
 
-    The last ``<answer>...</answer>``, or else what follows the last ``####``, or else all of the text; and in that the
-    last ``\boxed{...}``, together with those before it where only commas, "and", "or", "maybe" and the like stand
-    between them; without a box, what "the answer is" is followed by, and what "or" separates.
+    It is in the last ``<answer>...</answer>``, or after the last ``####``, or anywhere. There, it is the content of the
+    last ``\boxed{...}``, with the boxes before it if only commas, "and", "or", "maybe" and the like separate them;
+    without a box, what follows "the answer is", and the alternatives that "or" separates.
     """
     answer = between(text, "<answer>", "</answer>")
     bare = answer is not None or "####" in text
@@ -213,7 +210,7 @@ def final_answer(text: str) -> Answer:
 
 
 def _claim(text: str) -> str | None:
-    """The rest of the last sentence that says what the answer is."""
+    """The rest of the last sentence that states the answer."""
     found = list(_CLAIM.finditer(text))
     if not found:
         return None
@@ -223,7 +220,7 @@ def _claim(text: str) -> str | None:
 
 
 def alternatives(text: str) -> list[str]:
-    """The answers that a text gives to choose from ("1 or 2"), or joined by "and" and nothing else; none of one."""
+    """The answers in a text of alternatives ("1 or 2"), or of nothing but a list with "and"; empty for one answer."""
     text = " ".join(text.split())
     if len(text) < LONGEST_LIST and _AND.fullmatch(text) and not read_number(text):
         return [found.strip("$.") for found in re.findall(_ITEM, text)]
@@ -231,7 +228,7 @@ def alternatives(text: str) -> list[str]:
     if len(pieces) < 2:
         return []
     first, last = _LAST_ITEM.search(pieces[0][-LONGEST_LIST:]), _FIRST_ITEM.match(pieces[-1][:LONGEST_LIST])
-    # What goes on to another number is a sentence that has an "or" in it.
+    # With another number after these, it is a sentence that happens to contain "or".
     if not first or not last or re.search(r"\d", pieces[-1][last.end() :]):
         return []
     middle = [piece for piece in pieces[1:-1] if _FIRST_ITEM.match(piece)]
@@ -239,7 +236,7 @@ def alternatives(text: str) -> list[str]:
 
 
 def read_number(text: str) -> Quantity | None:
-    """The number that `text` is, but for currency, units and LaTeX; None where it is anything else."""
+    """The number that `text` consists of, apart from currency, units and LaTeX; None for any other text."""
     found = _NUMBER.fullmatch(" ".join(unlatex(text).split())) if len(text) < LONGEST_NUMBER else None
     value = _value(found) if found else None
     if value is None:
@@ -260,8 +257,8 @@ def _value(match: re.Match) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | str | None:
-    """The last number in a text; what it is a part of, as in ``10-3``, ``12:30`` or ``3,4``, is returned as it is."""
-    # Without a word that is cut in two. Most texts have a number near their end.
+    """The last number in a text; as a string if it is part of something else, as in ``10-3``, ``12:30`` or ``3,4``."""
+    # Most texts have a number near their end. A first word that may be cut is dropped.
     end = text[-LONGEST_ANSWER:].partition(" ")[2] if len(text) > LONGEST_ANSWER else text
     tied = _TIED.findall(unlatex(plain(end))) or _TIED.findall(unlatex(plain(text)))
     if not tied:
@@ -272,7 +269,7 @@ def last_number(text: str) -> Fraction | str | None:
 
 
 def read_choice(answer: Answer) -> str | None:
-    """The letter that an answer chooses, ``A`` to ``J``; None where it chooses none, or several."""
+    """The one letter that an answer chooses, ``A`` to ``J``, or None."""
     text = unlatex(answer.stated).strip("* \n")
     found = _CHOICE.fullmatch(text)
     if found or answer.bare:
@@ -286,6 +283,6 @@ def read_choice(answer: Answer) -> str | None:
 
 
 def read_clock(text: str) -> tuple[list[int], str] | None:
-    """The numbers of the last ``4:10`` in a text, and ``a`` or ``p`` where "a.m." or "p.m." follows."""
+    """The numbers of the last time such as ``4:10``, and ``a`` or ``p`` if "a.m." or "p.m." follows."""
     found = _CLOCK.findall(unlatex(text))
     return ([int(part) for part in found[-1][0].split(":")], found[-1][1].lower()) if found else None

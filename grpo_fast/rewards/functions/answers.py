@@ -1,4 +1,4 @@
-"""Rewards for a right final answer, compared with the column ``answer``: 1 or 0."""
+"""Rewards of 1 or 0 for a final answer, compared with the column ``answer``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
-from importlib.util import find_spec
 
-from grpo_fast.errors import import_extra
-from grpo_fast.rewards.answer_text import (
+from grpo_fast.errors import import_extra, require_extra
+from grpo_fast.rewards.base import isolated, text_of
+from grpo_fast.rewards.functions.answer_text import (
     FONTS,
     Answer,
     final_answer,
@@ -22,38 +22,37 @@ from grpo_fast.rewards.answer_text import (
     read_number,
     unlatex,
 )
-from grpo_fast.rewards.base import isolated, text_of
 
 _TEXT = re.compile(rf"[\s()$.]*\\(?:{FONTS})\s*{{[^{{}}\\\d]*}}[\s()$.]*")
 _WORDS = re.compile(r"no|(?=.*[a-z]{3})[a-z][a-z' -]*|[\u4e00-\u9fff]+")
 _CHOICES = re.compile(r"[(\[]?[A-J][)\]]?|[(\[]?[A-J][).\]:]+\s.*")
 _PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,} [a-zA-Z]{2,}")
-# A number with a letter or two behind it that are no unit; longer words may be prose.
+# A number followed by one or two letters that are not a unit; longer words may be prose.
 _VARIABLE = re.compile(r"(?!.*[a-zA-Z]{4}).*\d ?[a-zA-Z].*", re.DOTALL)
-# Digits that math-verify, which compares at float64's precision, tells apart.
+# Digits that math-verify can distinguish, since it compares in float64.
 _EXACT_DIGITS = 15
 
 Rule = Callable[[Answer, Answer], bool | None]
 
 
 def exact_answer(prompts, completions, answer, **columns) -> list[float]:
-    """1 where the completion is the ``answer`` column, but for surrounding white space, else 0."""
+    """1 if the completion equals the ``answer`` column, except for surrounding white space, else 0."""
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
 def parse_final_number(text: str) -> Fraction | None:
-    """The number after the last ``####``, else the last number, exactly; None where there is none.
+    """The exact last number of a text, after ``####`` if it has that; None without a number.
 
-    A part of something else, as in ``10-3``, ``12:30`` or ``3,4``, is no number; ``1/2`` and ``2 1/2`` are.
+    A part of something else, as in ``10-3``, ``12:30`` or ``3,4``, is not a number; ``1/2`` and ``2 1/2`` are.
     """
     value = last_number(text.rpartition("####")[2])
     return value if isinstance(value, Fraction) else None
 
 
 def final_number(prompts, completions, answer, **columns) -> list[float]:
-    """1 where the completion's final number is that of the ``answer`` column (GSM8K: after ``####``), else 0.
+    """1 if the completion's final number is that of the ``answer`` column (in GSM8K, after ``####``), else 0.
 
-    See :func:`parse_final_number`. What is no number there, such as a time, is compared as it is written.
+    See :func:`parse_final_number`. What is not a number there, such as a time, is compared literally.
     """
     rewards = []
     for completion, reference in zip(completions, answer, strict=True):
@@ -64,28 +63,25 @@ def final_number(prompts, completions, answer, **columns) -> list[float]:
 
 
 def gsm8k_answer(prompts, completions, answer, **columns) -> list[float]:
-    """As `final_number`, but the completion must have written ``####`` before its answer, as GSM8K's solutions do."""
+    """Like `final_number`, but the completion must have ``####`` before its answer, as GSM8K's solutions do."""
     right = final_number(prompts, completions, answer)
     return [value * ("####" in text_of(c)) for value, c in zip(right, completions, strict=True)]
 
 
 def boxed_answer(prompts, completions, answer, **columns) -> list[float]:
-    r"""1 where the last ``\boxed{...}`` holds the ``answer`` column (its own last box, if it has one), else 0.
+    r"""1 if the last ``\boxed{...}`` contains the ``answer`` column (or the last box of that), else 0.
 
-    Spaces, ``$`` and ``\left``, ``\right``, ``\,``, ``\!`` are no matter; ``\dfrac`` and ``\tfrac`` are ``\frac``; of
-    numbers only the value counts, so that 7.0 is 7.
+    Spaces, ``$``, ``\left``, ``\right``, ``\,`` and ``\!`` are ignored; ``\dfrac`` and ``\tfrac`` equal ``\frac``;
+    numbers are compared by value, so 7.0 equals 7.
     """
     rewards = []
     for completion, reference in zip(completions, answer, strict=True):
         given, expected = last_box(text_of(completion)), str(reference)
         expected = last_box(expected) or expected
-        rewards.append(float(given is not None and _same_box(given, expected)))
+        number = None if given is None else read_number(plain(given))
+        same_number = number is not None and number == read_number(plain(expected))
+        rewards.append(float(same_number or (given is not None and _plain_latex(given) == _plain_latex(expected))))
     return rewards
-
-
-def _same_box(given: str, expected: str) -> bool:
-    numbers = [read_number(plain(text)) for text in (given, expected)]
-    return _plain_latex(given) == _plain_latex(expected) or (None not in numbers and numbers[0] == numbers[1])
 
 
 def _plain_latex(text: str) -> str:
@@ -93,38 +89,30 @@ def _plain_latex(text: str) -> str:
     return re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,!;: ]|[\s$]", "", text)
 
 
-def _check_math() -> None:
-    # Importing it takes seconds, which only the workers need to spend.
-    if find_spec("math_verify") is None:
-        import_extra("math_verify", "train")
-
-
-def _prepare_math() -> None:
-    # Imports sympy and builds the parsers, which takes seconds.
-    same_answer(r"\boxed{\frac{1}{2}}", "1/2")
-
-
-@isolated(over_limit=0.0, check=_check_math, prepare=_prepare_math)
+# `prepare` imports sympy and builds the parsers, which takes seconds.
+@isolated(
+    over_limit=0.0,
+    check=lambda: require_extra("math_verify", "train"),
+    prepare=lambda: same_answer(r"\boxed{\frac{1}{2}}", "1/2"),
+)
 def math_answer(prompts, completions, answer, **columns) -> list[float]:
-    r"""1 where the completion's answer is mathematically that of the ``answer`` column, by math-verify, else 0.
+    r"""1 if the completion's answer is mathematically equal to the ``answer`` column, by math-verify, else 0.
 
-    The answer is the last ``<answer>...</answer>``, what follows the last ``####``, the last ``\boxed{...}``, what "the
-    answer is" is followed by, or what math-verify finds in its last 2,000 characters. Units are no matter; 50% is 0.5,
-    but its sign may also be missing. Plain numbers are compared exactly, words as they are, but for case, and of a
-    choice the letter. Several answers to choose from are right only where all of them are.
+    The answer is the last ``<answer>...</answer>``, what follows the last ``####``, the last ``\boxed{...}``, what
+    follows "the answer is", or what math-verify finds in the last 2,000 characters. Units are ignored; 50% equals 0.5,
+    and may also lack its sign. Plain numbers are compared exactly, words without case, choices by their letter. Several
+    alternative answers are right only if all of them are.
     """
     return [float(same_answer(text_of(c), str(a))) for c, a in zip(completions, answer, strict=True)]
 
 
 def same_answer(completion: str, reference: str) -> bool:
-    """Whether two texts give the same answer. Has no time limit of its own: see :func:`isolated`."""
-    expected, given = final_answer(reference), final_answer(completion)
-    return _judged(RULES, expected, given)
+    """Whether two texts give the same answer. Has no time limit, so run it in a worker (:func:`isolated`)."""
+    return _judged(RULES, final_answer(reference), final_answer(completion))
 
 
 def _judged(rules: list[Rule], expected: Answer, given: Answer) -> bool:
-    verdicts = (rule(expected, given) for rule in rules)
-    return next(verdict for verdict in verdicts if verdict is not None)
+    return next(verdict for rule in rules if (verdict := rule(expected, given)) is not None)
 
 
 def _same_text(expected: Answer, given: Answer) -> bool | None:
@@ -136,7 +124,7 @@ def _same_words(expected: Answer, given: Answer) -> bool | None:
     words = _plain_words(expected.text)
     if not _TEXT.fullmatch(expected.text) and not _WORDS.fullmatch(words):
         return None
-    # As mathematics, a word is the product of its letters, in any order.
+    # To math-verify, a word is the product of its letters, in any order.
     return words in (_plain_words(given.text), _plain_words(given.stated))
 
 
@@ -146,7 +134,7 @@ def _same_choice(expected: Answer, given: Answer) -> bool | None:
 
 
 def _same_several(expected: Answer, given: Answer) -> bool | None:
-    """Several answers are right where all of them are, or where they are the set that was asked for."""
+    """Several answers are right if all of them are, or if they are the set that was asked for."""
     if len(given.items) == 1:
         return None
     if _same_mathematics(expected, Answer([given.text], True)):
@@ -175,7 +163,7 @@ def _same_number(expected: Answer, given: Answer) -> bool | None:
         return False
     last = None if given.bare else last_number(given.stated)
     if isinstance(last, str) and re.search("[,:]", last):
-        # Of "1,2001" and "4:10" math-verify reads 1,200 and 4. The comma may be a decimal one, and the colon a ratio's.
+        # math-verify reads "1,2001" as 1,200 and "4:10" as 4. Try a decimal comma and a ratio.
         return read_number(last.replace(",", ".").replace(":", "/")) == number
     if last is not None and len(str(number.value.numerator)) > _EXACT_DIGITS:
         return last == number.value
@@ -183,18 +171,18 @@ def _same_number(expected: Answer, given: Answer) -> bool | None:
 
 
 def _same_mathematics(expected: Answer, given: Answer) -> bool:
-    # No timeouts: its own work by signals, which only a main thread gets.
+    # No timeouts: math-verify's use signals, which only a main thread gets.
     math_verify = import_extra("math_verify", "train")
     return math_verify.verify(_parsed(expected.text, True), _parsed(given.text, given.bare), timeout_seconds=None)
 
 
-# The first that knows decides; None leaves it to the next.
+# The first rule that does not return None decides.
 NUMERIC_RULES: list[Rule] = [_same_clock, _same_number, _same_mathematics]
 RULES: list[Rule] = [_same_text, _same_choice, _same_words, _same_several, *NUMERIC_RULES]
 
 
 def _plain_words(text: str) -> str:
-    """Text without LaTeX's fonts and braces, parentheses, a full stop at its end, and capitals."""
+    """Lower-case text without LaTeX's fonts, braces, parentheses and a final full stop."""
     text = re.sub(rf"\\(?:{FONTS})\b|[{{}}()$*]", " ", text)
     return " ".join(text.split()).rstrip(".").lower()
 
@@ -205,7 +193,7 @@ def _parsed(part: str, bare: bool) -> list:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     part = part.rstrip(". ").replace(r"\varnothing", r"\emptyset")
     part = re.sub(r"(?<=\d)\\[,!](?=\d{3})", "", part)
-    # Bare LaTeX is none to math-verify, which would read 5 in "5x" and 8 in "8!".
+    # math-verify does not recognize LaTeX without delimiters: it would read "5x" as 5 and "8!" as 8.
     bare = bare or not re.search(r"\s|\\boxed", part)
     if bare and not re.search(r"(?<!\\)\$|\\\(|\\\[", part) and not _PROSE.search(part):
         part = rf"\boxed{{{part}}}"

@@ -1,10 +1,10 @@
-"""Calls between two processes that do not trust each other: plain data over pipes, and objects by number.
+"""Calls between two processes that do not trust each other: plain data is sent over pipes, objects as numbers.
 
-Values that are plain data (numbers, text, bytes, the standard containers, dates, decimals, fractions) are copied. Any
-other object stays where it is; the other side gets a `Remote` with its number, and what is done to that is done here.
-Nothing that arrives can name code: the decoder makes plain data and `Remote` objects, and nothing else.
+Plain data (numbers, text, bytes, the standard containers, dates, decimals, fractions) is copied. Any other object stays
+in its process; the other side gets a `Remote` with its number, and operations on that are carried out here. No message
+can name code: the decoder makes only plain data, the classes and modules below, and `Remote` objects.
 
-Runs inside the sandbox (`sandbox.py`), so it imports as little as it can.
+Runs inside the sandbox (`confine.py`), so it imports as little as possible.
 """
 
 import _json
@@ -15,7 +15,7 @@ import sys
 
 LONGEST = 64 << 20
 SCALARS = (type(None), bool, int, float, str)
-# Modules and classes that a test may know from the program's imports; each side has its own.
+# Modules and classes that tests may use from the program's imports; each side uses its own.
 MODULES = (
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "json",
     "math", "random", "re", "statistics", "string", "typing",
@@ -39,20 +39,20 @@ class _Context:
 
 
 def _refuse(value):
-    raise TypeError(f"{type(value).__name__} is no plain data")
+    raise TypeError(f"{type(value).__name__} is not plain data")
 
 
-# The json package itself would take as long to import as Python takes to start.
+# Importing the json package would take as long as Python takes to start.
 _scan = _json.make_scanner(_Context())
 _write = _json.make_encoder(None, _refuse, _json.encode_basestring_ascii, None, ":", ",", False, False, True)
 
 
 class Closed(BaseException):
-    """The other side has ended, which is no exception that a test may expect."""
+    """The other side has ended. Tests cannot expect this exception."""
 
 
 class Pipe:
-    """Messages, each behind its length, over two file descriptors."""
+    """Messages over two file descriptors, each preceded by its length."""
 
     def __init__(self, reading: int, writing: int):
         self.reading, self.writing = reading, writing
@@ -90,11 +90,8 @@ class Pipe:
 class Peer:
     """One of two processes that call each other's objects.
 
-    Args:
-        pipe: to the other process.
-        perform: what a request ``(operation, *arguments)`` of the other side does here; what it returns or raises is
-            the reply.
-        remote: makes the stand-in for an object of the other side, from this peer, its number and what is known of it.
+    `perform` carries out a request ``(operation, plain, values, keywords)`` of the other side; what it returns or
+    raises is the reply. `remote` is the class that stands for an object of the other side, by this peer and its number.
     """
 
     def __init__(self, pipe: Pipe, perform, remote):
@@ -106,12 +103,12 @@ class Peer:
         self.lock = _thread.RLock()
 
     def request(self, operation: str, *plain, arguments: tuple = (), keywords: dict | None = None):
-        """Do `operation` on the other side and return its value.
+        """Carry out `operation` on the other side and return its value.
 
-        Lists, dicts, sets and other containers among the arguments that were changed there are changed here as well.
+        Changes to lists, dicts, sets and other containers among the arguments are applied here as well.
 
         Raises:
-            Exception: what it raised there, as the nearest exception that is known here.
+            Exception: what it raised there, as the nearest exception known here.
             Closed: the other side has ended.
         """
         keywords = keywords or {}
@@ -131,7 +128,7 @@ class Peer:
                 self.answer(kind, *rest)
 
     def answer(self, operation: str, plain: list, encoded: list, keywords: list) -> None:
-        """Do what the other side asks for, and reply."""
+        """Carry out a request of the other side, and reply."""
         try:
             values = [self.decode(value) for value in encoded]
             split = len(values) - len(keywords)
@@ -156,13 +153,8 @@ class Peer:
         return ["raised", _names(type(error)), *details]
 
     def _exception(self, names: list, arguments: list, attributes: list) -> BaseException:
-        for name in names:
-            found = self.exceptions.get(name) or _builtin_exception(name)
-            if found:
-                break
-        else:
-            # What ends a process there, such as SystemExit, is a failure here.
-            found = RuntimeError
+        # What ends a process there, such as SystemExit, is an ordinary failure here.
+        found = next(self._known(names), RuntimeError)
         try:
             error = found(*self.decode(arguments))
         except Exception:
@@ -171,6 +163,14 @@ class Peer:
             if not name.startswith("_") and found.__module__ != "builtins":
                 setattr(error, name, value)
         return error
+
+    def _known(self, names: list):
+        """The classes of exceptions known here among those with these names."""
+        for name in names:
+            module, _, plain = name.partition(".")
+            found = self.exceptions.get(name) or (module == "builtins" and getattr(builtins, plain, None))
+            if isinstance(found, type) and issubclass(found, Exception):
+                yield found
 
     def encode(self, value):
         kind = type(value)
@@ -214,19 +214,16 @@ class Peer:
         return self.own[number]
 
     def _theirs(self, number: int, kind: str, names: list):
-        if number not in self.remotes:
-            self.remotes[number] = self.adopt(number, kind, names)
-        return self.remotes[number]
-
-    def adopt(self, number: int, kind: str, names: list):
-        """What stands for an object of the other side: a class of exceptions can be caught, a coroutine awaited."""
+        """The stand-in for an object of the other side: a class of exceptions can be caught, a coroutine awaited."""
+        if number in self.remotes:
+            return self.remotes[number]
         stub = self.remote(self, number)
         if kind == "exception":
-            known = [found for name in names if (found := self.exceptions.get(name) or _builtin_exception(name))]
-            stub = type(names[0].rpartition(".")[2], (known[0],), {"__module__": "solution"})
+            stub = type(names[0].rpartition(".")[2], (next(self._known(names), Exception),), {"__module__": "solution"})
             self.exceptions[names[0]] = stub
         elif kind == "coroutine":
             stub = _awaiting(self, stub)
+        self.remotes[number] = stub
         return stub
 
     def _items(self, *coded):
@@ -241,20 +238,8 @@ def _names(kind: type) -> list[str]:
     return [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
 
 
-def _builtin_exception(name: str) -> type | None:
-    module, _, plain = name.partition(".")
-    found = getattr(builtins, plain, None) if module == "builtins" else None
-    return found if isinstance(found, type) and issubclass(found, Exception) else None
-
-
 async def _awaiting(peer: Peer, stub):
     return peer.request("await", arguments=(stub,))
-
-
-def _collections():
-    import collections
-
-    return collections
 
 
 def _encode_dict(peer: Peer, value: dict) -> list:
@@ -269,17 +254,17 @@ def _encode_tuple(peer: Peer, value: tuple) -> list:
 
 
 def _encode_library(peer: Peer, kind: type, value) -> list:
-    """By the arguments that make an equal one."""
-    arguments = value.__reduce__()[1] if kind.__module__ == "datetime" else (str(value),)
+    """A value as the arguments that make an equal one."""
     if kind.__name__ == "deque":
         return ["deque", value.maxlen, *map(peer.encode, value)]
+    arguments = value.__reduce__()[1] if kind.__module__ == "datetime" else (str(value),)
     return ["library", kind.__module__, kind.__name__, *map(peer.encode, arguments)]
 
 
 def _decode_library(peer: Peer, module: str, name: str, *arguments):
-    if module not in ("datetime", "decimal", "fractions") or name not in CLASSES[module]:
+    if module not in ("datetime", "decimal", "fractions"):
         raise ValueError("not plain data")
-    return getattr(__import__(module), name)(*peer._items(*arguments))
+    return _decode_class(peer, module, name)(*peer._items(*arguments))
 
 
 def _decode_class(peer: Peer, module: str, name: str):
@@ -295,10 +280,10 @@ def _decode_module(peer: Peer, name: str):
 
 
 def _decode_named(peer: Peer, name: str, fields: list, *items):
-    return _collections().namedtuple(name, fields, rename=True)(*peer._items(*items))
+    return __import__("collections").namedtuple(name, fields, rename=True)(*peer._items(*items))
 
 
-# In this order; subclasses go over as their bases.
+# The first match counts; subclasses are sent as their bases.
 _ENCODERS = (
     (bool, lambda peer, value: bool(value)),
     (int, lambda peer, value: int(value)),
@@ -321,10 +306,10 @@ _DECODERS = {
     "tuple": lambda peer, *items: tuple(peer._items(*items)),
     "named": _decode_named,
     "dict": Peer._pairs,
-    "OrderedDict": lambda peer, *items: _collections().OrderedDict(peer._pairs(*items)),
-    "Counter": lambda peer, *items: _collections().Counter(peer._pairs(*items)),
-    "defaultdict": lambda peer, *items: _collections().defaultdict(None, peer._pairs(*items)),
-    "deque": lambda peer, longest, *items: _collections().deque(peer._items(*items), longest),
+    "OrderedDict": lambda peer, *items: _decode_class(peer, "collections", "OrderedDict")(peer._pairs(*items)),
+    "Counter": lambda peer, *items: _decode_class(peer, "collections", "Counter")(peer._pairs(*items)),
+    "defaultdict": lambda peer, *items: _decode_class(peer, "collections", "defaultdict")(None, peer._pairs(*items)),
+    "deque": lambda peer, longest, *items: _decode_class(peer, "collections", "deque")(peer._items(*items), longest),
     "set": lambda peer, *items: set(peer._items(*items)),
     "frozenset": lambda peer, *items: frozenset(peer._items(*items)),
     "bytes": lambda peer, text: bytes.fromhex(text),
@@ -342,7 +327,7 @@ _DECODERS = {
 
 
 def _change(old, new) -> None:
-    """Make a container equal to what it has become on the other side; containers in it stay the same objects."""
+    """Make a container equal to its changed copy of the other side; containers in it keep their identity."""
     if type(old) is not type(new):
         return
     if type(old) is list:
@@ -350,8 +335,7 @@ def _change(old, new) -> None:
             if type(before) is type(after) and type(after) in (list, dict, set, bytearray):
                 _change(before, after)
                 new[index] = before
-        old[:] = new
-    elif type(old) is bytearray:
+    if type(old) in (list, bytearray):
         old[:] = new
     elif isinstance(old, (dict, set)):
         old.clear()
