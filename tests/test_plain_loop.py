@@ -20,4 +20,4 @@ def test_the_plain_loop_is_short_and_plain():
     assert len(lines) < 80
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     ours = [line for line in imports if "grpo" in line]
-    assert ours == ["from grpo_fast.model.policy import FusedPolicy", "from grpo_kernels import PRESETS"]
+    assert ours == ["from grpo_fast import FusedPolicy", "from grpo_kernels import PRESETS"]

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from grpo_fast.data.encoding import completion_text
 from grpo_fast.errors import UserError
+from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
-from grpo_fast.model.packing import Microbatch
 from grpo_fast.rollout import Sampling, TransformersRollout
-from grpo_kernels import PRESETS, PolicyObjective
-from grpo_kernels import masked_mean as fused_masked_mean
+from grpo_kernels import PRESETS, PolicyObjective, masked_mean
 from grpo_kernels._policy_terms import TOKEN_LOSSES
 
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
@@ -83,28 +82,20 @@ def get_response_log_probs(
         ``log_probs`` (and ``token_entropy``), ``[B, T]`` float32 in nats, differentiable; prompts and padding are not
         masked out.
     """
-    policy = MicrobatchPolicy(model)
     rows, length = input_ids.shape
-    positions = torch.arange(length, device=input_ids.device)
-    places = torch.arange(rows * length, device=input_ids.device)
+    places = torch.arange(rows * length, device=input_ids.device).view(rows, length)
     microbatch = Microbatch(
         input_ids=input_ids,
-        position_ids=positions.expand(rows, -1),
+        position_ids=places[:1].expand(rows, -1),
         attention_mask=torch.ones_like(input_ids),
+        targets=labels,
         sources=places,
-        targets=labels.flatten(),
-        tokens=places,
-        cu_seqlens=torch.arange(rows + 1, device=input_ids.device) * length,
     )
+    policy = MicrobatchPolicy(model)
     if not return_token_entropy:
-        return {"log_probs": policy(microbatch).view(rows, length)}
+        return {"log_probs": policy(microbatch)}
     log_probs, entropy = policy(microbatch, with_entropy=True)
-    return {"log_probs": log_probs.view(rows, length), "token_entropy": entropy.view(rows, length)}
-
-
-def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over `dim` (None: all dimensions) of the entries where `mask` is 1; NaN where there are none."""
-    return fused_masked_mean(tensor, mask, dim)
+    return {"log_probs": log_probs, "token_entropy": entropy}
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float = 1.0, dim: int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.model.inputs import function_arguments
-from grpo_fast.model.layout import Layout
+from grpo_fast.model.layout import Microbatch
 
 
 def has_images(model_inputs: Mapping[str, Any], input_ids: Tensor) -> bool:
@@ -25,13 +25,13 @@ def places_images(inner: nn.Module) -> bool:
     return hasattr(inner, "get_rope_index")
 
 
-def image_positions(inner: nn.Module, layout: Layout, model_inputs: Mapping[str, Any]) -> Tensor | None:
+def image_positions(inner: nn.Module, microbatch: Microbatch, model_inputs: Mapping[str, Any]) -> Tensor | None:
     """The positions ``[3, 1, T]`` of a packed row by the model's own rule, each sequence for itself; without such a
-    rule those of `layout`."""
+    rule those of `microbatch`."""
     if not places_images(inner):
-        return layout.position_ids
-    lengths = torch.tensor([group.length for group in layout.segments.groups])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(layout.input_ids.device)
+        return microbatch.position_ids
+    lengths = torch.tensor([group.length for group in microbatch.segments.groups])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(microbatch.input_ids.device)
     known = function_arguments(inner.get_rope_index.__func__)
     given = {name: value for name, value in model_inputs.items() if name in known}
 
@@ -40,9 +40,9 @@ def image_positions(inner: nn.Module, layout: Layout, model_inputs: Mapping[str,
         return packed.new_zeros(mask.shape).masked_scatter(mask, packed)
 
     for name, value in given.items():
-        if isinstance(value, Tensor) and value.shape == layout.input_ids.shape:
+        if isinstance(value, Tensor) and value.shape == microbatch.input_ids.shape:
             given[name] = rows(value)
-    positions, _ = inner.get_rope_index(rows(layout.input_ids), attention_mask=mask.long(), **given)
+    positions, _ = inner.get_rope_index(rows(microbatch.input_ids), attention_mask=mask.long(), **given)
     return positions[:, mask][:, None]
 
 

@@ -14,7 +14,6 @@ from grpo_fast.model.inputs import INSTEAD, RENAMED
 from grpo_fast.model.policy import FusedPolicy
 from grpo_fast.rollout.rows import cache_argument
 from grpo_kernels import PolicyObjective
-from support.alone import alone  # noqa: F401
 from support.tiny import VOCAB, tiny_model
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -80,7 +79,7 @@ def test_return_dict():
         FusedPolicy(model)(IDS)
 
 
-def test_unknown_keywords_are_refused_through_wrappers(alone):  # noqa: F811
+def test_unknown_keywords_are_refused_through_wrappers(alone):
     adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     inner = tiny_model()
     inner.model = torch.compile(inner.model, backend="eager")

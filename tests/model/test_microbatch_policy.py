@@ -4,7 +4,10 @@ import transformers
 
 from grpo_fast.errors import UserError
 from grpo_fast.model import attention
+from grpo_fast.model.layout import lay_out
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
+from grpo_fast.model.policy import FusedPolicy, LossInputs
+from grpo_kernels import PRESETS
 from support.rows import LAYOUTS, packed_logprobs, plain_logprobs
 from support.tiny import random_samples, tiny_model
 
@@ -93,3 +96,34 @@ def test_packing_is_left_where_it_gives_something_else(monkeypatch):
     monkeypatch.setattr(attention, "packed_attention", lambda query, key, value, *_, **__: query)
     with pytest.raises(UserError, match="differ by"):
         policy.check_packing([2, 3, 4, 5], "always")
+
+
+def test_packing_falls_back_where_the_model_fails_in_its_own_way(monkeypatch):
+    """Not every model that cannot take packed rows raises an error of ours."""
+
+    def fail(*_, **__):
+        raise RuntimeError("no state for\nthis shape")
+
+    policy = MicrobatchPolicy(tiny_model())
+    monkeypatch.setattr(attention, "packed_attention", fail)
+    assert not policy.check_packing([2, 3, 4, 5], "auto")
+    with pytest.raises(UserError, match="LlamaForCausalLM and attention 'packed_sdpa': no state for this shape"):
+        policy.check_packing([2, 3, 4, 5], "always")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_policies_share_one_layout_and_one_forward(packed):
+    """What `FusedPolicy` lays out, the trainer's policy computes: the same numbers, bit for bit."""
+    model, ids = tiny_model(), torch.arange(2, 16).view(2, 7)
+    arguments = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 7, [0] * 3 + [1] * 4])}
+    if packed:
+        arguments = {"input_ids": ids.view(1, 14), "cu_seqlens": torch.tensor([0, 5, 8, 14])}
+    expected = FusedPolicy(model)(**arguments, return_entropy=True)
+    got = MicrobatchPolicy(model)(lay_out(**arguments), with_entropy=True)
+    assert got[0].shape == expected[0].shape
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_loss_inputs_are_named():
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        LossInputs(PRESETS["grpo"], torch.ones(1), torch.ones(1))

@@ -104,12 +104,12 @@ REFUSED = {
     "numbers and other offsets": ({"cu_seqlens": torch.tensor([0, 14]), "seq_idx": NUMBERS}, "do not agree"),
     "scattered numbers": (
         {"seq_idx": NUMBERS % 2},
-        "seq_idx numbers a sequence that is not in one piece",
+        "seq_idx gives tokens that are not adjacent the same number",
     ),
     "numbers of another shape": ({"seq_idx": NUMBERS[0]}, r"seq_idx must be \[1, 14\], got \[14\]"),
     "wrong offsets": ({"cu_seq_lens_q": OFFSETS[:-1]}, r"cu_seq_lens_q must rise from 0 to 14.*got \[0, 5, 8\]"),
     "a shorter longest": ({**FLASH, "max_length_k": 5}, "max_length_k=5 is shorter than the longest sequence"),
-    "a longest alone": ({"max_length_q": 6}, "max_length_q says nothing without"),
+    "a longest alone": ({"max_length_q": 6}, "max_length_q needs the sequences' offsets"),
     "axes": ({"position_ids": RESTARTS.expand(3, 1, -1)}, r"LlamaModel takes position_ids \[B, T\], got \[3, 1, 14\]"),
     "other axes": ({"position_ids": RESTARTS.expand(2, 1, -1)}, r"position_ids must be \[1, 14\].*got \[2, 1, 14\]"),
 }
