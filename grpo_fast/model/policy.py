@@ -291,7 +291,10 @@ class FusedPolicy(nn.Module):
         if routed:
             options["output_router_logits"] = True
         output = inner(input_ids=microbatch.input_ids, **options)
-        router = router_loss(model, output.router_logits, microbatch.attention_mask) if routed else None
+        router = None
+        if routed:
+            router = router_loss(model, output.router_logits, microbatch.attention_mask)
+            router = model.config.get_text_config().router_aux_loss_coef * router
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, microbatch.sources.flatten())
         return hidden.unflatten(0, microbatch.sources.shape), router
 

@@ -158,14 +158,14 @@ REFUSED = {
         lambda model: model.register_forward_hook(lambda *_: None),
         "LlamaForCausalLM has a forward hook .* put it on the model's base_model",
     ),
-    "a forward of its own": (doubled, "has a forward of its own"),
-    "another class": (another_kind, "has a forward of its own"),
+    "its own forward": (doubled, "has its own forward"),
+    "another class": (another_kind, "has its own forward"),
     "several layers": (sequence, "no linear output head, but Sequential"),
     "int8": (int8, r"is quantised \(.*Int8.*\); leave it in 16 or 32 bits"),
     "fp8": (fp8, r"is quantised \(torch.float8_e4m3fn\)"),
     "no parameter": (no_parameter, "is no parameter"),
     "meta": (lambda model: model.lm_head.to("meta"), "on the meta device, without values"),
-    "offloaded": (lambda model: cpu_offload(model.lm_head, "cpu"), "has a forward of its own"),
+    "offloaded": (lambda model: cpu_offload(model.lm_head, "cpu"), "has its own forward"),
     "another softcap": (
         lambda model: setattr(model.config, "final_logit_softcapping", 3.0),
         "transforms its logits in a way that is not supported",
@@ -234,7 +234,7 @@ def test_trainers_policy_follows_a_changed_head(change):
     assert_same_gradients(gradients(model, got, coefficients), expected)
 
 
-@pytest.mark.parametrize("change", ["LoRA", "IA3", "a trained copy", "a forward hook", "a forward of its own", "fp8"])
+@pytest.mark.parametrize("change", ["LoRA", "IA3", "a trained copy", "a forward hook", "its own forward", "fp8"])
 def test_trainers_policy_refuses_a_changed_head(change):
     apply, message = REFUSED[change]
     model, samples = tiny_model(), random_samples(groups=1, per_group=2)
