@@ -57,11 +57,7 @@ def logit_transform(config: Any) -> dict[str, float | None]:
 
 
 def require_temperature(temperature: Any) -> float:
-    """The temperature as a number.
-
-    Raises:
-        UserError: it is no number, or outside 1e-6 to 1e6, where dividing logits by it is meaningless in float32.
-    """
+    """The temperature as a number; a UserError if it is none, or outside 1e-6 to 1e6, as float32 logits require."""
     value = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
         raise UserError(f"temperature must be a number from 1e-6 to 1e6, got {value!r:.60}")
@@ -125,21 +121,13 @@ def _require_no_hooks(module: nn.Module, name: str) -> None:
 
 
 def require_no_skipped_hooks(model: nn.Module) -> None:
-    """Refuse hooks on the modules around the model's body, which is called alone; see :func:`wrappers`.
-
-    Raises:
-        UserError: a module has a hook.
-    """
+    """Raise a UserError if a module around the model's body, which is called alone, has a hook; see `wrappers`."""
     for module in wrappers(model):
         _require_no_hooks(module, type(module).__name__)
 
 
 def body(model: nn.Module) -> nn.Module:
-    """The module that computes a transformers model's last hidden states.
-
-    Raises:
-        UserError: the model has no such module.
-    """
+    """The module that computes a transformers model's last hidden states; a UserError if there is none."""
     inner = model.base_model
     # Llama 4's text model has the prefix of its multimodal form.
     inner = getattr(model, "model", model) if inner is model else inner
@@ -151,8 +139,7 @@ def body(model: nn.Module) -> nn.Module:
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """`model` and the modules that it wraps (compiled module, DDP, PeftModel); the transformers model comes last.
 
-    Raises:
-        UserError: a wrapper whose forward cannot be replaced.
+    Raises a UserError at a wrapper whose forward cannot be replaced.
     """
     while True:
         yield model
@@ -265,11 +252,7 @@ def head_tensors(head: nn.Linear) -> HeadTensors:
 
 
 def require_plain(name: str, weight: Tensor) -> None:
-    """Refuse weights that a matrix product cannot use directly.
-
-    Raises:
-        UserError: `weight` is not of 16, 32 or 64 bits.
-    """
+    """Raise a UserError if `weight` is not of 16, 32 or 64 bits, as a matrix product requires."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     if wrapped or weight.dtype not in DTYPES:
         kind = type(weight).__name__ if wrapped else weight.dtype

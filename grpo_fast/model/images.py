@@ -1,4 +1,4 @@
-"""Images (and videos) of a batch: the positions of their tokens in a packed row, and rows that have them twice."""
+"""Images (and videos) of a batch: positions of their tokens in a packed row, and copies for a second row."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ def has_images(model_inputs: Mapping[str, Any], input_ids: Tensor) -> bool:
 
 
 def places_images(inner: nn.Module) -> bool:
-    """Whether a model's body numbers the tokens of an image by their place in it (Qwen2-VL's M-RoPE and its kin)."""
+    """Whether a model's body numbers the tokens of an image by their place in it (M-RoPE, as in Qwen2-VL)."""
     return hasattr(inner, "get_rope_index")
 
 
 def image_positions(inner: nn.Module, microbatch: Microbatch, model_inputs: Mapping[str, Any]) -> Tensor | None:
-    """The positions ``[3, 1, T]`` of a packed row by the model's own rule, each sequence for itself; without such a
-    rule those of `microbatch`."""
+    """The positions ``[3, 1, T]`` of a packed row by the model's own rule, or else those of `microbatch`."""
     if not places_images(inner):
         return microbatch.position_ids
     lengths = torch.tensor([group.length for group in microbatch.segments.groups])
@@ -47,9 +46,9 @@ def image_positions(inner: nn.Module, microbatch: Microbatch, model_inputs: Mapp
 
 
 def twice(value: Any, length: int, axis: int) -> Any:
-    """An input of one row, for two rows that have the same (`axis` 0), or for one row of both (`axis` 1).
+    """Two copies of a row's input: for two rows (`axis` 0), or for one row of twice the length (`axis` 1).
 
-    What has a number for each of the row's `length` tokens is put together along `axis`, images one after another.
+    Per-token values of the row's `length` tokens are concatenated along `axis`, images along their first dimension.
     """
     if isinstance(value, list):
         return value * 2

@@ -123,11 +123,10 @@ def test_what_fails_in_one_process_ends_all(runs):
     assert first == {
         "second": "UserError: of the second",
         "sampling": "UserError: no more",
-        "optim": "UserError: optim='adamw_torch_8bit' does not go with FSDP: it must be 'adamw_torch_fused'",
-        "offload": "UserError: optim_offload=True does not go with FSDP: it must be False",
-        "quantised": "UserError: load_in_4bit=True does not go with FSDP: it must be False",
-        "colocate": "UserError: vllm_mode='colocate' is for one process; several sample from a server: "
-        "vllm_mode='server'",
+        "optim": "UserError: optim='adamw_torch_8bit' is not supported with FSDP: it must be 'adamw_torch_fused'",
+        "offload": "UserError: optim_offload=True is not supported with FSDP: it must be False",
+        "quantised": "UserError: load_in_4bit=True is not supported with FSDP: it must be False",
+        "colocate": "UserError: vllm_mode='colocate' supports one process only; several require vllm_mode='server'",
     }
 
 

@@ -429,7 +429,7 @@ def test_wrong_models():
     [
         ({"model": "gpt2"}, {}, "needs a loaded transformers model, got 'gpt2'"),
         ({"temperature": 0}, {}, "temperature must be a number from 1e-6 to 1e6, got 0"),
-        ({}, {"temperature": 0.7}, r"temperature is no argument of this call: give it to FusedPolicy"),
+        ({}, {"temperature": 0.7}, r"temperature is no argument of this call: pass it to FusedPolicy"),
         ({}, {"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels is no argument of this call"),
         ({}, {"advantages": torch.ones(1), "objective": "dapo"}, "objective must be a PolicyObjective.*got 'dapo'"),
         ({}, {"objective": PRESETS["dapo"]}, "objective belongs to the loss, which needs advantages"),
