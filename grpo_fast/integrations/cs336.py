@@ -1,7 +1,7 @@
 """The functions of Stanford CS336's assignment 5 (Alignment and Reasoning RL, spring 2025), on the fused operations.
 
-Names, arguments and results are the assignment's, so that its tests pass with these in `tests/adapters.py`.
-Log-probabilities come from `linear_logprob`, without logits, and per-token losses from `grpo_kernels`' objectives.
+Names, arguments and results are the assignment's, so its tests pass with these functions in `tests/adapters.py`.
+Log-probabilities come from `linear_logprob`, without logits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from grpo_fast.errors import UserError
 from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.rollout import Sampling, TransformersRollout
-from grpo_kernels import PRESETS, PolicyObjective, masked_mean
-from grpo_kernels._policy_terms import TOKEN_LOSSES
+from grpo_kernels import masked_mean
 
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
 RewardFunction = Callable[[str, str], dict[str, float]]
-# What each loss type needs besides the policy's log-probabilities.
+# Arguments that each loss type needs besides the policy's log-probabilities.
 NEEDED = {
     "no_baseline": ("raw_rewards",),
     "reinforce_with_baseline": ("advantages",),
@@ -162,18 +161,9 @@ def compute_group_normalized_rewards(
     return advantages.flatten().float(), rewards.float(), metadata
 
 
-def _token_loss(log_probs: Tensor, factor: Tensor, objective: PolicyObjective, ratio: Tensor) -> Tensor:
-    """The objective's loss of each token, ``[B, T]``, differentiable in `log_probs`; `factor` is ``[B, 1]``."""
-    logp = log_probs.detach()
-    value, through_ratio, direct = TOKEN_LOSSES[objective.kind](ratio, logp, factor.expand_as(logp), objective)
-    slope = through_ratio if direct is None else direct
-    return value + slope * (log_probs - logp)
-
-
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
     """``-A log p`` of each token, ``[B, T]``, from ``[B, 1]`` and ``[B, T]``."""
-    ratio = torch.ones_like(policy_log_probs)
-    return _token_loss(policy_log_probs, raw_rewards_or_advantages, PRESETS["reinforce"], ratio)
+    return -raw_rewards_or_advantages * policy_log_probs
 
 
 def compute_grpo_clip_loss(
@@ -194,10 +184,9 @@ def compute_grpo_clip_loss(
     """
     if not 0 < cliprange < math.inf:
         raise UserError(f"cliprange={cliprange!r} is not allowed: it must be a finite number above 0")
-    ratio = torch.exp(policy_log_probs.detach() - old_log_probs.detach())
-    loss = _token_loss(policy_log_probs, advantages, PolicyObjective(epsilon=cliprange), ratio)
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages < ratio * advantages
-    return loss, {"clipped": clipped}
+    ratio = torch.exp(policy_log_probs - old_log_probs.detach())
+    free, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    return -torch.minimum(free, clipped), {"clipped": clipped < free}
 
 
 def compute_policy_gradient_loss(
@@ -395,5 +384,4 @@ def _accumulate_gradients(
 
 def _up_to(text: str, stop: str | None) -> str:
     """`text` up to the end of the first `stop` in it."""
-    end = text.find(stop) if stop else -1
-    return text if end < 0 else text[: end + len(stop)]
+    return "".join(text.partition(stop)[:2]) if stop else text

@@ -208,12 +208,10 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
         routed = kwargs.pop("output_router_logits", getattr(config, "output_router_logits", False))
         check_keywords(kwargs, self, inner)
         output = inner(*args, use_cache=False, **kwargs, **({"output_router_logits": True} if routed else {}))
-        weight, bias, group = head_tensors(layer)
-        hidden, labels = output.last_hidden_state.to(weight.device), labels.to(weight.device)
+        head = {**head_tensors(layer), "temperature": temperature, **logit_transform(self.config)}
+        hidden, labels = (x.to(head["weight"].device) for x in (output.last_hidden_state, labels))
         enabled = torch.is_autocast_enabled(hidden.device.type) and not in_float32
         with torch.autocast(hidden.device.type, enabled=enabled):
-            head = {"weight": weight, "bias": bias, "process_group": group, "temperature": temperature}
-            head |= logit_transform(self.config)
             found = _run_head(hidden.float() if in_float32 else hidden, labels, policy_loss, with_entropy, head)
         aux_loss = router_loss(self, output.router_logits, kwargs.get("attention_mask")) if routed else None
         return _utils.FusedCausalLMOutput(**found, aux_loss=aux_loss)

@@ -118,22 +118,6 @@ class Group(NamedTuple):
         return [place for places in (range(self.prompt), *own) for place in places]
 
 
-class Varlen(NamedTuple):
-    """The sequences one after another, for kernels that take any lengths; L is the sum of their lengths.
-
-    Attributes:
-        positions: ``[L]`` int64, positions in the row; None if that is every position once, in order.
-        cu_seqlens: ``[S + 1]`` int32, offsets of the sequences.
-        longest: length of the longest one.
-        outputs: ``[T]`` int64, which of the L entries is the output of each position of the row.
-    """
-
-    positions: Tensor | None
-    cu_seqlens: Tensor
-    longest: int
-    outputs: Tensor
-
-
 class Segments:
     """The sequences of a packed row, which consists of `groups`, one after another; indices are on `device`."""
 
@@ -144,18 +128,21 @@ class Segments:
         return Segments(self.groups, device)
 
     @cached_property
-    def varlen(self) -> Varlen:
+    def varlen(self) -> tuple[Tensor | None, Tensor, int, Tensor]:
+        """The sequences one after another, for kernels that take any lengths; L is the sum of their lengths.
+
+        Returns:
+            ``[L]`` int64 positions in the row (None if that is every position once, in order); ``[S + 1]`` int32
+            offsets of the sequences; the longest length; and ``[T]`` int64, which of the L entries is the output of
+            each position of the row.
+        """
         sequences = [sequence for group in self.groups for sequence in group.sequences()]
         positions = [position for sequence in sequences for position in sequence]
         ends = list(accumulate(map(len, sequences), initial=0))
+        offsets = torch.tensor(ends, dtype=torch.int32, device=self.device)
         outputs = self._first(positions)
-        shared = len(positions) != len(outputs)
-        return Varlen(
-            torch.tensor(positions, device=self.device) if shared else None,
-            torch.tensor(ends, dtype=torch.int32, device=self.device),
-            max(map(len, sequences)),
-            outputs,
-        )
+        gathered = None if len(positions) == len(outputs) else torch.tensor(positions, device=self.device)
+        return gathered, offsets, max(map(len, sequences)), outputs
 
     @cached_property
     def buckets(self) -> tuple[list[Bucket], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -222,23 +222,14 @@ def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_m
     return balance(router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
-class HeadTensors(NamedTuple):
-    """The differentiable tensors of an output head.
+def head_tensors(head: nn.Linear) -> dict[str, Any]:
+    """The differentiable tensors of an output head, as arguments of the operations.
 
-    Attributes:
-        weight: ``[V, H]``; if tensor parallelism shards the vocabulary, the rows of this process.
-        bias: ``[V]``, or None.
-        group: the processes that hold a shard of the vocabulary each and work on the same tokens, for the operations'
-            `process_group`; None for a whole head.
-    """
+    Call it inside the wrapped module's forward, and only once: each access computes a parametrization again.
 
-    weight: Tensor
-    bias: Tensor | None
-    group: Any
-
-
-def head_tensors(head: nn.Linear) -> HeadTensors:
-    """Call it inside the wrapped module's forward, and only once: each access computes a parametrization again.
+    Returns:
+        ``weight [V, H]`` and ``bias [V]`` or None; if tensor parallelism shards the vocabulary, this process's rows,
+        and as `process_group` the processes that hold the other shards and work on the same tokens.
 
     Raises:
         UserError: FSDP2 has sharded the head by itself, so that it is not gathered in that forward; the head is
@@ -248,7 +239,7 @@ def head_tensors(head: nn.Linear) -> HeadTensors:
     group = weight.device_mesh.get_group() if isinstance(weight, DTensor) else None
     weight, bias = _local(head, weight), None if bias is None else _local(head, bias)
     require_plain("the output head", weight)
-    return HeadTensors(weight, bias, group)
+    return {"weight": weight, "bias": bias, "process_group": group}
 
 
 def require_plain(name: str, weight: Tensor) -> None:

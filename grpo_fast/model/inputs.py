@@ -72,10 +72,9 @@ def check_keywords(given: Mapping[str, Any], model: nn.Module, inner: nn.Module,
             raise UserError("return_dict=False is not supported: the call returns tensors or a PolicyLoss")
         if name in passed or name in REFUSED or name == "return_dict":
             continue
-        if name in RENAMED:
-            raise UserError(f"{name} is no argument of this call: it is called {RENAMED[name]} here")
-        if name in INSTEAD:
-            raise UserError(f"{name} is no argument of this call: {INSTEAD[name]}")
+        hint = f"it is called {RENAMED[name]} here" if name in RENAMED else INSTEAD.get(name)
+        if hint:
+            raise UserError(f"{name} is no argument of this call: {hint}")
         if name not in known and "input_ids" in known:
             raise UserError(
                 f"{name} is no argument of this call, nor of {type(inner).__name__}.forward"
@@ -98,10 +97,9 @@ def function_arguments(function: Callable) -> frozenset[str]:
 def check_tensors(**arguments: Any) -> None:
     """Raise a UserError if an argument is neither a tensor nor None."""
     for name, value in arguments.items():
-        if value is None or isinstance(value, Tensor):
-            continue
-        hint = "; pass its parts by name: policy(**batch)" if isinstance(value, Mapping) else ""
-        raise UserError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
+        if not isinstance(value, Tensor | None):
+            hint = "; pass its parts by name: policy(**batch)" if isinstance(value, Mapping) else ""
+            raise UserError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
 
 
 def check_token_ids(input_ids: Tensor, config: Any, with_inputs: bool) -> None:

@@ -300,8 +300,7 @@ class FusedPolicy(nn.Module):
 
     def _head(self) -> dict[str, Any]:
         """Arguments of the operations: the output head and what it does to the logits."""
-        weight, bias, group = head_tensors(self.causal_lm.get_output_embeddings())
-        return {"weight": weight, "bias": bias, "process_group": group, **self.head_options}
+        return {**head_tensors(self.causal_lm.get_output_embeddings()), **self.head_options}
 
     def _compare(self, microbatch: Microbatch, fingerprint: tuple, model_inputs: dict[str, Any]) -> None:
         """Compare what has not been compared yet.
