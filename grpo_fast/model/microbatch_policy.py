@@ -53,7 +53,9 @@ class MicrobatchPolicy(FusedPolicy):
             for longest in (0, 1 << 30)
         )
         device = self.model.device
-        obstacle = within(self.model, partial(self._packing_obstacle, padded.to(device), packed.to(device)))
+        compare = partial(self._packing_obstacle, padded.to(device), packed.to(device))
+        # Both the policy and the model may be sharded.
+        obstacle = within(self, partial(within, self.model, compare))
         if obstacle and padding_free == "always":
             name, attention = type(self.model).__name__, self.model.config._attn_implementation
             raise UserError(

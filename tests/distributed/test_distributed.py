@@ -47,7 +47,7 @@ def runs(tmp_path_factory) -> tuple[dict, list[dict], Path]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_weights_and_figures_are_those_of_one_process(runs, mode, case):
+def test_two_processes_train_as_one_does(runs, mode, case):
     alone, found, _ = runs
     one, *two = alone[case], *(each[f"{mode} {case}"] for each in found)
     assert one["gradient"].norm() > 1e-3
@@ -65,7 +65,7 @@ def test_gradients_weights_and_figures_are_those_of_one_process(runs, mode, case
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_runs_that_go_on_with_another_number_of_processes(runs, mode):
+def test_runs_resumed_with_another_number_of_processes_are_the_same(runs, mode):
     *_, folder = runs
     one_again = folder / mode / "two then one"
     train(one_again, Given, resume=True)
@@ -84,26 +84,26 @@ def assert_same_but_for_rounding(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_first_process_samples_ahead_from_a_server(runs, mode):
+def test_sampling_ahead_from_a_server_by_the_first_process(runs, mode):
     assert_same_but_for_rounding(runs[2] / mode / "served", runs[2] / "served")
     assert figures(runs[2] / mode / "served")[-1]["sampling/importance_sampling_ratio/mean"] != 1
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_of_as_many_processes_is_the_same(runs, mode):
+def test_runs_resumed_with_two_processes_are_the_same(runs, mode):
     folder = runs[2] / mode
     assert_same_run(folder / "resumed", folder / "sampled")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_signal_to_one_process_stops_both_after_the_same_step(runs, mode):
+def test_signal_to_one_process_stops_both_after_the_same_step(runs, mode):
     _, found, folder = runs
     assert [each[f"{mode} killed"] for each in found] == [128 + signal.SIGTERM] * 2
     assert [path.name for path in (folder / mode / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
     assert len(figures(folder / mode / "killed")) == 2
 
 
-def test_a_bad_step_of_one_process_stops_both(runs):
+def test_step_that_is_not_finite_in_one_process_stops_both(runs):
     """Also where each has its own share of the weights, and so of the numbers that are not finite."""
     first, second = (each["bad steps"] for each in runs[1])
     assert first == second
@@ -114,7 +114,7 @@ def test_a_bad_step_of_one_process_stops_both(runs):
         assert first[f"{mode} weights"].startswith("NotFiniteError (False): the updated weights are not finite")
 
 
-def test_what_fails_in_one_process_ends_all(runs):
+def test_error_in_one_process_is_raised_in_all(runs):
     first, second = (each["errors"] for each in runs[1])
     assert first.pop("main") == "KeyError: 'a'"
     assert second.pop("main") == "UserError: process 0 failed: KeyError: 'a'"
@@ -130,16 +130,16 @@ def test_what_fails_in_one_process_ends_all(runs):
     }
 
 
-def test_the_head_is_gathered_once_for_a_microbatch(runs):
+def test_head_is_gathered_once_per_microbatch(runs):
     # Two layers, and once what lies outside of them; the backward gathers the layers again.
     assert all(found["gathers"] == [3, 2] for found in runs[1])
 
 
-def test_a_head_in_parts_of_the_vocabulary_equals_the_whole_one(runs):
+def test_head_in_vocabulary_shards_equals_the_whole_head(runs):
     assert all(found["parts"] <= 1e-12 for found in runs[1])
 
 
-def test_microbatches_are_dealt_evenly():
+def test_deal_microbatches_is_even():
     lengths = torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Row([index], length) for index, length in enumerate(lengths)]
     for ranks in (2, 3, 8):
@@ -164,7 +164,7 @@ def test_microbatches_are_dealt_evenly():
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
+def test_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
     """What a process computes that has less to do than the others."""
     hidden, nothing = torch.randn(0, 16, requires_grad=True), torch.zeros(0)
     weight = torch.randn(37, 16, requires_grad=not frozen)
@@ -179,5 +179,5 @@ def test_a_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
     assert not any(result.stats.values())
 
 
-def test_one_process_is_not_sharded():
+def test_is_sharded_is_false_for_one_process():
     assert not is_sharded(GRPOConfig("x", dataset_name="x", reward_funcs=["x"], fsdp=True))

@@ -56,5 +56,5 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_is_the_same(folder, mode, name):
+def test_resumed_runs_with_more_settings_are_the_same(folder, mode, name):
     assert_same_run(folder / mode / f"{name}, resumed", folder / mode / name)

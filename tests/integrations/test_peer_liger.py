@@ -147,16 +147,16 @@ def compare(name, temperature=1.0, correction=False, frozen=False, with_bias=Fal
 @pytest.mark.parametrize("correction", [False, True], ids=["", "corrected"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("name", CASES)
-def test_shared_variants(name, frozen, correction):
+def test_linear_policy_loss_equals_liger(name, frozen, correction):
     compare(name, frozen=frozen, correction=correction)
 
 
 @pytest.mark.parametrize("name", ["grpo", "kl", "cispo", "sequence, grpo"])
-def test_bias_and_temperature(name):
+def test_bias_and_temperature_equal_liger(name):
     compare(name, temperature=0.8, with_bias=True, chunk_size=4)
 
 
-def test_the_comparison_can_fail():
+def test_comparison_detects_differences():
     arguments = make(1.0, False)
     right = gradients(*liger(arguments, "grpo", objective_of("grpo"), 1.0, False, False))
     for wrong, temperature, correction in [("dapo", 1.0, False), ("grpo", 0.99, False), ("grpo", 1.0, True)]:

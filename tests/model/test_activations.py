@@ -83,7 +83,7 @@ def kept_bytes(made, ids):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_checkpointing(lora):
+def test_checkpointing_keeps_gradients_and_saves_memory(lora):
     plain, checkpointed = model(lora), model(lora, gradient_checkpointing=True)
     ids = batch()
     assert_same(gradients(checkpointed, ids), gradients(plain, ids))
@@ -113,7 +113,7 @@ def free_bytes(offloader):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_offloading_leaves_the_gradients(lora):
+def test_offloading_keeps_gradients(lora):
     plain = model(lora)
     made, offloader, sent = offloading_model(lora)
     ids = batch()
@@ -141,7 +141,7 @@ def test_offloaded_tensors_leave_the_device(monkeypatch):
     assert all(saved.tensor is None for saved in alive[:-1])
 
 
-def test_tensors_come_back_one_layer_ahead(monkeypatch):
+def test_offloaded_tensors_return_one_layer_ahead(monkeypatch):
     """Unpacking a layer's input sets off the copy of the one below, so that none is fetched when it is wanted."""
     made, offloader, _ = offloading_model()
     events, fetch, unpack = [], offloader._fetch, type(offloader)._unpack
@@ -166,7 +166,7 @@ def test_tensors_come_back_one_layer_ahead(monkeypatch):
     assert events == expected
 
 
-def test_buffers_are_reused():
+def test_offload_buffers_are_reused():
     made, offloader, sent = offloading_model()
     gradients(made, batch())
     addresses = {buffer.data_ptr() for buffer in offloader.free}
@@ -176,7 +176,7 @@ def test_buffers_are_reused():
     assert len(sent) == 4 * (LAYERS - 1)
 
 
-def test_a_graph_without_backward_gives_its_buffers_back():
+def test_offload_buffers_are_freed_without_a_backward():
     made, offloader, sent = offloading_model()
     hidden = made.base_model(input_ids=batch(), use_cache=False).last_hidden_state
     assert not offloader.free
@@ -188,7 +188,7 @@ def test_a_graph_without_backward_gives_its_buffers_back():
     assert len(sent) == LAYERS - 1
 
 
-def test_two_graphs_at_once():
+def test_offloading_with_two_graphs_at_once():
     """The second forward comes before the first backward."""
     made, *_ = offloading_model()
     plain = model()
@@ -201,7 +201,7 @@ def test_two_graphs_at_once():
     assert_same(got, expected)
 
 
-def test_small_and_shared_tensors():
+def test_offloading_of_small_and_shared_tensors():
     made, _, sent = offloading_model(min_bytes=1 << 20)
     gradients(made, batch())
     assert sent == []
@@ -216,7 +216,7 @@ def test_small_and_shared_tensors():
     loss.backward()
 
 
-def test_a_changed_tensor_is_not_taken_for_the_one_before():
+def test_offloading_of_a_tensor_changed_in_place():
     offloader = activations.ActivationOffloader(0)
     tensor = torch.zeros(8)
     first = offloader._pack(False, tensor)
@@ -229,7 +229,7 @@ def test_a_changed_tensor_is_not_taken_for_the_one_before():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True, ["gate_proj", "down_proj"]])
-def test_tiled_mlp_leaves_the_gradients(lora, checkpointing, monkeypatch):
+def test_tiled_mlp_keeps_gradients(lora, checkpointing, monkeypatch):
     """Over several microbatches too; with adapters on the MLPs alone, the first MLP's input needs no gradient."""
     monkeypatch.setattr(activations.tile_mlps, "__defaults__", (7,))
     batches = [batch(seed=0), batch(20, seed=1), batch(3, rows=1, seed=2)]
@@ -237,7 +237,7 @@ def test_tiled_mlp_leaves_the_gradients(lora, checkpointing, monkeypatch):
     assert_same(gradients(tiled, *batches), gradients(model(lora), *batches), rtol=1e-10, atol=1e-13)
 
 
-def test_tiles_bound_the_intermediates():
+def test_tiled_mlp_bounds_the_intermediates():
     wide = {"intermediate_size": 512, "num_hidden_layers": 2}
     plain, tiled = (tiny_model(torch.float32, **wide).train() for _ in range(2))
     assert tile_mlps(tiled, 8) == 2
@@ -288,7 +288,7 @@ def test_tiled_mlp_with_dropout_and_autocast():
     assert all(any(torch.equal(again, first) for first in masks[:3]) for again in masks[3:])
 
 
-def test_everything_at_once(monkeypatch):
+def test_activations_with_all_options(monkeypatch):
     monkeypatch.setattr(activations.tile_mlps, "__defaults__", (7,))
     monkeypatch.setattr(activations.offload_checkpoints, "__defaults__", (0,))
     batches = [batch(seed=0), batch(20, seed=1)]
@@ -296,7 +296,7 @@ def test_everything_at_once(monkeypatch):
     assert_same(gradients(made, *batches), gradients(model(True), *batches), rtol=1e-10, atol=1e-13)
 
 
-def test_a_copy_has_weights_of_its_own():
+def test_tiled_mlp_of_a_copy_uses_its_weights():
     """The reference policy is a deep copy; its tiled MLPs must not compute with the trained weights."""
     made = tiny_model(num_hidden_layers=2)
     prepare_activations(made, config(tiled_mlp=True, gradient_checkpointing=True, activation_offloading=True))
@@ -310,7 +310,7 @@ def test_a_copy_has_weights_of_its_own():
     assert not before.eq(0).all()
 
 
-def test_refused():
+def test_activations_unsupported_models_are_refused():
     moe = tiny_model(
         config_class=Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8,
         decoder_sparse_step=1,
@@ -328,7 +328,7 @@ def test_refused():
         prepare_activations(gpt2, config(use_liger_kernel=True))
 
 
-def test_liger_replaces_the_modules(monkeypatch):
+def test_use_liger_kernel_replaces_the_modules(monkeypatch):
     """That they compute the same is for a GPU to show."""
     # liger-kernel also changes the module that all Llamas share.
     for name, value in list(vars(modeling_llama).items()):

@@ -151,7 +151,7 @@ def gradients(model, logprobs, entropy) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_models_own_logits(name):
+def test_fused_policy_equals_the_models_own_logits(name):
     case = CASES[name]
     model = small_model(case)
     expected = own(model)
@@ -174,7 +174,7 @@ def test_equals_the_models_own_logits(name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "output_router_logits" in case.fields])
-def test_router_loss_equals_transformers_own(name):
+def test_router_loss_equals_that_of_transformers(name):
     """In the loss with its coefficient and share, and on its own; its gradient reaches the routers."""
     case = CASES[name]
     model = small_model(case)
@@ -204,7 +204,7 @@ def test_router_loss_equals_transformers_own(name):
 
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("name", MULTIMODAL)
-def test_images_are_passed_on(name, images):
+def test_images_are_passed_to_the_model(name, images):
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(MULTIMODAL[name]).eval()
     ids = torch.randint(2, 250, (2, WIDTH))
@@ -233,7 +233,7 @@ UNKNOWN = {
     reason="older transformers reject this configuration themselves",
 )
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_transforms_are_refused(name):
+def test_unknown_logit_transforms_are_refused(name):
     policy = FusedPolicy(small_model(UNKNOWN[name]))
     for _ in range(2):
         with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):

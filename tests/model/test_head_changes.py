@@ -245,7 +245,7 @@ def test_trainers_policy_refuses_a_changed_head(change):
         packed_logprobs(policy, samples, 200, "shared")
 
 
-def test_another_head_is_compared_again():
+def test_policy_compares_another_head_again():
     """Both with the model's own logits, so that what the new one does cannot go unnoticed; a copy has its own."""
     model = tiny_model()
     policy = FusedPolicy(model)
@@ -263,13 +263,13 @@ def test_another_head_is_compared_again():
     assert other(IDS).shape == (2, 8)
 
 
-def test_mixed_adapters_are_followed():
+def test_policy_follows_mixed_adapters():
     model = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj"]), mixed=True)
     expected = model(input_ids=IDS).logits[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(FusedPolicy(model)(IDS), expected, rtol=1e-8, atol=1e-8)
 
 
-def test_peft_methods_that_need_the_peft_model_are_refused():
+def test_policy_refuses_peft_methods_outside_the_layers():
     activated = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj"], alora_invocation_tokens=[3, 4]))
     with pytest.raises(UserError, match="activated LoRA"):
         FusedPolicy(activated)

@@ -29,7 +29,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equals_the_models_own_logits(name, layout):
+def test_microbatch_policy_equals_the_models_own_logits(name, layout):
     """Log-probabilities, and the gradient of every parameter."""
     config_class, overrides = ARCHITECTURES[name]
     model = tiny_model(config_class=config_class, **overrides)
@@ -75,7 +75,7 @@ def test_unknown_logit_transform_is_refused():
         MicrobatchPolicy(model).check_head([2, 3, 4, 5])
 
 
-def test_packing_is_left_where_attention_is_of_another_kind(monkeypatch):
+def test_check_packing_with_other_attention(monkeypatch):
     model = tiny_model()
     model.config.layer_types = ["full_attention", "linear_attention"]
     policy = MicrobatchPolicy(model)
@@ -84,7 +84,7 @@ def test_packing_is_left_where_attention_is_of_another_kind(monkeypatch):
         policy.check_packing([2, 3, 4, 5], "always")
 
 
-def test_packing_is_left_where_it_gives_something_else(monkeypatch):
+def test_check_packing_with_different_results(monkeypatch):
     """A model that adds to its scores, or one that looks across sequences, cannot slip through."""
     policy = MicrobatchPolicy(tiny_model())
     monkeypatch.setattr(attention, "UNKNOWN", ("scaling",))
@@ -98,7 +98,7 @@ def test_packing_is_left_where_it_gives_something_else(monkeypatch):
         policy.check_packing([2, 3, 4, 5], "always")
 
 
-def test_packing_falls_back_where_the_model_fails_in_its_own_way(monkeypatch):
+def test_check_packing_with_an_error_of_the_model(monkeypatch):
     """Not every model that cannot take packed rows raises an error of ours."""
 
     def fail(*_, **__):
@@ -124,6 +124,6 @@ def test_policies_share_one_layout_and_one_forward(packed):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_loss_inputs_are_named():
+def test_loss_inputs_are_passed_by_keyword():
     with pytest.raises(TypeError, match="takes 1 positional argument"):
         LossInputs(PRESETS["grpo"], torch.ones(1), torch.ones(1))

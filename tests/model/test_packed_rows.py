@@ -55,7 +55,7 @@ def gradients(model, logprobs):
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_packed_row_equals_its_sequences_however_it_is_told(name):
+def test_packed_row_equals_its_sequences(name):
     """Log-probabilities and every gradient, in float64, are those of plain logits of each sequence."""
     model = tiny_model()
     expected = torch.cat([plain(model, sequence) for sequence in SEQUENCES])
@@ -116,14 +116,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_packed_row_that_cannot_be_taken_is_refused_in_one_line(name):
+def test_invalid_packed_rows_are_refused_in_one_line(name):
     arguments, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as error:
         FusedPolicy(tiny_model())(**{"input_ids": ROW, **arguments})
     assert "\n" not in str(error.value)
 
 
-def test_padded_rows_are_not_taken_for_packed_ones():
+def test_padded_rows_are_not_mistaken_for_packed_ones():
     """Positions that start again behind padding, that leave some out, or masks with one number a row pack nothing."""
     model = tiny_model()
     ids = torch.randint(2, VOCAB, (2, 8))
@@ -214,7 +214,7 @@ def test_packed_images_equal_their_sequences(name, told):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_that_are_attended_both_ways_are_refused_in_a_packed_row(dtype):
+def test_packed_images_with_attention_in_both_directions_are_refused(dtype):
     """Gemma 3's; in 16 bits too, where the difference is small. In rows of their own they are right."""
     model = image_model("Gemma 3", dtype)
     _, row, inputs = packed_images("Gemma 3")
@@ -231,7 +231,7 @@ def test_images_that_are_attended_both_ways_are_refused_in_a_packed_row(dtype):
         assert "\n" not in str(error.value)
 
 
-def test_check_of_packed_images_sees_wrong_positions(monkeypatch):
+def test_check_of_packed_images_detects_wrong_positions(monkeypatch):
     model = image_model("Qwen2.5-VL", torch.float32)
     _, row, inputs = packed_images("Qwen2.5-VL")
     inputs["pixel_values"] = inputs["pixel_values"].float()
@@ -243,7 +243,7 @@ def test_check_of_packed_images_sees_wrong_positions(monkeypatch):
         FusedPolicy(model)(row, cu_seqlens=torch.tensor([0, 12, 22, 28]), **inputs)
 
 
-def test_placeholders_outside_of_the_vocabulary():
+def test_image_placeholders_outside_the_vocabulary():
     """Gemma 3's own config may put them there; without images they are no token's."""
     config = transformers.Gemma3Config(**{**MULTIMODAL["Gemma 3"].to_dict(), "image_token_index": 300})
     torch.manual_seed(0)
