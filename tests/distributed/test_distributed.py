@@ -1,6 +1,6 @@
 """Two processes train as one does: DDP and FSDP2 on the CPU, in float64, and on completions that are given.
 
-All of it runs in one pair of processes, which takes seconds to start; meanwhile this process does the same alone.
+All of it runs in one pair of processes, which take seconds to start; meanwhile this process does the same by itself.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from support.runs import assert_same_run, figures, saved_weights
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict, list[dict], Path]:
-    """What one process finds, what each of two finds, and the folder of their runs."""
+    """The results of one process, those of each of two, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("runs")
     train(folder / "half", Given, max_steps=2)
     for mode in MODES:
@@ -60,7 +60,7 @@ def test_two_processes_train_as_one_does(runs, mode, case):
         for mine, theirs in zip(other["figures"], one["figures"], strict=True):
             # Advantages, weights and log-probabilities of the trainer are float32.
             assert case in ALLOWED or mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    # However they round, the processes never drift apart.
+    # However they round, the weights of both processes stay equal.
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(two[0]["weights"], two[1]["weights"], strict=True))
 
 
@@ -104,7 +104,7 @@ def test_signal_to_one_process_stops_both_after_the_same_step(runs, mode):
 
 
 def test_step_that_is_not_finite_in_one_process_stops_both(runs):
-    """Also where each has its own share of the weights, and so of the numbers that are not finite."""
+    """Also if each holds its shard of the weights, and so of the numbers that are not finite."""
     first, second = (each["bad steps"] for each in runs[1])
     assert first == second
     for mode in MODES:
@@ -131,7 +131,7 @@ def test_error_in_one_process_is_raised_in_all(runs):
 
 
 def test_head_is_gathered_once_per_microbatch(runs):
-    # Two layers, and once what lies outside of them; the backward gathers the layers again.
+    # Two layers and once the other weights; the backward gathers the layers again.
     assert all(found["gathers"] == [3, 2] for found in runs[1])
 
 
@@ -152,7 +152,7 @@ def test_deal_microbatches_is_even():
             assert max(sizes if packed else longest) <= 100
             loads = [sum(row.length for m in own for row in m) for own in dealt]
             assert max(loads) - min(loads) <= (10 if packed else 100)
-    # A row above the budget has a microbatch of its own; where there are too few rows, some have none.
+    # A row above the budget is a microbatch by itself; if there are too few rows, some microbatches are empty.
     assert deal_microbatches([Row([0], 300), Row([1], 5), Row([2], 5)], 100, True, 2) == [
         [[Row([0], 300)]],
         [[Row([1], 5), Row([2], 5)]],
@@ -165,7 +165,7 @@ def test_deal_microbatches_is_even():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
-    """What a process computes that has less to do than the others."""
+    """The microbatch of a process that has fewer of them than the others."""
     hidden, nothing = torch.randn(0, 16, requires_grad=True), torch.zeros(0)
     weight = torch.randn(37, 16, requires_grad=not frozen)
     objective = dataclasses.replace(PRESETS[preset], beta=0.1, entropy_coef=0.1)

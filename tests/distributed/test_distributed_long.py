@@ -1,4 +1,4 @@
-"""Runs of two processes with more settings: both have the same weights at the end, and a resumed run is the same."""
+"""Runs of two processes with more settings: both end with the same weights, and a resumed run is the same."""
 
 import contextlib
 import os

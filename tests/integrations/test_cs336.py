@@ -1,4 +1,4 @@
-"""The assignment's functions against its published description, written out plainly here."""
+"""The assignment's functions compared with its published description, written out here."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_compute_entropy():
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_get_response_log_probs(with_entropy):
-    """As from the model's own logits, gradients of all its weights included."""
+    """As computed from the model's own logits, including the gradients of all weights."""
     model = tiny_model()
     tokens = torch.randint(0, VOCAB, (B, T + 1))
     input_ids, labels = tokens[:, :-1], tokens[:, 1:]

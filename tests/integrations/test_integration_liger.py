@@ -1,4 +1,4 @@
-"""FusedLinearGRPOLoss beside Liger's own class: value, gradients and metrics, called alike."""
+"""FusedLinearGRPOLoss compared with Liger's class: value, gradients and metrics of the same calls."""
 
 import inspect
 
@@ -117,7 +117,7 @@ def test_num_items_in_batch_equals_liger(loss_type, items):
 @pytest.mark.parametrize("items", [None, 90])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_loss_of_several_processes_equals_liger(loss_type, items, monkeypatch):
-    """Two processes, of which the other one has twice as many tokens."""
+    """Two processes; the other one has twice as many tokens."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.mul_(3))
@@ -148,7 +148,7 @@ def test_empty_sequence_equals_liger():
 
 
 def test_loss_without_bias_in_16_bits():
-    """Liger's own error is the larger one; the gradients come in the dtype of the leaves."""
+    """Liger's error is larger; the gradients have the dtype of the leaves."""
     arguments = {**make(torch.bfloat16), "bias": None}
     loss, _, grads = call(FusedLinearGRPOLoss, arguments)
     exact = {name: v.float() if v is not None and v.is_floating_point() else v for name, v in arguments.items()}
@@ -180,7 +180,7 @@ def test_constructor_refuses_unsupported_options(message):
 
 @pytest.mark.parametrize("name", ["dapo", "kl, grpo", "cispo", "sapo", "sequence", "vespo", "luspo"])
 def test_equal_advantages_per_token_equal_liger(name):
-    """One advantage a token gives Liger's loss where a row's are the same."""
+    """Advantages per token give Liger's loss if those of a row are the same."""
     arguments, shape = make(), (B, T)
     per_token = {**arguments, "advantages": arguments["advantages"][:, None].expand(shape).contiguous()}
     expected, metrics, gradients = call(LigerFusedLinearGRPOLoss, arguments, **CASES[name])

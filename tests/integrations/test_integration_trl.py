@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer beside TRL's own trainer: same data and seed, step by step."""
+"""FusedGRPOTrainer compared with TRL's trainer: same data and seed, step by step."""
 
 import copy
 import os
@@ -35,7 +35,7 @@ from grpo_fast.rewards.sorting import digits_included, digits_ordered
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 STEPS = int(os.environ.get("TRL_STEPS", "20"))
-# Seconds, and what follows from them, are the machine's.
+# Seconds, and what depends on them, differ between runs.
 UNCOMPARED = ("step_time", "runtime", "per_second", "flos", "total_")
 
 
@@ -69,7 +69,7 @@ def rewards():
 
 
 def build(kind, folder, out, peft=None, model=None, **fields):
-    # With Adam's own epsilon of 1e-8, a gradient that is rounding alone would move its weight by a whole step.
+    # With Adam's default epsilon of 1e-8, a gradient of mere rounding would move its weight by a whole step.
     args = trl.GRPOConfig(
         **{
             "output_dir": str(out), "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
@@ -105,7 +105,7 @@ def trajectory(trainer):
 
 def compare(folder, tmp_path, peft=None, one_pass=True, tolerance=1e-4, **fields):
     """Losses, metrics and weights of both trainers agree at every step; returns ours."""
-    # Each sets the seed when it is built, and both then draw the same random numbers.
+    # Each sets the seed when it is built, so both draw the same random numbers.
     theirs, their_logs = trajectory(build(trl.GRPOTrainer, folder, tmp_path / "trl", copy.deepcopy(peft), **fields))
     trainer = build(FusedGRPOTrainer, folder, tmp_path / "fused", copy.deepcopy(peft), **fields)
     assert (trainer._objective is not None) == one_pass
@@ -173,7 +173,7 @@ def test_trainer_with_an_adapter_equals_trl(level, folder, tmp_path):
 
 
 def batch(trainer, tools_are_far, rows=6, prompt=4, length=7):
-    """One of TRL's microbatches, with all that a loss may ask for; ratios on both sides of every bound."""
+    """One of TRL's microbatches with every field that a loss may read; ratios on both sides of every bound."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([7, 1, 5, 3, 6, 2])
     mask = (torch.arange(length) < lengths[:, None]).long()
@@ -187,7 +187,7 @@ def batch(trainer, tools_are_far, rows=6, prompt=4, length=7):
     noise = [torch.randn(rows, length, generator=generator) for _ in range(3)]
     tools = torch.ones(rows, length, dtype=torch.long)
     tools[0, 2:5] = tools[4, 3] = 0
-    # What a tool answers may be anything, to the policy that sampled as well.
+    # A tool's answer may be improbable, also under the policy that sampled.
     far = torch.where(tools == 0, -120.0, 0.0) * tools_are_far
     return {
         "prompt_ids": ids[:, :prompt], "prompt_mask": prompt_mask, "completion_ids": ids[:, prompt:],
@@ -273,7 +273,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trainer_models_equal_trl(name, folder, tmp_path):
-    """What a model does to its logits, and the loss that balances its experts."""
+    """Models that transform their logits, and one with a loss that balances its experts."""
     torch.manual_seed(0)
     config, fields = MODELS[name]
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -307,7 +307,7 @@ def test_loss_computes_no_logits(folder, tmp_path, monkeypatch):
 
 
 def test_mixed_precision_is_as_exact_as_trl(folder, tmp_path):
-    """Under autocast both round, ours not the logits."""
+    """Under autocast both round, but ours does not round the logits."""
     wanted, got = (loss_of(kind, folder, tmp_path, False, bf16=True) for kind in (trl.GRPOTrainer, FusedGRPOTrainer))
     exact = loss_of(trl.GRPOTrainer, folder, tmp_path, False)
     errors = [relative_error(flat(made[1]), flat(exact[1])) for made in (got, wanted)]
@@ -331,7 +331,7 @@ def test_trainer_refuses_unsupported_arguments(message, folder, tmp_path):
     args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     for name, value in REFUSED[message].items():
         setattr(args, name, value)
-    # Before the model is loaded, of which there is none.
+    # The model does not exist, so the check must precede its loading.
     with pytest.raises(UserError, match=message) as caught:
         FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
     assert "\n" not in str(caught.value)
@@ -352,7 +352,7 @@ def test_trainer_refuses_an_unknown_logit_transform(folder, tmp_path):
 
 
 def test_changed_heads_are_refused_or_followed(folder, tmp_path):
-    """An adapter or a hook that comes after the trainer was built, and keywords that the model would swallow."""
+    """An adapter or a hook added after the trainer was built, and keywords that the model would ignore."""
     trainer = build(FusedGRPOTrainer, folder, tmp_path)
     model, ids = trainer.model, torch.randint(2, 12, (2, 7))
     call = {"input_ids": ids, "labels": ids, "fused_lm_head": True}

@@ -1,4 +1,4 @@
-"""verl's call: values and gradients beside full logits, in one process and in shards of the vocabulary."""
+"""verl's call: values and gradients compared with full logits, in one process and in vocabulary shards."""
 
 import sys
 from types import ModuleType
@@ -88,7 +88,7 @@ def shard(rank: int, store: str):
         weight = whole.detach()[part].clone().requires_grad_(trainable)
         got = integration.linear_cross_entropy(hidden, weight, labels, 0.7, "none", dist.group.WORLD)
         backward(*got)
-        # What the ranks hold adds up, as under Megatron's sequence-parallel gather.
+        # The ranks' gradients add up, as under Megatron's sequence-parallel gather.
         dist.all_reduce(hidden.grad)
         for a, b in [*zip(got, wanted, strict=True), (hidden.grad, exact[0].grad)]:
             assert relative_error(a, b) < TOLERANCE
@@ -102,7 +102,7 @@ def test_linear_cross_entropy_in_vocabulary_shards(tmp_path):
 
 
 def test_install_replaces_verls_function(monkeypatch):
-    """The places where verl keeps the name, with modules that stand in for verl's own."""
+    """Every module in which verl has the name, with modules that replace verl's."""
     names = [integration.OWNER, integration.IMPORTERS[0]]
     parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for name in sorted(parents | set(names)):
@@ -121,7 +121,7 @@ def test_install_without_verl_names_the_extra(monkeypatch):
 
 
 def test_install_with_verls_own_forward(monkeypatch):
-    """With verl installed: the forward that it gives a transformers model, ours in place of the kernel."""
+    """With verl installed: its forward of a transformers model, with our function instead of its kernel."""
     pytest.importorskip("verl")
     import verl.utils.kernel.linear_cross_entropy as owner
     from verl.models.transformers import dense_common

@@ -1,4 +1,4 @@
-"""`linear_policy_loss` against Liger's fused loss: value and gradients of the variants that both have."""
+"""`linear_policy_loss` compared with Liger's fused loss: value and gradients of the variants that both support."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def make(temperature, with_bias):
         "bias": torch.randn(V) if with_bias else None,
     }
     logprobs = linear_logprob(**arguments, temperature=temperature)
-    # Every sign of the advantage meets a sequence whose ratio is high and one whose ratio is low.
+    # For each sign of the advantage, one sequence has high ratios and another low ones.
     advantages = torch.tensor([0.7, -0.9, -1.3, 0.4, 0.0, -0.2])
     shift = 0.3 * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0])[:, None]
     old = logprobs - shift + 0.3 * torch.randn(B, T)

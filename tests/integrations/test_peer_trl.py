@@ -1,4 +1,4 @@
-"""`policy_loss` with `token_weights` against TRL's own loss: value, gradient and what both count."""
+"""`policy_loss` with `token_weights` compared with TRL's loss: value, gradient and metrics."""
 
 import dataclasses
 from collections import defaultdict
@@ -30,7 +30,7 @@ def make(lengths=LENGTHS, spread=0.3):
     mask &= torch.rand(rows, T) > 0.2
     mask[:, 0] = torch.tensor(lengths) > 0
     old = torch.randn(rows, T, dtype=torch.float64) - 2
-    # Every sign of the advantage meets a sequence whose ratio is high and one whose ratio is low.
+    # For each sign of the advantage, one sequence has high ratios and another low ones.
     advantages = torch.tensor([0.7, -0.9, -1.3, 0.4, 0.0, -0.2], dtype=torch.float64)[:rows]
     shift = spread * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:rows, None]
     return {
@@ -181,7 +181,7 @@ def test_policy_loss_presets_equal_trl(loss_type, level, kl, correction):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
 def test_delta_equals_trl(loss_type, level):
-    """The bound of the unclipped ratio matters, and matters alike."""
+    """The bound of the unclipped ratio changes both losses equally."""
     batch = make()
     objective = variant(loss_type, level, delta={"token": 1.3, "sequence": 1.16}[level])
     compare(batch, loss_type, objective)
@@ -193,7 +193,7 @@ def test_delta_equals_trl(loss_type, level):
 @pytest.mark.parametrize("preset", TRL_NAMES)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_presets_with_other_names_equal_trl(preset, beta):
-    """With their own bounds; gspo's are so narrow that only log-ratios near 0 fall between them."""
+    """With their default bounds; gspo's are so narrow that only log-ratios near 0 are within them."""
     spread = 3e-4 if preset == "gspo" else 0.6
     _, stats = compare(make(spread=spread), TRL_NAMES[preset], dataclasses.replace(PRESETS[preset], beta=beta))
     assert (stats["clip_low"] + stats["clip_high"] > 0) == (preset != "unclipped")
@@ -201,11 +201,11 @@ def test_presets_with_other_names_equal_trl(preset, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_vespo_equals_trl(beta):
-    """TRL takes a token's ratio for the corrected KL term, where ours is the sequence's, so it goes without."""
+    """Without KL correction, for which TRL uses a token's ratio, and ours the sequence's."""
     objective = dataclasses.replace(PRESETS["vespo"], beta=beta)
     compare(make(), "vespo", objective)
     compare(make(), "vespo", dataclasses.replace(objective, vespo_k_pos=1.5, vespo_lambda_neg=0.7))
-    # Ratios out of the bounds of the weight's logarithm.
+    # Ratios outside the bounds of the weight's logarithm.
     compare(make(spread=4.0), "vespo", objective)
 
 
@@ -272,7 +272,7 @@ def test_empty_sequences_count_as_in_trl(loss_type, level):
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "cispo"])
 def test_entropy_bonus_equals_trl(loss_type):
-    """TRL takes the mean over tokens whatever the loss type; ours is weighted as the rest of the loss is."""
+    """For loss types that weight tokens equally: TRL always averages the entropy over tokens."""
     compare(make(), loss_type, variant(loss_type, "token", entropy_coef=0.1))
 
 
@@ -292,7 +292,7 @@ def test_gradient_accumulation_equals_trl(loss_type):
 
 
 def test_comparison_detects_differences():
-    """Another preset, another bound or another correction is told apart by a wide margin."""
+    """Another preset, bound or correction differs by a wide margin."""
     batch, right = make(), variant("grpo", "token", beta=0.1)
     expected = trl_loss(batch, "grpo", right)[1]["logprobs"]
     for wrong in (

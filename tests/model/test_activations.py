@@ -1,4 +1,4 @@
-"""What is kept for the backward: gradients must not notice, and memory must."""
+"""What is kept for the backward: the gradients stay the same, and memory is saved."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ def config(**fields) -> GRPOConfig:
 
 
 def model(lora=False, seed=0, **fields):
-    """Four layers, optionally with adapters on some modules only, prepared as the configuration says."""
+    """Four layers, optionally with adapters on some modules only, prepared according to the configuration."""
     made = tiny_model(num_hidden_layers=LAYERS).train()
     if lora:
         torch.manual_seed(seed)
@@ -124,7 +124,7 @@ def test_offloading_keeps_gradients(lora):
 
 
 def test_offloaded_tensors_leave_the_device(monkeypatch):
-    """While the head computes, nothing but the last layer's input and output is there."""
+    """While the head computes, only the last layer's input and output are on the device."""
     made, *_ = offloading_model()
     alive = []
     original = activations.ActivationOffloader._pack
@@ -142,7 +142,7 @@ def test_offloaded_tensors_leave_the_device(monkeypatch):
 
 
 def test_offloaded_tensors_return_one_layer_ahead(monkeypatch):
-    """Unpacking a layer's input sets off the copy of the one below, so that none is fetched when it is wanted."""
+    """Unpacking a layer's input starts the copy of the one below, so that it is there when it is needed."""
     made, offloader, _ = offloading_model()
     events, fetch, unpack = [], offloader._fetch, type(offloader)._unpack
 
@@ -189,7 +189,7 @@ def test_offload_buffers_are_freed_without_a_backward():
 
 
 def test_offloading_with_two_graphs_at_once():
-    """The second forward comes before the first backward."""
+    """The second forward precedes the first backward."""
     made, *_ = offloading_model()
     plain = model()
     for each in (plain, made):
@@ -230,7 +230,7 @@ def test_offloading_of_a_tensor_changed_in_place():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True, ["gate_proj", "down_proj"]])
 def test_tiled_mlp_keeps_gradients(lora, checkpointing, monkeypatch):
-    """Over several microbatches too; with adapters on the MLPs alone, the first MLP's input needs no gradient."""
+    """Over several microbatches too; with adapters on the MLPs only, the first MLP's input needs no gradient."""
     monkeypatch.setattr(activations.tile_mlps, "__defaults__", (7,))
     batches = [batch(seed=0), batch(20, seed=1), batch(3, rows=1, seed=2)]
     tiled = model(lora, tiled_mlp=True, gradient_checkpointing=checkpointing)
@@ -284,7 +284,7 @@ def test_tiled_mlp_with_dropout_and_autocast():
     assert len(masks) == 6
     assert set(layer.mlp.dtypes) == {torch.bfloat16}
     assert not torch.equal(masks[0], masks[1])
-    # The backward takes the tiles in the order of autograd, whichever that is.
+    # The backward computes the tiles in any order.
     assert all(any(torch.equal(again, first) for first in masks[:3]) for again in masks[3:])
 
 
@@ -329,7 +329,7 @@ def test_activations_unsupported_models_are_refused():
 
 
 def test_use_liger_kernel_replaces_the_modules(monkeypatch):
-    """That they compute the same is for a GPU to show."""
+    """Whether they compute the same is tested on a GPU."""
     # liger-kernel also changes the module that all Llamas share.
     for name, value in list(vars(modeling_llama).items()):
         monkeypatch.setattr(modeling_llama, name, value)

@@ -93,7 +93,7 @@ def test_run_trains_the_adapter_only_and_its_reference_has_none(tmp_path, folder
 
 
 def test_four_bit_weights_propagate_gradients(folder):
-    """After sampling too: the gradient of every adapter is that beside the same weights, widened."""
+    """After sampling, too: every adapter's gradient is the one with the same weights, dequantised."""
     import bitsandbytes
 
     fields = {"model_name_or_path": str(folder), "model_init_kwargs": None}
@@ -166,7 +166,7 @@ def assert_same(ours, theirs):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A run with an adapter of rank 4 on a model in a folder, not to be changed by a test."""
+    """A run with an adapter of rank 4 on a model in a folder; tests must not change it."""
     place = tmp_path_factory.mktemp("begun")
     folder = save_model(place / "model")
     fields = {"lora_r": 4, "lora_alpha": 12, "lora_target_modules": ["q_proj", "up_proj"], "learning_rate": 0.05}
@@ -198,7 +198,7 @@ def test_training_continues_from_an_adapter(begun, tmp_path, capsys):
     ids = torch.tensor([[3, 4, 1, 4, 3]])
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, made.model.eval()(input_ids=ids).logits)
-    # Cut back to its first step and resumed, the run ends as it did.
+    # Truncated to its first step and resumed, the run ends with the same weights.
     shutil.rmtree(run / "checkpoint-2")
     AcceleratorState._reset_state(reset_partial_state=True)
     resumed = GRPOTrainer(config(**fields, resume_from_checkpoint=True))
@@ -238,7 +238,7 @@ KINDS = {
 
 
 def foreign(begun, folder, kind):
-    """An adapter as somebody else may have made it, with weights that count."""
+    """An adapter that was saved elsewhere, with weights that are not zero."""
     base, _ = load_model(config(**base_fields(begun / "model", folder)))
     kind = copy.deepcopy(kind)
     kind.task_type = "CAUSAL_LM"
@@ -305,7 +305,7 @@ def test_adapter_fields_that_agree_are_accepted(begun, tmp_path):
 
 
 def test_adapter_fields_of_all_linear_layers_are_names(begun, tmp_path):
-    """peft writes the path of every single one."""
+    """peft saves the path of every module."""
     foreign(begun, tmp_path / "theirs", LoraConfig(r=2, target_modules="all-linear"))
     names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     for given in (None, names[::-1]):

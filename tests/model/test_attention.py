@@ -1,4 +1,4 @@
-"""Attention over packed rows: every way to compute it, against one sequence at a time."""
+"""Attention over packed rows: every implementation compared with one sequence at a time."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def reference(query, key, value, groups, scale, window, softcap):
 
 
 def as_kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout):
-    """What a kernel for sequences of any length computes."""
+    """The result of a kernel for sequences of any length."""
     assert cu_seqlens.dtype == torch.int32
     assert longest == cu_seqlens.diff().max()
     groups = [Group(int(a), int(b - a), [0]) for a, b in pairwise(cu_seqlens)]
@@ -108,7 +108,7 @@ def test_varlen_kernel_is_used_with_plain_causal_attention(monkeypatch, config_c
 
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
 def test_sampling_is_unchanged_by_install(own):
-    """Without segments the model's own attention and masks are at work: padding on the left, and a cache."""
+    """Without segments the model uses its own attention and masks: padding on the left, and a cache."""
     ids = torch.randint(2, 40, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, :1] = 0

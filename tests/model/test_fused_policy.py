@@ -1,4 +1,4 @@
-"""FusedPolicy in a stranger's loop: its arguments, its loss, and the forms a model may come in."""
+"""FusedPolicy in a training loop that is not ours: its arguments, its loss, and wrapped models."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ WIDTH = max(PROMPTS) + KEPT
 
 
 def batch():
-    """Prompts padded on the left, completions on the right, as TRL has them."""
+    """Prompts padded on the left, completions on the right, as in TRL."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, VOCAB, (3, WIDTH), generator=generator)
     places = torch.arange(WIDTH)
@@ -145,7 +145,7 @@ def accelerator():
 
 @pytest.mark.parametrize("packing", ["always", "never"])
 def test_router_losses_are_weighted_by_tokens(accelerator, packing):
-    """A step's is the mean over its microbatches, weighted by their tokens."""
+    """The trainer's router loss of a step is the mean over its microbatches, weighted by their tokens."""
     model = tiny_model(torch.float32, Qwen3MoeConfig, head_dim=8, num_experts=4, moe_intermediate_size=16, **ROUTER)
     config = GRPOConfig(**{**SMALL, "max_tokens_per_microbatch": 32, "padding_free": packing})
     learner = Learner(model, config, accelerator, [3, 4, 5], 0)
@@ -169,7 +169,7 @@ def test_router_losses_are_weighted_by_tokens(accelerator, packing):
 
 
 def in_fsdp(model, outside):
-    """Layers apart, and the rest around them: around the policy, or around the model itself."""
+    """Each layer by itself, and the rest around the layers: around the policy, or around the model."""
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(outside)
@@ -220,7 +220,7 @@ def test_wrapped_models_give_the_same_gradients(alone, form, tied):
 
 
 def test_ddp_reduces_gradients(alone):
-    """The gradients pass through DDP's own reduction, whichever way it is wrapped."""
+    """The gradients pass through DDP's own reduction, whether it wraps the policy or the model."""
     ids, mask, completion = batch()
     for wrap in (FORMS["policy of DDP"], FORMS["DDP of the policy"]):
         model = tiny_model()
@@ -241,7 +241,7 @@ def test_ddp_reduces_gradients(alone):
 
 
 def _two_processes(rank, store):
-    """Each has some of the rows; DDP's and FSDP2's means of the gradients are half of the whole batch's."""
+    """Each process has some of the rows; DDP's and FSDP2's mean gradients are half of the whole batch's."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     ids, mask, completion = batch()
@@ -270,7 +270,7 @@ def test_wrapped_models_on_two_processes(tmp_path):
 
 
 def test_peft_model_trains_the_adapter_only():
-    """A PeftModel's log-probabilities are its own, with the adapter and without; only the adapter learns."""
+    """The log-probabilities are the PeftModel's, with and without the adapter; only the adapter is trained."""
     ids, mask, completion = batch()
     model = tiny_model()
     plain = own_logprobs(model).detach()
@@ -307,7 +307,7 @@ def test_checks_with_dropout():
 def test_unknown_logit_transform_is_refused_at_the_first_forward():
     ids, mask, _ = batch()
     model = tiny_model()
-    # By its config the logits would be scaled, but a Llama does nothing of the kind.
+    # According to its config the logits are scaled, but a Llama does not scale them.
     model.config.logit_scale = 1.5
     policy = FusedPolicy(model)
     for _ in range(2):

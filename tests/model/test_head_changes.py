@@ -1,4 +1,4 @@
-"""A head that changes after the policy was made: followed exactly, or refused in one line at the next call."""
+"""A head that changes after the policy was built: followed exactly, or refused in one line at the next call."""
 
 import copy
 
@@ -47,7 +47,7 @@ def merged(model):
 
 
 def merged_in_place(model):
-    """The weight that the head is tied to changes, and the adapter stays where it is."""
+    """The weight that is tied to the head changes, and the adapter stays in place."""
     peft.get_peft_model(model, lora(target_modules=["embed_tokens"])).merge_adapter()
 
 
@@ -246,7 +246,7 @@ def test_trainers_policy_refuses_a_changed_head(change):
 
 
 def test_policy_compares_another_head_again():
-    """Both with the model's own logits, so that what the new one does cannot go unnoticed; a copy has its own."""
+    """With the model's own logits, so that an unknown transform is noticed; a copied policy is independent."""
     model = tiny_model()
     policy = FusedPolicy(model)
     policy(IDS)

@@ -1,4 +1,4 @@
-"""Keywords of a call: ours, those that the model's forward names, and all others, which are refused."""
+"""Keywords of a call: ours, those that the model's forward names, and others, which are refused."""
 
 import dataclasses
 
@@ -69,7 +69,7 @@ def test_model_arguments_without_effect_are_refused(name):
 
 
 def test_return_dict_must_be_true():
-    """Tuples are refused, where the call asks for them and where the model's config does."""
+    """Tuples are refused, whether the call or the model's config requests them."""
     model = tiny_model()
     assert torch.equal(FusedPolicy(model)(IDS, return_dict=True), FusedPolicy(model)(IDS))
     with pytest.raises(UserError, match="return_dict=False is not supported"):
@@ -111,7 +111,7 @@ def test_models_that_name_no_arguments_receive_all():
 
 
 def test_padded_rows_are_numbered_the_same_with_keywords():
-    """GPT-2 has an embedding for each position; with keywords of the model padding is not counted either."""
+    """GPT-2 has an embedding for each position; padding is not counted, with or without keywords of the model."""
     model = tiny_model(config_class=GPT2Config, n_positions=32)
     ids = torch.randint(2, VOCAB, (2, 9))
     mask = torch.ones_like(ids)

@@ -44,7 +44,7 @@ def test_microbatch_policy_equals_the_models_own_logits(name, layout):
     model.zero_grad()
     got = packed_logprobs(policy, samples, 200, layout)
     (got * coefficients).sum().backward()
-    # transformers' norms and rotary embeddings compute in float32 whatever the dtype.
+    # transformers' norms and rotary embeddings compute in float32 for any dtype.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     for parameter, grad in zip(model.parameters(), expected_grads, strict=True):
         assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm() + 1e-9
@@ -85,7 +85,7 @@ def test_check_packing_with_other_attention(monkeypatch):
 
 
 def test_check_packing_with_different_results(monkeypatch):
-    """A model that adds to its scores, or one that looks across sequences, cannot slip through."""
+    """A model that adds to its scores, or that looks across sequences, is detected."""
     policy = MicrobatchPolicy(tiny_model())
     monkeypatch.setattr(attention, "UNKNOWN", ("scaling",))
     assert not policy.check_packing([2, 3, 4, 5], "auto")
@@ -99,7 +99,7 @@ def test_check_packing_with_different_results(monkeypatch):
 
 
 def test_check_packing_with_an_error_of_the_model(monkeypatch):
-    """Not every model that cannot take packed rows raises an error of ours."""
+    """Models that cannot take packed rows may raise any exception."""
 
     def fail(*_, **__):
         raise RuntimeError("no state for\nthis shape")
