@@ -59,9 +59,8 @@ def new_group() -> Any:
     return dist.new_group(backend="gloo", timeout=PATIENCE) if size() > 1 else None
 
 
-@cache
-def _control_group() -> Any:
-    return new_group()
+# Created on first use.
+_control_group = cache(new_group)
 
 
 def on_main(call: Callable[[], T], group: Any = None) -> T:

@@ -243,7 +243,7 @@ def _attend(
 
 
 def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Kernel | None:
-    """The fastest installed kernel that takes sequences of any length as they are; None where there is none.
+    """The fastest installed kernel that takes sequences of any length; None if there is none.
 
     flash-attn 3 and 2, then torch's own, flex attention for softcapped scores; on CUDA in 16 bits. Called as
     ``kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout)``.
@@ -277,10 +277,8 @@ def _flash(module: str) -> Kernel | None:
 def _torch_varlen() -> Kernel | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability()[0] < 8:
         return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+    from torch.nn.attention.varlen import varlen_attn
+
     known = inspect.signature(varlen_attn).parameters
     if "window_size" not in known or "scale" not in known:
         return None

@@ -52,16 +52,9 @@ REFUSED = {
 
 
 def check_keywords(given: Mapping[str, Any], model: nn.Module, inner: nn.Module, own: Iterable[str] = ()) -> None:
-    """Refuse keywords that the model would ignore.
+    """Raise a UserError for a keyword that `model` and its body `inner` would ignore, or that is known not to work.
 
-    Args:
-        given: the keywords to pass on.
-        model: the transformers model, without wrappers.
-        inner: its body, which receives them.
-        own: the names of the function's own arguments, for suggestions.
-
-    Raises:
-        UserError: neither the model's forward nor its body's names a keyword, or it is known not to work.
+    The body receives the keywords that are `given`; `own` are the names of the function's arguments, for suggestions.
     """
     passed = forward_arguments(inner)
     known = passed | forward_arguments(model)
@@ -103,15 +96,9 @@ def check_tensors(**arguments: Any) -> None:
 
 
 def check_token_ids(input_ids: Tensor, config: Any, with_inputs: bool) -> None:
-    """Refuse ids outside the vocabulary; on a CPU only, since reading values stalls a GPU's stream.
+    """Raise a UserError for an id outside the vocabulary; on a CPU only, since reading values stalls a GPU's stream.
 
-    Args:
-        input_ids: ``[B, T]``.
-        config: the model's. Its ids of placeholders (of images, say) may be outside the vocabulary.
-        with_inputs: whether the call has inputs that placeholders may represent.
-
-    Raises:
-        UserError: an id is outside the vocabulary.
+    With other inputs, `config`'s ids of placeholders (of images, say) may be outside the vocabulary.
     """
     if input_ids.device.type != "cpu":
         return

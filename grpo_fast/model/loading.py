@@ -44,13 +44,7 @@ REFERENCE = "reference"
 
 
 class Adapter(NamedTuple):
-    """An adapter that peft saved.
-
-    Attributes:
-        name: its folder, or its name on the hub.
-        config: its PeftConfig.
-        base: the model that it was trained for.
-    """
+    """An adapter that peft saved: its folder or hub name, its PeftConfig, and the model that it was trained for."""
 
     name: str
     config: Any

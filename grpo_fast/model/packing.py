@@ -67,7 +67,7 @@ def plan_rows(samples: list[Sample], chosen: list[int], longest_shared_row: int)
 def fill_microbatches(rows: list[Row], max_tokens: int, packed: bool) -> list[list[Row]]:
     """Rows grouped so that their positions, padding included, stay within `max_tokens`; a longer row stays alone.
 
-    Packed rows are placed, longest first, where they leave the least room; padded rows beside rows of similar length.
+    Packed rows are placed, longest first, where they leave the least room; padded rows with rows of similar length.
     """
     microbatches: list[list[Row]] = []
     taken: list[int] = []
@@ -141,12 +141,8 @@ def build_microbatch(
 ) -> Microbatch:
     """The microbatch of `rows`, whose targets ``[n]`` are their samples' completions.
 
-    Args:
-        samples: all of the step's completions.
-        rows: the rows of this microbatch; without `packed` each holds one sample.
-        offsets: ``[S + 1]``, those of :func:`token_offsets` for `samples`.
-        pad_token_id: fills up padded rows.
-        packed: one row without padding, or padded rows.
+    `samples` are all of the step, and `offsets` those of :func:`token_offsets` for them. Without `packed`, each row
+    holds one sample and is padded.
     """
     if not packed and any(len(row.samples) > 1 for row in rows):
         raise ValueError("build_microbatch: a padded row holds one sample, but one holds several")
@@ -174,7 +170,7 @@ def build_microbatch(
 
 
 def _padded(packed: Microbatch, lengths: list[int], pad_token_id: int) -> Microbatch:
-    """The sequences of a packed row, of these lengths, in rows of their own, padded on the right."""
+    """The sequences of a packed row, of these lengths, in separate rows, padded on the right."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return dataclasses.replace(
         packed,

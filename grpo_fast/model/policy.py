@@ -361,11 +361,9 @@ class FusedPolicy(nn.Module):
             )
 
     def _check_packed(self, rows: Tensor, model_inputs: dict[str, Any]) -> None:
-        """Refuse packed input if two sequences ``[2, n]`` score differently packed and in rows of their own.
+        """Refuse packed input if two sequences ``[2, n]`` score differently when packed.
 
-        Args:
-            rows: the tokens; with `model_inputs` the same ones twice.
-            model_inputs: images and other inputs of one of the rows; both get them.
+        With `model_inputs`, images and other inputs of one row, both rows hold the same tokens and inputs.
         """
         length, names, inputs = rows.shape[1], "", ({}, {})
         separate = lay_out(rows)
