@@ -1,7 +1,7 @@
 """The functions of Stanford CS336's assignment 5 (Alignment and Reasoning RL, spring 2025), on the fused operations.
 
-Names, arguments and results are the assignment's, so that its tests pass with these in `tests/adapters.py`.
-Log-probabilities come from `linear_logprob`, without logits, and per-token losses from `grpo_kernels`' objectives.
+Names, arguments and results are the assignment's, so its tests pass with these functions in `tests/adapters.py`.
+Log-probabilities come from `linear_logprob`, without logits.
 """
 
 from __future__ import annotations
@@ -17,40 +17,34 @@ from torch import Tensor, nn
 
 from grpo_fast.data.encoding import completion_text
 from grpo_fast.errors import UserError
+from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
-from grpo_fast.model.packing import Microbatch
 from grpo_fast.rollout import Sampling, TransformersRollout
-from grpo_kernels import PRESETS, PolicyObjective
-from grpo_kernels import masked_mean as fused_masked_mean
-from grpo_kernels._policy_terms import TOKEN_LOSSES
+from grpo_kernels import masked_mean
 
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
 RewardFunction = Callable[[str, str], dict[str, float]]
-# What each loss type needs besides the policy's log-probabilities.
+# Arguments that each loss type needs besides the policy's log-probabilities.
 NEEDED = {
     "no_baseline": ("raw_rewards",),
     "reinforce_with_baseline": ("advantages",),
     "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
 }
-REWARDS = ("reward", "format_reward", "answer_reward")
 
 
 def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], tokenizer: Any) -> dict[str, Tensor]:
     """Tokens of each prompt followed by those of its output, padded on the right; no special tokens are added.
 
     Returns:
-        ``input_ids`` and ``labels``, ``[B, T]`` int64 with T = longest sequence - 1: the tokens without the last one
-        and without the first one; and ``response_mask``, ``[B, T]`` bool: where the label belongs to the output.
+        ``input_ids`` and ``labels``, ``[B, T]`` int64 with T = longest sequence - 1: the tokens without the last and
+        without the first one; and ``response_mask``, ``[B, T]`` bool: whether the label belongs to the output.
 
     Raises:
-        UserError: there are not as many outputs as prompts.
+        UserError: the numbers of prompts and outputs differ.
     """
     if len(prompt_strs) != len(output_strs):
         raise UserError(f"there are {len(prompt_strs)} prompts, but {len(output_strs)} outputs")
-    prompts, outputs = (
-        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        for texts in (prompt_strs, output_strs)
-    )
+    prompts, outputs = ([_encode(tokenizer, text) for text in texts] for texts in (prompt_strs, output_strs))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
     tokens = torch.full((len(rows), max(map(len, rows))), pad)
@@ -59,6 +53,10 @@ def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], t
         tokens[line, : len(row)] = torch.tensor(row)
         mask[line, len(prompt) : len(row)] = True
     return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": mask[:, 1:]}
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
@@ -83,28 +81,20 @@ def get_response_log_probs(
         ``log_probs`` (and ``token_entropy``), ``[B, T]`` float32 in nats, differentiable; prompts and padding are not
         masked out.
     """
-    policy = MicrobatchPolicy(model)
     rows, length = input_ids.shape
-    positions = torch.arange(length, device=input_ids.device)
-    places = torch.arange(rows * length, device=input_ids.device)
+    places = torch.arange(rows * length, device=input_ids.device).view(rows, length)
     microbatch = Microbatch(
         input_ids=input_ids,
-        position_ids=positions.expand(rows, -1),
+        position_ids=places[:1].expand(rows, -1),
         attention_mask=torch.ones_like(input_ids),
+        targets=labels,
         sources=places,
-        targets=labels.flatten(),
-        tokens=places,
-        cu_seqlens=torch.arange(rows + 1, device=input_ids.device) * length,
     )
+    policy = MicrobatchPolicy(model)
     if not return_token_entropy:
-        return {"log_probs": policy(microbatch).view(rows, length)}
+        return {"log_probs": policy(microbatch)}
     log_probs, entropy = policy(microbatch, with_entropy=True)
-    return {"log_probs": log_probs.view(rows, length), "token_entropy": entropy.view(rows, length)}
-
-
-def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over `dim` (None: all dimensions) of the entries where `mask` is 1; NaN where there are none."""
-    return fused_masked_mean(tensor, mask, dim)
+    return {"log_probs": log_probs, "token_entropy": entropy}
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float = 1.0, dim: int | None = None) -> Tensor:
@@ -114,10 +104,7 @@ def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float = 1
 
 
 def sft_microbatch_train_step(
-    policy_log_probs: Tensor,
-    response_mask: Tensor,
-    gradient_accumulation_steps: int,
-    normalize_constant: float = 1.0,
+    policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: int, normalize_constant: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Backward of the mean over the batch of ``-sum(log p) / normalize_constant``, over `gradient_accumulation_steps`.
 
@@ -145,14 +132,14 @@ def compute_group_normalized_rewards(
     """``r - mean``, or ``(r - mean) / (std + advantage_eps)``, within the group (std with Bessel's correction).
 
     Args:
-        reward_fn: from a response and its ground truth to ``reward``, ``format_reward`` and ``answer_reward``.
-        rollout_responses: B responses, those of a prompt side by side.
+        reward_fn: maps a response and its ground truth to ``reward``, ``format_reward`` and ``answer_reward``.
+        rollout_responses: B responses, those to one prompt next to each other.
         repeated_ground_truths: B ground truths.
         group_size: responses to a prompt.
 
     Returns:
-        Advantages and raw rewards, ``[B]`` float32 each; and mean, standard deviation, least and largest reward, with
-        the means of the other two.
+        Advantages and raw rewards, ``[B]`` float32 each; and mean, standard deviation, minimum and maximum of the
+        reward, with the means of the other two.
 
     Raises:
         UserError: the lengths differ, or `group_size` does not divide them.
@@ -168,25 +155,15 @@ def compute_group_normalized_rewards(
     advantages = groups - groups.mean(1, keepdim=True)
     if normalize_by_std:
         advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
-    metadata = {
-        f"mean_{name}": sum(float(entry[name]) for entry in scored) / count for name in REWARDS if name in scored[0]
-    }
-    metadata |= {"std_reward": rewards.std().item(), "min_reward": rewards.min().item()}
-    return advantages.flatten().float(), rewards.float(), metadata | {"max_reward": rewards.max().item()}
-
-
-def _token_loss(log_probs: Tensor, factor: Tensor, objective: PolicyObjective, ratio: Tensor) -> Tensor:
-    """The objective's loss of each token, ``[B, T]``, differentiable in `log_probs`; `factor` is ``[B, 1]``."""
-    logp = log_probs.detach()
-    value, through_ratio, direct = TOKEN_LOSSES[objective.kind](ratio, logp, factor.expand_as(logp), objective)
-    slope = through_ratio if direct is None else direct
-    return value + slope * (log_probs - logp)
+    names = [name for name in ("reward", "format_reward", "answer_reward") if name in scored[0]]
+    metadata = {f"mean_{name}": sum(float(entry[name]) for entry in scored) / count for name in names}
+    metadata |= {f"{name}_reward": getattr(rewards, name)().item() for name in ("std", "min", "max")}
+    return advantages.flatten().float(), rewards.float(), metadata
 
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
     """``-A log p`` of each token, ``[B, T]``, from ``[B, 1]`` and ``[B, T]``."""
-    ratio = torch.ones_like(policy_log_probs)
-    return _token_loss(policy_log_probs, raw_rewards_or_advantages, PRESETS["reinforce"], ratio)
+    return -raw_rewards_or_advantages * policy_log_probs
 
 
 def compute_grpo_clip_loss(
@@ -200,18 +177,16 @@ def compute_grpo_clip_loss(
         old_log_probs: ``[B, T]``, a constant.
 
     Returns:
-        The loss ``[B, T]``, and ``clipped`` ``[B, T]`` bool: where the clipped side of the minimum is the smaller one.
+        The loss ``[B, T]``, and ``clipped`` ``[B, T]`` bool: whether the clipped side of the minimum is smaller.
 
     Raises:
         UserError: `cliprange` is not above 0.
     """
     if not 0 < cliprange < math.inf:
         raise UserError(f"cliprange={cliprange!r} is not allowed: it must be a finite number above 0")
-    ratio = torch.exp(policy_log_probs.detach() - old_log_probs.detach())
-    objective = PolicyObjective(epsilon=cliprange)
-    loss = _token_loss(policy_log_probs, advantages, objective, ratio)
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages < ratio * advantages
-    return loss, {"clipped": clipped}
+    ratio = torch.exp(policy_log_probs - old_log_probs.detach())
+    free, clipped = ratio * advantages, ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    return -torch.minimum(free, clipped), {"clipped": clipped < free}
 
 
 def compute_policy_gradient_loss(
@@ -232,7 +207,7 @@ def compute_policy_gradient_loss(
         old_log_probs: ``[B, T]``.
 
     Raises:
-        UserError: the loss type is unknown, or what it needs is missing.
+        UserError: the loss type is unknown, or an argument that it needs is missing.
     """
     if loss_type not in NEEDED:
         raise UserError(f"loss_type={loss_type!r} is not allowed: it must be one of {', '.join(NEEDED)}")
@@ -314,11 +289,11 @@ def grpo_train_loop(
         tokenizer: its tokenizer, with a padding token.
         prompts, ground_truths: the training set.
         reward_fn: as in `compute_group_normalized_rewards`.
-        stop: responses end with this text, if they hold it.
-        log: called with the figures of each step.
+        stop: responses end after the first occurrence of this text.
+        log: called with the metrics of each step.
 
     Returns:
-        The figures of all steps: the rewards' metadata, ``loss``, ``grad_norm``, ``token_entropy`` and
+        The metrics of all steps: the rewards' metadata, ``loss``, ``grad_norm``, ``token_entropy`` and
         ``response_tokens`` (means over the optimizer steps and the responses), and ``clip_fraction`` for grpo_clip.
 
     Raises:
@@ -347,7 +322,7 @@ def grpo_train_loop(
 
     for step in range(1, n_grpo_steps + 1):
         chosen = order.choices(range(len(prompts)), k=rollout_batch_size // group_size)
-        prompt_ids = [tokenizer(prompts[index], add_special_tokens=False)["input_ids"] for index in chosen]
+        prompt_ids = [_encode(tokenizer, prompts[index]) for index in chosen]
         responses = [
             _up_to(completion_text(tokenizer, response.token_ids, response.finish_reason == "stop"), stop)
             for response in rollout.generate(prompt_ids, sampling)
@@ -390,7 +365,7 @@ def grpo_train_loop(
 def _accumulate_gradients(
     model: nn.Module, microbatches: list[dict[str, Tensor]], loss_type: LossType, cliprange: float
 ) -> dict[str, float]:
-    """Forward and backward of one optimizer step's microbatches, and its figures."""
+    """Forward and backward of one optimizer step's microbatches, and its metrics."""
     count, figures = len(microbatches), defaultdict(float)
     for batch in microbatches:
         mask = batch["response_mask"]
@@ -409,5 +384,4 @@ def _accumulate_gradients(
 
 def _up_to(text: str, stop: str | None) -> str:
     """`text` up to the end of the first `stop` in it."""
-    end = text.find(stop) if stop else -1
-    return text if end < 0 else text[: end + len(stop)]
+    return "".join(text.partition(stop)[:2]) if stop else text

@@ -31,10 +31,10 @@ from grpo_fast.distributed.sharding import (
 from grpo_fast.errors import NotFiniteError, UserError
 from grpo_fast.model.activations import prepare_activations
 from grpo_fast.model.attention import install
+from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.loading import REFERENCE, train_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import (
-    Microbatch,
     Sample,
     build_microbatch,
     deal_microbatches,
@@ -211,14 +211,19 @@ class Learner:
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
         advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
-        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs, batch.correction)
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         correct = None
         if corrects:
             correct = partial(self.sampling_ratio, sampling_logprobs=batch.sampling_logprobs[tokens])
-        share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
-        tensors = (None if field is None else field[tokens] for field in fields)
-        return LossInputs(self.objective, *tensors, correct, share)
+        optional = {name: getattr(batch, name) for name in ("old_logprobs", "ref_logprobs", "correction")}
+        return LossInputs(
+            objective=self.objective,
+            advantages=advantages[tokens],
+            weights=batch.weights[tokens],
+            **{name: None if field is None else field[tokens] for name, field in optional.items()},
+            correct=correct,
+            share=len(tokens) / int(batch.offsets.diff()[batch.active].sum()),
+        )
 
     def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
         """``rho_t`` of the run's mode, for the tokens of whole sequences."""

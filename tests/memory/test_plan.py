@@ -64,7 +64,8 @@ def measured_peak(config: GRPOConfig, model_config, answer: int, prompt: int = P
     batch = build_microbatch(
         samples, plan_rows(samples, list(range(answers)), 1 << 20), token_offsets(samples), 0, True
     )
-    inputs = LossInputs(config.objective(), torch.ones(answers * answer), torch.full((answers * answer,), 1 / answer))
+    ones = torch.ones(answers * answer)
+    inputs = LossInputs(objective=config.objective(), advantages=ones, weights=ones / answer)
     policy.train()
     policy(batch, inputs).loss.backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -71,8 +71,11 @@ def gradient(objective, batch, microbatches, layout, adapters=False):
     total = 0.0
     for part in parts:
         microbatch = build_microbatch(batch.samples, part, batch.offsets, 0, packed)
-        fields = (batch.advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
-        inputs = LossInputs(objective, *(None if f is None else f[microbatch.tokens] for f in fields))
+        names = ("advantages", "weights", "old_logprobs", "ref_logprobs")
+        fields = {name: getattr(batch, name) for name in names}
+        inputs = LossInputs(
+            objective=objective, **{n: None if f is None else f[microbatch.tokens] for n, f in fields.items()}
+        )
         loss = policy(microbatch, inputs).loss
         loss.backward()
         total += loss.item()
