@@ -53,6 +53,15 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def shown(value: object) -> str:
+    """``repr(value)`` for a message, shortened to 100 characters."""
+    try:
+        return one_line(repr(value), limit=100)
+    except ValueError:
+        # Python prints no integer of more than 4,300 digits.
+        return f"<{type(value).__name__} too long to print>"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Report a full or unwritable disk in one line that names the file."""

@@ -80,7 +80,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ),
         ([SORT, "--dataset_config", "zzz"], "dataset_config='zzz' goes with hub datasets, not with 'sort_digits'"),
         ([SORT, "--dataset_test_split", "zzz"], "dataset_test_split='zzz' goes with hub datasets"),
-        ([SORT, "--system_prompt", "Be brief."], "system_prompt goes with prompt_template"),
+        ([SORT, "--system_prompt", "Be brief."], "system_prompt requires prompt_template"),
         ([SORT, "--run_name", "../x"], "run_name='../x' is not allowed: it must be a name without '/'"),
         ([SORT, "--generation_kwargs", "{top_kk: 3}"], "generation_kwargs: 'top_kk' is not allowed"),
     ],

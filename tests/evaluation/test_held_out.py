@@ -422,5 +422,5 @@ def test_scores_that_are_no_number_are_never_the_best(tmp_path, monkeypatch):
 
 
 def test_keep_best_needs_evaluations(tmp_path):
-    with pytest.raises(UserError, match="keep_best goes with eval_steps"):
+    with pytest.raises(UserError, match="keep_best requires eval_steps"):
         config(tmp_path, keep_best=True)

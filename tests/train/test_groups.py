@@ -234,19 +234,19 @@ def test_tied_weights_of_a_refreshed_reference_are_saved(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kl_in_reward": True}, "kl_in_reward goes with beta above 0"),
-        ({"sync_ref_model": True}, "sync_ref_model goes with beta above 0"),
-        ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "sync_ref_model goes without use_peft"),
-        ({"reward_baseline": "none"}, "reward_baseline='none' goes with scale_rewards='none', not 'group'"),
-        ({"reward_baseline": "best_only", "scale_rewards": "batch"}, "'best_only' goes with scale_rewards='none'"),
+        ({"kl_in_reward": True}, "kl_in_reward requires beta above 0"),
+        ({"sync_ref_model": True}, "sync_ref_model requires beta above 0"),
+        ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "sync_ref_model requires use_peft=False"),
+        ({"reward_baseline": "none"}, "reward_baseline='none' requires scale_rewards='none', not 'group'"),
+        ({"reward_baseline": "best_only", "scale_rewards": "batch"}, "'best_only' requires scale_rewards='none'"),
         ({"reward_baseline": "median"}, "reward_baseline='median' is not allowed: it must be one of mean, leave"),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
-            "normalize_then_sum' goes with scale_rewards='group', not 'none'",
+            "normalize_then_sum' requires scale_rewards='group', not 'none'",
         ),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "kl_in_reward": True, "beta": 0.1},
-            "normalize_then_sum' goes with kl_in_reward=False, not True",
+            "normalize_then_sum' requires kl_in_reward=False, not True",
         ),
         ({"ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha=0.0 is not allowed"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0 is not allowed"),
