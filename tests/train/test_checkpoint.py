@@ -225,7 +225,7 @@ def test_a_checkpoint_from_before_checksums_goes_on(finished, tmp_path):
 
 def outcome(made: GRPOTrainer, step: int) -> BaseException | None:
     """What a save as if after `step` ends in."""
-    made.step = step
+    made.state.step = step
     try:
         made.save()
     except (Killed, OSError, CheckpointError) as error:

@@ -78,7 +78,7 @@ def test_a_bad_gradient_never_reaches_the_weights(tmp_path, capsys, fields):
     second = trainer(tmp_path, resume=True, learning_rate=5e-4, **fields)
     assert torch.equal(weights(second.model), weights(made.model))
     # Had they been the same, so would be the gradient.
-    assert second.num_prompts == made.num_prompts + made.config.prompts_per_step
+    assert second.state.num_prompts == made.state.num_prompts + made.config.prompts_per_step
     assert not torch.equal(second.rng["torch"], made.rng["torch"])
     capsys.readouterr()
     second.train()
