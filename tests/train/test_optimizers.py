@@ -193,8 +193,8 @@ def test_state_of_another_model_is_refused():
         ({"optim": "adamw_8bit"}, CPU, "optim='adamw_8bit' needs a GPU"),
         ({"optim": "paged_adamw_8bit"}, CPU, "optim='paged_adamw_8bit' needs a GPU"),
         ({"optim_offload": True}, CPU, "optim_offload=True needs a GPU"),
-        ({"optim_offload": True, "optim": "adamw_8bit"}, GPU, "not with optim='adamw_8bit'"),
-        ({"optim_offload": True, "optim": "adamw_torch_8bit"}, CPU, "not with optim='adamw_torch_8bit'"),
+        ({"optim_offload": True, "optim": "adamw_8bit"}, GPU, "not 'adamw_8bit'"),
+        ({"optim_offload": True, "optim": "adamw_torch_8bit"}, CPU, "not 'adamw_torch_8bit'"),
     ],
 )
 def test_refused_before_loading(fields, device, words):
