@@ -62,14 +62,14 @@ class GRPOConfig:
     Args:
         model_name_or_path: a folder or hub name for `from_pretrained`, or a built-in: ``smollm2-135m-instruct`` (extra
             `smollm2`) or ``random-llama`` (random weights for digit tasks). It may name an adapter saved by peft, such
-            as ``RUN/checkpoint-N``, whose adapter_config.json names the base model; use_peft then trains that adapter
+            as ``RUN/checkpoint-N``, with its base model in adapter_config.json; use_peft then trains that adapter
             further.
         dtype: dtype of the weights.
         attn_implementation: attention of the model; None leaves the choice to transformers.
         trust_remote_code: run code that comes with the model.
         model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
-        use_peft: train LoRA adapters instead of the weights (extra `train`). The reference policy is the model without
-            them, or with the initial state of the adapter in model_name_or_path.
+        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without
+            them, or with a loaded adapter's initial state.
         lora_r: rank of a new adapter. A loaded adapter keeps its own values of this field and the next four.
         lora_alpha: its scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
         lora_dropout: dropout before the adapter.
@@ -79,14 +79,12 @@ class GRPOConfig:
         bnb_4bit_quant_type: the 4-bit format.
         use_bnb_nested_quant: also quantise the scales of the 4-bit blocks.
         gradient_checkpointing: recompute activations in the backward instead of storing them.
-        activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory; the copies
-            overlap with the computation.
+        activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory.
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
-        tiled_mlp: compute the MLPs in tiles of 2048 tokens and recompute them in the backward, which bounds the memory
-            of their intermediates.
-        dataset_name: a .jsonl, .json, .csv (each also with .gz) or .parquet file, a hub name, or a built-in:
+        tiled_mlp: compute MLPs in tiles of 2048 tokens, recomputed in the backward, to bound their intermediates.
+        dataset_name: a .jsonl, .json, .csv (each also .gz) or .parquet file, a hub name, or a built-in:
             ``sort_digits``, ``addition``, ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the
-            hub or from files).
+            hub or files).
         dataset_config: configuration of a hub dataset.
         dataset_kwargs: arguments of a built-in dataset, such as ``{digits: 3}`` for arithmetic or ``{path: FOLDER}``
             for gsm8k and math.
@@ -104,16 +102,14 @@ class GRPOConfig:
         max_train_samples: use only the first rows of the training split.
         max_eval_samples: use only the first rows of the evaluation split; it does not change what is held out.
         long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
-            max_tokens_per_microbatch ends the run before it begins (error), or its row is left out (drop).
+            max_tokens_per_microbatch is an error before the run (error), or its row is left out (drop).
         shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
         reward_weights: a weight for each of them (default: 1 each).
         reward_timeout: seconds that a reward function may take for a completion.
-        on_reward_error: when a function fails on a completion, it gives no reward for it (none), or the run ends
-            (raise).
-        code_isolation: how `unit_tests` contains generated code: at the best level that this machine has (available),
-            only in namespaces with a system call filter (strict: otherwise the run does not start), or by resource
-            limits only (none).
+        on_reward_error: if a function fails on a completion, it gives it no reward (none) or ends the run (raise).
+        code_isolation: how `unit_tests` contains generated code: the best level of this machine (available), only
+            namespaces with a system call filter (strict: otherwise no start), or only resource limits (none).
         eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
         eval_steps: measure the held-out prompts every N steps; 0 for before and after training only.
         num_generations: completions sampled for each prompt, G.
@@ -128,17 +124,14 @@ class GRPOConfig:
         use_vllm: sample with vLLM instead of transformers' generate (extra `vllm`).
         vllm_mode: vLLM runs in this process and sleeps during training (colocate), or on a server (server).
         vllm_server_base_url: the server's address, such as ``http://127.0.0.1:8000`` (default: from host and port).
-        vllm_server_host: the server's host; any other than loopback requires VLLM_API_KEY in the environment of both
-            sides.
+        vllm_server_host: the server's host; any but loopback requires VLLM_API_KEY in the environment of both sides.
         vllm_server_port: the server's port.
         vllm_server_timeout: seconds to wait for the server when the run starts.
-        vllm_max_model_length: longest prompt and completion together in vLLM (default: what the data and
-            max_completion_length need).
+        vllm_max_model_length: longest prompt plus completion in vLLM (default: what the data need).
         vllm_gpu_memory_utilization: share of the GPU that vLLM may take for weights and KV cache (colocate; default:
             planned from the prompts, num_generations and max_completion_length).
         vllm_enable_sleep_mode: free vLLM's memory during training (colocate).
-        vllm_importance_sampling_correction: weight the loss by the ratio of the trainer's to the sampler's
-            probabilities whenever vLLM samples.
+        vllm_importance_sampling_correction: weight the loss by the ratio of the trainer's to vLLM's probabilities.
         vllm_importance_sampling_mode: a ratio for each token or for the whole sequence (product, or geometric: its
             length-normalised form), cut off at the bounds (truncate) or zero outside (mask).
         vllm_importance_sampling_clip_max: upper bound of the ratio; None for none.
@@ -146,17 +139,16 @@ class GRPOConfig:
         sync_tolerance: end the run if, after a weight sync, log-probabilities of sampler and trainer on a probe differ
             by more than this (default: 1e-3 in float32, 0.3 in bfloat16 and with `bf16`).
         sample_ahead: sample the next batch on a vLLM server while training on this one. Its completions are then one
-            step old, which the correction accounts for. A resumed run samples its first batch again, so it is not
+            step old, which the correction accounts for. A resumed run samples its first batch again and is not
             bit-identical.
-        max_tokens_per_generation_batch: when sampling with transformers, the most tokens (of prompts and completions)
-            in the KV cache at once; further sequences wait.
+        max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
             dual_clip, reinforce or unclipped (docs/objectives.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
-        importance_sampling_level: whether a ratio belongs to a token, or to a sequence, as the geometric mean
-            (sequence) or the product of its tokens' (default: the preset's).
+        importance_sampling_level: whether a ratio is a token's, or a sequence's: the geometric mean (sequence) or the
+            product of its tokens' ratios (default: the preset's).
         beta: weight of the KL term to the initial policy.
         use_bias_correction_kl: multiply the KL estimate by the ratio.
         kl_estimator: estimate of the KL term in the loss: k1, k2 or k3.
@@ -170,17 +162,15 @@ class GRPOConfig:
         vespo_k_neg: vespo's power of the ratio for the other advantages.
         vespo_lambda_neg: vespo's decay with the ratio for the other advantages.
         num_iterations: optimizer steps on each generation batch.
-        kl_in_reward: subtract beta times a sequence's KL to the reference (k1, summed over its tokens) from its reward;
-            the loss then has no KL term.
+        kl_in_reward: subtract beta times a sequence's KL to the reference (k1) from its reward; the loss has no KL.
         sync_ref_model: move the reference policy towards the trained one during training.
         ref_model_sync_steps: steps between two such moves.
         ref_model_mixup_alpha: share of the way that each moves; 1 copies the trained policy.
-        reward_baseline: what is subtracted from a reward: the mean of its group, the mean of the others
-            (leave_one_out), the group's highest reward (max), or nothing (none); best_only sets all rewards below the
-            highest to 0.
+        reward_baseline: what is subtracted from a reward: the mean of its group or of the others (leave_one_out), the
+            group's highest reward (max), or nothing (none); best_only sets all rewards below the highest to 0.
         scale_rewards: divide advantages by the standard deviation of the group, of the batch, or not at all (none).
-        multi_objective_aggregation: sum several rewards, then normalise; or normalise each in its group, and their sum
-            over the batch (normalize_then_sum, GDPO).
+        multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
+            batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
         max_num_gen_batches: most generation batches for one step, including the first.
         mask_truncated_completions: leave truncated completions out of the loss.
@@ -197,8 +187,8 @@ class GRPOConfig:
         lr_scheduler_type: learning-rate schedule, one of transformers'.
         warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
         max_tokens_per_microbatch: tokens of one forward and backward, which bound the memory for activations.
-        fsdp: several processes share weights, gradients and optimizer state (FSDP2) instead of each holding all of them
-            (DDP); also works with accelerate's own file, ``fsdp_version: 2``.
+        fsdp: processes share weights, gradients and optimizer state (FSDP2) instead of holding all of them (DDP); also
+            works with accelerate's own file, ``fsdp_version: 2``.
         padding_free: pack sequences of any length side by side (auto: wherever the model's attention allows it).
         share_prompts: compute a prompt once for all completions of its group (auto: wherever sequences are packed).
         max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU).
@@ -279,12 +269,7 @@ class GRPOConfig:
     vllm_enable_sleep_mode: bool = True
     vllm_importance_sampling_correction: bool = True
     vllm_importance_sampling_mode: Literal[
-        "token_truncate",
-        "token_mask",
-        "sequence_truncate",
-        "sequence_mask",
-        "geometric_truncate",
-        "geometric_mask",
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
     ] = "sequence_mask"
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
@@ -330,13 +315,7 @@ class GRPOConfig:
     max_grad_norm: float = 1.0
     max_steps: int = 100
     lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "linear"
     warmup_steps: float = 0
     max_tokens_per_microbatch: int = 8192

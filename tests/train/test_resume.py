@@ -279,6 +279,6 @@ def test_a_run_that_starts_again_keeps_its_figures(tmp_path, capsys):
     for folder in checkpoints(tmp_path):
         shutil.rmtree(folder)
     trainer(tmp_path, resume=True, max_steps=2).train()
-    assert "2 steps are made once more; the file as it was is kept as" in capsys.readouterr().out
+    assert "2 steps are made again; the file as it was is kept as" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl.1").read_text() == before
     assert [each["step"] for each in figures(tmp_path)] == [1, 2]
