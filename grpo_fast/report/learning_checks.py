@@ -47,6 +47,11 @@ def _is_constant(figures: dict[str, float], config: GRPOConfig) -> bool:
 
 
 def _constant_reward(figures: dict[str, float], config: GRPOConfig) -> str:
+    if figures["earlier_highest"] is not None and figures["reward"] >= figures["earlier_highest"]:
+        return (
+            f"all completions of all prompts had the same reward, {figures['reward']:g}, the highest in this run, so the "
+            "task may be solved, and nothing more is learned; end the run, or take harder prompts"
+        )
     return (
         f"all completions of all prompts had the same reward, {figures['reward']:g}, so nothing is learned from them; "
         "read some completions, and change reward_funcs (a reward for what is partly right tells answers apart) or the "
@@ -94,10 +99,15 @@ class LearningSignals:
         self.config = config
         self.patience = min(PATIENCE, math.ceil(config.max_steps / config.num_iterations))
         self.in_a_row: Counter[str] = Counter()
+        # The highest mean reward of the batches whose rewards differed.
+        self.highest: float | None = None
 
     def observe(self, figures: dict[str, float]) -> dict[str, str]:
         """Take in the figures of a batch; the texts, by name, of the signs that have now held for long enough."""
         found = {}
+        figures = {**figures, "earlier_highest": self.highest}
+        if figures["reward_std"] > 0:
+            self.highest = max(figures["reward"], self.highest if self.highest is not None else -math.inf)
         for signals in SIGNALS:
             holding = next((name for name, signal in signals.items() if signal.holds(figures, self.config)), None)
             for name, signal in signals.items():

@@ -42,6 +42,15 @@ def test_a_sign_that_holds_for_several_batches_is_found_once(figures, fields, na
     assert all(word in found[PATIENCE - 1][name] for word in [*words, f"for {PATIENCE} batches in a row"])
 
 
+@pytest.mark.parametrize(("last", "solved"), [(1.0, True), (0.9, True), (0.0, False)])
+def test_constant_reward_that_is_the_highest_so_far_may_mean_a_solved_task(last, solved):
+    rising = [{**FINE, "reward": reward} for reward in (0.1, 0.9)]
+    text = observed([*rising, *[{**CONSTANT, "reward": last}] * PATIENCE])[-1]["constant reward"]
+    assert f"had the same reward, {last:g}," in text
+    assert ("the task may be solved" in text) == solved
+    assert ("change reward_funcs" in text) != solved
+
+
 def test_a_sign_must_hold_in_a_row():
     assert not any(observed([FLAT, FLAT, FINE] * 5))
     assert not any(observed([FLAT, FLAT, CONSTANT, CONSTANT] * 5))
