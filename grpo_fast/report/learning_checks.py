@@ -49,8 +49,8 @@ def _is_constant(figures: dict[str, float], config: GRPOConfig) -> bool:
 def _constant_reward(figures: dict[str, float], config: GRPOConfig) -> str:
     if figures["earlier_highest"] is not None and figures["reward"] >= figures["earlier_highest"]:
         return (
-            f"all completions of all prompts had the same reward, {figures['reward']:g}, and no earlier batch had a higher "
-            "mean: the task may be solved, and nothing more is learned; end the run, or take harder prompts"
+            f"all completions of all prompts had the same reward, {figures['reward']:g}, and no earlier batch had a "
+            "higher mean: the task may be solved, and nothing more is learned; end the run, or take harder prompts"
         )
     return (
         f"all completions of all prompts had the same reward, {figures['reward']:g}, so nothing is learned from them; "

@@ -166,12 +166,6 @@ def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str
     return Advantages(found.values.view(-1, longest), found.equal.view(-1, longest)[:, 0])
 
 
-def spread_steps(advantages: Tensor, counts: list[int], values: Sequence[float]) -> None:
-    """Add each step's value to a completion's token `advantages` ``[T]``, up to the step's end; see `step_tokens`."""
-    for count, value in zip(counts, values, strict=False):
-        advantages[:count] += value
-
-
 @dataclass
 class RewardAdvantages:
     """Advantages of completions ``[B]`` and of their steps by reward function, and whether all of a group are 0."""

@@ -19,7 +19,7 @@ from grpo_fast.rewards import Rewards
 from grpo_fast.rewards.engine import RewardModel
 from grpo_fast.rollout import Response
 from grpo_fast.rollout.base import Rollout, Sampling
-from grpo_fast.train.advantages import RewardAdvantages, reward_advantages, spread_steps, step_tokens
+from grpo_fast.train.advantages import RewardAdvantages, reward_advantages, step_tokens
 from grpo_fast.train.batch import StepBatch
 
 
@@ -91,7 +91,8 @@ def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: An
         for index, pairs in steps.items():
             ends, ended = [end for end, _ in pairs], response.finish_reason == "stop"
             counts = step_tokens(tokenizer, response.token_ids, ends, ended)
-            spread_steps(values, counts, advantages.steps[index][place].tolist())
+            for count, value in zip(counts, advantages.steps[index][place].tolist(), strict=False):
+                values[:count] += value
         tokens.append(values)
     advantage = torch.cat(tokens).float()
     if not bool(advantage.isfinite().all()):

@@ -38,16 +38,13 @@ def completion_metrics(responses: list[Response]) -> dict[str, float]:
     """Lengths of all completions and of those that ended by themselves, and the share that was truncated."""
     lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
     ended = torch.tensor([response.finish_reason == "stop" for response in responses])
-    metrics = {
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": 1 - ended.float().mean().item(),
-    }
-    terminated = lengths[ended] if ended.any() else torch.zeros(1)
-    metrics["completions/mean_terminated_length"] = terminated.mean().item()
-    metrics["completions/min_terminated_length"] = terminated.min().item()
-    metrics["completions/max_terminated_length"] = terminated.max().item()
+    metrics = {"completions/clipped_ratio": 1 - ended.float().mean().item()}
+    for name, counted in (
+        ("length", lengths),
+        ("terminated_length", lengths[ended] if ended.any() else torch.zeros(1)),
+    ):
+        for statistic in ("mean", "min", "max"):
+            metrics[f"completions/{statistic}_{name}"] = getattr(counted, statistic)().item()
     return metrics
 
 

@@ -125,18 +125,11 @@ def _adamw_8bit() -> Any:
     return AdamW8bit
 
 
-class _AdamW(_ExactState, Optimizer):
-    """AdamW's hyperparameters; a subclass defines the step."""
+class _AdamW(_ExactState, torch.optim.AdamW):
+    """AdamW without a default weight decay; a subclass defines the step."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **{"weight_decay": 0.0, **options})
 
 
 class StochasticAdamW(_AdamW):
@@ -160,8 +153,8 @@ class StochasticAdamW(_AdamW):
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(p, dtype=torch.float32)
         # For a sharded weight, this process's shard.
-        weight, grad, mean, square = map(_local, (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]))
-        tensors = (weight.view(-1), grad.reshape(-1), mean.view(-1), square.view(-1))
+        tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
+        tensors = [(t.to_local() if isinstance(t, DTensor) else t).view(-1) for t in tensors]
         for weight, grad, mean, square in zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True):
             master = weight.float()
             # A copy of the count, since every call increments it.
@@ -171,10 +164,6 @@ class StochasticAdamW(_AdamW):
             elif master is not weight:
                 weight.copy_(master)
         state["step"] += 1
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def round_stochastically(values: Tensor) -> Tensor:
@@ -315,10 +304,9 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
             values[key] = int(tensor)
         elif part:
             quantised.setdefault(index, {}).setdefault(key, {})[part[0]] = tensor.clone()
-        elif tensor.shape == parameters[index].shape:
-            values[key] = cut_like(tensor, parameters[index]).clone()
         else:
-            values[key] = tensor.clone()
+            like = parameters[index] if tensor.shape == parameters[index].shape else tensor
+            values[key] = cut_like(tensor, like).clone()
     for index, moments in quantised.items():
         kind = import_extra("torchao.optim.subclass_8bit", "lowbit").OptimState8bit
         for key, pieces in moments.items():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import RewardModel
 from grpo_fast.rewards.steps import mean_reward, read_steps
-from grpo_fast.train.advantages import normalise_steps, spread_steps, step_tokens
+from grpo_fast.train.advantages import normalise_steps, step_tokens
 from support.small import SMALL, trainer
 
 
@@ -68,7 +68,8 @@ def test_a_token_gets_the_steps_that_end_at_or_after_it(tokenizer):
     for line, pairs, values in zip(found.values, steps, expected, strict=False):
         advantages = torch.zeros(len(ids))
         counts = step_tokens(tokenizer, ids, [end for end, _ in pairs], False)
-        spread_steps(advantages, counts, line.tolist())
+        for count, value in zip(counts, line.tolist(), strict=False):
+            advantages[:count] += value
         counts.append(len(ids))
         start = 0
         for count, value in zip(counts, values, strict=False):
