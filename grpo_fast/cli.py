@@ -135,9 +135,7 @@ def _tell(error: str) -> None:
 def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
     """The configuration from a YAML file (the first argument, optional) and the ``--field value`` pairs after it.
 
-    Args:
-        argv: the command line.
-        unused: fields that the command does not use.
+    `unused` are fields that the command does not use.
 
     Raises:
         UserError: a missing file, an unknown field, a value that is not allowed, or a file in a run's folder that names

@@ -25,11 +25,9 @@ class CheckpointError(UserError):
 
 
 class NotFiniteError(UserError):
-    """An optimizer step was stopped by a number that is not finite.
+    """A number that is not finite stopped an optimizer step.
 
-    Args:
-        message: what was not finite.
-        weights_lost: whether the weights are not finite either; otherwise they are those of the previous step.
+    `weights_lost` says whether the weights are not finite either; otherwise they are those of the previous step.
     """
 
     def __init__(self, message: str, weights_lost: bool):

@@ -54,10 +54,7 @@ from grpo_fast.train.trust import remember_own
 
 
 class GRPOTrainer:
-    """Trains a policy and writes the run folder.
-
-    Args:
-        config: the run.
+    """Trains a policy as `config` says, and writes the run folder.
 
     Raises:
         UserError: the configuration, the data, the rewards or the model would make the run fail later.
@@ -78,12 +75,9 @@ class GRPOTrainer:
         config = self.config
         self.objective = config.objective()
         self.rewards = RewardModel(
-            config.reward_funcs,
-            config.reward_weights,
-            config.reward_timeout,
-            config.on_reward_error,
+            config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error,
             config.code_isolation,
-        )
+        )  # fmt: skip
         self.rewards.warn = self.warn
         self.metric = self.rewards.index(config.eval_metric)
         self.score_name = f"eval/rewards/{self.rewards.names[self.metric]}/mean"
@@ -429,8 +423,8 @@ class GRPOTrainer:
         except NotFiniteError as error:
             raise NotFiniteError(f"step {self.step + 1}: {error}", error.weights_lost) from None
         except UserError as error:
-            figures = self.run_folder / "metrics.jsonl"
-            raise UserError(f"step {self.step + 1}: {error}; the figures so far are in {figures}") from None
+            path = self.run_folder / "metrics.jsonl"
+            raise UserError(f"step {self.step + 1}: {error}; the metrics so far are in {path}") from None
 
     def logs_completions(self) -> bool:
         """Whether completions are due to be written in one of the steps on the coming generation batch."""

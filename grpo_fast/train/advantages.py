@@ -186,7 +186,6 @@ def reward_advantages(
     Args:
         rewards: of B completions, those of a prompt in a row.
         weights: ``[F]``, the functions' weights.
-        config: how rewards are normalised.
         penalty: ``[B]``, subtracted from the outcome's reward.
     """
     size, scale, baseline = config.num_generations, config.scale_rewards, config.reward_baseline

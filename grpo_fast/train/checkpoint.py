@@ -40,32 +40,18 @@ RUN_FILES = frozenset({"optimizer.safetensors", "rng.safetensors", "reference.sa
 
 @dataclass
 class TrainerState:
-    """``trainer_state.json``.
+    """``trainer_state.json``."""
 
-    Args:
-        step: optimizer steps so far.
-        num_tokens: tokens of the prompts and completions that were trained on.
-        num_prompts: prompts that were drawn from the training rows.
-        train_seconds: time of the steps, seconds.
-        before: score on the held-out prompts before training; NaN (null in the file) if there is none.
-        fixed: what a resumed run must have in common with this one.
-        best_step: the step with the best score on the held-out prompts so far, 0 for none.
-        best_score: its score; minus infinity (null in the file) if there is none.
-        files: lengths of the checkpoint's other files, bytes.
-        sha256: their checksums.
-        format: version of this file.
-    """
-
-    step: int
-    num_tokens: int
-    num_prompts: int
-    train_seconds: float
-    before: float
-    fixed: dict[str, Any]
-    best_step: int = 0
-    best_score: float = -math.inf
-    files: dict[str, int] = field(default_factory=dict)
-    sha256: dict[str, str] = field(default_factory=dict)
+    step: int  # optimizer steps so far
+    num_tokens: int  # of the prompts and completions that were trained on
+    num_prompts: int  # drawn from the training rows
+    train_seconds: float  # time of the steps
+    before: float  # score on the held-out prompts before training; NaN (null in the file) without one
+    fixed: dict[str, Any]  # what a resumed run must have in common with this one
+    best_step: int = 0  # the step with the best score on the held-out prompts so far, 0 for none
+    best_score: float = -math.inf  # its score; null in the file without one
+    files: dict[str, int] = field(default_factory=dict)  # lengths of the checkpoint's other files, bytes
+    sha256: dict[str, str] = field(default_factory=dict)  # their checksums
     format: int = FORMAT
 
 

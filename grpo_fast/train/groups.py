@@ -114,12 +114,10 @@ def sample_groups(
     Args:
         sample: samples and scores that many further prompts.
         weights: ``[F]``, weights of the reward functions.
-        config: the run.
 
     Returns:
-        The groups, the number of prompts that were drawn, and metrics of the resampling: batches that were sampled, the
-        share of groups that were replaced, and the mean reward of everything that was sampled, which, unlike the
-        batch's, does not depend on what was kept.
+        The groups, the number of prompts that were drawn, and metrics of the resampling. The mean reward of everything
+        that was sampled, unlike the batch's, does not depend on what was kept.
     """
     groups = sample(config.prompts_per_step)
     if not config.dynamic_sampling:

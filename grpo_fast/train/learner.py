@@ -43,10 +43,7 @@ class Learner:
 
     Args:
         model: a transformers causal LM; with `use_peft` it gets its adapters here.
-        config: the run.
-        accelerator: places the model on its device.
         prompt_ids: any prompt, to compare the fused head and packed rows with the model's own.
-        pad_token_id: for padded rows.
 
     Raises:
         UserError: the model cannot be trained with this configuration.
@@ -260,13 +257,14 @@ class Learner:
             self.adapter.set_adapter(trained)
 
     @torch.no_grad()
-    def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:
-        """Log-probabilities ``[N]`` of the step's tokens under `policy` (1U in the head)."""
-        logprobs = torch.zeros_like(batch.weights)
+    def score(self, policy: nn.Module, batch: StepBatch, entropy: bool = False) -> Tensor:
+        """Log-probabilities ``[N]`` of the step's tokens under `policy`, or their entropies (1U in the head)."""
+        scores = torch.zeros_like(batch.weights)
         for microbatch in self.microbatches(batch):
-            logprobs[microbatch.tokens] = policy(microbatch).float()
+            found = policy(microbatch, with_entropy=True)[1] if entropy else policy(microbatch)
+            scores[microbatch.tokens] = found.float()
         sharding.release(policy)
-        return total(logprobs)
+        return total(scores)
 
     @torch.no_grad()
     def score_completion(self, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
@@ -279,17 +277,12 @@ class Learner:
         sharding.release(self.policy)
         return logprobs
 
-    @torch.no_grad()
     def high_entropy(self, batch: StepBatch) -> Tensor:
         """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the current policy."""
         counted = batch.weights != 0
         samples = counted[batch.offsets[:-1].to(counted.device)].nonzero().squeeze(1).tolist()
-        entropy = torch.zeros_like(batch.weights)
         self.policy.eval()
-        for microbatch in self.microbatches(dataclasses.replace(batch, active=samples)):
-            entropy[microbatch.tokens] = self.policy(microbatch, with_entropy=True)[1].float()
-        sharding.release(self.policy)
-        total(entropy)
+        entropy = self.score(self.policy, dataclasses.replace(batch, active=samples), entropy=True)
         return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
 
 

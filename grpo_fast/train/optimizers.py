@@ -154,7 +154,8 @@ class StochasticAdamW(_AdamW):
                 state[key] = torch.zeros_like(p, dtype=torch.float32)
         # For a sharded weight, this process's shard.
         tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
-        tensors = [(t.to_local() if isinstance(t, DTensor) else t).view(-1) for t in tensors]
+        weight, grad, mean, square = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+        tensors = (weight.view(-1), grad.reshape(-1), mean.view(-1), square.view(-1))
         for weight, grad, mean, square in zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True):
             master = weight.float()
             # A copy of the count, since every call increments it.
@@ -194,11 +195,8 @@ class OffloadedAdamW(_AdamW):
     It takes 12 bytes of host memory per weight, and on the device only the weights (of any dtype) and gradients.
     Unlike torchao's `CPUOffloadOptimizer`, which copies gradients out during the backward, it reads them at the step,
     so clipping has an effect, and the masters of bfloat16 weights are float32. While the CPU updates one tensor, the
-    next gradient is copied; two pinned buffers as long as the longest tensor serve all of them.
-
-    Args:
-        params: parameters or groups, on one device.
-        options: AdamW's lr, betas, eps and weight_decay.
+    next gradient is copied; two pinned buffers as long as the longest tensor serve all of them. All parameters must be
+    on one device.
     """
 
     def __init__(self, params: Any, **options: Any):

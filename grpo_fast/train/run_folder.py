@@ -23,12 +23,8 @@ def claim(folder: Path, field: str = "output_dir", created: bool = False) -> Non
     """Make this process the only one that writes to `folder`, which is created if it is missing.
 
     The claim lasts until :func:`release` or the end of the process, however it ends. Claiming a folder twice in one
-    process changes nothing.
-
-    Args:
-        folder: the folder of a run or an evaluation.
-        field: the option that names it, for errors.
-        created: whether the caller has just created it.
+    process changes nothing. `field` is the option that names the folder, for errors; `created` says whether the caller
+    has just created it.
 
     Raises:
         UserError: another process has it, or it cannot be written to.

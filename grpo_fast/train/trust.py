@@ -44,10 +44,7 @@ def named_code(config: GRPOConfig) -> dict[str, Any]:
 def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None:
     """Refuse Python code that only a configuration inside a run's folder names.
 
-    Args:
-        path: the configuration's file.
-        config: as resolved.
-        allowed: fields that the command line names, or that are not used.
+    Fields in `allowed`, which the command line names or the command does not use, need no permission.
 
     Raises:
         UserError: names the options that would allow it.
