@@ -31,11 +31,7 @@ _CHECKSUM = re.compile(r', "crc32": (\d+)\}$')
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is not JSON, or is nested too deeply to be read.
-    """
+    """The value of a JSON text; a ValueError if it is not JSON, or is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -45,11 +41,8 @@ def parse_json(text: str) -> Any:
 def read_yaml(path: Path, name: str | None = None) -> Any:
     """The value of a YAML file, plain data of a bounded size.
 
-    Args:
-        name: what error messages call the file (default: its path).
-
     Raises:
-        UserError: it is not YAML in UTF-8, is too large, or its aliases stand for too much.
+        UserError: it is not YAML in UTF-8, is too large, or its aliases stand for too much; it calls the file `name`.
     """
     yaml = import_extra("yaml", "train")
     name = name or str(path)
@@ -107,11 +100,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file under another name, sync it to the disk, and rename it.
-
-    Raises:
-        UserError: the disk is full or cannot be written to.
-    """
+    """Write a file under another name, sync it to the disk, and rename it; a UserError if the disk refuses."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         partial.write_text(text, encoding="utf-8")
@@ -194,11 +183,7 @@ class LinesFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The metrics of every step in ``metrics.jsonl``, with NaN for null.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """The metrics of every step in ``metrics.jsonl``, with NaN for null; a UserError if a line is damaged."""
     lines, damaged = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
     if damaged:
         raise UserError(f"{path}: line {damaged[0]} is damaged")
@@ -209,9 +194,7 @@ def cut_metrics(path: Path, step: int) -> tuple[list[dict[str, float]], str]:
     """Keep only the lines up to `step`, and return their metrics; the later steps are about to be made again.
 
     If lines are damaged, or none is kept, a copy of the file stays beside it, and a note that says so is returned.
-
-    Raises:
-        UserError: the file cannot be written.
+    A UserError reports a file that cannot be written.
     """
     if not path.exists():
         return [], ""
@@ -230,11 +213,7 @@ def cut_metrics(path: Path, step: int) -> tuple[list[dict[str, float]], str]:
 
 
 def without_checksum(line: str) -> str:
-    """A line of ``metrics.jsonl`` without the CRC-32 at its end, if it has one.
-
-    Raises:
-        ValueError: the checksum is wrong.
-    """
+    """A line of ``metrics.jsonl`` without the CRC-32 at its end, if it has one; a ValueError if that is wrong."""
     line = line.rstrip("\n")
     found = _CHECKSUM.search(line)
     if not found:

@@ -71,11 +71,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `model` (for a PeftModel its adapter), `tokenizer`, `state`, and each of `tensors` as ``NAME.safetensors``.
 
-    Args:
-        weights: the whole weights, for a sharded model.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written to; other checkpoints are untouched.
+    `weights` are those of a sharded model, whole. A CheckpointError, if the disk is full or cannot be written to,
+    leaves the other checkpoints untouched.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -133,11 +130,7 @@ def _reading(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The state of a checkpoint whose files all have their lengths.
-
-    Raises:
-        UserError: a file is missing or has another length, the state was changed, or a newer version wrote it.
-    """
+    """The state of a checkpoint; a UserError if it was changed, or files are missing or have other lengths."""
     with _reading(folder):
         state = _parse_state(folder)
         _check_files(folder, state, list(state.files), sums=False)
@@ -212,11 +205,7 @@ def _check_files(folder: Path, state: TrainerState, names: list[str], sums: bool
 
 
 def verify_model(folder: Path) -> None:
-    """Check the weights of a checkpoint that is used as a model; any other folder has no checksums to compare.
-
-    Raises:
-        UserError: a file was changed, or a newer version wrote the checkpoint.
-    """
+    """Raise a UserError if `folder` is a checkpoint whose weights were changed, or which a newer version wrote."""
     if not (folder / STATE_FILE).is_file():
         return
     try:
@@ -228,11 +217,7 @@ def verify_model(folder: Path) -> None:
 
 
 def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, TrainerState] | None:
-    """The newest checkpoint, whose files all have their checksums, and its state; None if there is none.
-
-    Raises:
-        UserError: it is damaged, or the configuration is that of another run.
-    """
+    """The newest checkpoint and its state, or None; a UserError if it is damaged, or that of another run."""
     found = checkpoints(run_folder)
     if not found:
         return None
@@ -260,10 +245,9 @@ def fingerprint(encoded: list[list[int]]) -> str:
 
 
 def check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a resumed run is the one that wrote the checkpoint; only its learning_rate may be smaller.
+    """Raise a UserError for the first value in which a resumed run differs from the one that wrote the checkpoint.
 
-    Raises:
-        UserError: names the first value that differs, and both values.
+    Only its learning_rate may be smaller.
     """
     for name, value in now.items():
         if name not in saved or saved[name] == value or (name == "learning_rate" and value < saved[name]):
@@ -276,21 +260,13 @@ def check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of ``NAME.safetensors``.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """The tensors of ``NAME.safetensors``; a UserError if the file cannot be read."""
     with _reading(folder, OSError, SafetensorError):
         return load_file(folder / f"{name}.safetensors")
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load the checkpoint's weights into `model` (for a PeftModel into its adapter), bit for bit.
-
-    Raises:
-        UserError: they cannot be read, or are those of another model.
-    """
+    """Load the weights into `model` (for a PeftModel into its adapter), bit for bit; a UserError if they do not fit."""
     load = _load_adapter if hasattr(model, "get_base_model") else _load_model
     with _reading(folder, OSError, ValueError, RuntimeError, SafetensorError):
         load(folder, model)
@@ -327,11 +303,7 @@ def checkpoint_bytes(model: nn.Module, config: GRPOConfig) -> int:
 
 
 def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
-    """Check that the disk has room for the checkpoints that exist at once: those kept, and the one being written.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a UserError unless the disk has room for the checkpoints to keep and the one being written."""
     saves = math.ceil(config.max_steps / config.save_steps) if config.save_steps else 1
     saves += math.ceil(config.max_steps / config.eval_steps) if config.keep_best else 0
     count, size = min(config.save_total_limit + 1 + config.keep_best, saves), checkpoint_bytes(model, config)

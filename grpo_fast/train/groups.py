@@ -82,8 +82,7 @@ def _put(items: list, places: list[int], others: list) -> list:
 def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: Any) -> Tensor:
     """The advantage of every token ``[N]`` float32: the outcome's plus those of the steps that end at or after it.
 
-    Raises:
-        UserError: an advantage is beyond float32.
+    A UserError refuses an advantage beyond float32.
     """
     tokens = []
     for place, (response, steps) in enumerate(zip(groups.responses, groups.rewards.steps, strict=True)):

@@ -62,12 +62,7 @@ class Interrupt:
         return self.signal
 
     def exit(self) -> None:
-        """End like a program that the signal stopped, with status 130, 143 or 129.
-
-        Raises:
-            KeyboardInterrupt: after SIGINT.
-            SystemExit: after SIGTERM or SIGHUP.
-        """
+        """End as the signal would: a KeyboardInterrupt after SIGINT, otherwise a SystemExit with status 143 or 129."""
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signal)

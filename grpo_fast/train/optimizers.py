@@ -31,11 +31,7 @@ _CHUNK = 1 << 24
 
 
 def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
-    """Check, before anything is loaded, that this device and installation have the optimizer.
-
-    Raises:
-        UserError: names the field and what is allowed.
-    """
+    """Raise a UserError, before anything is loaded, if this device or installation lacks the optimizer."""
     on_cpu = device.type == "cpu"
     if config.optim_offload and config.optim != "adamw_torch_fused":
         raise UserError(f"optim_offload requires optim='adamw_torch_fused', not {config.optim!r}")
@@ -60,8 +56,7 @@ def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
 def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     """AdamW according to `optim` and `optim_offload`, with weight decay on matrices but not on norms and biases.
 
-    Raises:
-        UserError: the weights are trained in 16 bits, and this optimizer would lose their small updates.
+    A UserError refuses weights in 16 bits whose small updates the optimizer would lose.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
@@ -282,11 +277,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load the state that `optimizer_tensors` took from an optimizer of the same kind, bit for bit.
-
-    Raises:
-        UserError: the state belongs to other parameters.
-    """
+    """Load what `optimizer_tensors` took from a like optimizer, bit for bit; a UserError for other parameters."""
     parameters = _parameters(optimizer)
     state: dict[int, dict[str, Any]] = {}
     quantised: dict[int, dict[str, dict[str, Tensor]]] = {}

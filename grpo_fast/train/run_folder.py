@@ -54,11 +54,7 @@ def claim(folder: Path, field: str = "output_dir", created: bool = False) -> Non
 
 
 def claim_new(name: str) -> Path:
-    """Create and claim ``runs/NAME-TIME``, or ``runs/NAME-TIME-2`` and so on if that name is taken.
-
-    Raises:
-        UserError: it cannot be created.
-    """
+    """Create and claim ``runs/NAME-TIME``, or ``runs/NAME-TIME-2`` and so on if that name is taken."""
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -92,8 +88,7 @@ def release(folder: Path) -> None:
 def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
     """The run folder, claimed for this process, and the checkpoint to continue from.
 
-    Raises:
-        UserError: another process has the folder, or it holds a run that is not to be resumed.
+    A UserError refuses a folder that another process has, or that holds a run which is not to be resumed.
     """
     if config.output_dir is None:
         if config.resume_from_checkpoint:

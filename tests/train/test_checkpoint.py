@@ -99,7 +99,11 @@ def test_find_checkpoint_names_damaged_files(finished, tmp_path, name):
         find_checkpoint(folder, config(folder))
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"step": 2}', "{", "7"])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", '{"step": 2}', "{", "7", "[" * 100_000, '{"fixed":' * 100_000, "1" * 5000],
+    ids=lambda text: text[:12],
+)
 def test_find_checkpoint_refuses_content_that_is_no_state(finished, tmp_path, content):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "checkpoint-1" / "trainer_state.json").write_text(content)

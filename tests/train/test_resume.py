@@ -247,7 +247,19 @@ def test_cut_metrics_detects_every_changed_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "[]", "7", "null", "{}", '{"step": "2"}', '{"step": true}', "[" * 100_000, "\x00"]
+    "line",
+    [
+        "",
+        "[]",
+        "7",
+        "null",
+        "{}",
+        '{"step": "2"}',
+        '{"step": true}',
+        "[" * 100_000,
+        '{"step": 2, "a": ' + "[" * 100_000,
+        "\x00",
+    ],
 )
 def test_cut_metrics_leaves_out_only_damaged_lines(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
