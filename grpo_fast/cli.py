@@ -135,11 +135,8 @@ def _tell(error: str) -> None:
 def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
     """The configuration from a YAML file (the first argument, optional) and the ``--field value`` pairs after it.
 
-    `unused` are fields that the command does not use.
-
-    Raises:
-        UserError: a missing file, an unknown field, a value that is not allowed, or a file in a run's folder that names
-            Python code to run; see `trust`.
+    `unused` are fields that the command does not use. A UserError refuses a missing file, an unknown field, a wrong
+    value, and a file in a run's folder that names Python code to run; see `trust`.
     """
     jsonargparse = import_extra("jsonargparse", "train")
     parser = jsonargparse.ArgumentParser(

@@ -400,7 +400,7 @@ class GRPOTrainer:
         advantages = reward_advantages(groups.rewards, weights, config)
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
-        batch = dataclasses.replace(batch.to(self.accelerator.device), drawn=drawn)
+        batch.drawn, batch.weights = drawn, batch.weights.to(self.accelerator.device)
         if config.corrects_sampler:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]
             batch.sampling_logprobs = torch.tensor(sampled).to(batch.weights)

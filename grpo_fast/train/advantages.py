@@ -26,14 +26,11 @@ class Advantages(NamedTuple):
     equal: Tensor
 
 
-def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Standard deviation (Bessel's correction) of the entries that are not NaN; 0 where there are fewer than two."""
-    values = values.flatten() if dim is None else values
-    dim = 0 if dim is None else dim
+def nanstd(values: Tensor, dim: int = 0) -> Tensor:
+    """Standard deviation (Bessel's correction) along `dim`, which is kept, without NaN; 0 of fewer than two numbers."""
     count = (~values.isnan()).sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    std = torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
-    return std if keepdim else std.squeeze(dim)
+    return torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
 
 
 def group_advantages(
@@ -71,9 +68,9 @@ def group_advantages(
     nothing = groups.isnan() | (equal if baseline not in UNCENTRED else False)
     values = BASELINES[baseline](groups).masked_fill(nothing, 0.0)
     if scale_rewards == "group":
-        values = values / (nanstd(groups, 1, keepdim=True) + EPSILON)
+        values = values / (nanstd(groups, 1) + EPSILON)
     elif scale_rewards == "batch":
-        values = values / (nanstd(groups) + EPSILON)
+        values = values / (nanstd(groups.flatten()) + EPSILON)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; choose 'group', 'batch' or 'none'")
     return Advantages(values.flatten().to(rewards.dtype), equal.expand_as(groups).flatten())
@@ -150,13 +147,9 @@ def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int], ended
 def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str, baseline: str) -> Advantages:
     """Normalised rewards of the steps of B completions; all steps of a prompt's completions form one group.
 
-    Args:
-        steps: each completion's steps, possibly none; the completions of a prompt in a row.
-        num_generations, scale_rewards, baseline: see :func:`group_advantages`.
-
-    Returns:
-        ``[B, M]`` float64 values for at most M steps, 0 where there is no step, and ``[B]`` whether all steps of a
-        completion's group have the same reward.
+    Each completion has any number of steps; the completions of a prompt are in a row. `num_generations`,
+    `scale_rewards` and `baseline` as in `group_advantages`. The values are ``[B, M]`` float64 for at most M steps, 0 where
+    there is no step; ``[B]`` says whether all steps of a completion's group have the same reward.
     """
     longest = max(1, *map(len, steps))
     rewards = torch.full((len(steps), longest), math.nan, dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +33,6 @@ class StepBatch:
     high_entropy: Tensor | None = None
     sampling_logprobs: Tensor | None = None
     correction: Tensor | None = None
-
-    def to(self, device: torch.device) -> StepBatch:
-        """The batch with its token tensors on a device; what plans the microbatches stays on the CPU."""
-        return dataclasses.replace(self, advantages=self.advantages.to(device), weights=self.weights.to(device))
 
     def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
         """Set the advantage of every token ``[N]``, and leave out the samples that cannot move the policy."""

@@ -110,13 +110,10 @@ def sample_groups(
     nothing: as many prompts as there are such groups are sampled, until there is none or `max_num_gen_batches` batches
     were sampled. Groups without variance that remain then stay, so that a batch always has its full size.
 
-    Args:
-        sample: samples and scores that many further prompts.
-        weights: ``[F]``, weights of the reward functions.
+    `sample` samples and scores that many further prompts; `weights` are those of the reward functions, ``[F]``.
 
-    Returns:
-        The groups, the number of prompts that were drawn, and metrics of the resampling. The mean reward of everything
-        that was sampled, unlike the batch's, does not depend on what was kept.
+    Returns the groups, the number of prompts that were drawn, and metrics of the resampling. The mean reward of
+    everything that was sampled, unlike the batch's, does not depend on what was kept.
     """
     groups = sample(config.prompts_per_step)
     if not config.dynamic_sampling:

@@ -41,12 +41,8 @@ T = TypeVar("T")
 class Learner:
     """Trains a policy on generation batches.
 
-    Args:
-        model: a transformers causal LM; with `use_peft` it gets its adapters here.
-        prompt_ids: any prompt, to compare the fused head and packed rows with the model's own.
-
-    Raises:
-        UserError: the model cannot be trained with this configuration.
+    `model` is a transformers causal LM, which gets its adapters here; `prompt_ids` is any prompt, with which the fused
+    head and packed rows are compared with the model's own. A UserError refuses a model that cannot be trained.
     """
 
     def __init__(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,10 +10,8 @@ from torch import Tensor
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_fast.train.advantages import nanstd
+from grpo_fast.train.batch import StepBatch
 from grpo_kernels import PolicyObjective
-
-if TYPE_CHECKING:
-    from grpo_fast.train.batch import StepBatch
 
 # Metrics that depend on the machine and differ between identical runs.
 MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})

@@ -37,11 +37,9 @@ def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
         raise UserError(f"optim_offload requires optim='adamw_torch_fused', not {config.optim!r}")
     if config.optim_offload and on_cpu:
         raise UserError("optim_offload=True needs a GPU: without one, the optimizer's state is already in host memory")
+    if config.optim in _BITSANDBYTES and on_cpu:
+        raise UserError(f"optim={config.optim!r} needs a GPU; on the CPU use 'adamw_torch_fused' or 'adamw_torch_8bit'")
     if config.optim in _BITSANDBYTES:
-        if on_cpu:
-            raise UserError(
-                f"optim={config.optim!r} needs a GPU; on the CPU use 'adamw_torch_fused' or 'adamw_torch_8bit'"
-            )
         import_extra("bitsandbytes", "lowbit")
     if config.optim == "adamw_torch_8bit":
         # torchao compiles its step.

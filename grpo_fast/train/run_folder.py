@@ -24,10 +24,7 @@ def claim(folder: Path, field: str = "output_dir", created: bool = False) -> Non
 
     The claim lasts until :func:`release` or the end of the process, however it ends. Claiming a folder twice in one
     process changes nothing. `field` is the option that names the folder, for errors; `created` says whether the caller
-    has just created it.
-
-    Raises:
-        UserError: another process has it, or it cannot be written to.
+    has just created it. A UserError refuses a folder that another process has, or that cannot be written to.
     """
     place = folder.resolve()
     # A forked child has its parent's table, but not its locks.

@@ -29,25 +29,19 @@ _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "settings.json", "summary.json",
 
 def named_code(config: GRPOConfig) -> dict[str, Any]:
     """The fields that make a run execute Python code other than that of this package and the libraries."""
-    code: dict[str, Any] = {}
-    if not all(map(is_built_in, config.reward_funcs)):
-        code["reward_funcs"] = config.reward_funcs
-    if config.trust_remote_code:
-        code["trust_remote_code"] = True
-    if "/" in (config.attn_implementation or ""):
-        code["attn_implementation"] = config.attn_implementation
-    if _CODE_ARGUMENTS & set(config.model_init_kwargs or {}):
-        code["model_init_kwargs"] = config.model_init_kwargs
-    return code
+    names_code = {
+        "reward_funcs": not all(map(is_built_in, config.reward_funcs)),
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": "/" in (config.attn_implementation or ""),
+        "model_init_kwargs": bool(_CODE_ARGUMENTS & set(config.model_init_kwargs or {})),
+    }
+    return {name: getattr(config, name) for name, does in names_code.items() if does}
 
 
 def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None:
-    """Refuse Python code that only a configuration inside a run's folder names.
+    """Refuse Python code that only a configuration inside a run's folder names; the UserError says how to allow it.
 
     Fields in `allowed`, which the command line names or the command does not use, need no permission.
-
-    Raises:
-        UserError: names the options that would allow it.
     """
     folder = path.resolve().parent
     if not any(any(place.glob(name)) for place in (folder, folder.parent) for name in _RUN_FILES):
