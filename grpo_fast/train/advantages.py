@@ -148,8 +148,8 @@ def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str
     """Normalised rewards of the steps of B completions; all steps of a prompt's completions form one group.
 
     Each completion has any number of steps; the completions of a prompt are in a row. `num_generations`,
-    `scale_rewards` and `baseline` as in `group_advantages`. The values are ``[B, M]`` float64 for at most M steps, 0 where
-    there is no step; ``[B]`` says whether all steps of a completion's group have the same reward.
+    `scale_rewards` and `baseline` are those of `group_advantages`. The values are ``[B, M]`` float64 for at most M
+    steps, 0 where there is no step; ``[B]`` says whether all steps of a completion's group have the same reward.
     """
     longest = max(1, *map(len, steps))
     rewards = torch.full((len(steps), longest), math.nan, dtype=torch.float64)
