@@ -161,7 +161,7 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
         # jsonargparse does not catch this for an integer beyond the largest float.
         wrong = next(argument for argument in argv if re.search(r"\d{309}", argument))
         raise UserError(f"{shown(wrong)} is not allowed: a number must be within +-{sys.float_info.max:.1e}") from None
-    del values["config"]
+    values.pop("config", None)
     config = GRPOConfig(**values | {"run_name": name if values["run_name"] is None else values["run_name"]})
     from grpo_fast.train.trust import check_code
 

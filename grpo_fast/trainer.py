@@ -273,10 +273,6 @@ class GRPOTrainer:
             interrupt.exit()
         return last
 
-    def warn_once(self, name: str, text: str) -> None:
-        """Print a warning about the current step, unless this run already had a warning of that name."""
-        on_main(partial(self.warnings.warn, self.step + 1, name, f"step {self.step + 1}: {text}"))
-
     def last_good(self, weights_lost: bool) -> str:
         """After a step that was not finite: how to continue from the newest checkpoint, whose weights are finite."""
         if self.step and not weights_lost:
@@ -348,7 +344,7 @@ class GRPOTrainer:
             start = time.perf_counter()
             batch, figures = self.collect()
             for name, text in self.signals.observe(figures).items():
-                self.warn_once(name, text)
+                on_main(partial(self.warnings.warn, self.step + 1, name, f"step {self.step + 1}: {text}"))
             tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in batch.samples)
             updates = min(config.num_iterations, config.max_steps - state.step)
             if config.sample_ahead and state.step + updates < config.max_steps:

@@ -156,28 +156,26 @@ def _parse_state(folder: Path) -> TrainerState:
         raise
     except (OSError, ValueError, TypeError) as error:
         raise _Damage(f"{STATE_FILE}: {getattr(error, 'strerror', None) or one_line(error)}") from None
-    if reason := _wrong_field(state):
-        raise _Damage(f"{STATE_FILE}: {reason}")
+    _check_fields(state)
     state.before = math.nan if state.before is None else state.before
     state.best_score = -math.inf if state.best_score is None else state.best_score
     return state
 
 
-def _wrong_field(state: TrainerState) -> str | None:
-    """An impossible value of the state: whoever edits the file by hand may also update the checksum."""
+def _check_fields(state: TrainerState) -> None:
+    """Refuse impossible values: whoever edits the file by hand may also update the checksum."""
     for name in ("step", "num_tokens", "num_prompts", "best_step"):
         value = getattr(state, name)
         if type(value) is not int or value < 0:
-            return f"{name}={shown(value)} is not a number from 0 on"
+            raise _Damage(f"{STATE_FILE}: {name}={shown(value)} is not a number from 0 on")
     for name in ("train_seconds", "before", "best_score"):
         value = getattr(state, name)
         if not (isinstance(value, (int, float)) or (value is None and name != "train_seconds")):
-            return f"{name}={shown(value)} is not a number"
+            raise _Damage(f"{STATE_FILE}: {name}={shown(value)} is not a number")
     for name, kind in (("fixed", object), ("files", int), ("sha256", str)):
         value = getattr(state, name)
         if not isinstance(value, dict) or not all(isinstance(each, kind) for each in value.values()):
-            return f"{name} has the wrong type"
-    return None
+            raise _Damage(f"{STATE_FILE}: {name} has the wrong type")
 
 
 def _checksum(content: dict[str, Any]) -> str:

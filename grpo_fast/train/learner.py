@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -34,8 +33,6 @@ from grpo_fast.train.metrics import loss_metrics, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
 from grpo_kernels import high_entropy_mask, sampling_ratio
-
-T = TypeVar("T")
 
 
 class Learner:
@@ -158,9 +155,12 @@ class Learner:
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
         with own_random_numbers():
-            for microbatch, last in with_last(self.microbatches(batch)):
+            rest = iter(self.microbatches(batch))
+            following = next(rest, None)
+            while following is not None:
+                microbatch, following = following, next(rest, None)
                 inputs = self.loss_inputs(batch, microbatch.tokens)
-                with sharding.without_sync(self.policy, last):
+                with sharding.without_sync(self.policy, following is None):
                     result = self.policy(microbatch, inputs)
                     self.accelerator.backward(result.loss)
                 loss += result.loss.detach()
@@ -280,13 +280,3 @@ class Learner:
         self.policy.eval()
         entropy = self.score(self.policy, dataclasses.replace(batch, active=samples), entropy=True)
         return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
-
-
-def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is the last one."""
-    items = iter(items)
-    for item in items:
-        for following in items:
-            yield item, False
-            item = following
-        yield item, True
