@@ -25,8 +25,6 @@ LONGEST_INTEGER = 100
 # Levels of lists and mappings inside each other. Python's own limit depends on the caller's depth.
 DEEPEST_YAML = 100
 
-HASHED_AT_ONCE = 4
-
 _CHECKSUM = re.compile(r', "crc32": (\d+)\}$')
 
 
@@ -118,8 +116,8 @@ def sync(path: Path) -> None:
 
 
 def sha256_sums(paths: Iterable[Path]) -> list[str]:
-    """The SHA-256 of each file, as hexadecimal digits; several files are read at once."""
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+    """The SHA-256 of each file, as hexadecimal digits; four files are read at once."""
+    with ThreadPoolExecutor(4) as pool:
         return list(pool.map(_sha256, paths))
 
 

@@ -180,7 +180,9 @@ class GRPOTrainer:
             if self.rollout.engine.warning:
                 progress.warn(self.rollout.engine.warning)
             if self.step:
-                progress.phase(f"going on from {folder / f'checkpoint-{self.step}'}{self.changed_learning_rate()}")
+                new, old = config.learning_rate, self.resumed_learning_rate
+                changed = f" with learning_rate={new:g} instead of {old:g}, and with other prompts and random numbers"
+                progress.phase(f"resuming from {folder / f'checkpoint-{self.step}'}{changed * (new != old)}")
             else:
                 start = f"no checkpoint in {folder}: starting from the beginning; " * config.resume_from_checkpoint
                 if (adapter := loading.find_adapter(config)) is not None:
@@ -210,11 +212,6 @@ class GRPOTrainer:
             on_main(partial(self.write_end, summary, history))
         progress.finished(summary, last)
         return summary
-
-    def changed_learning_rate(self) -> str:
-        new, old = self.config.learning_rate, self.resumed_learning_rate
-        changed = f" with learning_rate={new:g} instead of {old:g}, and with other prompts and random numbers"
-        return changed if new != old else ""
 
     def open_folder(self) -> tuple[list[dict[str, float]], str]:
         """Write what is known at the start, and return the metrics of earlier steps and a note; see `cut_metrics`."""
@@ -279,9 +276,9 @@ class GRPOTrainer:
             # The cause may be older than this checkpoint, so keep the earlier ones, too.
             self.save(remove_old=False)
         newest = self.run_folder / f"checkpoint-{self.saved_step}"
-        whence = f"from {newest}, with other prompts" if self.saved_step else "from the beginning"
+        start = f"from {newest}, with other prompts" if self.saved_step else "from the beginning"
         resume = resume_command(self.run_folder, f"--learning_rate {self.config.learning_rate / 2:g}")
-        return f"to go on {whence} and a smaller learning_rate: {resume}"
+        return f"to continue {start} and a smaller learning_rate: {resume}"
 
     def save_is_due(self) -> bool:
         every = self.config.save_steps

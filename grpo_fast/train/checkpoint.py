@@ -125,7 +125,7 @@ def _reading(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
         older = [path.name for path in checkpoints(folder.parent) if path != folder]
         raise UserError(
             f"the checkpoint {folder} is damaged ({one_line(error)}); remove that folder to "
-            + (f"go on from {older[-1]}" if older else "start from the beginning")
+            + (f"continue from {older[-1]}" if older else "start from the beginning")
         ) from None
 
 

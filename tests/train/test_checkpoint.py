@@ -89,7 +89,7 @@ def test_find_checkpoint_names_damaged_files(finished, tmp_path, name):
     path = folder / "checkpoint-2" / name
     whole = path.read_bytes()
     assert find_checkpoint(folder, config(folder))[1].step == 2
-    offer = r"remove that folder to go on from checkpoint-1$"
+    offer = r"remove that folder to continue from checkpoint-1$"
     for content in (whole[: len(whole) // 2], whole[:-2], b""):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"checkpoint-2 is damaged \({name}.*{offer}"):

@@ -68,9 +68,11 @@ def test_train_with_a_bad_gradient_keeps_the_weights(tmp_path, capsys, fields):
         made.train()
     message = str(error.value)
     assert message.startswith("step 4: the gradient is not finite (norm nan, loss ")
-    assert "more; to go on" in message
+    assert "more; to continue" in message
     assert "\n" not in message
-    resume = f"to go on from {tmp_path}/checkpoint-3, with other prompts and a smaller learning_rate: grpo-fast train "
+    resume = (
+        f"to continue from {tmp_path}/checkpoint-3, with other prompts and a smaller learning_rate: grpo-fast train "
+    )
     assert message.endswith(f"{resume}{tmp_path}/config.yaml --resume --learning_rate 0.0005")
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert all(tensor.isfinite().all() for tensors in saved_weights(tmp_path).values() for tensor in tensors.values())
@@ -102,7 +104,7 @@ def test_train_with_bad_weights_saves_nothing(tmp_path, fields):
     bad_update(made, 4)
     with pytest.raises(UserError, match=r"step 4: the updated weights are not finite .norm of the gradient") as error:
         made.train()
-    assert f"to go on from {tmp_path}/run/checkpoint-2, with other prompts" in str(error.value)
+    assert f"to continue from {tmp_path}/run/checkpoint-2, with other prompts" in str(error.value)
     assert names(tmp_path / "run") == ["checkpoint-2"]
     trainer(tmp_path / "run", resume=True, **fields).train()
     trainer(tmp_path / "whole", **fields).train()
@@ -113,7 +115,7 @@ def test_train_with_a_bad_first_step_leaves_no_checkpoint(tmp_path):
     with pytest.raises(UserError) as error:
         trainer(tmp_path, learning_rate=1e39, lr_scheduler_type="constant").train()
     assert str(error.value).startswith("step 1: the updated weights are not finite")
-    assert "to go on from the beginning and a smaller learning_rate: " in str(error.value)
+    assert "to continue from the beginning and a smaller learning_rate: " in str(error.value)
     assert names(tmp_path) == []
     trainer(tmp_path, resume=True, max_steps=1).train()
     assert names(tmp_path) == ["checkpoint-1"]

@@ -139,7 +139,7 @@ def test_resume_on_the_command_line(tmp_path, capsys):
     assert main(["train", str(path), "--output_dir", str(folder)]) == 2
     assert "already holds a run; choose another one, or --resume that run" in capsys.readouterr().err
     assert main(["train", str(folder / "config.yaml"), "--max_steps", "3", "--resume"]) == 0
-    assert f"going on from {folder}/checkpoint-2" in capsys.readouterr().out
+    assert f"resuming from {folder}/checkpoint-2" in capsys.readouterr().out
     assert [entry["step"] for entry in figures(folder)] == [1, 2, 3]
     assert yaml.safe_load((folder / "config.yaml").read_text())["resume_from_checkpoint"] is False
     # A checkpoint without metrics, which may not be due yet, is also a run.
