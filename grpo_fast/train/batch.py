@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,11 @@ from grpo_kernels import PolicyObjective, token_weights
 
 @dataclass
 class StepBatch:
-    """Everything of one generation that the updates need. Token tensors are flat ``[N]`` over all completions.
+    """What the updates on one generation batch need. Token tensors are flat ``[N]`` over all completions.
 
-    `counted` says of each completion whether it is in the loss at all; `active` lists the samples that are computed;
+    `counted` is ``[S]``, whether a completion is in the loss at all; `active` lists the samples that are computed;
     `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
-    `sampling_logprobs` are the sampler's own, where the loss corrects for their difference by `correction`.
+    `sampling_logprobs` are the sampler's, whose difference from the trainer's `correction` accounts for.
     """
 
     samples: list[Sample]
@@ -35,12 +34,8 @@ class StepBatch:
     sampling_logprobs: Tensor | None = None
     correction: Tensor | None = None
 
-    def to(self, device: torch.device) -> StepBatch:
-        """The token tensors on the device of the microbatches; the plan of rows stays on the CPU."""
-        return dataclasses.replace(self, advantages=self.advantages.to(device), weights=self.weights.to(device))
-
     def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
-        """Give every token its advantage ``[N]``, and leave out the samples that cannot move the policy."""
+        """Set the advantage of every token ``[N]``, and leave out the samples that cannot move the policy."""
         self.advantages = advantages.to(self.weights.device)
         moves = self.counted
         if objective.advantage_alone:
@@ -58,8 +53,8 @@ def build_step_batch(
 ) -> StepBatch:
     """Flat token tensors of a step, with one set of weights for all its microbatches and no advantages yet.
 
-    `counted` is ``[S]``, whether a completion is in the loss at all. Active is what has to be scored: all completions
-    where the KL is part of their reward, else those in the loss.
+    `counted` is ``[S]``, whether a completion is in the loss at all. The active completions are those to be scored:
+    all of them with the KL in their reward, otherwise those in the loss.
     """
     offsets = token_offsets(samples)
     weights = token_weights(

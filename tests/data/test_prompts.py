@@ -168,7 +168,7 @@ def test_prompt_file_wrong_content(tmp_path, suffix, content, message):
 def test_template_and_prompt_file_exclude_each_other():
     with pytest.raises(UserError, match="prompt_template and prompt_file both make the prompt"):
         config(prompt_template="{question}", prompt_file="r1_zero")
-    with pytest.raises(UserError, match="system_prompt goes with prompt_template or prompt_file"):
+    with pytest.raises(UserError, match="system_prompt requires prompt_template or prompt_file"):
         config(system_prompt="a")
 
 

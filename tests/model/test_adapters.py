@@ -144,7 +144,7 @@ def test_load_in_4bit_requires_a_folder_and_an_adapter(tmp_path, capsys):
         load_model(config(load_in_4bit=True))
     assert main(["train", "--dataset_name", "sort_digits", "--reward_funcs", "[exact_answer]", "--load_in_4bit", "true",
                  "--model_name_or_path", "x"]) == 2  # fmt: skip
-    assert "load_in_4bit goes with use_peft" in capsys.readouterr().err
+    assert "load_in_4bit requires use_peft" in capsys.readouterr().err
 
 
 def base_fields(folder, output_dir, **fields):

@@ -315,8 +315,8 @@ def test_sample_ahead_resumed_draws_each_prompt_once(tmp_path, use):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sample_ahead": True}, "sample_ahead goes with use_vllm, vllm_mode='server'"),
-        ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' goes with vllm_importance_sampling_mode token"),
+        ({"sample_ahead": True}, "sample_ahead requires use_vllm, vllm_mode='server'"),
+        ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' requires vllm_importance_sampling_mode token"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "clip_min=4.0 is above vllm_importance_sampling_clip_max=3.0"),
         ({"sync_tolerance": 0.0}, "sync_tolerance=0.0 is not allowed"),
         ({"use_vllm": "yes"}, "use_vllm='yes' is not allowed: it must be true or false"),

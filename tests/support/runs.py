@@ -1,4 +1,4 @@
-"""Small runs to be stopped, resumed and compared."""
+"""Small runs to stop, resume and compare."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def trainer(folder, resume=False, **fields) -> GRPOTrainer:
 
 
 def figures(folder: Path) -> list[dict]:
-    """The run's metrics, but for those that depend on the machine."""
+    """The run's metrics, except those that depend on the machine."""
     entries = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in entry.items() if name not in MACHINE_METRICS} for entry in entries]
 
@@ -34,7 +34,7 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Metrics of every step, last weights and summary are those of the other run, bit for bit."""
+    """Assert that metrics of every step, last weights and summary equal those of the other run, bit for bit."""
     assert figures(folder) == figures(whole)
     assert checkpoints(folder)[-1].name == checkpoints(whole)[-1].name
     ours, theirs = saved_weights(folder), saved_weights(whole)
