@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
 from grpo_fast.files import read_metrics
-from grpo_fast.train.metrics import MACHINE_METRICS
 from grpo_fast.trainer import GRPOTrainer
 from grpo_kernels import PRESETS
+from support.runs import MACHINE_METRICS
 from support.small import SMALL, run, trainer, weights
 
 

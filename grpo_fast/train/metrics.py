@@ -13,9 +13,6 @@ from grpo_fast.train.advantages import nanstd
 from grpo_fast.train.batch import StepBatch
 from grpo_kernels import PolicyObjective
 
-# Metrics that depend on the machine and differ between identical runs.
-MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})
-
 
 def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
     """``reward``, ``reward_std`` and ``frac_reward_zero_std``, and mean, std and share of errors of each function."""

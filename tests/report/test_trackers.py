@@ -14,8 +14,9 @@ from grpo_fast.files import read_metrics
 from grpo_fast.report.console import Terminal
 from grpo_fast.report.progress import Progress, step_figures
 from grpo_fast.report.trackers import Trackers, hyperparameters, tracker_arguments
-from grpo_fast.train.metrics import MACHINE_METRICS, peak_memory
+from grpo_fast.train.metrics import peak_memory
 from grpo_fast.trainer import GRPOTrainer
+from support.runs import MACHINE_METRICS
 from support.small import SMALL
 
 
