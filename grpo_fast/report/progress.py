@@ -67,7 +67,7 @@ class Progress:
     def stopped(self, step: int, checkpoint: Path) -> None:
         self.bar.stop()
         so_far = f"stopped after step {step}; the model so far: {checkpoint}"
-        self.note(f"{so_far}; to go on: {resume_command(self.run_folder)}")
+        self.note(f"{so_far}; to continue: {resume_command(self.run_folder)}")
 
     def started(self, before: float) -> None:
         self.note(f"before: {self.metric} {show(before, is_share(before))}")

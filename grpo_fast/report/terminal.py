@@ -70,7 +70,7 @@ class Outlet:
         other = next(name for name in NAMES if name != self.name)
         reason = error.strerror or one_line(error)
         with suppress(OSError, ValueError):
-            say(f"grpo-fast: {self.name} takes no more output ({reason}); going on without it", getattr(sys, other))
+            say(f"grpo-fast: {self.name} takes no more output ({reason}); continuing without it", getattr(sys, other))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from grpo_fast.cli import main, parse_config
-from grpo_fast.config import GRPOConfig
 from grpo_fast.data import (
     load_rows,
     read_file,
@@ -14,22 +13,7 @@ from grpo_fast.data import (
 from grpo_fast.data.questions import gsm8k
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import RewardModel
-
-
-def config(name, **fields):
-    return GRPOConfig("m", dataset_name=str(name), reward_funcs=["exact_answer"], **fields)
-
-
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-GSM8K_ROWS = [
-    {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1,200 in all.\n#### 1,200"},
-    {"question": "How much colder?", "answer": "5 less.\n#### -5"},
-    {"question": "How much?", "answer": "Half of it.\n####  $2.50"},
-]
+from support.questions import GSM8K_ROWS, config, write
 
 
 def test_load_rows_jsonl_with_a_template(tmp_path):

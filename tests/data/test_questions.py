@@ -7,30 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.config import GRPOConfig
 from grpo_fast.data import load_rows
 from grpo_fast.data.questions import gsm8k, math
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.functions.answer_text import boxes
+from support.questions import GSM8K_ROWS, config, write
 
 # GSM8K's train.jsonl and test.jsonl.
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[2] / "data" / "gsm8k"))
-
-
-def config(name, **fields):
-    return GRPOConfig("m", dataset_name=str(name), reward_funcs=["exact_answer"], **fields)
-
-
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-GSM8K_ROWS = [
-    {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1,200 in all.\n#### 1,200"},
-    {"question": "How much colder?", "answer": "5 less.\n#### -5"},
-    {"question": "How much?", "answer": "Half of it.\n####  $2.50"},
-]
 
 
 def test_gsm8k_answers_follow_the_mark(tmp_path):

@@ -125,7 +125,7 @@ def test_train_command_survives_lost_output(tmp_path):
     assert printed["pipe"].startswith("random-llama (15.3k parameters) on sort_digits")
     assert printed["pipe"].count("\n") == 1
     errors = (tmp_path / "pipe" / "errors").read_text()
-    assert errors == "grpo-fast: stdout takes no more output (Broken pipe); going on without it\n"
+    assert errors == "grpo-fast: stdout takes no more output (Broken pipe); continuing without it\n"
     for way in ways:
         assert (tmp_path / way / "run" / "summary.json").is_file()
         assert_same_run(tmp_path / way / "run", tmp_path / "closed" / "run")
@@ -148,7 +148,7 @@ def test_trainer_and_eval_survive_lost_output(tmp_path, monkeypatch, capfd, act,
         made.run() if act == "eval" else made.train()
     reason = {"pipe": "Broken pipe", "full": "No space left on device"}[way]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("grpo-fast:")]
-    assert told == [f"grpo-fast: stdout takes no more output ({reason}); going on without it"]
+    assert told == [f"grpo-fast: stdout takes no more output ({reason}); continuing without it"]
     assert (tmp_path / ("eval" if act == "eval" else "run") / "summary.json").is_file()
 
 

@@ -171,7 +171,7 @@ def test_run_stops_after_a_signal(tmp_path, capfd, number, status, ended):
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
     printed = capfd.readouterr()
     assert "stopping after this generation batch" in printed.err
-    assert f"to go on: grpo-fast train {folder}/config.yaml --resume" in printed.out.replace("\n", " ")
+    assert f"to continue: grpo-fast train {folder}/config.yaml --resume" in printed.out.replace("\n", " ")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     trainer(folder, resume=True, num_iterations=2, max_steps=6).train()
     assert_same_run(folder, tmp_path / "whole")
