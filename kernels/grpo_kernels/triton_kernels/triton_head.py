@@ -37,9 +37,9 @@ def descriptors_fit(*matrices: Tensor) -> bool:
     )
 
 
-# The gradient of a coefficient of 1 is at most 1 for log-probabilities. For entropies it is |p (log p + entropy)|, below
-# 4 for any vocabulary of up to 2**21 tokens. UNIT leaves a factor of 2 to float16's largest number, and lets
-# probabilities down to 2e-9 keep all of its digits.
+# The gradient of a coefficient of 1 is at most 1 for log-probabilities. For entropies it is |p (log p + entropy)|,
+# below 4 for any vocabulary of up to 2**20 tokens. UNIT is half of float16's largest number, and lets probabilities
+# down to 2e-9 keep all of its digits.
 UNIT, ENTROPY_BOUND = 2.0**15, 4.0
 
 
@@ -58,7 +58,7 @@ def padded_columns(buffer: Tensor) -> int:
 def _normalized(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Coefficients ``[C]`` for which the gradient is at most 1, and the factor ``[C]`` that makes them the given ones."""
+    """Coefficients ``[C]`` for which the gradient is at most 1, and the factor ``[C]`` that gives the original ones."""
     if grad_entropy is None:
         return None, None, torch.ones_like(like) if grad_logprobs is None else grad_logprobs
     grad_logprobs = torch.ones_like(like) if grad_logprobs is None else grad_logprobs
