@@ -11,7 +11,7 @@ In a test (see `test_fake_cuda.py`):
 
 and the script, which runs in a process of its own, since kernels are interpreted in the tests' process:
 
-    from support.fake_cuda import main      # first: it loads the guard before torch looks for a GPU
+    from support.fake_cuda import main
     ...
     if __name__ == "__main__":
         main({"scoring": scoring, "loss": loss})    # functions without arguments
@@ -115,6 +115,14 @@ class Report:
 
 # In the tests' process.
 
+# The guard is loaded before anything else imports torch, which looks for a GPU only once.
+RUN = """
+import runpy, sys
+import support.fake_cuda
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 def build_guard(folder: Path) -> Path | str:
     """Compile the guard library into `folder`; where that is not possible, say why."""
@@ -146,7 +154,7 @@ def run_cases(
         "PYTHONPATH": os.pathsep.join([str(here.parent / "kernels"), str(here.parent), str(here)]),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), architecture, *cases],
+        [sys.executable, "-W", "ignore", "-c", RUN, str(script), architecture, *cases],
         env={**inherited, **own, **(environment or {})}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -164,7 +172,7 @@ def run_cases(
 
 
 def main(cases: dict[str, Callable[[], Any]]) -> None:
-    """``python SCRIPT ARCHITECTURE [CASE ...]``: run the cases and print their reports as a line of JSON.
+    """The script's part of `run_cases`: run the cases and print their reports as a line of JSON.
 
     What a case returns must fit into JSON and becomes `Report.returned`. A case that raises ends with `Report.error`.
     """
