@@ -89,7 +89,9 @@ class Learner:
         if not self.sharded:
             policy.to(accelerator.device)
         with outer_weights(policy):
-            policy.check_head(prompt_ids)
+            # As in the steps.
+            with accelerator.autocast():
+                policy.check_head(prompt_ids)
             self.packed = policy.check_packing(prompt_ids, config.padding_free)
         if self.packed and self.reference is not None:
             install(self.reference.model)
