@@ -52,6 +52,7 @@ from grpo_fast.train.metrics import loss_metrics, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
 from grpo_kernels import high_entropy_mask, sampling_ratio
+from grpo_kernels.weight_copies import kept_weight_copies
 
 T = TypeVar("T")
 
@@ -184,7 +185,7 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
-        with own_random_numbers():
+        with own_random_numbers(), kept_weight_copies():
             for microbatch, last in with_last(self.microbatches(batch)):
                 inputs = self.loss_inputs(batch, microbatch.tokens)
                 with without_sync(self.policy, last):
@@ -279,8 +280,9 @@ class Learner:
     def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:
         """Log-probabilities ``[N]`` of the step's tokens under `policy` (1U in the head)."""
         logprobs = torch.zeros_like(batch.weights)
-        for microbatch in self.microbatches(batch):
-            logprobs[microbatch.tokens] = policy(microbatch).float()
+        with kept_weight_copies():
+            for microbatch in self.microbatches(batch):
+                logprobs[microbatch.tokens] = policy(microbatch).float()
         release(policy)
         return total(logprobs)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from grpo_kernels._checks import IGNORE_INDEX
 from grpo_kernels.budget import BLOCK_SHARE, NARROW_COPIES, chunks, cpu_block_bytes, equal_parts
+from grpo_kernels.weight_copies import copied
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -145,19 +146,18 @@ class Head(ABC):
     def prepared(self) -> Self:
         """This head for one forward or backward: on a GPU the weight is cast once.
 
-        A 16-bit copy of a float32 weight is always made, on top of the byte budget: cast piece by piece, the weight
-        would need more shared memory than a GPU has. A wider copy is made if half the budget holds it.
+        A 16-bit copy is always made, on top of the byte budget: a kernel that casts pieces of a float32 weight needs
+        more shared memory than a GPU has. A wider copy is made if half the budget holds it.
         """
         if self.weight.dtype == self.product_dtype or self.on_cpu:
             return self
-        budget = self.max_buffer_bytes
-        if self.product_dtype.itemsize > self.weight.dtype.itemsize:
-            copied = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
-            if 2 * copied > budget:
-                return self
-            budget -= copied
+        if self.product_dtype.itemsize == 2:
+            return replace(self, weight=copied(self.weight, self.product_dtype))
+        size = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
+        if 2 * size > self.max_buffer_bytes:
+            return self
         cast = self.weight.to(self.operand_dtype).to(self.product_dtype)
-        return replace(self, weight=cast, max_buffer_bytes=budget)
+        return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - size)
 
     def narrow_bytes(self) -> int:
         """Memory for a row, without its logits."""

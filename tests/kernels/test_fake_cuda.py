@@ -141,6 +141,19 @@ def test_next_tile_is_taken_where_one_does_not_fit(gpu, tile, needed, fake_cuda_
     assert {launch.constants["BLOCK_V"] for launch in taken} == {tile}
 
 
+def test_one_copy_of_the_weight_serves_a_step(fake_cuda_guard):
+    """Alone, each of two forwards of both operations makes one, and so does the backward of `linear_logprob`."""
+    head = "fp32-bf16 head 512x32000"
+    names = {f"step {head} {kept}": copies for kept, copies in (("alone", 6), ("kept", 1), ("changed", 2))}
+    reports = run_cases(SCRIPT, fake_cuda_guard, "sm_90", *names)
+    copy = 512 * 32000 * (4 + 2)
+    for name, copies in names.items():
+        assert reports[name].error is None
+        # Casts of the hidden states' rows and of gradients are counted, too.
+        others = reports[f"step {head} kept"].moved_bytes["_to_copy.default"] - copy
+        assert reports[name].moved_bytes["_to_copy.default"] - others == copies * copy, name
+
+
 def test_fake_gpu_measures_peaks_and_refuses_wrong_products(fake_cuda_guard, tmp_path):
     script = tmp_path / "cases.py"
     script.write_text(
@@ -163,7 +176,8 @@ main({"peak": peak, "mixed": mixed})
     )
     found = run_cases(script, fake_cuda_guard, "sm_90")
     assert found["peak"].error is None
-    assert found["peak"].peak_bytes == 8 << 20
+    # Two of the three vectors, and the sum.
+    assert found["peak"].peak_bytes == (8 << 20) + 4
     assert found["peak"].waits == {"item": 1}
     assert "mm.dtype_out of torch.bfloat16 into torch.float32, but out is torch.float16" in found["mixed"].error
     assert torch.version.cuda is None

@@ -1,12 +1,14 @@
 """Both operations on the output head on a fake GPU, for `test_fake_cuda.py`: ``OPERATION DTYPES TRAINED HxV``."""
 
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
 
 from grpo_kernels import PRESETS, doctor, linear_logprob, linear_policy_loss
 from grpo_kernels._head import Head
+from grpo_kernels.weight_copies import kept_weight_copies
 from support.fake_cuda import main
 
 N = 4096
@@ -85,6 +87,20 @@ def loss_without_copy(dtypes: str, trained: str, shape: str) -> dict:
         return loss(dtypes, trained, shape)
 
 
+def step(dtypes: str, trained: str, shape: str, kept: str) -> None:
+    """Two microbatches of both operations; with "changed" the weight changes between them."""
+    head, tokens = tensors(dtypes, trained, shape)
+    with kept_weight_copies() if kept != "alone" else nullcontext():
+        for _ in range(2):
+            with autocast(dtypes):
+                loss = linear_policy_loss(**head, **tokens, objective=PRESETS["dapo"]).loss
+                logprobs = linear_logprob(**head)
+            (loss + logprobs.sum()).backward()
+            if kept == "changed":
+                with torch.no_grad():
+                    head["weight"].mul_(2)
+
+
 def check_up(dtypes: str, *_: str) -> None:
     """What `python -m grpo_kernels.doctor` runs in a dtype."""
     dtype = DTYPES[dtypes][0]
@@ -97,7 +113,9 @@ def check_up(dtypes: str, *_: str) -> None:
             doctor.results(operation, given, None, backend)
 
 
-OPERATIONS = {f.__name__: f for f in (logprob, entropy, loss, loss_options, loss_torch, loss_without_copy, check_up)}
+OPERATIONS = {
+    f.__name__: f for f in (logprob, entropy, loss, loss_options, loss_torch, loss_without_copy, step, check_up)
+}
 
 
 def case(name: str):
