@@ -92,7 +92,7 @@ def head_variants(architecture: str) -> Iterator[Variant]:
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bf16", "fp16", "fp32"):
         for options in (False, True):
             yield _head_gradient(row.half[0].part, dtype, options)
 
@@ -124,7 +124,8 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
-        "ROW_SCALED": False, "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS, "ROWS": triton_head.GRADIENT_ROWS,
+        "ROW_SCALED": dtype == "fp16", "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS,
+        "ROWS": triton_head.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
     return Variant(
