@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ else:
 
 from grpo_kernels import _backend  # noqa: E402
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile  # noqa: E402
+from support.fake_cuda import build_guard  # noqa: E402
 
 # Two workers share two cores; more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -32,6 +34,15 @@ if hasattr(signal, "SIGHUP"):
 def own_state(tmp_path_factory):
     """Runs record themselves in a state folder of this session instead of the user's."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session")
+def fake_cuda_guard(tmp_path_factory) -> Path:
+    """The library behind `support.fake_cuda`, compiled for this session; see `run_cases` there."""
+    library = build_guard(tmp_path_factory.mktemp("fake_cuda"))
+    if isinstance(library, str):
+        pytest.skip(library)
+    return library
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,17 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 
 @contextmanager
+def kept_torch_generators() -> Iterator[None]:
+    """torch's random generators, of the CPU and of the GPU in use, are where they were after it.
+
+    `torch.random.fork_rng` by itself takes every GPU of the machine, and makes a context on each.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
 def own_random_numbers() -> Iterator[None]:
     """Within it, each process draws other random numbers; afterwards all draw the same ones again.
 

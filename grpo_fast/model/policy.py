@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -329,6 +329,9 @@ class FusedPolicy(nn.Module):
     def check_head(self, prompt_ids: list[int]) -> None:
         """Compare with the model's own logits on one prompt, so that an unknown logit transform is noticed.
 
+        Under autocast they are compared twice: in the weights' precision, which shows small differences, and under
+        autocast, as the head will run.
+
         Raises:
             UserError: the log-probabilities differ, or the head does more than multiply.
         """
@@ -337,20 +340,26 @@ class FusedPolicy(nn.Module):
 
     @torch.no_grad()
     def _check_head(self, prompt_ids: list[int]) -> None:
-        model = self.causal_lm
-        weight = next(model.get_output_embeddings().parameters())
+        weight = next(self.causal_lm.get_output_embeddings().parameters())
         ids = torch.tensor([[*prompt_ids, prompt_ids[-1]][:CHECKED_LENGTH]], device=weight.device)
-        with exactly(model, weight.device):
+        self._check_head_in(weight.dtype, ids)
+        if torch.is_autocast_enabled(weight.device.type):
+            self._check_head_in(torch.get_autocast_dtype(weight.device.type), ids, autocast=True)
+
+    def _check_head_in(self, dtype: torch.dtype, ids: Tensor, autocast: bool = False) -> None:
+        """Compare on ``ids [1, n]``; `dtype`, that of products, decides how large a difference may be."""
+        model = self.causal_lm
+        with exactly(model, ids.device, autocast):
             # Calling the model would run its hooks, which may expect one call.
             output = model.forward(input_ids=ids, use_cache=False)
-            logits = output.logits[:, :-1].to(torch.promote_types(weight.dtype, torch.float32))
+            logits = output.logits[:, :-1].to(torch.promote_types(dtype, torch.float32))
             expected = (logits / self.head_options["temperature"]).log_softmax(-1)
             expected = expected.gather(2, ids[:, 1:, None]).squeeze(2)
             difference = (self._run(lay_out(ids)) - expected).abs().max().item()
-        if not difference <= TOLERANCE.get(weight.dtype, TOLERANCE_16_BIT):
+        if not difference <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
             raise UserError(
                 f"{type(model).__name__} transforms its logits in a way that is not supported: "
-                f"log-probabilities differ by {difference:.3g}"
+                f"log-probabilities differ by {difference:.3g}{f' under {dtype} autocast' if autocast else ''}"
             )
 
     def _require_packing(self, obstacle: str | None, inputs: str = "") -> None:
@@ -425,13 +434,13 @@ def _loss_inputs(
 
 
 @contextmanager
-def exactly(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Without dropout and without autocast, for a comparison."""
+def exactly(model: nn.Module, device: torch.device, autocast: bool = False) -> Iterator[None]:
+    """For a comparison: without dropout, and without autocast or with the one that is on."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.autocast(device.type, enabled=False):
+        with nullcontext() if autocast else torch.autocast(device.type, enabled=False):
             yield
     finally:
         for module in training:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
+from grpo_fast.distributed.rng import kept_torch_generators
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.decode import Decoder, left_padded, not_finite
@@ -79,7 +80,7 @@ class TransformersRollout(Rollout):
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         sampling.check_generation_kwargs(FILTERS)
-        with torch.random.fork_rng():
+        with kept_torch_generators():
             try:
                 super().check(prompt_ids, sampling)
             except UserError:

@@ -34,6 +34,7 @@ from grpo_fast.train.metrics import loss_metrics, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
 from grpo_kernels import high_entropy_mask, sampling_ratio
+from grpo_kernels.weight_copies import kept_weight_copies
 
 
 class Learner:
@@ -62,7 +63,9 @@ class Learner:
         else:
             policy.to(accelerator.device)
         with sharding.outer_weights(policy):
-            policy.check_head(prompt_ids)
+            # As in the steps.
+            with accelerator.autocast():
+                policy.check_head(prompt_ids)
             self.packed = policy.check_packing(prompt_ids, config.padding_free)
         if self.packed and self.reference is not None:
             install(self.reference.model)
@@ -155,7 +158,7 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
-        with own_random_numbers():
+        with own_random_numbers(), kept_weight_copies():
             rest = iter(self.microbatches(batch))
             following = next(rest, None)
             while following is not None:
@@ -257,9 +260,10 @@ class Learner:
     def score(self, policy: nn.Module, batch: StepBatch, entropy: bool = False) -> Tensor:
         """Log-probabilities ``[N]`` of the step's tokens under `policy`, or their entropies (1U in the head)."""
         scores = torch.zeros_like(batch.weights)
-        for microbatch in self.microbatches(batch):
-            found = policy(microbatch, with_entropy=True)[1] if entropy else policy(microbatch)
-            scores[microbatch.tokens] = found.float()
+        with kept_weight_copies():
+            for microbatch in self.microbatches(batch):
+                found = policy(microbatch, with_entropy=True)[1] if entropy else policy(microbatch)
+                scores[microbatch.tokens] = found.float()
         sharding.release(policy)
         return total(scores)
 

@@ -8,7 +8,8 @@ For a chunk of C rows, in float32 whatever the inputs' dtype,
     dW += d.T @ (row_scale * H)     one product (1U)
 
 `TorchHead` and `TritonHead` implement the first two; the last two are the same products for both. They take bfloat16
-operands for a bfloat16 head, a block of the vocabulary at a time, and their results are added up in float32.
+operands for a bfloat16 head, a block of the vocabulary at a time, and their results are added up in float32. For a
+float16 head only dH can, where d is within float16's range: the row scale of dW, about 1 / tokens, is not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from torch import Tensor
 
 from grpo_kernels._checks import IGNORE_INDEX
 from grpo_kernels.budget import BLOCK_SHARE, NARROW_COPIES, chunks, cpu_block_bytes, equal_parts
+from grpo_kernels.weight_copies import copied
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Rows(NamedTuple):
@@ -126,11 +130,8 @@ class Head(ABC):
 
     @property
     def mixed_products(self) -> bool:
-        """Whether the device multiplies operands as they are into float32 (bfloat16 on a GPU).
-
-        float16 is widened everywhere: the row scale, about 1 / tokens, would underflow in it.
-        """
-        return not self.on_cpu and self.operand_dtype == torch.bfloat16
+        """Whether the device multiplies 16-bit operands as they are into float32; of torch's devices only CUDA does."""
+        return self.weight.device.type == "cuda" and self.operand_dtype in HALF
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -139,16 +140,24 @@ class Head(ABC):
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """The dtype in which operands enter the products that make the gradients."""
+        """The dtype in which operands enter the products that make the gradients (`grad_hidden` may take float16)."""
         return self.operand_dtype if self.operand_dtype == torch.bfloat16 else self.dtype
 
     def prepared(self) -> Self:
-        """This head for one forward or backward: on a GPU the weight is cast once, if half the budget holds it."""
-        copied = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
-        if self.weight.dtype == self.product_dtype or self.on_cpu or 2 * copied > self.max_buffer_bytes:
+        """This head for one forward or backward: on a GPU the weight is cast once.
+
+        A 16-bit copy is always made, on top of the byte budget: a kernel that casts pieces of a float32 weight needs
+        more shared memory than a GPU has. A wider copy is made if half the budget holds it.
+        """
+        if self.weight.dtype == self.product_dtype or self.on_cpu:
+            return self
+        if self.product_dtype.itemsize == 2:
+            return replace(self, weight=copied(self.weight, self.product_dtype))
+        size = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
+        if 2 * size > self.max_buffer_bytes:
             return self
         cast = self.weight.to(self.operand_dtype).to(self.product_dtype)
-        return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - copied)
+        return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - size)
 
     def narrow_bytes(self) -> int:
         """Memory for a row, without its logits."""
@@ -161,7 +170,8 @@ class Head(ABC):
 
     def rows_per_chunk(self) -> int:
         """Rows that fit the byte budget, the same on every rank of the group."""
-        blocks = 2 * self.block_bytes if self.on_cpu or self.weight.dtype != self.product_dtype else 0
+        cast = not self.weight.dtype == self.product_dtype == self.gradient_dtype
+        blocks = 2 * self.block_bytes if self.on_cpu or cast else 0
         row_bytes = self.sizing_vocab * self.buffer_dtype.itemsize + self.narrow_bytes()
         return max((int(self.max_buffer_bytes) - blocks) // row_bytes, 1)
 
@@ -209,8 +219,10 @@ class Head(ABC):
     def grad_hidden(self, d: Tensor, row_scale: Tensor | None) -> Tensor:
         """``row_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
         out = d.new_zeros(d.shape[0], self.weight.shape[1], dtype=self.dtype)
-        for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
-            self._multiply(d[:, block], self.weight[block].to(self.operand_dtype), out, add=True)
+        # float16 that already is the gradient at unit scale loses nothing.
+        dtype = d.dtype if d.dtype == torch.float16 and self.mixed_products else self.gradient_dtype
+        for block in self.vocab_blocks(dtype, d.shape[0]):
+            self._multiply(d[:, block], self.weight[block].to(self.operand_dtype), out, add=True, dtype=dtype)
         if row_scale is not None:
             out *= row_scale[:, None]
         return self.all_reduce(out)
@@ -223,21 +235,22 @@ class Head(ABC):
         scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
         scaled = scaled.to(self.gradient_dtype)
         for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
-            self._multiply(d[:, block].t(), scaled, grad_weight[block], add=not unwritten)
+            self._multiply(d[:, block].t(), scaled, grad_weight[block], add=not unwritten, dtype=self.gradient_dtype)
 
     def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor | None, grad_bias: Tensor) -> None:
         """``grad_bias [V] += d.T @ row_scale``, less the logit scale, which does not act on the bias."""
         if row_scale is None:
             grad_bias.add_(d.sum(0, dtype=self.dtype), alpha=1 / self.logit_scale)
         else:
-            grad_bias.addmv_(d.t(), row_scale / self.logit_scale)
+            for block in self.vocab_blocks(self.dtype, d.shape[0]):
+                grad_bias[block].addmv_(d[:, block].t().to(self.dtype), row_scale / self.logit_scale)
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """``out = a @ b``, or ``out += a @ b``, with the operands in the gradients' dtype."""
-        a, b = a.to(self.gradient_dtype), b.to(self.gradient_dtype)
-        if self.gradient_dtype != self.dtype and not self.mixed_products:
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, dtype: torch.dtype) -> None:
+        """``out = a @ b``, or ``out += a @ b``, with the operands in `dtype`."""
+        a, b = a.to(dtype), b.to(dtype)
+        if dtype != self.dtype and not self.mixed_products:
             product = torch.mm(a, b)
             out.add_(product) if add else out.copy_(product)
             return
-        options = {"out_dtype": self.dtype} if self.mixed_products else {}
+        options = {"out_dtype": self.dtype} if dtype != self.dtype else {}
         torch.addmm(out, a, b, out=out, **options) if add else torch.mm(a, b, out=out, **options)

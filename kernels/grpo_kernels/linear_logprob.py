@@ -76,9 +76,11 @@ def linear_logprob(
         softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma 2).
         return_entropy: also return entropies (nats).
         max_buffer_bytes: budget for temporary memory beyond inputs, outputs and gradients (default: 256 MiB on a
-            CPU; on a GPU 1 GiB, half of it with a frozen head). At least one row of float32 logits is always held.
+            CPU; on a GPU 1 GiB, half of it with a frozen head). At least one row of float32 logits is always held. On
+            a GPU, autocast to 16 bits adds a 16-bit copy of a float32 weight (see `weight_copies`).
         process_group: ranks that hold the vocabulary in shards, in rank order; hidden states and targets are the
-            same on all of them, and so are the results and hidden's gradient.
+            same on all of them, and so are the results and hidden's gradient. The shards' sizes are exchanged once
+            for each weight, so ranks must replace a weight by another together.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

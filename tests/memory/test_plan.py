@@ -114,6 +114,21 @@ def test_plan_memory_layer_inputs_have_the_dtype_of_the_weights(dtype):
     assert total(plans[0]) - total(plans[1]) == (5 + 1 - 2) * layer
 
 
+def test_plan_memory_counts_the_16_bit_copy_of_a_float32_head():
+    """What a GPU multiplies by under autocast; a 16-bit head and a CPU need none."""
+    copy = "16-bit copy of the head"
+    model = medium()
+    for fields, copies in (
+        ({"dtype": "float32", "bf16": True}, 1),
+        ({"dtype": "float32", "bf16": False}, 0),
+        ({"dtype": "bfloat16", "bf16": True}, 0),
+        ({"dtype": "float32", "bf16": True, "use_cpu": True}, 0),
+    ):
+        plan = plan_memory(settings(use_peft=True, max_completion_length=1000, **fields), model, 24)
+        expected = 2 * model.vocab_size * model.hidden_size * copies
+        assert plan.training.get(copy, 0) == expected, fields
+
+
 @pytest.mark.parametrize(("prompt", "answer"), [(200, 300), (50, 1400)], ids=["masked", "gathered"])
 def test_plan_memory_peak_with_a_shared_prompt(prompt, answer):
     config = settings(

@@ -1,14 +1,18 @@
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 
+from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.model import attention
 from grpo_fast.model.layout import lay_out
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.policy import FusedPolicy, LossInputs
-from grpo_kernels import PRESETS
+from grpo_fast.train.learner import Learner
+from grpo_kernels import PRESETS, linear_logprob
 from support.rows import LAYOUTS, packed_logprobs, plain_logprobs
+from support.small import SMALL
 from support.tiny import random_samples, tiny_model
 
 ARCHITECTURES = {
@@ -73,6 +77,36 @@ def test_unknown_logit_transform_is_refused():
     model.forward = scaled
     with pytest.raises(UserError, match="transforms its logits"):
         MicrobatchPolicy(model).check_head([2, 3, 4, 5])
+
+
+def test_head_is_compared_under_autocast_too(monkeypatch):
+    """A head that is wrong only in the precision of the steps is refused, and one that is right is not."""
+    policy, compute = MicrobatchPolicy(tiny_model(torch.float32)), linear_logprob
+    with torch.autocast("cpu", torch.bfloat16):
+        policy.check_head([2, 3, 4, 5])
+
+    def wrong(*args, **options):
+        return compute(*args, **options) * (2.0 if torch.is_autocast_enabled("cpu") else 1.0)
+
+    monkeypatch.setattr("grpo_fast.model.policy.linear_logprob", wrong)
+    policy.check_head([2, 3, 4, 5])
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UserError, match=r"transforms its logits.* differ by \S+ under torch.bfloat16 autocast"),
+    ):
+        policy.check_head([2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_learner_checks_the_head_as_its_steps_run(bf16, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        MicrobatchPolicy, "check_head", lambda policy, prompt: found.append(torch.is_autocast_enabled("cpu"))
+    )
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if bf16 else "no")
+    config = GRPOConfig(**{**SMALL, "bf16": bf16})
+    Learner(tiny_model(torch.float32), config, accelerator, [4, 5, 6], 0)
+    assert found == [bf16]
 
 
 def test_check_packing_with_other_attention(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.distributed.rng import kept_torch_generators
 from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.model.loading import base_config
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
@@ -159,7 +160,7 @@ def undisturbed() -> Iterator[None]:
     """Restore what vLLM changes in this process: random generators, `torch.set_num_threads` and LD_PRELOAD."""
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     python, numpys = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with kept_torch_generators():
         try:
             yield
         finally:

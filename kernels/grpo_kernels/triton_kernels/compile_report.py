@@ -30,7 +30,18 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 MATRIX_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|FFMA)")
 SPILL = re.compile(r"\b(LDL|STL)\b")
 # The types of arguments by their names; the others are pointers to float32.
-SIZES = ("N", "V", "H", "hidden_stride", "weight_stride_v", "out_stride", "stride", "tiles_per_split", "splits")
+SIZES = (
+    "N",
+    "V",
+    "padded_columns",
+    "H",
+    "hidden_stride",
+    "weight_stride_v",
+    "out_stride",
+    "stride",
+    "tiles_per_split",
+    "splits",
+)
 NUMBERS = ("logit_scale", "softcap", "low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
@@ -81,7 +92,7 @@ def head_variants(architecture: str) -> Iterator[Variant]:
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bf16", "fp16", "fp32"):
         for options in (False, True):
             yield _head_gradient(row.half[0].part, dtype, options)
 
@@ -104,19 +115,22 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
     }  # fmt: skip
     name = f"{dtype} {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} {'store' if store else 'score'}"
     name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
-    aligned = frozenset({"hidden", "weight", "out", "V", "H", "hidden_stride", "weight_stride_v", "out_stride"})
+    aligned = frozenset(
+        {"hidden", "weight", "out", "V", "padded_columns", "H", "hidden_stride", "weight_stride_v", "out_stride"}
+    )
     return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
 
 
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
-        "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS, "ROWS": triton_head.GRADIENT_ROWS,
+        "ROW_SCALED": dtype == "fp16", "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS,
+        "ROWS": triton_head.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
     return Variant(
         head_kernels.head_gradient, name, {"e": f"*{dtype}"}, constants, triton_head.GRADIENT_WARPS,
-        aligned=frozenset({"e", "V", "stride"}),
+        aligned=frozenset({"e", "V", "padded_columns", "stride"}),
     )  # fmt: skip
 
 
