@@ -1,7 +1,7 @@
 """Stanford CS336's assignment 5 (Alignment and Reasoning RL, spring 2025), on the fused operations.
 
-Names, arguments and results are the assignment's, so its tests pass with these functions in `tests/adapters.py`. Its two
-reward functions are here, too (`r1_zero_reward_fn`, `question_only_reward_fn`), and its loops: `sft_train_loop`,
+Names, arguments and results are the assignment's, so its tests pass with these functions in `tests/adapters.py`. The
+two reward functions are here, too (`r1_zero_reward_fn`, `question_only_reward_fn`), and the loops: `sft_train_loop`,
 `expert_iteration` and `grpo_train_loop`. Each loop validates at intervals, keeps sampled texts over time and draws the
 curves. Log-probabilities come from `linear_logprob`, without logits, and in the loops for the responses' tokens alone.
 """

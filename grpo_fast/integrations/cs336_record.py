@@ -59,6 +59,8 @@ class Record:
         self.validate, self.last_step, self.eval_steps, self.num_samples = validate, last_step, eval_steps, num_samples
         self.folder = None if output_dir is None else Path(output_dir)
         self.log, self.history = log, []
+        # Entries that are in the figure.
+        self.drawn = 0
         if self.folder is not None:
             require_extra("matplotlib", "train")
             for name in (METRICS, SAMPLES):
@@ -74,7 +76,7 @@ class Record:
     def __exit__(self, *_: object) -> None:
         for file in self.files.values():
             file.__exit__()
-        if self.history and self.folder is not None:
+        if self.folder is not None and self.drawn < len(self.history):
             plot_curves(self.history, self.folder / CURVES)
 
     def add(self, step: int, figures: dict[str, float], samples: list[dict[str, Any]] | None = None) -> None:
@@ -94,6 +96,7 @@ class Record:
             for sample in (samples or [])[: self.num_samples]:
                 self.files[SAMPLES].write({"step": step, **sample})
             plot_curves(self.history, self.folder / CURVES)
+            self.drawn = len(self.history)
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
