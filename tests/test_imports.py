@@ -27,7 +27,7 @@ FLOORS = (
     ("rollout", "report"),
     ("distributed",),
     ("data", "model"),
-    ("recipes",),
+    ("convert", "recipes"),
     ("config", "files", "rewards"),
     ("grpo_kernels", "errors", "startup"),
 )

@@ -97,7 +97,7 @@ class GRPOConfig:
         eval_dataset_name: file to evaluate on; without it, dataset_test_split, or about a tenth of a file's rows, at
             most 200, chosen by their content and so the same in every run.
         answer_column: the column that reward functions get as ``answer`` (default: ``answer``; in Alpaca's data
-            ``output``, in ShareGPT's the assistant's last message).
+            ``output``, in ShareGPT's the assistant's last message); ``reward_model.ground_truth`` is part of a column.
         prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``, or
             those of Alpaca's or ShareGPT's data. Columns must be text, numbers, dates or lists of numbers.
         prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,

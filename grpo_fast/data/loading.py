@@ -103,9 +103,16 @@ def _answer(row: Row, column: str | None) -> Row:
     if column is None:
         found = None if "answer" in row else reference_answer(row)
         return {} if found is None else {"answer": found}
-    if column not in row:
-        raise UserError(f"answer_column={column!r} is not in the row{nearest(column, row)}; it has {', '.join(row)}")
-    return {"answer": row[column]}
+    if column in row:
+        return {"answer": row[column]}
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise UserError(
+                f"answer_column={column!r} is not in the row{nearest(column, row)}; it has {', '.join(row)}"
+            )
+        value = value[name]
+    return {"answer": value}
 
 
 def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
