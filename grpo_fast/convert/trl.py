@@ -79,11 +79,11 @@ TRAINER_ROWS = (
         ("fp16",), (), "use `bf16`, which needs no loss scaling",
         fixed("fp16", False, "set bf16: true"),
     ),
-    Row(("tf32",), (), "set `torch.set_float32_matmul_precision`, or leave float32 as it is"),
+    Row(("tf32",), (), "leave it out; products in float32 stay exact"),
     Row(("deepspeed",), (), "set `fsdp: true` for several GPUs, `optim_offload: true` for one"),
     Row(("fsdp", "fsdp_config"), ("fsdp",), "true or false", lambda theirs: {"fsdp": bool(theirs.get("fsdp"))}),
     Row(("push_to_hub", "hub_model_id"), (), "upload the checkpoint's folder afterwards"),
-    Row(("torch_compile",), (), "the kernels are compiled in any case"),
+    Row(("torch_compile",), (), "leave it out; the model is not compiled"),
     Row(("optim",), ("optim",), "AdamW in four forms", lambda theirs: _optim(theirs["optim"])),
 )  # fmt: skip
 # What changes no result, and what a run does in any case.
