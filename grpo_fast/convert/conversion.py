@@ -121,7 +121,12 @@ def convert(
     """
     flat = _flatten(content)
     kind = TRAINERS[trainer] if trainer else _recognise(content, flat)
-    flat = {name.removeprefix("actor_rollout_ref."): v for name, v in flat.items()} if kind is VERL else content
+    if kind is VERL:
+        # Classes of the configuration are no settings.
+        names = [name for name in flat if not name.endswith("_target_")]
+        flat = {name.removeprefix("actor_rollout_ref."): _at_home(flat[name]) for name in names}
+    else:
+        flat = {name: _at_home(value) for name, value in content.items()}
     made = _Made(flat, flat | {PROCESSES: processes, FOLDER: str(folder)})
     for row in kind.rows:
         made.apply(row)
@@ -150,6 +155,13 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _at_home(value: Any) -> Any:
+    """A path that begins with the variable of the home folder, which is ``~`` here."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return re.sub(r"^\$(HOME|\{HOME\})(?=/|$)", "~", value) if isinstance(value, str) else value
+
+
 def _recognise(content: dict[str, Any], flat: dict[str, Any]) -> Trainer:
     names = {*content, *(name.split(".")[0] for name in flat)}
     return next((kind for kind in TRAINERS.values() if names & set(kind.known_by)), TRL)
@@ -176,16 +188,21 @@ class _Made:
             return
         self.seen.update(names)
         unset = [name for name in names if "$" in str(self.flat[name])]
-        if unset:
-            for name in unset:
-                self.note(name, f"write its value in place of the variable, then {row.advice()}")
+        for name in unset:
+            self.note(name, f"write its value in place of the variable, then {row.advice()}")
+        names = [name for name in names if name not in unset]
+        if unset and row.make is not None:
+            for name in names:
+                self.note(name, f"depends on {', '.join(unset)}; {row.advice()}")
+            return
+        if not names:
             return
         try:
             if row.make is not None:
                 made = row.make(self.theirs)
             elif len(row.ours) == len(row.theirs):
                 pairs = zip(row.theirs, row.ours, strict=True)
-                made = {ours: self.flat[name] for name, ours in pairs if self.flat.get(name) is not None}
+                made = {ours: self.flat[name] for name, ours in pairs if name in names and self.flat[name] is not None}
             elif all(self.flat[name] in (None, False) for name in names):
                 made = {}
             else:

@@ -82,7 +82,7 @@ TRAINER_ROWS = (
     Row(("tf32",), (), "leave it out; products in float32 stay exact"),
     Row(("deepspeed",), (), "set `fsdp: true` for several GPUs, `optim_offload: true` for one"),
     Row(("fsdp", "fsdp_config"), ("fsdp",), "true or false", lambda theirs: {"fsdp": bool(theirs.get("fsdp"))}),
-    Row(("push_to_hub", "hub_model_id"), (), "upload the checkpoint's folder afterwards"),
+    Row(("push_to_hub", "hub_model_id", "hub_strategy"), (), "upload the checkpoint's folder afterwards"),
     Row(("torch_compile",), (), "leave it out; the model is not compiled"),
     Row(("optim",), ("optim",), "AdamW in four forms", lambda theirs: _optim(theirs["optim"])),
 )  # fmt: skip
@@ -124,7 +124,8 @@ TRL = Trainer(
         Row(("load_in_8bit",), (), "use `load_in_4bit`"),
         Row(("use_dora",), (), "use `use_rslora`, or neither"),
         Row(("lora_task_type",), (), "not needed", lambda _: {}),
-        Row(("model_revision",), (), "download that revision, and give its folder as `model_name_or_path`"),
+        Row(("model_revision",), (), "download that revision, and give its folder as `model_name_or_path`",
+            fixed("model_revision", "main", "download that revision, and give its folder as model_name_or_path")),
         Row(("dataset_streaming",), (), "write the rows to a file"),
         Row(("reward_model_name_or_path",), ("reward_funcs",), "functions only; one may call a server",
             lambda _: _no_reward_model()),

@@ -41,8 +41,9 @@ def _files(theirs: Theirs) -> dict[str, Any]:
 
 
 def _prompt(theirs: Theirs) -> dict[str, Any]:
-    key = theirs["data.prompt_key"]
-    return {} if key == "prompt" else {"prompt_template": f"{{{key}}}"}
+    if theirs["data.prompt_key"] not in ("prompt", "messages"):
+        raise NoCounterpart("rename the column of chat messages to prompt")
+    return {}
 
 
 def _long_prompts(theirs: Theirs) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def _processes(theirs: Theirs) -> dict[str, Any]:
 
 
 def _defaults(theirs: Theirs) -> dict[str, Any]:
-    return {
+    made = {
         "gradient_checkpointing": True,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.01,
@@ -183,6 +184,11 @@ def _defaults(theirs: Theirs) -> dict[str, Any]:
         "answer_column": "reward_model.ground_truth",
         **_completions(theirs),
     }
+    if theirs.get("actor.policy_loss.loss_mode", "vanilla") == "vanilla":
+        made["delta"] = 3.0
+    if theirs.get("rollout.name") == "vllm":
+        made["vllm_importance_sampling_correction"] = False
+    return made
 
 
 VERL = Trainer(
@@ -202,7 +208,7 @@ VERL = Trainer(
         Row(("model.use_liger",), ("use_liger_kernel",)),
         Row(("model.tiled_mlp.enabled",), ("tiled_mlp",)),
         Row(("data.train_files", "data.val_files"), ("dataset_name", "eval_dataset_name"), "one file each", _files),
-        Row(("data.prompt_key",), ("prompt_template",), "column `prompt`, or `\"{question}\"`", _prompt),
+        Row(("data.prompt_key",), (), "chat messages are in column `prompt` or `messages`", _prompt),
         Row(("data.train_max_samples", "data.val_max_samples"), ("max_train_samples", "max_eval_samples"), "",
             lambda theirs: {f"max_{ours}_samples": theirs[name] for name, ours in
                             (("data.train_max_samples", "train"), ("data.val_max_samples", "eval"))
@@ -214,12 +220,13 @@ VERL = Trainer(
             "completions, not prompts: `train_batch_size x n`", _completions),
         Row((MINI_BATCH,), ("generation_batch_size",),
             "mini-batches of one rollout become rollouts of that size; prompts times `n`", _completions),
-        Row(("actor.ppo_micro_batch_size_per_gpu", "actor.use_dynamic_bsz", "actor.ppo_max_token_len_per_gpu"),
+        Row(("actor.ppo_micro_batch_size_per_gpu", "actor.ppo_micro_batch_size", "actor.use_dynamic_bsz", 
+             "actor.ppo_max_token_len_per_gpu"),
             ("max_tokens_per_microbatch",), "always by tokens", _tokens),
         Row(("actor.ppo_epochs",), ("num_iterations",)),
         Row(("actor.clip_ratio",), ("epsilon",)),
         Row(("actor.clip_ratio_low", "actor.clip_ratio_high"), ("epsilon", "epsilon_high")),
-        Row(("actor.clip_ratio_c",), ("delta",)),
+        Row(("actor.clip_ratio_c",), ("delta",), "3 by default there, none here"),
         Row(("actor.policy_loss.loss_mode", "actor.loss_agg_mode"), ("loss_type",),
             "[objectives.md](objectives.md) has the pairs", _loss),
         Row(("actor.tau_pos", "actor.tau_neg"), ("sapo_temperature_pos", "sapo_temperature_neg")),
@@ -246,6 +253,7 @@ VERL = Trainer(
         Row(("actor.optim.lr_warmup_steps", "actor.optim.lr_warmup_steps_ratio"), ("warmup_steps",),
             "below 1 a share", _warmup),
         Row(("actor.optim.lr_scheduler_type",), ("lr_scheduler_type",), "verl's default is `constant`"),
+        Row(("actor.optim.warmup_style",), ("lr_scheduler_type",), "the same in older versions"),
         Row(("actor.grad_clip",), ("max_grad_norm",)),
         Row(("actor.fsdp_config.optimizer_offload",), ("optim_offload",), "on one GPU"),
         Row(("rollout.name",), ("use_vllm",), "vLLM or transformers; no SGLang",
@@ -265,7 +273,14 @@ VERL = Trainer(
             "`[file.py:function]`; see below", _reward),
         Row(("custom_reward_function.path", "custom_reward_function.name"), ("reward_funcs",),
             "the same in older versions", _reward),
-        Row(("reward.reward_model",), (), "functions only; one may call a server"),
+        Row(("reward_model.enable",), ("reward_funcs",), "functions only; one may call a server",
+            fixed("reward_model.enable", False,
+                  "write a reward function that calls the model, and name it in reward_funcs")),
+        Row(("algorithm.kl_ctrl.type",), ("beta",), "a constant coefficient",
+            fixed("algorithm.kl_ctrl.type", "fixed", "set beta, a constant weight of the KL term")),
+        Row(("rollout.multi_turn.enable",), (), "one answer to each prompt, without tools",
+            fixed("rollout.multi_turn.enable", False, "use prompts that are answered at once, without tools")),
+        Row(("model.use_fused_kernels",), (), "the loss never builds the logits", lambda _: {}),
         Row(("trainer.total_epochs", "trainer.total_training_steps"), ("max_steps",), "steps of the optimizer", _steps),
         Row(("trainer.save_freq", "trainer.test_freq"), ("save_steps", "eval_steps"), "0 instead of -1 for never",
             _frequencies),
@@ -278,16 +293,23 @@ VERL = Trainer(
             _processes),
     ),
     (
+        "actor.checkpoint.", "actor.profiler.", "actor.fsdp_config.", "actor.shuffle", "actor.use_fused_kernels",
+        "actor.policy_loss.clip_cov_ratio", "actor.policy_loss.clip_cov_lb", "actor.policy_loss.clip_cov_ub",
+        "actor.policy_loss.kl_cov_ratio", "actor.policy_loss.ppo_kl_coef",
+        "actor.entropy_from_logits_with_chunking", "actor.entropy_checkpointing", "actor.use_remove_padding",
+        "ref.", "reward_model.", "rollout.multi_turn.", "rollout.agent.", "rollout.trace.", "rollout.profiler.",
+        "rollout.engine_kwargs.", "algorithm.gamma", "algorithm.lam", "algorithm.kl_penalty", "algorithm.pf_ppo.",
+        "algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl", "model.fused_kernel_options.",
         "critic.", "ray_kwargs.", "hydra.", "global_profiler.", "defaults", "data.reward_fn_key",
         "trainer.project_name", "trainer.critic_warmup", "trainer.val_before_train", "trainer.default_hdfs_dir",
         "trainer.log_val_generations", "trainer.device", "data.shuffle", "data.return_raw_chat", "data.val_batch_size",
-        "data.dataloader_num_workers", "actor.strategy", "actor.fsdp_config.param_offload", "model.use_shm",
+        "data.dataloader_num_workers", "actor.strategy", "model.use_shm",
         "actor.ulysses_sequence_parallel_size", "actor.use_torch_compile", "rollout.enforce_eager",
         "rollout.log_prob_micro_batch_size_per_gpu", "rollout.log_prob_use_dynamic_bsz", "rollout.dtype",
         "rollout.log_prob_max_token_len_per_gpu", "rollout.max_num_batched_tokens", "rollout.max_num_seqs",
         "rollout.enable_chunked_prefill", "rollout.load_format", "rollout.layered_summon", "rollout.do_sample",
-        "rollout.mode", "ref.log_prob_micro_batch_size_per_gpu", "ref.fsdp_config.param_offload",
-        "ref.log_prob_use_dynamic_bsz", "ref.log_prob_max_token_len_per_gpu",
+        "rollout.mode", "rollout.log_prob_micro_batch_size", "trainer.balance_batch", "trainer.validation_data_dir",
+        "trainer.rollout_data_dir", "trainer.val_only", "data.filter_overlong_prompts_workers",
     ),
     _defaults,
 )  # fmt: skip

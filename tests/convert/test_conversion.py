@@ -179,8 +179,13 @@ def test_convert_notes_what_has_no_counterpart(content, note):
         ({"algorithm__norm_adv_by_std_in_grpo": False}, {"scale_rewards": "none"}),
         ({"actor_rollout_ref__rollout__top_k": -1}, {"top_k": 0}),
         ({"actor_rollout_ref__model__lora_rank": 8}, {"use_peft": True, "lora_r": 8, "lora_alpha": 16}),
-        ({"data__train_files": ["a.parquet"]}, {"dataset_name": "a.parquet"}),
+        ({"data__train_files": ["a.parquet"]}, {"dataset_name": "a.parquet", "delta": 3.0}),
+        ({"actor_rollout_ref__rollout__name": "vllm"}, {"vllm_importance_sampling_correction": False}),
         ({"actor_rollout_ref__actor__optim__lr_warmup_steps_ratio": 0.1}, {"warmup_steps": 0.1}),
+        (
+            {"data__prompt_key": "messages", "actor_rollout_ref__actor___target_": "x", "reward_model__max_length": 8},
+            {"answer_column": "reward_model.ground_truth"},
+        ),
         ({"trainer__save_freq": -1, "trainer__test_freq": 5}, {"save_steps": 0, "eval_steps": 5}),
     ],
 )  # fmt: skip
@@ -201,6 +206,10 @@ def test_convert_from_verl(fields, expected):
         ({"trainer__n_gpus_per_node": 8}, "start 8 processes with torchrun"),
         ({"custom_reward_function__path": "r.py"}, "write a function that calls compute_score"),
         ({"data__truncation": "left"}, "prompts are never cut"),
+        ({"data__prompt_key": "question"}, "rename the column of chat messages to prompt"),
+        ({"reward_model__enable": True}, "write a reward function that calls the model"),
+        ({"actor_rollout_ref__rollout__multi_turn__enable": True}, "without tools"),
+        ({"algorithm__kl_ctrl__type": "adaptive"}, "set beta, a constant weight"),
         ({"actor_rollout_ref__rollout__tensor_model_parallel_size": 2}, "grpo-fast serve"),
     ],
 )
@@ -227,6 +236,17 @@ def test_script_that_starts_verl(tmp_path):
         "write its value in place of the variable, then set model_name_or_path" in result.notes["model.path='$MODEL'"]
     )
     assert set(result.to_set) == {"model_name_or_path", "reward_funcs"}
+
+
+def test_home_folder_and_variables():
+    fields = {"data__train_files": "$HOME/a.parquet", "data__val_files": ["${HOME}/b.parquet"]}
+    result = from_verl(**fields, trainer__default_local_dir="${x}/y", trainer__experiment_name="mine")
+    assert result.fields["dataset_name"] == "~/a.parquet"
+    assert result.fields["eval_dataset_name"] == "~/b.parquet"
+    assert result.fields["run_name"] == "mine"
+    assert list(result.notes) == ["trainer.default_local_dir='${x}/y'"]
+    notes = from_verl(data__train_batch_size="$BATCH").notes
+    assert notes["rollout.n=8"].startswith("depends on data.train_batch_size; set generation_batch_size")
 
 
 @pytest.mark.parametrize(
