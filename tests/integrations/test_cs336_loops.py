@@ -108,6 +108,21 @@ def test_sft_train_loop_learns_responses_without_logits(digits, monkeypatch):
     assert not model.training
 
 
+def test_sft_train_loop_trains_adapters_alone(digits):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = digits
+    policy = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
+    frozen = {name: p.clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    history = cs336.sft_train_loop(
+        policy, tokenizer, PROMPTS, ["777"] * 3, n_epochs=10, train_batch_size=3, gradient_accumulation_steps=1,
+        learning_rate=3e-2, reward_fn=begins_right, **VALIDATION, **SAMPLING,
+    )  # fmt: skip
+    assert history[-1]["loss"] < history[1]["loss"]
+    assert "val_reward" in history[-1]
+    trained = dict(policy.named_parameters())
+    assert all(torch.equal(trained[name], before) for name, before in frozen.items())
+
+
 def test_expert_iteration_learns_from_right_responses(digits):
     model, tokenizer = digits
     history = cs336.expert_iteration(
