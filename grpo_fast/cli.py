@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import NoReturn, get_args, get_type_hints
 
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
+from grpo_fast.convert.command import CONVERT_USAGE, convert
 from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say, shown
 from grpo_fast.files import read_yaml, user_path
 from grpo_fast.recipes import describe_recipes, find_config
@@ -32,6 +33,7 @@ USAGE = """usage: grpo-fast train CONFIG [--field value ...]
 Train a model with GRPO. CONFIG is a YAML file or the name of a recipe, such as sort. Every field of the configuration
 can be set on the command line.
 
+  grpo-fast convert THEIR.yaml                the configuration for a file of TRL, verl or LLaMA-Factory
   grpo-fast recipes                           the configurations that ship with the package
   grpo-fast plan CONFIG --vram 24GiB          the memory that a run needs, and whether it fits
   grpo-fast train --help                      all fields, with their meaning
@@ -436,9 +438,16 @@ def doctor(argv: Sequence[str]) -> int:
 
 # Commands whose output may break off without ending them; another pipe that breaks in them is an error.
 LASTING = ("train", "eval")
-USAGES = {"plan": PLAN_USAGE, "serve": SERVE_USAGE, "eval": EVAL_USAGE, "doctor": DOCTOR_USAGE}
+USAGES = {
+    "convert": CONVERT_USAGE,
+    "plan": PLAN_USAGE,
+    "serve": SERVE_USAGE,
+    "eval": EVAL_USAGE,
+    "doctor": DOCTOR_USAGE,
+}
 COMMANDS = {
     "train": train,
+    "convert": convert,
     "recipes": recipes,
     "plan": plan,
     "serve": serve,

@@ -151,9 +151,6 @@ def _check_combinations(c: Any) -> None:
         raise UserError(f"reward_weights has {len(c.reward_weights)} values for {len(c.reward_funcs)} reward_funcs")
     if c.prompt_template is not None and c.prompt_file is not None:
         raise UserError("prompt_template and prompt_file both make the prompt; set one of them")
-    if c.prompt_template is c.prompt_file is None and (c.system_prompt or c.apply_chat_template):
-        name = "system_prompt" if c.system_prompt else "apply_chat_template"
-        raise UserError(f"{name} requires prompt_template or prompt_file; a prompt column is used as it is")
 
 
 def _literals(hint: Any) -> tuple:

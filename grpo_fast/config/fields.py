@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,9 @@ FREE_FIELDS = frozenset(
 
 # Fields that may hold a path, in which ``~`` is the home folder. The files in reward_funcs are expanded when loaded.
 _PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
+
+# A comma between names, not one between the arguments of a reward, as in ``soft_overlong(4096, 819)``.
+_COMMA = re.compile(r",(?![^()]*\))")
 
 # What `PolicyObjective` calls otherwise than TRL; its other settings have TRL's names.
 _TRL_NAMES = {
@@ -92,19 +96,22 @@ class GRPOConfig:
         dataset_test_split: split of a hub dataset to evaluate on.
         eval_dataset_name: file to evaluate on; without it, dataset_test_split, or about a tenth of a file's rows, at
             most 200, chosen by their content and so the same in every run.
-        prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``.
-            Columns must be text, numbers, dates or lists of numbers.
+        answer_column: the column that reward functions get as ``answer`` (default: ``answer``; in Alpaca's data
+            ``output``, in ShareGPT's the assistant's last message); ``reward_model.ground_truth`` is part of a column.
+        prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``, or
+            those of Alpaca's or ShareGPT's data. Columns must be text, numbers, dates or lists of numbers.
         prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,
             ``question_only``, ``countdown`` or ``countdown_short`` (two answers shown, the third opened).
-        system_prompt: system message put before a templated prompt, which then is a chat.
-        apply_chat_template: turn a templated prompt into a chat even without a system message.
+        system_prompt: system message put before a prompt made from columns, which then is a chat.
+        apply_chat_template: turn a prompt made from columns into a chat even without a system message.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
         max_train_samples: use only the first rows of the training split.
         max_eval_samples: use only the first rows of the evaluation split; it does not change what is held out.
         long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
             max_tokens_per_microbatch is an error before the run (error), or its row is left out (drop).
         shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
-        reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``.
+        reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``; a
+            list, or a text with commas between them.
         reward_weights: a weight for each of them (default: 1 each).
         reward_timeout: seconds that a reward function may take for a completion.
         on_reward_error: if a function fails on a completion, it gives it no reward (none) or ends the run (raise).
@@ -231,6 +238,7 @@ class GRPOConfig:
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
     eval_dataset_name: str | None = None
+    answer_column: str | None = None
     prompt_template: str | None = None
     prompt_file: str | None = None
     system_prompt: str | None = None
@@ -241,7 +249,7 @@ class GRPOConfig:
     long_prompts: Literal["error", "drop"] = "error"
     shuffle_dataset: bool = True
 
-    reward_funcs: list[str] = field(default_factory=list)
+    reward_funcs: list[str] | str = field(default_factory=list)
     reward_weights: list[float] | None = None
     reward_timeout: float = 10.0
     on_reward_error: Literal["none", "raise"] = "none"
@@ -342,6 +350,8 @@ class GRPOConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, os.path.expanduser(value))
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [name.strip() for name in _COMMA.split(self.reward_funcs) if name.strip()]
         check_config(self)
 
     @property

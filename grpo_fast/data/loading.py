@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data.files import DATA_FILE, is_file, load_hub, read_file
+from grpo_fast.data.instructions import reference_answer
 from grpo_fast.data.questions import gsm8k, math
 from grpo_fast.data.tasks import addition, arithmetic, countdown, sort_digits
 from grpo_fast.data.templates import Prompt, Row, has_text, load_template
@@ -37,12 +38,13 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
     """
     build = load_template(config)
     raw, test = _load_splits(config)
-    train = _with_prompts(raw, build, config.dataset_name)
+    train = _with_prompts(raw, build, config.dataset_name, config.answer_column)
     if test is None:
         train, test = hold_out(train, [_content(row) for row in raw])
         instead = "; it needs at least two different prompts, or an eval_dataset_name"
     else:
-        test = _with_prompts(test, build, config.eval_dataset_name or f"{config.dataset_name}, held out")
+        source = config.eval_dataset_name or f"{config.dataset_name}, held out"
+        test = _with_prompts(test, build, source, config.answer_column)
         instead = "; set eval_dataset_name"
     for name, rows, more in (("training", train, ""), ("evaluation", test, instead)):
         if not rows:
@@ -83,16 +85,34 @@ def _content(value: object) -> str:
     return json.dumps(value, sort_keys=True, default=lambda cell: str(cell) if has_text(cell) else type(cell).__name__)
 
 
-def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str) -> list[Row]:
-    """Every row with its prompt and all columns of the data; None for a column that it lacks."""
+def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str, answer_column: str | None) -> list[Row]:
+    """Every row with its prompt, its answer and all columns of the data; None for a column that it lacks."""
     columns = dict.fromkeys(name for row in rows for name in row)
     made = []
     for number, row in enumerate(rows, 1):
         try:
-            made.append({**columns, **row, "prompt": build(row)})
+            prompt = build(row)
+            made.append({**columns, **row, **_answer(row, answer_column), "prompt": prompt})
         except UserError as error:
             raise UserError(f"{source}, row {number}: {error}") from None
     return made
+
+
+def _answer(row: Row, column: str | None) -> Row:
+    """The column ``answer`` of a row whose answer has another place."""
+    if column is None:
+        found = None if "answer" in row else reference_answer(row)
+        return {} if found is None else {"answer": found}
+    if column in row:
+        return {"answer": row[column]}
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise UserError(
+                f"answer_column={column!r} is not in the row{nearest(column, row)}; it has {', '.join(row)}"
+            )
+        value = value[name]
+    return {"answer": value}
 
 
 def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:

@@ -1,4 +1,4 @@
-"""Prompts from a row's columns: the column ``prompt``, a template, or a prompt file.
+"""Prompts from a row's columns: the column ``prompt``, a template, a prompt file, or a form of instruction data.
 
 A prompt file is a text with ``{column}`` placeholders, or a YAML list of chat messages whose contents have them. If the
 last message is the assistant's, the model continues it. ``{{`` and ``}}`` stand for braces.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.data.instructions import alpaca_prompt, is_alpaca, is_sharegpt, sharegpt_prompt
 from grpo_fast.errors import UserError, nearest, one_line
 from grpo_fast.files import read_yaml, user_path
 
@@ -36,7 +37,8 @@ PROMPTS = {path.stem: path for path in sorted((Path(__file__).parent / "prompts"
 
 
 def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
-    """The function that makes a row's prompt from `prompt_template`, `prompt_file` or the column ``prompt``.
+    """The function that makes a row's prompt from `prompt_template`, `prompt_file`, the column ``prompt``, or the
+    columns of Alpaca's or ShareGPT's data.
 
     That function raises UserError for a column that is missing or not a text (a chat, an object) and for an invalid
     prompt; this one for a prompt file that is missing or malformed, or a placeholder that is not the name of a column.
@@ -46,7 +48,7 @@ def load_template(config: GRPOConfig) -> Callable[[Row], Prompt]:
     else:
         name, template = "prompt_template", config.prompt_template
     if template is None:
-        return _prompt_column
+        return lambda row: _own_prompt(row, config)
     if isinstance(template, list) and config.system_prompt:
         raise UserError(f"{name} has its own messages; leave system_prompt out, or put it into the file")
     if isinstance(template, str) and (config.apply_chat_template or config.system_prompt):
@@ -117,10 +119,20 @@ def check_prompt(prompt: object) -> Prompt:
     return prompt
 
 
-def _prompt_column(row: Row) -> Prompt:
+def _own_prompt(row: Row, config: GRPOConfig) -> Prompt:
+    """The prompt of a row that has one, or that is in one of the forms of instruction data."""
+    if is_alpaca(row):
+        as_chat = config.apply_chat_template or bool(config.system_prompt)
+        return check_prompt(alpaca_prompt(row, as_chat, config.system_prompt))
+    if is_sharegpt(row):
+        return check_prompt(sharegpt_prompt(row, config.system_prompt))
+    if "prompt" in row and (config.system_prompt or config.apply_chat_template):
+        name = "system_prompt" if config.system_prompt else "apply_chat_template"
+        raise UserError(f"{name} requires prompt_template or prompt_file; a prompt column is used as it is")
     if "prompt" not in row:
         raise UserError(
-            f"no column 'prompt' (it has {', '.join(row)}); set prompt_template, as in '{{question}}', or prompt_file"
+            f"no column 'prompt' (it has {', '.join(row)}); set prompt_template, as in '{{question}}', or prompt_file "
+            "(Alpaca's 'instruction' and ShareGPT's 'conversations' or 'messages' need neither)"
         )
     return check_prompt(row["prompt"])
 

@@ -44,6 +44,15 @@ REWARDS: dict[str, RewardFunction] = {
     )
 }
 
+# What other trainers call these functions.
+ALIASES = {
+    "accuracy": "math_answer",
+    "accuracy_reward": "math_answer",
+    "format": "answer_format",
+    "format_reward": "answer_format",
+    "think_format_reward": "think_format",
+}
+
 # Functions that return a reward function.
 MAKERS: dict[str, Callable[..., RewardFunction]] = {"kimi_length": kimi_length, "soft_overlong": soft_overlong}
 
@@ -55,6 +64,7 @@ _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 def is_built_in(name: str) -> bool:
     """Whether `name` is a reward function of this package."""
+    name = ALIASES.get(name, name)
     call = _CALL.fullmatch(name)
     return name in REWARDS or bool(call and call[1] in MAKERS)
 
@@ -69,6 +79,7 @@ def load_reward(name: str) -> RewardFunction:
     Raises:
         UserError: there is no such function, or its arguments do not fit.
     """
+    name = ALIASES.get(name, name)
     if is_built_in(name):
         return REWARDS[name] if name in REWARDS else _make(name)
     path, _, attribute = name.rpartition(":" if ":" in name else ".")

@@ -168,8 +168,12 @@ def test_prompt_file_wrong_content(tmp_path, suffix, content, message):
 def test_template_and_prompt_file_exclude_each_other():
     with pytest.raises(UserError, match="prompt_template and prompt_file both make the prompt"):
         config(prompt_template="{question}", prompt_file="r1_zero")
-    with pytest.raises(UserError, match="system_prompt requires prompt_template or prompt_file"):
-        config(system_prompt="a")
+
+
+@pytest.mark.parametrize("field", [{"system_prompt": "a"}, {"apply_chat_template": True}])
+def test_prompt_column_is_not_made_a_chat(field):
+    with pytest.raises(UserError, match=f"{next(iter(field))} requires prompt_template or prompt_file"):
+        build({"prompt": "Hi"}, **field)
 
 
 def test_encode_prompts_opens_or_continues_the_assistants_turn(tokenizer):

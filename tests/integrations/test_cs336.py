@@ -7,7 +7,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.integrations import cs336
+from grpo_fast.integrations import cs336, cs336_sampling
 from grpo_fast.model.loading import load_model
 from support.tiny import VOCAB, tiny_model
 
@@ -303,8 +303,8 @@ def test_grpo_train_loop_keeps_special_tokens_in_responses():
 
 
 def test_up_to_ends_after_the_stop_text():
-    assert cs336._up_to("so <answer> 3 </answer> and on </answer>", "</answer>") == "so <answer> 3 </answer>"
-    assert cs336._up_to("no answer", "</answer>") == cs336._up_to("no answer", None) == "no answer"
+    assert cs336_sampling._up_to("so <answer> 3 </answer> and on </answer>", "</answer>") == "so <answer> 3 </answer>"
+    assert cs336_sampling._up_to("no answer", "</answer>") == cs336_sampling._up_to("no answer", None) == "no answer"
 
 
 @pytest.mark.parametrize(
