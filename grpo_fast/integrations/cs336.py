@@ -289,7 +289,7 @@ def grpo_train_loop(
         tokenizer: its tokenizer, with a padding token.
         prompts, ground_truths: the training set.
         reward_fn: as in `compute_group_normalized_rewards`.
-        stop: responses end after the first occurrence of this text.
+        stop: sampling ends with this text, unless it ends within the first `sampling_min_tokens` tokens (as in vLLM).
         log: called with the metrics of each step.
 
     Returns:
@@ -311,9 +311,10 @@ def grpo_train_loop(
         raise UserError(f"there are {len(prompts)} prompts, but {len(ground_truths)} ground truths")
     model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     rollout = TransformersRollout(model, tokenizer, max_tokens_per_generation_batch)
+    generation_kwargs = {"min_new_tokens": min(sampling_min_tokens, sampling_max_tokens)}
+    generation_kwargs |= {"stop": stop} if stop else {}
     sampling = Sampling(
-        group_size, sampling_max_tokens, sampling_temperature,
-        generation_kwargs={"min_new_tokens": min(sampling_min_tokens, sampling_max_tokens)},
+        group_size, sampling_max_tokens, sampling_temperature, generation_kwargs=generation_kwargs
     )  # fmt: skip
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
@@ -324,7 +325,7 @@ def grpo_train_loop(
         chosen = order.choices(range(len(prompts)), k=rollout_batch_size // group_size)
         prompt_ids = [_encode(tokenizer, prompts[index]) for index in chosen]
         responses = [
-            _up_to(completion_text(tokenizer, response.token_ids, response.finish_reason == "stop"), stop)
+            completion_text(tokenizer, response.token_ids, response.ended, response.past or 0)
             for response in rollout.generate(prompt_ids, sampling)
         ]
         chosen = [index for index in chosen for _ in range(group_size)]
@@ -380,8 +381,3 @@ def _accumulate_gradients(
         if "clip_fraction" in metadata:
             figures["clip_fraction"] += metadata["clip_fraction"].item() / count
     return figures
-
-
-def _up_to(text: str, stop: str | None) -> str:
-    """`text` up to the end of the first `stop` in it."""
-    return "".join(text.partition(stop)[:2]) if stop else text

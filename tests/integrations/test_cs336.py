@@ -302,11 +302,6 @@ def test_grpo_train_loop_keeps_special_tokens_in_responses():
     assert not any("</s>" in response for response in seen)
 
 
-def test_up_to_ends_after_the_stop_text():
-    assert cs336._up_to("so <answer> 3 </answer> and on </answer>", "</answer>") == "so <answer> 3 </answer>"
-    assert cs336._up_to("no answer", "</answer>") == cs336._up_to("no answer", None) == "no answer"
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
