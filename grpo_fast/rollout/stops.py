@@ -40,13 +40,16 @@ class StopTexts:
         self.silent = silent_tokens(tokenizer)
         self.tail = max(len(text.encode()) for text in texts) + CONTEXT
         lasts = {text[-1] for text in texts}
-        # Alone, some decoders drop a token's space.
-        every = any(last.isspace() for last in lasts)
+        # Some decoders drop the space before the first token, so each token is decoded after another one.
+        first = tokenizer("a", add_special_tokens=False)["input_ids"]
+        start = self.text(first)
+        every = not start and any(last.isspace() for last in lasts)
 
         @cache
         def may_end(token: int) -> bool:
-            text = self.text([token])
-            return token not in self.silent and (every or not text or INCOMPLETE in text or not lasts.isdisjoint(text))
+            text = self.text([*first, token])
+            own = text[len(start) :] if text.startswith(start) else ""
+            return token not in self.silent and (every or not own or INCOMPLETE in own or not lasts.isdisjoint(own))
 
         self.may_end: Callable[[int], bool] = may_end
 
