@@ -56,7 +56,7 @@ def test_past_equals_a_search_of_the_whole_text(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_past_with_a_text_in_single_bytes_after_a_long_text(name):
     made = TOKENIZERS[name]
-    pieces = [b"a", b"</", b"ans", b"wer", b">x"]
+    pieces = [b"a", b"</", b"an", b"swer", b">x"]
     names = {piece: index + 2 for index, piece in enumerate(PIECES)}
     if name == "bytes":
         ids = [names[piece] for piece in [b"\xc3", b"\xa9", *[b"a"] * 300, *pieces]]
@@ -130,7 +130,5 @@ def test_stop_ends_sampled_completions(name):
 
 @pytest.mark.parametrize("stop", ["", [], ["a", ""], 3, ["a", 4], None])
 def test_stop_without_text_is_refused(stop):
-    with pytest.raises(
-        UserError, match=r"generation_kwargs: stop=.* is not allowed: it must be a text or a list of te"
-    ):
+    with pytest.raises(UserError, match=r"generation_kwargs: stop=.* is not allowed: it must be a text"):
         rollout().check(PROMPTS[0], Sampling(1, 4, generation_kwargs={"stop": stop}))

@@ -381,7 +381,7 @@ def test_generate_ends_at_stop_texts(texts):
     """The server is asked to stop there; what it sampled beyond the token that completes the text is left out."""
     kwargs = {"stop": "</answer>", "min_new_tokens": 1}
     rollout = connect(texts.url, generation_kwargs=kwargs)
-    rollout.tokenizer = words(**{"</ans": 5, "wer>x": 9, "a": 7, "b": 8, "c": 6})
+    rollout.tokenizer = words(**{"</an": 5, "swer>x": 9, "a": 7, "b": 8, "c": 6})
     responses = rollout.generate([[5]], Sampling(3, 8, generation_kwargs=kwargs))
     assert responses == [
         ([5, 9], "stop", [-0.5, -0.9], 1, None),
@@ -398,7 +398,7 @@ def test_generate_keeps_a_stop_that_only_the_server_found(texts):
     """Such as one that begins with the space before the first token."""
     kwargs = {"stop": [" </answer>"]}
     rollout = connect(texts.url, generation_kwargs=kwargs)
-    rollout.tokenizer = words(**{"</ans": 5, "wer>x": 9, "a": 7, "b": 8, "c": 6})
+    rollout.tokenizer = words(**{"</an": 5, "swer>x": 9, "a": 7, "b": 8, "c": 6})
     first, second, third = rollout.generate([[5]], Sampling(3, 8, generation_kwargs=kwargs))
     assert first == ([5, 9, 7, 8], "stop", [-0.5, -0.9, -0.7, -0.8], 0, None)
     assert (second.token_ids, second.past, second.ended) == ([5, 9, 1], None, True)

@@ -10,7 +10,7 @@ from grpo_fast.rollout import TransformersRollout
 from support.tiny import VOCAB, tiny_model
 
 # Pieces of tags and of the characters é (two bytes) and 😀 (four).
-TAGS = ("<", "</", "/", "think", "answer", "ans", "wer", ">", ">x", "wer>\n", "<think>", "<thin", "k>", "</think>")
+TAGS = ("<", "</", "/", "think", "answer", "an", "swer", ">", ">x", "swer>\n", "<think>", "<thin", "k>", "</think>")
 PIECES = [piece.encode() for piece in [*TAGS, " ", "a", "b ", "\n", "1", "2", "3", "4", "5", "é", "xé"]]
 PIECES += [b"\xc3", b"\xa9", b"\xa9>", b"\xf0\x9f", b"\x98", b"\x80", b"a\xf0\x9f\x98", b"\x80\n"]
 PIECES += [b"6", b"7", b"8", b"9", b"0"]
