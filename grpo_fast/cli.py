@@ -250,6 +250,13 @@ def _count(option: str, text: str, what: str) -> int:
     return int(text)
 
 
+def _numbers(option: str, text: str | None, allowed: str) -> tuple[int, ...]:
+    numbers = (text or "").replace(" ", "").split(",") if text else []
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"{option}={text!r} is not allowed: it must be numbers {allowed}")
+    return tuple(map(int, numbers))
+
+
 def quiet_libraries() -> None:
     """Silence progress bars, which would break up the live line, and notes about kernels that are not installed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -378,16 +385,17 @@ intervals. A checkpoint may hold only an adapter; without CONFIG, its run's conf
   --batch_size 32      prompts that are sampled and written at once
   --output FOLDER      where samples.jsonl and summary.json go (default: runs/eval-NAME-TIME)
   --resume             continue an interrupted evaluation in that folder
-  --compare FOLDER     another evaluation of the same prompts: also estimate the difference from it"""
+  --compare FOLDER     another evaluation of the same prompts: also estimate the difference from it
+  --thinking_budgets 0,256,1024
+                       evaluate at each of these thinking budgets, and draw the scores over them"""
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """Write an evaluation's folder and print its metrics."""
     defaults = {"k": None, "threshold": "1", "batch_size": "32", "output": None, "compare": None}
-    options, argv = _options(argv, ("greedy", "resume"), **defaults)
-    numbers = (options.k or "").replace(" ", "").split(",") if options.k else []
-    if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"--k={options.k!r} is not allowed: it must be numbers from 1 on, as in 1,4,8")
+    options, argv = _options(argv, ("greedy", "resume"), thinking_budgets=None, **defaults)
+    k = _numbers("--k", options.k, "from 1 on, as in 1,4,8")
+    budgets = _numbers("--thinking_budgets", options.thinking_budgets, "from 0 on, as in 0,256,1024")
     batch_size = _count("--batch_size", options.batch_size, "prompts")
     try:
         threshold = float(options.threshold)
@@ -404,13 +412,14 @@ def evaluate(argv: Sequence[str]) -> int:
         quiet_libraries()
         import_extra("accelerate", "train")
         from grpo_fast.distributed.processes import launched
+        from grpo_fast.evaluation.budgets import BudgetCurve
         from grpo_fast.evaluation.run import EvalOptions, EvalRun
 
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (user_path(path) if path else None for path in (options.output, options.compare))
-    k = tuple(map(int, numbers))
-    EvalRun(config, EvalOptions(options.greedy, k, threshold, batch_size, folder, options.resume, other)).run()
+    chosen = EvalOptions(options.greedy, k, threshold, batch_size, folder, options.resume, other, budgets)
+    (BudgetCurve if budgets else EvalRun)(config, chosen).run()
     return 0
 
 

@@ -394,7 +394,7 @@ class GRPOTrainer:
         advantages = reward_advantages(groups.rewards, weights, config)
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
-        batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
+        batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config, groups.mask())
         batch.drawn, batch.weights = drawn, batch.weights.to(self.accelerator.device)
         if config.corrects_sampler:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]

@@ -35,7 +35,7 @@ _RANGES = [
     (
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
-            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "thinking_budget",
         ),
         lambda v: v >= 0,
         "at least 0",
@@ -133,6 +133,14 @@ def _check_combinations(c: Any) -> None:
     if low is not None and high is not None and low > high:
         names = "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"
         raise UserError(f"{names[0]}={shown(low)} is above {names[1]}={shown(high)}")
+    if c.thinking_budget is not None and c.thinking_budget >= c.max_completion_length:
+        allowed = f"below max_completion_length={shown(c.max_completion_length)}, so that an answer can follow"
+        _refuse("thinking_budget", c.thinking_budget, allowed)
+    if c.thinking_budget is not None and c.use_vllm:
+        raise UserError(
+            "thinking_budget is not possible with use_vllm, because vLLM does not say which tokens it forced: set "
+            "use_vllm=false, or leave out thinking_budget"
+        )
     if c.share_prompts == "always" and c.padding_free == "never":
         raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")
     if c.reward_baseline in UNCENTRED and c.scale_rewards != "none":

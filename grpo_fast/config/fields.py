@@ -126,7 +126,9 @@ class GRPOConfig:
         top_p: nucleus sampling.
         top_k: sample among the k likeliest tokens; 0 for all.
         min_p: drop tokens below this fraction of the likeliest one's probability.
-        generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``.
+        generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``, and ``stop``: a text or
+            a list of texts, each of which ends a completion.
+        thinking_budget: after so many tokens within ``<think>``, ``</think>`` is forced; its tokens carry no loss.
         num_generations_eval: completions for each evaluation prompt.
         use_vllm: sample with vLLM instead of transformers' generate (extra `vllm`).
         vllm_mode: vLLM runs in this process and sleeps during training (colocate), or on a server (server).
@@ -265,6 +267,7 @@ class GRPOConfig:
     top_k: int = 0
     min_p: float | None = None
     generation_kwargs: dict[str, Value] | None = None
+    thinking_budget: int | None = None
     num_generations_eval: int = 1
     use_vllm: bool = False
     vllm_mode: Literal["colocate", "server"] = "colocate"

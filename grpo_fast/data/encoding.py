@@ -91,17 +91,23 @@ def tokens_before(tokenizer: Any) -> list[int]:
     return []
 
 
-def completion_text(tokenizer: Any, token_ids: list[int], ended: bool) -> str:
+def completion_text(tokenizer: Any, token_ids: list[int], ended: bool, past: int = 0) -> str:
     """A completion as rewards and files get it: without pad, BOS and EOS, and if it `ended`, without its last token.
 
-    Other special tokens are text, because they may be tags such as ``<think>`` or ``<tool_call>``.
+    Other special tokens are text, because they may be tags such as ``<think>`` or ``<tool_call>``. `past` characters
+    are left out at the end: those that the last token has after a stop text.
     """
-    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    if tokenizer.eos_token_id is not None:
-        # Without EOS, the pad token may be any token of the vocabulary.
-        silent.add(tokenizer.pad_token_id)
+    silent = silent_tokens(tokenizer)
     ids = token_ids[:-1] if ended else token_ids
-    return tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
+    text = tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
+    return text[: len(text) - past]
+
+
+def silent_tokens(tokenizer: Any) -> set[int | None]:
+    """The tokens that are no part of a completion's text."""
+    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    # Without EOS, the pad token may be any token of the vocabulary.
+    return silent if tokenizer.eos_token_id is None else silent | {tokenizer.pad_token_id}
 
 
 def rendered_prompt(tokenizer: Any, prompt_ids: list[int], prompt: Prompt) -> str:

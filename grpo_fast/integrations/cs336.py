@@ -118,7 +118,7 @@ def grpo_train_loop(
         tokenizer: its tokenizer, with a padding token.
         prompts, ground_truths: the training set.
         reward_fn: as in `compute_group_normalized_rewards`.
-        stop: responses end after the first occurrence of this text.
+        stop: sampling ends with this text, unless it ends within the first `sampling_min_tokens` tokens (as in vLLM).
         val_prompts, val_ground_truths: the validation set. It is measured by `log_generations`, with the same sampling
             settings and random numbers each time.
         eval_steps: steps from one validation to the next; there is also one before the first step and after the last.

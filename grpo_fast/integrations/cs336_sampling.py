@@ -42,14 +42,15 @@ class Sampler:
     def __call__(self, prompts: list[str], count: int) -> list[str]:
         """`count` responses to each prompt, next to each other."""
         rollout = TransformersRollout(base_model(self.policy), self.tokenizer, self.max_tokens_per_generation_batch)
+        generation_kwargs: dict[str, Any] = {"min_new_tokens": min(self.sampling_min_tokens, self.sampling_max_tokens)}
+        generation_kwargs |= {"stop": self.stop} if self.stop else {}
         sampling = Sampling(
-            count, self.sampling_max_tokens, self.sampling_temperature,
-            generation_kwargs={"min_new_tokens": min(self.sampling_min_tokens, self.sampling_max_tokens)},
-        )  # fmt: skip
+            count, self.sampling_max_tokens, self.sampling_temperature, generation_kwargs=generation_kwargs
+        )
         prompt_ids = [encode(self.tokenizer, prompt) for prompt in prompts]
         with mode(self.policy, training=False):
             return [
-                _up_to(completion_text(self.tokenizer, each.token_ids, each.finish_reason == "stop"), self.stop)
+                completion_text(self.tokenizer, each.token_ids, each.ended, each.past or 0)
                 for each in rollout.generate(prompt_ids, sampling)
             ]
 
@@ -192,8 +193,3 @@ def take_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> float:
 def means(updates: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric over the optimizer steps."""
     return {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-
-
-def _up_to(text: str, stop: str | None) -> str:
-    """`text` up to the end of the first `stop` in it."""
-    return "".join(text.partition(stop)[:2]) if stop else text

@@ -40,6 +40,12 @@ class Groups:
             for index, response in enumerate(self.responses)
         ]
 
+    def mask(self) -> Tensor | None:
+        """Whether each token was sampled ``[N]``; None if none was forced."""
+        if all(response.mask is None or all(response.mask) for response in self.responses):
+            return None
+        return torch.tensor([kept for r in self.responses for kept in r.mask or [True] * len(r.token_ids)])
+
     def counted(self, config: GRPOConfig) -> Tensor:
         """Whether each completion is in the loss ``[B]``."""
         ended = torch.tensor([response.finish_reason == "stop" for response in self.responses])
@@ -88,8 +94,7 @@ def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: An
     for place, (response, steps) in enumerate(zip(groups.responses, groups.rewards.steps, strict=True)):
         values = torch.full((len(response.token_ids),), advantages.outcome[place].item(), dtype=torch.float64)
         for index, pairs in steps.items():
-            ends, ended = [end for end, _ in pairs], response.finish_reason == "stop"
-            counts = step_tokens(tokenizer, response.token_ids, ends, ended)
+            counts = step_tokens(tokenizer, response.token_ids, [end for end, _ in pairs], response.ended)
             for count, value in zip(counts, advantages.steps[index][place].tolist(), strict=False):
                 values[:count] += value
         tokens.append(values)
@@ -155,7 +160,7 @@ def score_responses(
 ) -> tuple[list[Response], list[str], Rewards]:
     """As `sample_and_score`, for given responses, those of a row next to each other."""
     ids = [list(response.token_ids) for response in responses]
-    texts = [completion_text(tokenizer, r.token_ids, r.finish_reason == "stop") for r in responses]
+    texts = [completion_text(tokenizer, r.token_ids, r.ended, r.past or 0) for r in responses]
     size = len(responses) // len(rows)
     repeated = [row for row in rows for _ in range(size)]
     rendered = [rendered_prompt(tokenizer, i, row["prompt"]) for i, row in zip(prompt_ids, rows, strict=True)]

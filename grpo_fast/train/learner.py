@@ -33,7 +33,7 @@ from grpo_fast.train.finite import all_finite, not_finite
 from grpo_fast.train.metrics import loss_metrics, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
-from grpo_kernels import high_entropy_mask, sampling_ratio
+from grpo_kernels import high_entropy_mask, masked_mean, sampling_ratio
 from grpo_kernels.weight_copies import kept_weight_copies
 
 
@@ -113,7 +113,8 @@ class Learner:
         self.policy.eval()
         k1 = self.score(self.policy, batch) - batch.ref_logprobs
         batch.ref_logprobs = None
-        return self.config.beta * batch.sums(k1).cpu(), k1.mean().item()
+        mean = k1.mean() if batch.mask is None else masked_mean(k1, batch.mask.to(k1.device))
+        return self.config.beta * batch.sums(k1).cpu(), mean.item()
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch.
@@ -187,7 +188,8 @@ class Learner:
             batch.old_logprobs = seen
         metrics = loss_metrics(loss, stats, self.objective)
         if corrects:
-            batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, batch.offsets.to(seen.device))
+            offsets = batch.offsets.to(seen.device)
+            batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
         return metrics
 
@@ -198,15 +200,16 @@ class Learner:
         if batch.high_entropy is not None:
             fields["advantages"] = fields["advantages"] * batch.high_entropy[tokens]
         if batch.sampling_logprobs is not None and batch.correction is None:
-            fields["correct"] = partial(self.sampling_ratio, sampling_logprobs=batch.sampling_logprobs[tokens])
+            sampled, mask = batch.sampling_logprobs[tokens], batch.weights[tokens]
+            fields["correct"] = partial(self.sampling_ratio, sampling_logprobs=sampled, mask=mask)
         share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
         return LossInputs(objective=self.objective, share=share, **fields)
 
-    def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """``rho_t`` for the tokens of whole sequences."""
+    def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
+        """``rho_t`` for the tokens of whole sequences; 1 for those without weight, which were forced."""
         config = self.config
         return sampling_ratio(
-            logprobs, sampling_logprobs, config.vllm_importance_sampling_mode, cu_seqlens=cu_seqlens,
+            logprobs, sampling_logprobs, config.vllm_importance_sampling_mode, cu_seqlens=cu_seqlens, mask=mask,
             clip_max=config.vllm_importance_sampling_clip_max, clip_min=config.vllm_importance_sampling_clip_min,
         )  # fmt: skip
 
@@ -281,7 +284,7 @@ class Learner:
     def high_entropy(self, batch: StepBatch) -> Tensor:
         """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the current policy."""
         counted = batch.weights != 0
-        samples = counted[batch.offsets[:-1].to(counted.device)].nonzero().squeeze(1).tolist()
+        samples = batch.counted.nonzero().squeeze(1).tolist()
         self.policy.eval()
         entropy = self.score(self.policy, dataclasses.replace(batch, active=samples), entropy=True)
         return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)

@@ -29,10 +29,16 @@ def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[st
 
 
 def completion_metrics(responses: list[Response]) -> dict[str, float]:
-    """Lengths of all completions and of those that ended by themselves, and the share that was truncated."""
+    """Lengths of all completions and of those that ended by themselves, and the share that was truncated.
+
+    With a thinking budget, also the share of the completions in which it closed the thinking.
+    """
     lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
     ended = torch.tensor([response.finish_reason == "stop" for response in responses])
     metrics = {"completions/clipped_ratio": 1 - ended.float().mean().item()}
+    masks = [response.mask for response in responses if response.mask is not None]
+    if masks:
+        metrics["completions/thinking_closed_ratio"] = sum(not all(mask) for mask in masks) / len(responses)
     for name, counted in (
         ("length", lengths),
         ("terminated_length", lengths[ended] if ended.any() else torch.zeros(1)),
@@ -69,14 +75,18 @@ def sampling_metrics(batch: StepBatch, logprobs: Tensor, by_token: bool) -> dict
     Means and extremes are over the tokens (sequences, if a ratio belongs to a sequence) that were computed; in TRL over
     all of them.
     """
-    if not batch.active:
+    if not batch.active or not bool((batch.weights != 0).any()):
         return {}
     active = torch.zeros(len(batch.samples), dtype=torch.bool)
     active[batch.active] = True
-    computed = active.repeat_interleave(batch.offsets.diff()).to(logprobs.device)
+    samples = torch.arange(len(active)).repeat_interleave(batch.offsets.diff()).to(logprobs.device)
+    # A token without weight was forced, not sampled.
+    computed = active.to(logprobs.device)[samples] & (batch.weights != 0)
     difference = (logprobs - batch.sampling_logprobs).abs()[computed].nan_to_num(nan=0.0)
-    firsts = batch.offsets[:-1][active].to(logprobs.device)
-    ratio = batch.correction[computed] if by_token else batch.correction[firsts]
+    ratio, samples = batch.correction[computed], samples[computed]
+    if not by_token:
+        # All tokens of a sequence have its ratio.
+        ratio = ratio[samples.diff(prepend=samples.new_full((1,), -1)) != 0]
     return {
         "sampling/sampling_logp_difference/mean": difference.mean().item(),
         "sampling/sampling_logp_difference/max": difference.max().item(),

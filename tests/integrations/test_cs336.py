@@ -7,7 +7,7 @@ import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.integrations import cs336, cs336_sampling
+from grpo_fast.integrations import cs336
 from grpo_fast.model.loading import load_model
 from support.tiny import VOCAB, tiny_model
 
@@ -302,9 +302,20 @@ def test_grpo_train_loop_keeps_special_tokens_in_responses():
     assert not any("</s>" in response for response in seen)
 
 
-def test_up_to_ends_after_the_stop_text():
-    assert cs336_sampling._up_to("so <answer> 3 </answer> and on </answer>", "</answer>") == "so <answer> 3 </answer>"
-    assert cs336_sampling._up_to("no answer", "</answer>") == cs336_sampling._up_to("no answer", None) == "no answer"
+def test_grpo_train_loop_stops_sampling_at_the_text():
+    """At once, so that responses are scored, and trained on, up to the end of the text."""
+    torch.manual_seed(0)
+    model, tokenizer = digits_model()
+    seen = []
+    options = {**LOOP, "n_grpo_steps": 1, "sampling_min_tokens": 2, "sampling_max_tokens": 12, "stop": "7"}
+    (metrics,) = cs336.grpo_train_loop(
+        model, tokenizer, ["12>"], ["7"], lambda response, truth: seen.append(response) or sevens(response, truth),
+        **options,
+    )  # fmt: skip
+    # Only one within the first two tokens is ignored.
+    assert all("7" not in response[2:-1] for response in seen)
+    assert sum(response[2:].endswith("7") for response in seen) > 8
+    assert metrics["response_tokens"] == pytest.approx(sum(map(len, seen)) / len(seen))
 
 
 @pytest.mark.parametrize(

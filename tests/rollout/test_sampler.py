@@ -12,7 +12,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluation.run import EvalOptions, EvalRun
 from grpo_fast.files import read_metrics
-from grpo_fast.rollout import Response, TransformersRollout
+from grpo_fast.rollout import TransformersRollout
 from grpo_fast.train.checkpoint import checkpoints
 from grpo_kernels import sampling_ratio
 from support.small import SMALL, trainer, weights
@@ -55,7 +55,7 @@ class CopyEngine(TransformersRollout):
             self.seen.append(weights(self.model))
             responses = super().generate(prompt_ids, sampling)
         shift = 0.0 if sampling.num_generations == 1 else self.shift
-        return [Response(ids, reason, [value + shift for value in found]) for ids, reason, found in responses]
+        return [each._replace(logprobs=[value + shift for value in each.logprobs]) for each in responses]
 
 
 class SeparateEngine(CopyEngine):
