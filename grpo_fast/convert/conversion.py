@@ -136,6 +136,8 @@ def convert(
     for name, (value, source) in {**usual, **made.fields, **own}.items():
         made.set(name, value, source)
     made.check(own)
+    if not {"max_steps", "num_train_epochs"} & made.fields.keys():
+        made.set("max_steps", GRPOConfig.max_steps, f"our default; {kind.title} counts epochs")
     to_set = {name: advice for name, advice in _NEEDED.items() if not made.fields.get(name)}
     if problem := made.problem(own):
         to_set["and"] = problem

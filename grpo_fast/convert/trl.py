@@ -52,6 +52,8 @@ def _log_completions(theirs: Theirs) -> dict[str, Any]:
 def defaults(theirs: Theirs) -> dict[str, Any]:
     made: dict[str, Any] = {"gradient_checkpointing": True, "logging_steps": 10, "save_steps": 500}
     made["bf16"] = not theirs.get("fp16")
+    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(theirs):
+        made |= completions_of_a_step(theirs)
     if theirs.get("use_peft"):
         made["lora_dropout"] = 0.05
     if theirs.get("use_vllm"):

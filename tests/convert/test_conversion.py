@@ -127,6 +127,7 @@ def test_convert_says_what_became_of_each_field(tmp_path, monkeypatch, capsys):
         ({"vllm_importance_sampling_cap": 2.0}, {"vllm_importance_sampling_clip_max": 2.0}),
         ({"fp16": False}, {"bf16": True}),
         ({"bf16": False}, {"bf16": False}),
+        ({}, {"generation_batch_size": 32, "max_steps": 100}),
         ({}, {"reward_funcs": "accuracy,format", "gradient_checkpointing": True, "save_steps": 500}),
     ],
 )
