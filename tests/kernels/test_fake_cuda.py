@@ -141,6 +141,16 @@ def test_next_tile_is_taken_where_one_does_not_fit(gpu, tile, needed, fake_cuda_
     assert {launch.constants["BLOCK_V"] for launch in taken} == {tile}
 
 
+def test_gpu_without_kernels_takes_the_portable_path(fake_cuda_guard):
+    """A T4, whose tensor cores multiply float16: the logits' product uses them."""
+    names = "logprob fp16 hidden 2048x50257", "loss fp32-fp16 head 2048x32003"
+    for name, report in run_cases(SCRIPT, fake_cuda_guard, "sm_75", *names).items():
+        assert report.error is None
+        assert report.launches == []
+        assert report.products["mm.dtype_out float16 -> float32"] > 0, name
+        assert {product.split()[-1] for product in report.products} == {"float32"}, name
+
+
 def test_one_copy_of_the_weight_serves_a_step(fake_cuda_guard):
     """Alone, each of two forwards of both operations makes one, and so does the backward of `linear_logprob`."""
     head = "fp32-bf16 head 512x32000"

@@ -328,6 +328,15 @@ def test_missing_triton_is_refused(monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("operation", ["linear_logprob", "linear_policy_loss"])
+def test_doctor_passes_for_float16_heads(operation):
+    from grpo_kernels import doctor
+
+    for backend in ("triton", "torch"):
+        assert doctor.worst_share(operation, torch.float16, torch.device("cpu"), backend) < 0.7
+
+
+@interpreted
 def test_doctor_finds_a_wrong_result(monkeypatch, capsys):
     from grpo_kernels import doctor
 

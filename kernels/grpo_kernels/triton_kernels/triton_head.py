@@ -8,6 +8,8 @@ at most: the coefficient itself, about 1 / tokens, would underflow and becomes t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton
@@ -22,6 +24,7 @@ from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forwar
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
+T = TypeVar("T")
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Rows and warps of the kernels that are bound by memory.
 COMBINE_ROWS, COMBINE_WARPS = 128, 4
@@ -88,23 +91,31 @@ class TritonHead(Head):
         return rows.to(self.operand_dtype).contiguous()
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        """As in `Head`, with the first tile of the table that the device has the resources for, or the tuned one."""
+        return self.with_tile(
+            "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
+        )
+
+    def with_tile(self, kernel: str, rows: Rows, out: Tensor, with_entropy: bool, launch: Callable[[Tile], T]) -> T:
+        """`launch` with the first tile of the table that the device has the resources for, or with the tuned one.
+
+        Raises:
+            RuntimeError: the device has the resources for none.
+        """
         architecture = architecture_of(out.device)
         dtype, softcap = self.operand_dtype, self.softcap is not None
         sizes = f"H={rows.hidden.shape[1]} V={self.vocab_size}"
         key = f"{str(dtype).removeprefix('torch.')} {softcap=} {sizes} store={out.shape[1] > 0} entropy={with_entropy}"
         if self.weight.dtype != dtype:
             key += f" weight={str(self.weight.dtype).removeprefix('torch.')}"
+        if kernel != "head_forward":
+            key += f" kernel={kernel}"
 
         def seconds(tile: Tile) -> float:
-            def launch():
-                self.launch_forward(tile, rows, out, with_entropy)
-
             try:
                 if out.is_cuda:
-                    return triton.testing.do_bench(launch, warmup=5, rep=50, return_mode="median")
+                    return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=50, return_mode="median")
                 started = time.perf_counter()
-                launch()
+                launch(tile)
                 return time.perf_counter() - started
             except OutOfResources:
                 return float("inf")
@@ -112,13 +123,13 @@ class TritonHead(Head):
         refusal = None
         for tile in tiles_to_try(ARCHITECTURES[architecture].candidates(dtype, softcap), architecture, key, seconds):
             try:
-                return self.launch_forward(tile, rows, out, with_entropy)
+                return launch(tile)
             except OutOfResources as error:
                 # Raised before anything runs.
                 refuse_tile(tile, architecture, key)
                 refusal = error
         raise RuntimeError(
-            f"no tile of head_forward fits {architecture} ({key}: {refusal or 'refused before'}); use backend='torch'"
+            f"no tile of {kernel} fits {architecture} ({key}: {refusal or 'refused before'}); use backend='torch'"
         )
 
     def launch_forward(self, tile: Tile, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
@@ -165,16 +176,32 @@ class TritonHead(Head):
         mine = RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile.part)
         return self.over_shards(mine)
 
+    def row_scaled(
+        self,
+        dtype: torch.dtype,
+        grad_logprobs: Tensor | None,  # [C]
+        grad_entropy: Tensor | None,  # [C]
+        like: Tensor,  # [C]
+        temperature: Tensor | None,  # [C]
+    ) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
+        """For a gradient that is stored in `dtype`: its coefficients, its scale, and the row scale to apply later.
+
+        Without a row scale the kernel divides by the temperature; with one it does not.
+        """
+        if dtype != torch.float16:
+            return grad_logprobs, grad_entropy, self.logit_scale, None
+        grad_logprobs, grad_entropy, size = _normalized(grad_logprobs, grad_entropy, like)
+        row_scale = size * (self.logit_scale / UNIT)
+        return grad_logprobs, grad_entropy, UNIT, row_scale if temperature is None else row_scale / temperature
+
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
         N, V = e.shape
-        unit, row_scale = e.dtype == torch.float16, None
-        if unit:
-            grad_logprobs, grad_entropy, row_scale = _normalized(grad_logprobs, grad_entropy, stats.total)
-            row_scale = row_scale * (self.logit_scale / UNIT)
-            row_scale = row_scale if temperature is None else row_scale / temperature
+        grad_logprobs, grad_entropy, scale, row_scale = self.row_scaled(
+            e.dtype, grad_logprobs, grad_entropy, stats.total, temperature
+        )
         # An incoming gradient may be one number, expanded.
         grad_logprobs, grad_entropy = (
             None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
@@ -183,12 +210,12 @@ class TritonHead(Head):
             head_gradient, e.device, -(-N // GRADIENT_ROWS) * -(-V // (GRADIENT_PARTS * stats.tile_width)),
             e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, targets,
             temperature, grad_logprobs, grad_entropy, N, V, padded_columns(e), e.stride(0),
-            UNIT if unit else self.logit_scale, self.softcap or 1.0,
+            scale, self.softcap or 1.0,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
             HAS_GRAD=grad_logprobs is not None,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
-            ROW_SCALED=unit,
+            ROW_SCALED=row_scale is not None,
             PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         return e, row_scale
