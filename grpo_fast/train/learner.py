@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -40,15 +41,17 @@ class Learner:
     """Trains a policy on generation batches.
 
     `model` is a transformers causal LM, which gets its adapters here; `prompt_ids` is any prompt, with which the fused
-    head and packed rows are compared with the model's own. A UserError refuses a model that cannot be trained.
+    head and packed rows are compared with the model's own; `adapter` is a PeftConfig for them, or the PeftModel that
+    the model is already in. A UserError refuses a model that cannot be trained.
     """
 
     def __init__(
-        self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int
-    ):
+        self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int,
+        adapter: Any = None,
+    ):  # fmt: skip
         self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
         self.objective, self.sharded = config.objective(), sharding.is_sharded(config)
-        self.adapter = train_adapter(model, config) if config.use_peft else None
+        self.adapter = train_adapter(model, config, adapter) if config.use_peft else None
         prepare_activations(model, config)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
         policy.eval()
@@ -111,6 +114,21 @@ class Learner:
         k1 = self.score(self.policy, batch) - batch.ref_logprobs
         batch.ref_logprobs = None
         return self.config.beta * batch.sums(k1).cpu(), k1.mean().item()
+
+    def parts(self, batch: StepBatch) -> list[StepBatch]:
+        """The batches of the optimizer steps that share a generation batch; drawn at random if they are several.
+
+        Later steps are then off the policy that sampled, so the old log-probabilities are computed before the first.
+        """
+        count = self.config.parts_per_batch
+        if count == 1:
+            return [batch]
+        self.policy.eval()
+        batch.old_logprobs = self.score(self.policy, batch)
+        if batch.sampling_logprobs is not None:
+            offsets = batch.offsets.to(batch.weights.device)
+            batch.correction = self.sampling_ratio(batch.old_logprobs, batch.sampling_logprobs, offsets)
+        return batch.split(count, self.objective, self.config)
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch.
