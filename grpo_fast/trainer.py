@@ -49,7 +49,13 @@ from grpo_fast.train.finite import check_finite
 from grpo_fast.train.groups import Groups, sample_groups, score_responses, token_advantages
 from grpo_fast.train.interrupt import Interrupt
 from grpo_fast.train.learner import Learner
-from grpo_fast.train.metrics import completion_metrics, peak_memory, reward_metrics
+from grpo_fast.train.metrics import (
+    advantage_metrics,
+    completion_metrics,
+    group_metrics,
+    peak_memory,
+    reward_metrics,
+)
 from grpo_fast.train.optimizers import check_optimizer
 from grpo_fast.train.run_folder import choose_run_folder, claim, refuse_other_run, release
 from grpo_fast.train.script import read_dataset, read_script, refuse_others, weights_fingerprint
@@ -66,8 +72,8 @@ class GRPOTrainer:
         model: a folder or hub name, a transformers causal LM or its PeftModel; or a `GRPOConfig` that names everything.
         reward_funcs: a function, or several; each may also be a name, as in the configuration.
         args: the configuration; what the other arguments give stays out of it. Also called `config`.
-        train_dataset: a `datasets.Dataset` or a list of rows, with a column ``prompt`` (a text or chat messages) or those
-            that `prompt_template` needs.
+        train_dataset: a `datasets.Dataset` or a list of rows, with a column ``prompt`` (a text or chat messages) or
+            those that `prompt_template` needs.
         eval_dataset: the same, to evaluate on; without it about a tenth of the rows, at most 200, are held out.
         processing_class: the tokenizer (default: the model's).
         peft_config: a peft config, to train an adapter of that kind.
@@ -515,7 +521,10 @@ class GRPOTrainer:
         indices, self.ahead = self.ahead or self.draw(count), []
         rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
         responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
-        return Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, prompts, responses))
+        groups = Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, prompts, responses))
+        if self.config.incomplete_groups == "error":
+            groups.check_complete(self.config.num_generations)
+        return groups
 
     def draw(self, count: int) -> list[int]:
         """The next `count` training rows."""
@@ -528,6 +537,7 @@ class GRPOTrainer:
         advantages = reward_advantages(groups.rewards, weights, config)
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
+        metrics |= group_metrics(groups.rewards.total, config.num_generations)
         batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
         batch.drawn, batch.weights = drawn, batch.weights.to(self.accelerator.device)
         if config.corrects_sampler:
@@ -539,6 +549,7 @@ class GRPOTrainer:
             penalty, metrics["kl"] = self.learner.kl_penalty(batch)
             advantages = reward_advantages(groups.rewards, weights, config, penalty)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
+        metrics |= advantage_metrics(batch)
         if self.logs_completions() and is_main():
             with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:
                 for line in groups.lines(self.step + 1, self.rewards.names, batch):

@@ -118,7 +118,7 @@ def test_train_shortens_huge_numbers_in_errors(options, capsys):
         ("learning_rates: 1\n", "unknown field 'learning_rates' (did you mean 'learning_rate'?)"),
         (
             "log_completions: true\nlearning_rates: 1\n",
-            "2 unknown fields: log_completions: set log_completions_steps; learning_rates (did you mean 'learning_rate'?)",
+            "2 unknown fields: log_completions: set log_completions_steps; learning_rates (did you mean",
         ),
         ("learning_rate: 1\n", "model_name_or_path"),
         (

@@ -40,7 +40,8 @@ _RANGES = [
     (
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
-            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
+            "eval_steps", "advantage_eps", "relative_weight", "baseline_weight", "vllm_importance_sampling_clip_max",
+            "vllm_importance_sampling_clip_min",
         ),
         lambda v: v >= 0,
         "at least 0",
@@ -66,6 +67,11 @@ _REQUIRED = [
         "update, and the correction accounts for completions that are one step old",
     ),
 ]
+# What multi_objective_aggregation="normalize_then_sum" requires.
+_NORMALIZE_THEN_SUM = (
+    ("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False), ("relative_weight", 1.0),
+    ("baseline_weight", 0.0),
+)  # fmt: skip
 # Cached: a memory plan tries thousands of configurations.
 _hints = cache(get_type_hints)
 
@@ -183,8 +189,15 @@ def _check_combinations(c: Any) -> None:
             f"reward_baseline={c.reward_baseline!r} requires scale_rewards='none', not {c.scale_rewards!r}: rewards "
             "that are not centred are not scaled"
         )
+    if c.scale_rewards == "whiten" and c.reward_baseline not in ("mean", "leave_one_out"):
+        raise UserError(
+            f"scale_rewards='whiten' requires reward_baseline mean or leave_one_out, not {c.reward_baseline!r}: it "
+            "divides rewards that are centred in their groups"
+        )
+    if not (c.relative_weight or c.baseline_weight):
+        raise UserError("relative_weight and baseline_weight are both 0, so that no completion has an advantage")
     if c.multi_objective_aggregation == "normalize_then_sum":
-        for name, value in (("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False)):
+        for name, value in _NORMALIZE_THEN_SUM:
             if getattr(c, name) != value:
                 raise UserError(
                     f"multi_objective_aggregation='normalize_then_sum' requires {name}={value!r}, "

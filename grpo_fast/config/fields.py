@@ -182,7 +182,16 @@ class GRPOConfig:
         ref_model_mixup_alpha: share of the way that each moves; 1 copies the trained policy.
         reward_baseline: what is subtracted from a reward: the mean of its group or of the others (leave_one_out), the
             group's highest reward (max), or nothing (none); best_only sets all rewards below the highest to 0.
-        scale_rewards: divide advantages by the standard deviation of the group, of the batch, or not at all (none).
+        scale_rewards: divide advantages by the standard deviation of the group, of the batch, of the batch once rewards
+            are centred in their groups (whiten), or not at all (none).
+        advantage_eps: added to that standard deviation.
+        advantage_std: standard deviation with Bessel's correction (sample), as in torch, or without (population), as in
+            NumPy.
+        relative_weight: weight of a completion's advantage over its group in the sum with the next one.
+        baseline_weight: weight of its advantage over the mean reward of the whole batch (scaled like the former, but by
+            the batch's deviation), which tells prompts apart and lets groups of equal rewards count.
+        incomplete_groups: a completion that no function rewarded has no advantage itself (keep), or its whole group is
+            left out of the loss (drop), or it ends the run (error).
         multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
@@ -321,7 +330,12 @@ class GRPOConfig:
     ref_model_sync_steps: int = 512
     ref_model_mixup_alpha: float = 0.6
     reward_baseline: Literal["mean", "leave_one_out", "max", "none", "best_only"] = "mean"
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "whiten", "none"] = "group"
+    advantage_eps: float = 1e-4
+    advantage_std: Literal["sample", "population"] = "sample"
+    relative_weight: float = 1.0
+    baseline_weight: float = 0.0
+    incomplete_groups: Literal["keep", "drop", "error"] = "keep"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     dynamic_sampling: bool = False
     max_num_gen_batches: int = 10

@@ -31,7 +31,7 @@ from grpo_fast.model.policy import LossInputs
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
 from grpo_fast.train.finite import all_finite, not_finite
-from grpo_fast.train.metrics import loss_metrics, sampling_metrics
+from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
 from grpo_kernels import high_entropy_mask, sampling_ratio
@@ -172,7 +172,8 @@ class Learner:
         self.policy.train()
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
-        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
+        has_parts = self.objective.uses_reference or self.objective.entropy_coef
+        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects or has_parts else None
         with own_random_numbers():
             rest = iter(self.microbatches(batch))
             following = next(rest, None)
@@ -198,13 +199,19 @@ class Learner:
         for parameter in self.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if keep_logprobs:
-            batch.old_logprobs = seen
         metrics = loss_metrics(loss, stats, self.objective)
         if corrects:
             batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, batch.offsets.to(seen.device))
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
+        if has_parts and stats is not None:
+            metrics |= loss_parts(metrics["loss"], batch, seen, self.step_advantages(batch), self.objective)
+        if keep_logprobs:
+            batch.old_logprobs = seen
         return metrics
+
+    def step_advantages(self, batch: StepBatch) -> Tensor:
+        """The advantages ``[N]``, 0 for the tokens that `top_entropy_quantile` leaves out."""
+        return batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
         """What the loss needs of the step's `tokens`."""

@@ -91,7 +91,7 @@ def test_run_given_objects_resumes_like_one_that_never_stopped(tmp_path, adapted
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     make(whole).train()
     make(stopped, max_steps=2, lr_scheduler_type="constant").train()
-    with pytest.raises(UserError, match="already holds a run; .*train\\(resume_from_checkpoint=True\\)"):
+    with pytest.raises(UserError, match=r"already holds a run; .*train\(resume_from_checkpoint=True\)"):
         make(stopped).train()
     with pytest.raises(UserError, match="lr_scheduler_type='linear' is not that of"):
         make(stopped).train(resume_from_checkpoint=True)
@@ -110,9 +110,9 @@ def test_resume_refuses_another_model_and_an_older_checkpoint(tmp_path):
     make_trainer(tmp_path / "run").train()
     other = make_model()
     torch.nn.init.normal_(other.lm_head.weight)
-    with pytest.raises(UserError, match="initial weights of the model='.*' is not that of"):
+    with pytest.raises(UserError, match=r"initial weights of the model='.*' is not that of"):
         make_trainer(tmp_path / "run", other).train(resume_from_checkpoint=True)
-    with pytest.raises(UserError, match="is older than .*checkpoint-4"):
+    with pytest.raises(UserError, match=r"is older than .*checkpoint-4"):
         make_trainer(tmp_path / "run").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
     with pytest.raises(UserError, match="set output_dir of the GRPOConfig"):
         make_trainer(tmp_path, fields={"output_dir": None, "run_name": "x"}).train(resume_from_checkpoint=True)
@@ -137,8 +137,9 @@ def test_config_names_what_it_cannot_hold_and_the_command_line_says_so(tmp_path,
     # What the command line names instead needs no object.
     named = ["--dataset_name", "sort_digits", "--reward_funcs", "[exact_answer]"]
     assert main(["eval", str(tmp_path / "run" / "config.yaml"), *named]) == 2
-    assert re.search(r"\(model: LlamaForCausalLM; processing_class: .*\); start it from that script, or set --model_name",
-                     capsys.readouterr().err)  # fmt: skip
+    error = capsys.readouterr().err
+    assert "(model: LlamaForCausalLM; processing_class: " in error
+    assert "; start it from that script, or set --model_name_or_path" in error
     options = ["--model_name_or_path", str(tmp_path / "run" / "checkpoint-1"), "--output", str(tmp_path / "eval")]
     assert main(["eval", *options, *named, "--max_eval_samples", "3"]) == 0
 
@@ -234,7 +235,7 @@ def test_closures_and_lambdas_of_one_name_are_told_apart(tmp_path):
         ({"reward_funcs": None}, "reward_funcs is missing"),
         ({"reward_funcs": [torch.nn.Linear(1, 1)]}, "reward_funcs must be functions, or names of some, got Linear"),
         ({"model": 3}, "model must be a name or a transformers model, got int"),
-        ({"fields": {"model_name_or_path": "m"}}, "model and the configuration's model_name_or_path='m' are both given"),
+        ({"fields": {"model_name_or_path": "m"}}, "model and the configuration's model_name_or_path='m' are both"),
         ({"fields": {"dataset_name": "d"}}, "train_dataset and the configuration's dataset_name='d' are both given"),
         ({"fields": {"dataset_train_split": "s"}}, "dataset_train_split"),
         ({"fields": {"dtype": "bfloat16"}}, "dtype='bfloat16' has no effect on a model that is loaded already"),
