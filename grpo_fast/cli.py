@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, get_args, get_type_hints
 
-from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
+from grpo_fast.config import GRPOConfig, check_complete, check_repeatable, name_unknown
 from grpo_fast.convert.command import CONVERT_USAGE, convert
 from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say, shown
 from grpo_fast.files import read_yaml, user_path
@@ -168,10 +168,12 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
         raise UserError(f"{shown(wrong)} is not allowed: a number must be within +-{sys.float_info.max:.1e}") from None
     values.pop("config", None)
     config = GRPOConfig(**values | {"run_name": name if values["run_name"] is None else values["run_name"]})
+    check_complete(config)
     from grpo_fast.train.trust import check_code
 
     # Not --model_init_kwargs.head_dim, which sets a part of a field and leaves the rest to the file.
     named = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
+    check_repeatable(config, named | set(unused))
     for file in files:
         check_code(file, config, named | set(unused))
     return config
@@ -190,27 +192,20 @@ def _check_file(path: Path) -> None:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
-    for name in content:
-        if name not in FIELDS:
-            raise UserError(f"{path}: unknown field {name!r}{_instead(str(name))}")
+    if wrong := name_unknown(map(str, content), FIELDS):
+        raise UserError(f"{path}: {wrong}")
 
 
 def _check_options(argv: list[str]) -> None:
+    names = []
     for index, argument in enumerate(argv):
         if argument.endswith((".yaml", ".yml")) and index and not argument.startswith("-"):
             raise UserError(f"{argument}: the configuration file goes first, before the options")
         if not argument.startswith("--"):
             continue
-        name = argument[2:].split("=")[0].split(".")[0].removesuffix("+")
-        if name not in FIELDS | {"config", "help", "print_config"}:
-            raise UserError(f"unknown option --{name}{_instead(name)}")
-
-
-def _instead(name: str) -> str:
-    """A hint for an unknown field: the field that replaces one of TRL's, or the most similar name."""
-    if name in TRL_FIELDS_INSTEAD:
-        return f"; set {TRL_FIELDS_INSTEAD[name]} instead"
-    return nearest(name, FIELDS)
+        names.append(argument[2:].split("=")[0].split(".")[0].removesuffix("+"))
+    if wrong := name_unknown(names, FIELDS | {"config", "help", "print_config"}, "option", "--"):
+        raise UserError(wrong)
 
 
 def _explain(message: str) -> str:

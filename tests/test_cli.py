@@ -43,7 +43,12 @@ def test_print_config_output_can_be_read_back(tmp_path):
         ([SORT, "--learning_rate", "fast"], "learning_rate='fast' is not allowed: it must be float"),
         ([SORT, "--max_steps", "1.5"], "max_steps='1.5' is not allowed: it must be int"),
         ([SORT, "--epsilon", "wide"], "epsilon='wide' is not allowed: it must be float | None"),
-        ([SORT, "--gradient_accumulation_steps", "4"], "set max_tokens_per_microbatch instead"),
+        (
+            [SORT, "--eval_strategy", "steps", "--fp16", "true", "--lerning_rate", "1"],
+            "3 unknown options: --eval_strategy: set eval_steps (0: only before and after training); --fp16: set bf16; "
+            "--lerning_rate (did you mean 'learning_rate'?)",
+        ),
+        ([SORT, "--gradient_accumulation_steps", "3"], "cannot be divided into optimizer steps"),
         ([SORT, "--vllm_importance_sampling_cap", "2"], "set vllm_importance_sampling_clip_max instead"),
         ([SORT, "--vllm_tensor_parallel_size", "2"], "grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2"),
         ([SORT, "--max_eval_samples", "4", "sort.yaml"], "the configuration file goes first"),
@@ -111,6 +116,10 @@ def test_train_shortens_huge_numbers_in_errors(options, capsys):
         ("learning_rate: [1\n", "is not valid YAML"),
         ("- 1\n", "must hold fields and values"),
         ("learning_rates: 1\n", "unknown field 'learning_rates' (did you mean 'learning_rate'?)"),
+        (
+            "log_completions: true\nlearning_rates: 1\n",
+            "2 unknown fields: log_completions: set log_completions_steps; learning_rates (did you mean",
+        ),
         ("learning_rate: 1\n", "model_name_or_path"),
         (
             "model_name_or_path: m\ndataset_name: d\nreward_funcs: [r]\nseed:\n",

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from grpo_fast.config import GRPOConfig
+from grpo_fast.config import GRPOConfig, check_complete, steps_of_epochs
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, PolicyObjective
 
@@ -66,8 +66,24 @@ def test_uses_reference_for_a_kl_in_the_loss_or_in_the_reward(fields, in_run, in
         ({"epsilon": 0.0}, "^epsilon must be above 0, got 0.0"),
         ({"importance_sampling_level": "tok"}, "importance_sampling_level='tok' is not allowed: it must be one of tok"),
         ({"padding_free": ["auto"]}, r"padding_free=\['auto'\] is not allowed: it must be one of auto, always, never"),
-        ({"dataset_name": ""}, "dataset_name is missing"),
-        ({"reward_funcs": []}, "reward_funcs is missing"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 is not allowed: it must be a finite number, above 0"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio=1.5 is not allowed: it must be a finite number, from 0 to 1"),
+        ({"max_steps": -2}, "max_steps=-2 is not allowed: it must be a finite number, at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not allowed: it must be at least 1"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 2},
+            "a generation batch of 16 completions cannot be divided into optimizer steps of "
+            "per_device_train_batch_size=8 x gradient_accumulation_steps=4 x 1 process = 32 completions",
+        ),
+        (
+            {"generation_batch_size": 64, "per_device_train_batch_size": 8, "steps_per_generation": 4},
+            "generation_batch_size=64 contradicts per_device_train_batch_size=8 x steps_per_generation=4",
+        ),
+        (
+            {"log_completions": True, "eval_strategy": "steps", "lerning_rate": 1, "frobnicate": 2},
+            "^GRPOConfig: 4 unknown fields: log_completions: set log_completions_steps; eval_strategy: set eval_steps "
+            r"\(0: only before and after training\); lerning_rate \(did you mean 'learning_rate'\?\); frobnicate$",
+        ),
         ({"activation_offloading": True}, "activation_offloading requires gradient_checkpointing"),
         ({"share_prompts": "always", "padding_free": "never"}, "share_prompts='always' requires padding_free"),
         (
@@ -80,6 +96,78 @@ def test_uses_reference_for_a_kl_in_the_loss_or_in_the_reward(fields, in_run, in
 def test_config_refuses_wrong_fields(fields, message):
     with pytest.raises(UserError, match=message):
         GRPOConfig(**{**BASE, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [({"model_name_or_path": ""}, "model_name_or_path"), ({"dataset_name": ""}, "dataset_name"),
+     ({"reward_funcs": []}, "reward_funcs")],
+)  # fmt: skip
+def test_check_complete_names_what_only_a_script_can_give(fields, missing):
+    check_complete(GRPOConfig(**BASE))
+    with pytest.raises(UserError, match=f"^{missing} is missing"):
+        check_complete(GRPOConfig(**{**BASE, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "processes", "completions", "parts", "updates"),
+    [
+        ({}, 1, 64, 1, 1),
+        ({"generation_batch_size": 16, "num_iterations": 2}, 4, 16, 1, 2),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 1, 8, 1, 1),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 3, 24, 1, 1),
+        # TRL's defaults hold for what is not set: 8 completions a device, one step.
+        ({"gradient_accumulation_steps": 4}, 1, 32, 1, 1),
+        ({"per_device_train_batch_size": 8}, 2, 16, 1, 1),
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 6, "num_iterations": 2}, 1, 24, 6, 12),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 6}, 2, 48, 3, 3),
+        ({"generation_batch_size": 64, "per_device_train_batch_size": 8}, 2, 64, 4, 4),
+    ],
+)
+def test_batches_have_trls_sizes(fields, processes, completions, parts, updates, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = GRPOConfig(**BASE, num_generations=4, **fields)
+    # Resolved only once: a copy has the same sizes.
+    for made in (config, dataclasses.replace(config, seed=1)):
+        assert made.generation_batch_size == completions
+        assert (made.parts_per_batch, made.updates_per_batch) == (parts, updates)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "steps"),
+    [
+        ({"num_train_epochs": 1}, 40, 10),
+        # As in TRL, the rest that fills no batch is left out of every epoch.
+        ({"num_train_epochs": 2}, 43, 20),
+        ({"num_train_epochs": 0.25}, 40, 3),
+        ({"num_train_epochs": 1, "num_iterations": 2, "steps_per_generation": 8}, 40, 20),
+        ({"num_train_epochs": 3}, 1, 3),
+    ],
+)
+def test_epochs_are_trls_number_of_steps(fields, rows, steps):
+    sizes = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    config = GRPOConfig(**{**BASE, **sizes, **fields})
+    assert config.max_steps == -1
+    assert steps_of_epochs(config, rows) == steps
+
+
+def test_max_steps_overrides_epochs():
+    assert GRPOConfig(**BASE, num_train_epochs=3, max_steps=7).max_steps == 7
+    assert GRPOConfig(**BASE).max_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"scale_rewards": True}, {"scale_rewards": "group"}),
+        ({"scale_rewards": False}, {"scale_rewards": "none"}),
+        ({"report_to": "none"}, {"report_to": []}),
+        ({"report_to": "wandb"}, {"report_to": ["wandb"]}),
+    ],
+)
+def test_config_takes_trls_values(given, meant):
+    config = GRPOConfig(**BASE, **given)
+    assert {name: getattr(config, name) for name in meant} == meant
 
 
 @pytest.mark.parametrize("digits", [400, 5000])

@@ -1,6 +1,19 @@
 """The configuration of a run: its fields, and the checks that every configuration passes."""
 
-from grpo_fast.config.checks import LARGEST_REWARD, UNCENTRED
-from grpo_fast.config.fields import FREE_FIELDS, TRL_FIELDS_INSTEAD, GRPOConfig
+from grpo_fast.config.checks import LARGEST_REWARD, UNCENTRED, check_complete, check_repeatable
+from grpo_fast.config.fields import FREE_FIELDS, GRPOConfig
+from grpo_fast.config.sizes import UNSET, steps_of_epochs
+from grpo_fast.config.trl import TRL_FIELDS_INSTEAD, name_unknown
 
-__all__ = ["FREE_FIELDS", "LARGEST_REWARD", "TRL_FIELDS_INSTEAD", "UNCENTRED", "GRPOConfig"]
+__all__ = [
+    "FREE_FIELDS",
+    "LARGEST_REWARD",
+    "TRL_FIELDS_INSTEAD",
+    "UNCENTRED",
+    "UNSET",
+    "GRPOConfig",
+    "check_complete",
+    "check_repeatable",
+    "name_unknown",
+    "steps_of_epochs",
+]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Set
 from functools import cache
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from grpo_fast.config.sizes import UNSET
 from grpo_fast.errors import UserError, one_line, shown
 from grpo_kernels import PRESETS
 
@@ -28,19 +30,23 @@ _RANGES = [
         "at least 1",
     ),
     (
-        ("temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance", "vllm_server_timeout"),
+        (
+            "temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance", "vllm_server_timeout",
+            "num_train_epochs",
+        ),
         lambda v: v > 0,
         "above 0",
     ),
     (
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
-            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "thinking_budget",
+            "eval_steps", "advantage_eps", "relative_weight", "baseline_weight", "vllm_importance_sampling_clip_max",
+            "vllm_importance_sampling_clip_min", "thinking_budget",
         ),
         lambda v: v >= 0,
         "at least 0",
     ),
-    (("top_entropy_quantile",), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (("top_entropy_quantile", "warmup_ratio"), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
     (("vllm_server_port",), lambda v: 1 <= v <= 65535, "from 1 to 65535"),
     (("top_p", "ref_model_mixup_alpha", "vllm_gpu_memory_utilization"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -61,6 +67,11 @@ _REQUIRED = [
         "update, and the correction accounts for completions that are one step old",
     ),
 ]
+# What multi_objective_aggregation="normalize_then_sum" requires.
+_NORMALIZE_THEN_SUM = (
+    ("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False), ("relative_weight", 1.0),
+    ("baseline_weight", 0.0),
+)  # fmt: skip
 # Cached: a memory plan tries thousands of configurations.
 _hints = cache(get_type_hints)
 
@@ -75,6 +86,9 @@ def check_config(config: Any) -> None:
     for names, holds, allowed in _RANGES:
         for name in names:
             value = getattr(config, name)
+            if name == "max_steps" and value == UNSET and config.num_train_epochs is not None:
+                # Known when the training rows are.
+                continue
             # False for NaN and infinities, and exact for integers beyond the largest float.
             if value is not None and not (abs(value) <= sys.float_info.max and holds(value)):
                 _refuse(name, value, f"a finite number, {allowed}")
@@ -102,11 +116,46 @@ def _check_types(config: Any) -> None:
             _refuse(name, value, f"a number within +-{sys.float_info.max:.1e}")
 
 
-def _check_values(c: Any) -> None:
+def check_complete(c: Any) -> None:
+    """Refuse a `GRPOConfig` without a model, data or rewards, which only a script can give in another way."""
+    if not c.model_name_or_path:
+        raise UserError("model_name_or_path is missing: a folder, a hub name or a built-in name")
     if not c.dataset_name:
         raise UserError("dataset_name is missing: a data file, a hub name or a built-in name")
     if not c.reward_funcs:
         raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
+
+
+# The fields that name what a script can give as an object, by the argument of `GRPOTrainer`.
+_OBJECT_FIELDS = {
+    "model": ("model_name_or_path",),
+    "processing_class": ("model_name_or_path",),
+    "peft_config": ("use_peft", "model_name_or_path"),
+    "train_dataset": ("dataset_name",),
+    "eval_dataset": ("eval_dataset_name", "dataset_name"),
+    "reward_funcs": ("reward_funcs",),
+}
+
+
+def check_repeatable(config: Any, named: Set[str]) -> None:
+    """Refuse, on the command line, the `GRPOConfig` of a run whose objects only its script has.
+
+    An object whose field is `named` there, or not used, does not matter; a run is resumed by its script in any case.
+    """
+    objects = config.script_objects or {}
+    left = {name: what for name, what in objects.items() if named.isdisjoint(_OBJECT_FIELDS.get(name, ()))}
+    if objects and config.resume_from_checkpoint:
+        left, advice = objects, "resume it from that script, with trainer.train(resume_from_checkpoint=True)"
+    else:
+        fields = dict.fromkeys(_OBJECT_FIELDS[name][0] for name in left if name in _OBJECT_FIELDS)
+        advice = f"start it from that script, or set {', '.join(f'--{name}' for name in fields)}"
+    if left:
+        listed = "; ".join(f"{name}: {what}" for name, what in left.items())
+        raise UserError(f"a script gave this run objects, which config.yaml cannot hold ({listed}); {advice}")
+    config.script_objects = None
+
+
+def _check_values(c: Any) -> None:
     if c.vllm_server_base_url is not None and not c.vllm_server_base_url.startswith(("http://", "https://")):
         _refuse("vllm_server_base_url", c.vllm_server_base_url, "an address like http://127.0.0.1:8000")
     if not c.vllm_server_host or "/" in c.vllm_server_host or ":" in c.vllm_server_host:
@@ -148,14 +197,22 @@ def _check_combinations(c: Any) -> None:
             f"reward_baseline={c.reward_baseline!r} requires scale_rewards='none', not {c.scale_rewards!r}: rewards "
             "that are not centred are not scaled"
         )
+    if c.scale_rewards == "whiten" and c.reward_baseline not in ("mean", "leave_one_out"):
+        raise UserError(
+            f"scale_rewards='whiten' requires reward_baseline mean or leave_one_out, not {c.reward_baseline!r}: it "
+            "divides rewards that are centred in their groups"
+        )
+    if not (c.relative_weight or c.baseline_weight):
+        raise UserError("relative_weight and baseline_weight are both 0, so that no completion has an advantage")
     if c.multi_objective_aggregation == "normalize_then_sum":
-        for name, value in (("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False)):
+        for name, value in _NORMALIZE_THEN_SUM:
             if getattr(c, name) != value:
                 raise UserError(
                     f"multi_objective_aggregation='normalize_then_sum' requires {name}={value!r}, "
                     f"not {getattr(c, name)!r}"
                 )
-    if c.reward_weights is not None and len(c.reward_weights) != len(c.reward_funcs):
+    # A script may give the functions to the trainer.
+    if c.reward_weights is not None and c.reward_funcs and len(c.reward_weights) != len(c.reward_funcs):
         raise UserError(f"reward_weights has {len(c.reward_weights)} values for {len(c.reward_funcs)} reward_funcs")
     if c.prompt_template is not None and c.prompt_file is not None:
         raise UserError("prompt_template and prompt_file both make the prompt; set one of them")

@@ -7,14 +7,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from grpo_fast.config.checks import check_config
+from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
+from grpo_fast.config.trl import check_names, translate
 from grpo_kernels import PRESETS, PolicyObjective
 
+T = TypeVar("T")
 # Not Any: jsonargparse would import the class that a dictionary with a ``class_path`` names.
 Value = bool | int | float | str | list | dict | None
 
@@ -22,7 +26,8 @@ Value = bool | int | float | str | list | dict | None
 # values. The learning rate follows the schedule of the new max_steps.
 FREE_FIELDS = frozenset(
     (
-        "output_dir", "run_name", "max_steps", "logging_steps", "log_completions_steps", "eval_steps", "keep_best",
+        "output_dir", "run_name", "max_steps", "num_train_epochs", "logging_steps", "logging_first_step",
+        "log_completions_steps", "script_objects", "eval_steps", "keep_best",
         "report_to", "reward_timeout", "on_reward_error", "code_isolation", "save_steps", "save_total_limit",
         "resume_from_checkpoint", "max_tokens_per_microbatch", "max_tokens_per_generation_batch", "max_buffer_mib",
         "gradient_checkpointing", "activation_offloading", "use_liger_kernel", "tiled_mlp", "attn_implementation",
@@ -45,20 +50,21 @@ _TRL_NAMES = {
     "kl_bias_correction": "use_bias_correction_kl",
 }
 
-# TRL's fields that have another name or another place here.
-TRL_FIELDS_INSTEAD = {
-    "per_device_train_batch_size": "generation_batch_size (and max_tokens_per_microbatch for the memory)",
-    "gradient_accumulation_steps": "max_tokens_per_microbatch",
-    "steps_per_generation": "num_iterations",
-    "num_train_epochs": "max_steps",
-    "repetition_penalty": "generation_kwargs",
-    "warmup_ratio": "warmup_steps (below 1, it is a share of max_steps)",
-    "log_completions": "log_completions_steps",
-    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
-    "vllm_tensor_parallel_size": "it on the server (grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2)",
-}
+
+def _names_checked(cls: type[T]) -> type[T]:
+    """`cls` with a constructor that names all unknown fields, and what to use instead, where Python names the first."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args, **fields):
+        check_names(fields, cls.__dataclass_fields__)
+        init(self, *args, **fields)
+
+    cls.__init__ = checked
+    return cls
 
 
+@_names_checked
 @dataclass
 class GRPOConfig:
     """A GRPO run.
@@ -120,7 +126,15 @@ class GRPOConfig:
         eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
         eval_steps: measure the held-out prompts every N steps; 0 for before and after training only.
         num_generations: completions sampled for each prompt, G.
-        generation_batch_size: completions of one optimizer step; num_generations must divide it.
+        generation_batch_size: completions that are sampled at once, over all processes; one optimizer step takes them
+            all, unless the next three fields say otherwise. num_generations must divide it (default: 64, or what those
+            fields give).
+        per_device_train_batch_size: as in TRL, this times the processes times gradient_accumulation_steps are the
+            completions of an optimizer step. How many are computed at once follows from max_tokens_per_microbatch.
+        gradient_accumulation_steps: see per_device_train_batch_size.
+        steps_per_generation: as in TRL, per_device_train_batch_size times the processes times this are the completions
+            of a generation batch, which is divided among several optimizer steps if this is a multiple of
+            gradient_accumulation_steps (default: that number, so one step).
         max_completion_length: longest completion, tokens.
         temperature: sampling temperature, also applied to the log-probabilities of the loss.
         top_p: nucleus sampling.
@@ -177,7 +191,16 @@ class GRPOConfig:
         ref_model_mixup_alpha: share of the way that each moves; 1 copies the trained policy.
         reward_baseline: what is subtracted from a reward: the mean of its group or of the others (leave_one_out), the
             group's highest reward (max), or nothing (none); best_only sets all rewards below the highest to 0.
-        scale_rewards: divide advantages by the standard deviation of the group, of the batch, or not at all (none).
+        scale_rewards: divide advantages by the standard deviation of the group, of the batch, of the batch once rewards
+            are centred in their groups (whiten), or not at all (none).
+        advantage_eps: added to that standard deviation.
+        advantage_std: standard deviation with Bessel's correction (sample), as in torch, or without (population), as in
+            NumPy.
+        relative_weight: weight of a completion's advantage over its group in the sum with the next one.
+        baseline_weight: weight of its advantage over the mean reward of the whole batch (scaled like the former, but by
+            the batch's deviation), which tells prompts apart and lets groups of equal rewards count.
+        incomplete_groups: a completion that no function rewarded has no advantage itself (keep), or its whole group is
+            left out of the loss (drop), or it ends the run (error).
         multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
@@ -192,9 +215,11 @@ class GRPOConfig:
         adam_beta2: AdamW's second decay rate.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the gradient to this norm; 0 for no clipping.
-        max_steps: number of optimizer steps.
+        max_steps: number of optimizer steps (default, -1: those of num_train_epochs if that is set, otherwise 100).
+        num_train_epochs: length of the run in passes over the training rows, if max_steps is not set.
         lr_scheduler_type: learning-rate schedule, one of transformers'.
         warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
+        warmup_ratio: the same as a share of max_steps, if warmup_steps is 0.
         max_tokens_per_microbatch: tokens of one forward and backward, which bound the memory for activations.
         fsdp: processes share weights, gradients and optimizer state (FSDP2) instead of holding all of them (DDP); also
             works with accelerate's own file, ``fsdp_version: 2``.
@@ -207,15 +232,18 @@ class GRPOConfig:
         output_dir: the run folder (default: runs/NAME-TIME).
         run_name: name of the run (default: the configuration file's).
         logging_steps: write metrics every N steps.
+        logging_first_step: also write those of the first step.
         log_completions_steps: write sampled completions every N steps; 0 for never.
         report_to: trackers to log to beside the run folder: tensorboard, wandb, trackio.
         save_steps: write a checkpoint every N steps; 0 for the last step only.
         save_total_limit: number of newest checkpoints to keep.
         keep_best: also keep the checkpoint with the best score on the held-out prompts, measured every eval_steps.
         resume_from_checkpoint: continue from output_dir's newest checkpoint, if there is one (also: ``--resume``).
+        script_objects: what a script gave `GRPOTrainer` as objects instead of names, by argument. The trainer writes it
+            to config.yaml; the command line cannot repeat such a run.
     """
 
-    model_name_or_path: str
+    model_name_or_path: str = ""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -260,7 +288,10 @@ class GRPOConfig:
     eval_steps: int = 0
 
     num_generations: int = 8
-    generation_batch_size: int = 64
+    generation_batch_size: int = UNSET
+    per_device_train_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    steps_per_generation: int | None = None
     max_completion_length: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
@@ -310,7 +341,12 @@ class GRPOConfig:
     ref_model_sync_steps: int = 512
     ref_model_mixup_alpha: float = 0.6
     reward_baseline: Literal["mean", "leave_one_out", "max", "none", "best_only"] = "mean"
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "whiten", "none"] = "group"
+    advantage_eps: float = 1e-4
+    advantage_std: Literal["sample", "population"] = "sample"
+    relative_weight: float = 1.0
+    baseline_weight: float = 0.0
+    incomplete_groups: Literal["keep", "drop", "error"] = "keep"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     dynamic_sampling: bool = False
     max_num_gen_batches: int = 10
@@ -324,11 +360,13 @@ class GRPOConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    max_steps: int = 100
+    max_steps: int = UNSET
+    num_train_epochs: float | None = None
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "linear"
     warmup_steps: float = 0
+    warmup_ratio: float | None = None
     max_tokens_per_microbatch: int = 8192
     fsdp: bool = False
     padding_free: Literal["auto", "always", "never"] = "auto"
@@ -341,20 +379,24 @@ class GRPOConfig:
     output_dir: str | None = None
     run_name: str | None = None
     logging_steps: int = 1
+    logging_first_step: bool = False
     log_completions_steps: int = 10
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     save_steps: int = 50
     save_total_limit: int = 2
     keep_best: bool = False
     resume_from_checkpoint: bool = False
+    script_objects: dict[str, str] | None = None
 
     def __post_init__(self):
+        translate(self)
         for name in _PATH_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, os.path.expanduser(value))
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [name.strip() for name in _COMMA.split(self.reward_funcs) if name.strip()]
+        resolve_sizes(self)
         check_config(self)
 
     @property
@@ -369,7 +411,18 @@ class GRPOConfig:
 
     @property
     def prompts_per_step(self) -> int:
+        """The prompts of a generation batch."""
         return self.generation_batch_size // self.num_generations
+
+    @property
+    def parts_per_batch(self) -> int:
+        """How many optimizer steps share the completions of a generation batch."""
+        return self.generation_batch_size // completions_per_step(self)
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps on a generation batch, each part of which is used `num_iterations` times."""
+        return self.parts_per_batch * self.num_iterations
 
     @property
     def max_buffer_bytes(self) -> int | None:

@@ -9,7 +9,7 @@ from grpo_fast.data.encoding import (
     prompt_order,
     rendered_prompt,
 )
-from grpo_fast.data.loading import BUILT_IN, load_rows, read_file
+from grpo_fast.data.loading import BUILT_IN, load_rows, prepare_rows, read_file
 from grpo_fast.data.tasks import addition, arithmetic, countdown, sort_digits
 from grpo_fast.data.templates import PROMPTS, Prompt, Row, load_template
 
@@ -28,6 +28,7 @@ __all__ = [
     "encode_rows",
     "load_rows",
     "load_template",
+    "prepare_rows",
     "prompt_order",
     "read_file",
     "rendered_prompt",

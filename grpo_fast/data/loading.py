@@ -29,27 +29,38 @@ BUILT_IN: dict[str, Callable[..., tuple[list[Row], list[Row] | None]]] = {
 }
 
 
-def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
+def load_rows(
+    config: GRPOConfig, train_rows: list[Row] | None = None, eval_rows: list[Row] | None = None
+) -> tuple[list[Row], list[Row]]:
     """Training and evaluation rows, each with its ``prompt``.
+
+    `train_rows` and `eval_rows` are those of a script, in place of what the configuration names.
 
     Raises:
         UserError: a missing file, a malformed line, an unknown built-in, a wrong prompt file, a row without a column
             that the template or the trainer needs, or an empty split.
     """
     build = load_template(config)
-    raw, test = _load_splits(config)
+    raw, test = (train_rows, None) if train_rows is not None else _load_splits(config)
+    test = test if eval_rows is None else eval_rows
     train = _with_prompts(raw, build, config.dataset_name, config.answer_column)
     if test is None:
         train, test = hold_out(train, [_content(row) for row in raw])
-        instead = "; it needs at least two different prompts, or an eval_dataset_name"
+        field = "eval_dataset_name" if train_rows is None else "eval_dataset"
+        instead = f"; it needs at least two different prompts, or an {field}"
     else:
-        source = config.eval_dataset_name or f"{config.dataset_name}, held out"
-        test = _with_prompts(test, build, source, config.answer_column)
+        own = "eval_dataset" if eval_rows is not None else f"{config.dataset_name}, held out"
+        test = _with_prompts(test, build, config.eval_dataset_name or own, config.answer_column)
         instead = "; set eval_dataset_name"
     for name, rows, more in (("training", train, ""), ("evaluation", test, instead)):
         if not rows:
             raise UserError(f"dataset_name={config.dataset_name!r} has no rows for {name}{more}")
     return train[: config.max_train_samples], test[: config.max_eval_samples]
+
+
+def prepare_rows(config: GRPOConfig, rows: list[Row], source: str) -> list[Row]:
+    """Rows with their ``prompt``, made as in the run; `source` names them in errors."""
+    return _with_prompts(rows, load_template(config), source)
 
 
 def hold_out(rows: list[Row], contents: list[str]) -> tuple[list[Row], list[Row]]:

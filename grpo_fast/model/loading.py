@@ -176,10 +176,22 @@ def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
         own = transformers.AutoTokenizer.from_pretrained(adapter.name, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise UserError(f"the tokenizer of the adapter {adapter.name}: {one_line(error)}") from None
-    return model, _with_padding(own)
+    return model, with_padding(own)
 
 
-def _with_padding(tokenizer: Any) -> Any:
+def load_tokenizer(model: nn.Module) -> Any:
+    """The tokenizer of a loaded model, from where its configuration says that the model came from."""
+    transformers = import_extra("transformers", "train")
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        return with_padding(transformers.AutoTokenizer.from_pretrained(name))
+    except Exception as error:
+        reason = f"none could be loaded from the model's own name {name!r}: {one_line(error)}"
+        raise UserError(f"processing_class is missing: {reason}") from None
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """`tokenizer`, which gets a padding token if it has none."""
     if tokenizer.pad_token_id is None:
         # Padding is masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -199,7 +211,7 @@ def _load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
         # Libraries report a broken folder or an impossible option by exceptions of many types.
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"model_name_or_path={name!r} could not be loaded: {reason}") from None
-    return model, _with_padding(tokenizer)
+    return model, with_padding(tokenizer)
 
 
 def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
@@ -215,18 +227,23 @@ def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def train_adapter(model: nn.Module, config: GRPOConfig) -> Any:
+def train_adapter(model: nn.Module, config: GRPOConfig, given: Any = None) -> Any:
     """The PeftModel around `model`, whose weights are frozen: with the adapter that `model_name_or_path` names, or a
-    new one.
+    new one, of the PeftConfig `given` if there is one. A PeftModel that is `given` is the adapted model itself.
 
     If the run needs a reference policy, a named adapter gets a frozen copy called `REFERENCE`, as in TRL.
 
     Raises:
         UserError: the adapter does not fit the model, or covers the output head; see also `add_adapter`.
     """
-    adapter = find_adapter(config)
+    if hasattr(given, "get_base_model"):
+        _check_head(model, "the PeftModel")
+        if config.uses_reference:
+            _copy_adapter(given)
+        return given
+    adapter = None if given is not None else find_adapter(config)
     if adapter is None:
-        return add_adapter(model, config)
+        return add_adapter(model, config, given)
     adapted = _put_in(model, adapter, is_trainable=True)
     _check_head(model, f"the adapter {adapter.name}")
     if config.uses_reference:
@@ -248,18 +265,37 @@ def _put_in(model: nn.Module, adapter: Adapter, **options: Any) -> Any:
         raise UserError(f"the adapter {adapter.name} does not fit {adapter.base!r}: {one_line(error)}") from None
 
 
-def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
+def _copy_adapter(adapted: Any) -> None:
+    """Add a frozen copy of the adapter, called `REFERENCE`, unless there is one."""
+    if REFERENCE in adapted.peft_config:
+        return
+    peft = import_extra("peft", "train")
+    try:
+        adapted.add_adapter(REFERENCE, adapted.peft_config["default"])
+        weights = peft.get_peft_model_state_dict(adapted, adapter_name="default", save_embedding_layers=False)
+        peft.set_peft_model_state_dict(adapted, weights, adapter_name=REFERENCE)
+    except ValueError as error:
+        raise UserError(
+            f"the KL term needs a copy of the PeftModel's adapter as the reference policy, which peft refuses: "
+            f"{one_line(error)}; set beta to 0"
+        ) from None
+    adapted.set_adapter("default")
+
+
+def add_adapter(model: nn.Module, config: GRPOConfig, given: Any = None) -> Any:
     """LoRA adapters (float32) inside `model`, whose own weights are frozen; the PeftModel around it.
+
+    They are those of the PeftConfig `given`, or else of the `lora_*` fields.
 
     Raises:
         UserError: a module cannot have an adapter, or is the output head, which the loss multiplies without one.
     """
     peft = import_extra("peft", "train")
-    lora = peft.LoraConfig(
+    lora = given or peft.LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
         target_modules=config.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
     )  # fmt: skip
-    field = f"lora_target_modules={config.lora_target_modules}"
+    field = f"lora_target_modules={config.lora_target_modules}" if given is None else "peft_config"
     try:
         adapted = peft.get_peft_model(model, lora)
     except ValueError as error:

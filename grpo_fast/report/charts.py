@@ -17,13 +17,21 @@ MOST_POINTS, MOST_CHARTS = 1000, 200
 # Metric -> title, colour and, for a band, the metrics of its two edges; in the order of the page.
 CHARTS = {
     "reward": ("reward", "blue", ()),
+    "groups/reward_mean": ("mean reward of the groups", "blue", ()),
     "reward_std": ("reward spread (std)", "amber", ()),
+    "groups/reward_std": ("reward spread within the groups (mean std)", "amber", ()),
+    "groups/reward_mean_std": ("reward spread between the groups (std of their means)", "amber", ()),
     "frac_reward_zero_std": ("groups with equal rewards", "amber", ()),
+    "advantages/mean": ("advantage, mean", "blue", ()),
+    "advantages/std": ("advantage, spread (std)", "amber", ()),
     "completions/mean_length": (
         "response length (tokens)", "violet", ("completions/min_length", "completions/max_length"),
     ),
-    "completions/clipped_ratio": ("truncated responses", "violet", ()),
+    "completions/clipped_ratio": ("responses that did not stop (truncated)", "violet", ()),
     "loss": ("loss", "red", ()),
+    "loss/policy": ("loss: policy part", "red", ()),
+    "loss/kl": ("loss: KL part", "red", ()),
+    "loss/entropy": ("loss: entropy bonus", "red", ()),
     "kl": ("KL to the reference policy", "red", ()),
     "entropy": ("entropy (nats per token)", "teal", ()),
     "clip_ratio/region_mean": ("clipped ratios", "teal", ()),

@@ -76,7 +76,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> None:
-    """Draw the reward, its spread, the score and the completions' length over the steps."""
+    """Draw score, rewards, advantages, completions and parts of the loss over the steps, as far as there are any."""
     steps = column(history, "step")
     metric = f"rewards/{summary.metric}/mean"
     panels = [
@@ -84,10 +84,20 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
         (metric, f"{plain(summary.metric)} (sampled in training)", "#1a7f37"),
         ("reward_std", "reward std", "#9a6700"),
         ("completions/mean_length", "completion length (tokens)", "#8250df"),
+        ("groups/reward_std", "reward std within groups", "#9a6700"),
+        ("frac_reward_zero_std", "groups with equal rewards", "#9a6700"),
+        ("advantages/std", "advantage std", "#0550ae"),
+        ("completions/clipped_ratio", "completions that did not stop", "#8250df"),
+        ("loss/policy", "loss: policy part", "#cf222e"),
+        ("loss/kl", "loss: KL part", "#cf222e"),
     ]
-    figure, axes = new_panels(2, 2, (10, 6), sharex=True)
+    panels = [panel for panel in panels if panel[0] in (metric, "reward") or known(column(history, panel[0]))]
+    rows = math.ceil(len(panels) / 2)
+    figure, axes = new_panels(rows, 2, (10, 3 * rows), sharex=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     share = is_share(summary.before, summary.after, *known(column(history, metric)))
-    for axis, (name, title, color) in zip(axes.flat, panels, strict=True):
+    for axis, (name, title, color) in zip(axes.flat, panels, strict=False):
         values = column(history, name)
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
         axis.plot(steps, smooth(values), color=color, linewidth=2)
@@ -107,7 +117,7 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
                     xytext=offset, ha=side, fontsize=9,
                     bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1},
                 )  # fmt: skip
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
     scores = f"{plain(summary.metric)}: {show(summary.before, share)} to {show(summary.after, share)}"
     figure.suptitle(f"{scores} in {summary.steps} steps, {summary.train_seconds:.0f} s of training", fontsize=12)

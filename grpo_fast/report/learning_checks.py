@@ -51,7 +51,7 @@ class LearningSignals:
 
     def __init__(self, config: GRPOConfig):
         self.config = config
-        self.patience = min(PATIENCE, math.ceil(config.max_steps / config.num_iterations))
+        self.patience = min(PATIENCE, math.ceil(config.max_steps / config.updates_per_batch))
         self.in_a_row: Counter[str] = Counter()
         self.lowest, self.highest, self.batch_highest = math.inf, -math.inf, math.nan
 

@@ -123,10 +123,7 @@ def plan_bars(run: Run) -> dict[str, Any]:
 
 def split_config(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """The fields as (name, value): those that differ from their defaults, and the others."""
-    defaults = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(GRPOConfig)
-    }
+    defaults = dataclasses.asdict(GRPOConfig())
     sides: tuple[list, list] = ([], [])
     for name, value in config.items():
         same = name in defaults and defaults[name] == value

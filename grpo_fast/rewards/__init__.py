@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grpo_fast.rewards.base import RewardFunction, isolated, text_of
 from grpo_fast.rewards.calls import RESERVED_COLUMNS
 from grpo_fast.rewards.functions.answers import (
+    accuracy_reward,
     boxed_answer,
     exact_answer,
     final_number,
@@ -32,6 +33,9 @@ from grpo_fast.rewards.functions.format import (
 from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
 from grpo_fast.rewards.registry import REWARDS, load_reward
 
+# TRL's name.
+think_format_reward = think_format
+
 if TYPE_CHECKING:
     from grpo_fast.rewards.engine import RewardModel, Rewards
 
@@ -41,6 +45,7 @@ __all__ = [
     "RewardFunction",
     "RewardModel",
     "Rewards",
+    "accuracy_reward",
     "answer_format",
     "boxed_answer",
     "countdown_equation",
@@ -58,6 +63,7 @@ __all__ = [
     "soft_overlong",
     "text_of",
     "think_format",
+    "think_format_reward",
     "unit_tests",
 ]
 

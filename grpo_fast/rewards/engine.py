@@ -8,7 +8,7 @@ import operator
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from grpo_fast.rewards.calls import (
     failed,
     unreachable,
 )
-from grpo_fast.rewards.registry import load_reward, metric_names
+from grpo_fast.rewards.registry import load_reward, metric_names, sources_of
 from grpo_fast.rewards.workers import WorkerPool, check_workers
 
 # For each step of a completion, its end in characters and its reward.
@@ -56,7 +56,7 @@ class RewardModel:
     function that hangs loses its batch after `timeout` seconds per sample, and is not called again until it returns.
 
     Args:
-        names: see :func:`load_reward`.
+        names: see :func:`load_reward`; or the functions themselves.
         weights: one per function (default: 1 each).
         timeout: seconds per sample.
         on_error: what happens to a sample for which a function raises, takes too long or does not return a number.
@@ -70,15 +70,15 @@ class RewardModel:
 
     def __init__(
         self,
-        names: list[str],
+        names: Sequence[str | RewardFunction],
         weights: list[float] | None,
         timeout: float = 10.0,
         on_error: str = "none",
         code_isolation: str = "available",
     ):
-        self.sources = names
+        self.sources = sources_of(names)
         self.functions = [load_reward(name) for name in names]
-        self.names = metric_names(self.functions, names)
+        self.names = metric_names(self.functions, self.sources)
         self.weights = torch.tensor(weights or [1.0] * len(names), dtype=torch.float64)
         self.timeout, self.on_error = timeout, on_error
         self.settings: dict[str, Any] = {"reward_timeout": timeout, "code_isolation": code_isolation}

@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -69,8 +69,43 @@ def is_built_in(name: str) -> bool:
     return name in REWARDS or bool(call and call[1] in MAKERS)
 
 
-def load_reward(name: str) -> RewardFunction:
-    """Load a reward function by name.
+def is_shipped(function: object) -> bool:
+    """Whether `function` is one of this package's, which `load_reward` finds by its name in every process."""
+    home, name = getattr(function, "__module__", None) or "", getattr(function, "__qualname__", "")
+    return home.startswith("grpo_fast.rewards.") and name.isidentifier()
+
+
+def sources_of(functions: Sequence[str | RewardFunction]) -> list[str]:
+    """For each function what `load_reward` finds it by; for one of a script, a name that tells it from the others.
+
+    Raises:
+        UserError: a function runs in worker processes, which could not find it.
+    """
+    sources: list[str] = []
+    for function in functions:
+        source = function if isinstance(function, str) else _source_of(function)
+        alike = [other for other, taken in zip(functions, sources, strict=False) if taken.partition("#")[0] == source]
+        # Closures and lambdas of one name are different functions.
+        distinct = alike and not isinstance(function, str) and all(other is not function for other in alike)
+        sources.append(f"{source}#{len(alike) + 1}" if distinct else source)
+    return sources
+
+
+def _source_of(function: RewardFunction) -> str:
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if REWARDS.get(name) is function:
+        return name
+    module = getattr(function, "__module__", None) or "__main__"
+    if hasattr(function, "isolated") and (module == "__main__" or not name.isidentifier()):
+        raise UserError(
+            f"reward_funcs: {name} is marked isolated, but worker processes cannot import it from this script; define "
+            "it at the top level of a module"
+        )
+    return f"{module}.{name}"
+
+
+def load_reward(name: str | RewardFunction) -> RewardFunction:
+    """Load a reward function by name; a function itself is returned.
 
     Args:
         name: a built-in function, possibly with arguments (``soft_overlong(4096, 819)``); ``package.module.function``,
@@ -79,6 +114,8 @@ def load_reward(name: str) -> RewardFunction:
     Raises:
         UserError: there is no such function, or its arguments do not fit.
     """
+    if not isinstance(name, str):
+        return name
     name = ALIASES.get(name, name)
     if is_built_in(name):
         return REWARDS[name] if name in REWARDS else _make(name)

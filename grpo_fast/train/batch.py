@@ -44,6 +44,25 @@ class StepBatch:
             moves = moves & (self.sums((advantages != 0).float()) > 0)
         self.active = moves.nonzero().squeeze(1).tolist()
 
+    def split(self, parts: int, objective: PolicyObjective, config: GRPOConfig) -> list[StepBatch]:
+        """Batches of equal numbers of the completions, drawn at random; each has the weights of a step of its own."""
+        order = torch.randperm(len(self.samples))
+        return [self._part(chosen.sort().values, objective, config) for chosen in order.chunk(parts)]
+
+    def _part(self, chosen: Tensor, objective: PolicyObjective, config: GRPOConfig) -> StepBatch:
+        samples = [self.samples[index] for index in chosen.tolist()]
+        starts, ends = self.offsets[:-1][chosen].tolist(), self.offsets[1:][chosen].tolist()
+        device = self.weights.device
+        tokens = torch.cat([torch.arange(*bounds) for bounds in zip(starts, ends, strict=True)]).to(device)
+        mask = None if self.mask is None else self.mask[tokens.to(self.mask.device)]
+        part = build_step_batch(samples, self.counted[chosen], objective, config, mask)
+        part.weights = part.weights.to(device)
+        for name in ("ref_logprobs", "old_logprobs", "sampling_logprobs", "correction"):
+            values = getattr(self, name)
+            setattr(part, name, None if values is None else values[tokens])
+        part.set_advantages(self.advantages[tokens].cpu(), objective)
+        return part
+
     def sums(self, values: Tensor) -> Tensor:
         """Sums ``[S]`` over each completion's sampled tokens."""
         values = values if self.mask is None else values * self.mask.to(values)

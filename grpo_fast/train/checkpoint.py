@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import zlib
 from array import array
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grpo_fast.config import FREE_FIELDS, GRPOConfig
+from grpo_fast.config import FREE_FIELDS, UNSET, GRPOConfig
 from grpo_fast.distributed.sharding import cut_like
 from grpo_fast.errors import CheckpointError, UserError, one_line, shown
 from grpo_fast.files import discard, json_ready, parse_json, sha256_sums, sync
@@ -77,10 +78,7 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        # Without the option, peft asks the hub whether the embeddings were resized.
-        adapter = {"save_embedding_layers": False, "selected_adapters": ["default"]}
-        model.save_pretrained(partial, state_dict=weights, **(adapter if hasattr(model, "get_base_model") else {}))
-        tokenizer.save_pretrained(partial)
+        _write_model(partial, model, tokenizer, weights)
         for name, content in tensors.items():
             save_file(content, partial / f"{name}.safetensors")
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -103,6 +101,44 @@ def save_checkpoint(
         reason = getattr(error, "strerror", None) or one_line(error)
         raise CheckpointError(f"the checkpoint {folder} could not be written: {reason}") from None
     return folder
+
+
+def _write_model(folder: Path, model: nn.Module, tokenizer: Any, weights: dict[str, Tensor] | None) -> None:
+    # Without the option, peft asks the hub whether the embeddings were resized.
+    adapter = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+    model.save_pretrained(folder, state_dict=weights, **(adapter if hasattr(model, "get_base_model") else {}))
+    tokenizer.save_pretrained(folder)
+
+
+def save_model(folder: Path, model: nn.Module, tokenizer: Any, weights: dict[str, Tensor] | None = None) -> None:
+    """Write `model` (for a PeftModel its adapter) and `tokenizer` alone; `weights` as in `save_checkpoint`.
+
+    A UserError refuses a folder that cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the model cannot be saved to {folder}, which is a file")
+    try:
+        _write_model(folder, model, tokenizer, weights)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"the model could not be saved to {folder}: {reason}") from None
+
+
+def check_newest(wanted: Path, run_folder: Path, newest: Path | None) -> None:
+    """Refuse to resume from another checkpoint than the newest one of `run_folder`; says what to do."""
+    wanted = Path(os.path.expanduser(wanted))
+    if wanted.resolve().parent != run_folder.resolve():
+        raise UserError(
+            f"resume_from_checkpoint={str(wanted)!r} is not in output_dir={str(run_folder)!r}; set output_dir to the "
+            "folder of that run"
+        )
+    if newest is None or not wanted.is_dir():
+        raise UserError(f"resume_from_checkpoint={str(wanted)!r} is no checkpoint; the newest one is {newest}")
+    if newest.resolve() != wanted.resolve():
+        raise UserError(
+            f"resume_from_checkpoint={str(wanted)!r} is older than {newest}, which a resumed run would have to "
+            "overwrite; move the newer checkpoints elsewhere first"
+        )
 
 
 def keep_newest(run_folder: Path, limit: int, best_step: int = 0) -> None:
@@ -221,7 +257,8 @@ def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, Trainer
         return None
     state = read_state(found[-1])
     check_same(found[-1], state.fixed, fixed_fields(config))
-    if state.step > config.max_steps:
+    # Epochs become steps when the rows are known, and are compared then.
+    if state.step > config.max_steps != UNSET:
         raise UserError(f"max_steps={config.max_steps} is less than the {state.step} steps of {found[-1]}")
     with _reading(found[-1]):
         _check_files(found[-1], state, list(state.files), sums=True)

@@ -13,13 +13,13 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.data import Row
 from grpo_fast.data.encoding import as_scored, completion_text, rendered_prompt
 from grpo_fast.distributed.processes import on_main
-from grpo_fast.errors import UserError
+from grpo_fast.errors import UserError, one_line
 from grpo_fast.model.packing import Sample
-from grpo_fast.rewards import Rewards
+from grpo_fast.rewards import Rewards, text_of
 from grpo_fast.rewards.engine import RewardModel
 from grpo_fast.rollout import Response
 from grpo_fast.rollout.base import Rollout, Sampling
-from grpo_fast.train.advantages import RewardAdvantages, reward_advantages, step_tokens
+from grpo_fast.train.advantages import RewardAdvantages, incomplete_groups, reward_advantages, step_tokens
 from grpo_fast.train.batch import StepBatch
 
 
@@ -49,7 +49,20 @@ class Groups:
     def counted(self, config: GRPOConfig) -> Tensor:
         """Whether each completion is in the loss ``[B]``."""
         ended = torch.tensor([response.finish_reason == "stop" for response in self.responses])
-        return ended | (not config.mask_truncated_completions)
+        counted = ended | (not config.mask_truncated_completions)
+        if config.incomplete_groups == "drop":
+            counted = counted & ~incomplete_groups(self.rewards.total, config.num_generations)
+        return counted
+
+    def check_complete(self, num_generations: int) -> None:
+        """Raise a UserError if a completion has no reward."""
+        missing = self.rewards.total.isnan().nonzero().squeeze(1).tolist()
+        if missing:
+            prompt = one_line(text_of(self.rows[missing[0] // num_generations]["prompt"]), 80)
+            raise UserError(
+                f"{len(missing)} of {len(self.texts)} completions have no reward from any function, the first of them "
+                f"for the prompt {prompt!r}; incomplete_groups=drop leaves such groups out, keep such completions alone"
+            )
 
     def lines(self, step: int, names: list[str], batch: StepBatch) -> Iterator[dict[str, Any]]:
         """Every completion with its rewards and the advantage of its first token, for the log."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,7 @@ from grpo_fast.model.policy import LossInputs
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
 from grpo_fast.train.finite import all_finite, not_finite
-from grpo_fast.train.metrics import loss_metrics, sampling_metrics
+from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
 from grpo_kernels import high_entropy_mask, masked_mean, sampling_ratio
@@ -41,15 +42,17 @@ class Learner:
     """Trains a policy on generation batches.
 
     `model` is a transformers causal LM, which gets its adapters here; `prompt_ids` is any prompt, with which the fused
-    head and packed rows are compared with the model's own. A UserError refuses a model that cannot be trained.
+    head and packed rows are compared with the model's own; `adapter` is a PeftConfig for them, or the PeftModel that
+    the model is already in. A UserError refuses a model that cannot be trained.
     """
 
     def __init__(
-        self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int
-    ):
+        self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int,
+        adapter: Any = None,
+    ):  # fmt: skip
         self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
         self.objective, self.sharded = config.objective(), sharding.is_sharded(config)
-        self.adapter = train_adapter(model, config) if config.use_peft else None
+        self.adapter = train_adapter(model, config, adapter) if config.use_peft else None
         prepare_activations(model, config)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
         policy.eval()
@@ -116,6 +119,21 @@ class Learner:
         mean = k1.mean() if batch.mask is None else masked_mean(k1, batch.mask.to(k1.device))
         return self.config.beta * batch.sums(k1).cpu(), mean.item()
 
+    def parts(self, batch: StepBatch) -> list[StepBatch]:
+        """The batches of the optimizer steps that share a generation batch; drawn at random if they are several.
+
+        Later steps are then off the policy that sampled, so the old log-probabilities are computed before the first.
+        """
+        count = self.config.parts_per_batch
+        if count == 1:
+            return [batch]
+        self.policy.eval()
+        batch.old_logprobs = self.score(self.policy, batch)
+        if batch.sampling_logprobs is not None:
+            offsets = batch.offsets.to(batch.weights.device)
+            batch.correction = self.sampling_ratio(batch.old_logprobs, batch.sampling_logprobs, offsets, batch.weights)
+        return batch.split(count, self.objective, self.config)
+
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch.
 
@@ -158,7 +176,8 @@ class Learner:
         self.policy.train()
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
-        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
+        has_parts = self.objective.uses_reference or self.objective.entropy_coef
+        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects or has_parts else None
         with own_random_numbers(), kept_weight_copies():
             rest = iter(self.microbatches(batch))
             following = next(rest, None)
@@ -184,14 +203,20 @@ class Learner:
         for parameter in self.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if keep_logprobs:
-            batch.old_logprobs = seen
         metrics = loss_metrics(loss, stats, self.objective)
         if corrects:
             offsets = batch.offsets.to(seen.device)
             batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
+        if has_parts and stats is not None:
+            metrics |= loss_parts(metrics["loss"], batch, seen, self.step_advantages(batch), self.objective)
+        if keep_logprobs:
+            batch.old_logprobs = seen
         return metrics
+
+    def step_advantages(self, batch: StepBatch) -> Tensor:
+        """The advantages ``[N]``, 0 for the tokens that `top_entropy_quantile` leaves out."""
+        return batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
         """What the loss needs of the step's `tokens`."""

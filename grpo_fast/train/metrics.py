@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_fast.train.advantages import nanstd
 from grpo_fast.train.batch import StepBatch
-from grpo_kernels import PolicyObjective
+from grpo_kernels import PolicyObjective, policy_loss
 
 
 def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
@@ -28,10 +29,37 @@ def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[st
     return metrics
 
 
-def completion_metrics(responses: list[Response]) -> dict[str, float]:
-    """Lengths of all completions and of those that ended by themselves, and the share that was truncated.
+def group_metrics(rewards: Tensor, num_generations: int) -> dict[str, float]:
+    """The rewards ``[B]`` by group, beside ``reward`` and ``reward_std``, which are those of the batch.
 
-    With a thinking budget, also the share of the completions in which it closed the thinking.
+    ``groups/reward_mean`` is the mean over the groups of their mean reward, ``groups/reward_std`` that of the standard
+    deviations within them, and ``groups/reward_mean_std`` the standard deviation of the means: whether rewards differ
+    between completions of a prompt, from which a policy learns, or between prompts. NaN counts nowhere.
+    """
+    groups = rewards.view(-1, num_generations)
+    means, spreads = groups.nanmean(1), nanstd(groups, 1).squeeze(1)
+    spreads = spreads.masked_fill(groups.isnan().all(1), torch.nan)
+    return {
+        "groups/reward_mean": means.nanmean().item(),
+        "groups/reward_std": spreads.nanmean().item(),
+        "groups/reward_mean_std": nanstd(means).item(),
+    }
+
+
+def advantage_metrics(batch: StepBatch) -> dict[str, float]:
+    """Mean and standard deviation over the completions in the loss, each with the advantage of its first token."""
+    firsts = batch.offsets[:-1][batch.counted].to(batch.advantages.device)
+    if not len(firsts):
+        return {}
+    values = batch.advantages[firsts].double()
+    return {"advantages/mean": values.mean().item(), "advantages/std": nanstd(values).item()}
+
+
+def completion_metrics(responses: list[Response]) -> dict[str, float]:
+    """Lengths of all completions and of those that ended by themselves, and the share that did not.
+
+    That share, ``completions/clipped_ratio``, is also called the non-stop rate. With a thinking budget, also the share
+    of the completions in which it closed the thinking.
     """
     lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
     ended = torch.tensor([response.finish_reason == "stop" for response in responses])
@@ -67,6 +95,27 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
     elif objective.kind == "cispo":
         metrics["cispo_clip_ratio"] = high
     return metrics
+
+
+def loss_parts(
+    loss: float, batch: StepBatch, logprobs: Tensor, advantages: Tensor, objective: PolicyObjective
+) -> dict[str, float]:
+    """What the loss of a step is the sum of: ``loss/policy``, ``loss/kl`` and ``loss/entropy``, as far as it has them.
+
+    `logprobs` and `advantages` ``[N]`` are those of the update. Without a KL term and an entropy bonus the policy part
+    is the whole loss, and the result is empty.
+    """
+    if not (objective.uses_reference or objective.entropy_coef):
+        return {}
+    shared = {"old_logprobs": batch.old_logprobs, "cu_seqlens": batch.offsets.to(logprobs.device)}
+    alone = replace(objective, beta=0.0, entropy_coef=0.0)
+    policy = policy_loss(logprobs, advantages, batch.weights, alone, correction=batch.correction, **shared).loss.item()
+    if not objective.uses_reference:
+        return {"loss/policy": policy, "loss/entropy": loss - policy}
+    alone, nothing = replace(objective, entropy_coef=0.0), torch.zeros_like(advantages)
+    kl = policy_loss(logprobs, nothing, batch.weights, alone, ref_logprobs=batch.ref_logprobs, **shared).loss.item()
+    parts = {"loss/policy": policy, "loss/kl": kl}
+    return parts | ({"loss/entropy": loss - policy - kl} if objective.entropy_coef else {})
 
 
 def sampling_metrics(batch: StepBatch, logprobs: Tensor, by_token: bool) -> dict[str, float]:

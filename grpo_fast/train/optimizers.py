@@ -325,9 +325,11 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def build_scheduler(optimizer: Optimizer, config: GRPOConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule; as in transformers, `warmup_steps` below 1 is a share of the steps, rounded up."""
-    warmup = config.warmup_steps
-    warmup = math.ceil(warmup * config.max_steps) if warmup < 1 else int(warmup)
+    """transformers' schedule; as in transformers, `warmup_steps` below 1, or else `warmup_ratio`, is a share of the
+    steps, rounded up."""
+    warmup = config.warmup_steps or config.warmup_ratio or 0
+    share = warmup < 1 or not config.warmup_steps
+    warmup = math.ceil(warmup * config.max_steps) if share else int(warmup)
     try:
         return get_scheduler(
             config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=config.max_steps

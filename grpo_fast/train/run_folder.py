@@ -82,16 +82,20 @@ def release(folder: Path) -> None:
     lock.release()
 
 
-def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
+def choose_run_folder(config: GRPOConfig, resumes_later: bool = False) -> tuple[Path, tuple[Path, TrainerState] | None]:
     """The run folder, claimed for this process, and the checkpoint to continue from.
 
-    A UserError refuses a folder that another process has, or that holds a run which is not to be resumed.
+    A UserError refuses a folder that another process has, or that holds a run which is not to be resumed; with
+    `resumes_later` that is decided after this.
     """
     if config.output_dir is None:
         if config.resume_from_checkpoint:
             raise UserError("--resume needs the run folder: set output_dir, or give that folder's own config.yaml")
         return claim_new(config.run_name or config.dataset_name.replace("/", "-")), None
     folder = Path(config.output_dir)
+    if resumes_later and not config.resume_from_checkpoint:
+        claim(folder)
+        return folder, None
     if not config.resume_from_checkpoint:
         # Also before the claim, which would leave its file there.
         refuse_other_run(folder)
@@ -109,4 +113,7 @@ def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerStat
 def refuse_other_run(folder: Path) -> None:
     """Raise a UserError if `folder` holds a run: a new run never writes into another one's folder."""
     if (folder / "metrics.jsonl").exists() or checkpoints(folder):
-        raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")
+        raise UserError(
+            f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run (in a script, "
+            "train(resume_from_checkpoint=True))"
+        )

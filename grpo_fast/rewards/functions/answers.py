@@ -90,11 +90,14 @@ def _plain_latex(text: str) -> str:
 
 
 # `prepare` imports sympy and builds the parsers, which takes seconds.
-@isolated(
+_by_math_verify = isolated(
     over_limit=0.0,
     check=lambda: require_extra("math_verify", "train"),
     prepare=lambda: same_answer(r"\boxed{\frac{1}{2}}", "1/2"),
 )
+
+
+@_by_math_verify
 def math_answer(prompts, completions, answer, **columns) -> list[float]:
     r"""1 if the completion's answer is mathematically equal to the ``answer`` column, by math-verify, else 0.
 
@@ -104,6 +107,13 @@ def math_answer(prompts, completions, answer, **columns) -> list[float]:
     alternative answers are right only if all of them are.
     """
     return [float(same_answer(text_of(c), str(a))) for c, a in zip(completions, answer, strict=True)]
+
+
+@_by_math_verify
+def accuracy_reward(prompts, completions, solution, **columns) -> list[float | None]:
+    """TRL's `accuracy_reward`: :func:`math_answer` with the reference in the column ``solution``; None without one."""
+    pairs = zip(completions, solution, strict=True)
+    return [None if s is None else float(same_answer(text_of(c), str(s))) for c, s in pairs]
 
 
 def same_answer(completion: str, reference: str) -> bool:
