@@ -7,7 +7,9 @@ from functools import cache
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from grpo_fast.errors import UserError, one_line, shown
-from grpo_kernels import PRESETS
+from grpo_fast.named_functions import names_function
+from grpo_kernels import PRESETS, PolicyObjective
+from grpo_kernels.custom_loss import parameters_of
 
 # The largest reward, reward weight or advantage: float32's largest number, since the loss takes float32 advantages.
 # Squares of products of two such numbers are finite in float64.
@@ -83,6 +85,9 @@ def check_config(config: Any) -> None:
         if getattr(config, name) and not holds(config):
             raise UserError(f"{name} requires {required}")
     _check_combinations(config)
+    if config.loss_type not in PRESETS:
+        # The user's code runs only after the check of who may name it.
+        return
     try:
         config.objective()
     except ValueError as error:
@@ -119,8 +124,19 @@ def _check_values(c: Any) -> None:
         _refuse("run_name", c.run_name, "a name without '/'; output_dir takes a path")
     if not all(abs(weight) <= LARGEST_REWARD for weight in c.reward_weights or []):
         _refuse("reward_weights", c.reward_weights, f"made of numbers within +-{LARGEST_REWARD:.1e}")
-    if c.loss_type not in PRESETS:
-        _refuse("loss_type", c.loss_type, f"one of {', '.join(PRESETS)}")
+    if c.loss_type not in PRESETS and not names_function(c.loss_type):
+        allowed = f"one of {', '.join(PRESETS)}, or a function as package.module.function or file.py:function"
+        _refuse("loss_type", c.loss_type, allowed)
+
+
+def check_objective_settings(config: Any, objective: PolicyObjective) -> None:
+    """Refuse settings that the user's own loss function would ignore."""
+    if objective.function is None:
+        return
+    taken = parameters_of(objective.function)
+    for name in ("epsilon", "epsilon_high", "delta"):
+        if getattr(config, name) is not None and name not in taken:
+            raise UserError(f"{name}={shown(getattr(config, name))} has no effect: loss_type takes no {name!r}")
 
 
 def _check_combinations(c: Any) -> None:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
-from grpo_fast.config.checks import check_config
+from grpo_fast.config.checks import check_config, check_objective_settings
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.named_functions import load_function, time_of_change
 from grpo_kernels import PRESETS, PolicyObjective
+from grpo_kernels.objective import function_objective
 
 # Not Any: jsonargparse would import the class that a dictionary with a ``class_path`` names.
 Value = bool | int | float | str | list | dict | None
@@ -143,7 +147,8 @@ class GRPOConfig:
             bit-identical.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce or unclipped (docs/objectives.md).
+            dual_clip, reinforce or unclipped (docs/objectives.md); or a loss function of your own, by dotted path or
+            as ``file.py:function`` (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
@@ -363,11 +368,33 @@ class GRPOConfig:
         return None if self.max_buffer_mib is None else self.max_buffer_mib << 20
 
     def objective(self) -> PolicyObjective:
-        """The preset of `loss_type` with the fields that were set; with `kl_in_reward` the loss has no KL term."""
-        preset = PRESETS[self.loss_type]
+        """The objective of `loss_type` with the fields that were set; with `kl_in_reward` the loss has no KL term.
+
+        Loads the user's own function, if `loss_type` names one; a UserError refuses one that cannot be used.
+        """
+        if self.loss_type in PRESETS:
+            preset = PRESETS[self.loss_type]
+        else:
+            preset = _own_objective(self.loss_type, os.getcwd(), time_of_change(self.loss_type))
         # A preset alone sets `kind` and `aggregation`, which are no fields here.
-        changes = {name: getattr(self, _TRL_NAMES.get(name, name), None) for name in dataclasses.asdict(preset)}
+        changes = {
+            field.name: getattr(self, _TRL_NAMES.get(field.name, field.name), None)
+            for field in dataclasses.fields(preset)
+        }
         changes = {name: value for name, value in changes.items() if value is not None}
         if self.kl_in_reward:
             changes["beta"] = 0.0
+        check_objective_settings(self, preset)
         return dataclasses.replace(preset, **changes)
+
+
+@lru_cache(maxsize=16)
+def _own_objective(name: str, folder: str, changed: float) -> PolicyObjective:
+    """The user's loss function, or the objective that was made of it, as of a working folder and a time of change."""
+    found = load_function(name, "loss_type", lambda one: callable(one) or isinstance(one, PolicyObjective))
+    if isinstance(found, PolicyObjective):
+        return found
+    try:
+        return function_objective(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss_type: {one_line(error)}") from None
