@@ -122,7 +122,7 @@ class GRPOTrainer:
         # Where the run is between two updates, `updates_left` of which are still to come on the same generation batch.
         self.state = TrainerState(0, 0, 0, 0.0, math.nan, fixed)
         self.rng: dict[str, torch.Tensor] = {}
-        self.saved_step = self.updates_left = 0
+        self.saved_step = self.updates_left = self.skipped = 0
         self.resumed_learning_rate = config.learning_rate
         # The last step that was evaluated, and its metrics if this process measured them.
         self.evaluated_step, self.held_out = 0, {}
@@ -412,14 +412,27 @@ class GRPOTrainer:
         return batch, metrics | completion_metrics(groups.responses)
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
-        """One optimizer step; its errors name the step."""
+        """One optimizer step; its errors name the step.
+
+        An update whose loss or gradient is not finite is skipped, at most `max_skipped_updates` times in a row.
+        """
         try:
-            return self.learner.update(batch, keep_logprobs)
+            metrics = self.learner.update(batch, keep_logprobs)
         except NotFiniteError as error:
-            raise NotFiniteError(f"step {self.step + 1}: {error}", error.weights_lost) from None
+            text = f"step {self.step + 1}: {error}"
+            if error.weights_lost or self.skipped >= self.config.max_skipped_updates:
+                raise NotFiniteError(text, error.weights_lost) from None
+            self.skipped += 1
+            count = f"{self.skipped} of at most {self.config.max_skipped_updates} in a row"
+            on_main(partial(self.warnings.warn, self.step + 1, text, f"{text}; skipped ({count})"))
+            self.learner.skip_update()
+            finite = {name: value for name, value in error.metrics.items() if math.isfinite(value)}
+            return finite | {"skipped_update": 1.0}
         except UserError as error:
             path = self.run_folder / "metrics.jsonl"
             raise UserError(f"step {self.step + 1}: {error}; the metrics so far are in {path}") from None
+        self.skipped = 0
+        return metrics | ({"skipped_update": 0.0} if self.config.max_skipped_updates else {})
 
     def logs_completions(self) -> bool:
         """Whether completions are due to be written in one of the steps on the coming generation batch."""

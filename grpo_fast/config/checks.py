@@ -37,6 +37,7 @@ _RANGES = [
     (
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
+            "max_skipped_updates",
             "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
         ),
         lambda v: v >= 0,

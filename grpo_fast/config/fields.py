@@ -188,6 +188,8 @@ class GRPOConfig:
         adam_beta2: AdamW's second decay rate.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the gradient to this norm; 0 for no clipping.
+        max_skipped_updates: skip an update whose loss or gradient is not finite, at most this often in a row; then, or
+            with 0, the run stops.
         max_steps: number of optimizer steps.
         lr_scheduler_type: learning-rate schedule, one of transformers'.
         warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
@@ -318,6 +320,7 @@ class GRPOConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    max_skipped_updates: int = 0
     max_steps: int = 100
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
