@@ -43,6 +43,7 @@ from grpo_fast.train import checkpoint
 from grpo_fast.train.advantages import reward_advantages
 from grpo_fast.train.batch import StepBatch, build_step_batch
 from grpo_fast.train.checkpoint import TrainerState
+from grpo_fast.train.estimators import load_estimator
 from grpo_fast.train.finite import check_finite
 from grpo_fast.train.groups import Groups, sample_groups, score_responses, token_advantages
 from grpo_fast.train.interrupt import Interrupt
@@ -74,6 +75,8 @@ class GRPOTrainer:
         """Load and check everything, and restore the checkpoint that was `found`."""
         config = self.config
         self.objective = config.objective()
+        if config.advantage_estimator is not None:
+            load_estimator(config.advantage_estimator)
         check_support(config)
         self.rewards = RewardModel(
             config.reward_funcs, config.reward_weights, config.reward_timeout, config.on_reward_error,
@@ -391,7 +394,8 @@ class GRPOTrainer:
         """Rollout, rewards, advantages, the token weights of the whole step, and which samples may be dropped."""
         config, weights = self.config, self.rewards.weights
         groups, drawn, metrics = sample_groups(self.sample, weights, config)
-        advantages = reward_advantages(groups.rewards, weights, config)
+        lengths = torch.tensor([float(len(response.token_ids)) for response in groups.responses])
+        advantages = reward_advantages(groups.rewards, weights, config, lengths=lengths)
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
@@ -403,7 +407,7 @@ class GRPOTrainer:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:
             penalty, metrics["kl"] = self.learner.kl_penalty(batch)
-            advantages = reward_advantages(groups.rewards, weights, config, penalty)
+            advantages = reward_advantages(groups.rewards, weights, config, penalty, lengths)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
         if self.logs_completions() and is_main():
             with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:

@@ -16,6 +16,8 @@ from grpo_kernels.custom_loss import parameters_of
 LARGEST_REWARD = 3.4028234663852886e38
 # Baselines that leave a reward to learn from even where all rewards of a group are equal.
 UNCENTRED = ("none", "best_only")
+# Built-in values of advantage_estimator.
+ESTIMATOR_NAMES = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl")
 
 _RANGES = [
     (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
@@ -130,14 +132,37 @@ def _check_values(c: Any) -> None:
         _refuse("loss_type", c.loss_type, allowed)
 
 
+def _check_estimator(c: Any) -> None:
+    if c.advantage_estimator not in ESTIMATOR_NAMES and not names_function(c.advantage_estimator):
+        allowed = f"one of {', '.join(ESTIMATOR_NAMES)}, or a function as package.module.function or file.py:function"
+        _refuse("advantage_estimator", c.advantage_estimator, allowed)
+    defaults = {
+        "reward_baseline": "mean",
+        "scale_rewards": "group",
+        "multi_objective_aggregation": "sum_then_normalize",
+    }
+    for name, default in defaults.items():
+        if getattr(c, name) != default:
+            raise UserError(f"advantage_estimator takes the place of {name}={getattr(c, name)!r}; set only one of them")
+
+
 def check_objective_settings(config: Any, objective: PolicyObjective) -> None:
-    """Refuse settings that the user's own loss function would ignore."""
+    """Refuse settings that a loss function would ignore."""
     if objective.function is None:
         return
     taken = parameters_of(objective.function)
-    for name in ("epsilon", "epsilon_high", "delta"):
-        if getattr(config, name) is not None and name not in taken:
-            raise UserError(f"{name}={shown(getattr(config, name))} has no effect: loss_type takes no {name!r}")
+    needed = {
+        "epsilon": "epsilon",
+        "epsilon_high": "epsilon_high",
+        "delta": "delta",
+        "importance_sampling_level": "ratio",
+    }
+    for name, argument in needed.items():
+        if getattr(config, name) is not None and argument not in taken:
+            raise UserError(
+                f"{name}={shown(getattr(config, name))} has no effect: the function of loss_type={config.loss_type!r} "
+                f"takes no {argument!r}"
+            )
 
 
 def _check_combinations(c: Any) -> None:
@@ -152,6 +177,8 @@ def _check_combinations(c: Any) -> None:
         raise UserError(f"{names[0]}={shown(low)} is above {names[1]}={shown(high)}")
     if c.share_prompts == "always" and c.padding_free == "never":
         raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")
+    if c.advantage_estimator is not None:
+        _check_estimator(c)
     if c.reward_baseline in UNCENTRED and c.scale_rewards != "none":
         raise UserError(
             f"reward_baseline={c.reward_baseline!r} requires scale_rewards='none', not {c.scale_rewards!r}: rewards "

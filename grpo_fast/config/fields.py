@@ -147,8 +147,8 @@ class GRPOConfig:
             bit-identical.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce or unclipped (docs/objectives.md); or a loss function of your own, by dotted path or
-            as ``file.py:function`` (docs/how-to/add-an-objective.md).
+            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo or dro (docs/objectives.md); or a loss function
+            of your own, by dotted path or as ``file.py:function`` (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
@@ -174,6 +174,9 @@ class GRPOConfig:
         reward_baseline: what is subtracted from a reward: the mean of its group or of the others (leave_one_out), the
             group's highest reward (max), or nothing (none); best_only sets all rewards below the highest to 0.
         scale_rewards: divide advantages by the standard deviation of the group, of the batch, or not at all (none).
+        advantage_estimator: advantages in place of reward_baseline and scale_rewards: reinforce_plus_plus,
+            reinforce_plus_plus_baseline, opo, gpg or maxrl (docs/objectives.md); or a function of your own, by dotted
+            path or as ``file.py:function``.
         multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
@@ -307,6 +310,7 @@ class GRPOConfig:
     ref_model_mixup_alpha: float = 0.6
     reward_baseline: Literal["mean", "leave_one_out", "max", "none", "best_only"] = "mean"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    advantage_estimator: str | None = None
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     dynamic_sampling: bool = False
     max_num_gen_batches: int = 10

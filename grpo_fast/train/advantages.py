@@ -13,7 +13,9 @@ from torch import Tensor
 
 from grpo_fast.config import UNCENTRED, GRPOConfig
 from grpo_fast.data.encoding import completion_text
+from grpo_fast.errors import UserError
 from grpo_fast.rewards.engine import Rewards, Steps
+from grpo_fast.train.estimators import estimate_advantages
 
 EPSILON = 1e-4
 
@@ -168,7 +170,7 @@ class RewardAdvantages:
 
 
 def reward_advantages(
-    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None
+    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None, lengths: Tensor | None = None
 ) -> RewardAdvantages:
     """Advantages of completions and steps, before they are spread over the tokens.
 
@@ -179,6 +181,7 @@ def reward_advantages(
         rewards: of B completions, those of a prompt in a row.
         weights: ``[F]``, the functions' weights.
         penalty: ``[B]``, subtracted from the outcome's reward.
+        lengths: ``[B]``, tokens of the completions, for `advantage_estimator`; None for whether groups are equal alone.
     """
     size, scale, baseline = config.num_generations, config.scale_rewards, config.reward_baseline
     process = sorted({index for found in rewards.steps for index in found})
@@ -190,7 +193,16 @@ def reward_advantages(
         outcome = apart_advantages(each, weights, size)
     else:
         total = (each.nan_to_num(nan=0.0) * weights).sum(1).masked_fill(each.isnan().all(1), torch.nan)
-        outcome = group_advantages(total if penalty is None else total - penalty, size, scale, baseline)
+        total = total if penalty is None else total - penalty
+        outcome = group_advantages(total, size, scale, baseline)
+        if config.advantage_estimator is not None and lengths is not None:
+            if process:
+                raise UserError(
+                    "advantage_estimator takes the rewards of completions, and a reward function gave steps"
+                )
+            grid = total.view(-1, size), lengths.view(-1, size)
+            values = estimate_advantages(config.advantage_estimator, *grid)
+            outcome = outcome._replace(values=values.flatten().to(total.dtype))
     made, equal = {}, outcome.equal
     for index in process:
         found: Advantages = normalise_steps([steps.get(index, []) for steps in rewards.steps], size, scale, baseline)

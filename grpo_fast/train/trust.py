@@ -1,8 +1,8 @@
 """Which Python code a configuration may run: inside a run's folder it is data, which may come from anywhere.
 
-Its fields can name Python code: the user's reward functions and loss, a model's code, kernels from the hub. Such fields
-are accepted only if the command line repeats them, or if this user started that run in that folder on this machine,
-which is recorded in a file in the user's own state folder.
+Its fields can name Python code: the user's rewards, loss and advantages, a model's code, kernels from the hub. Such
+fields are accepted only if the command line repeats them, or if this user started that run in that folder on this
+machine, which is recorded in a file in the user's own state folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.config import GRPOConfig
+from grpo_fast.config import ESTIMATOR_NAMES, GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.registry import is_built_in
 from grpo_kernels import PRESETS
@@ -25,7 +25,7 @@ from grpo_kernels import PRESETS
 _CODE_ARGUMENTS = {"trust_remote_code", "code_revision", "attn_implementation", "allow_all_kernels", "use_kernels"}
 _CODE_ARGUMENTS |= {"kernel_config"}
 # Fields that name functions of the user.
-FUNCTION_FIELDS = ("reward_funcs", "loss_type")
+FUNCTION_FIELDS = ("reward_funcs", "loss_type", "advantage_estimator")
 # Files that show that a run or an evaluation wrote the folder.
 _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "settings.json", "summary.json", "trainer_state.json", "checkpoint-*")
 
@@ -35,6 +35,7 @@ def named_code(config: GRPOConfig) -> dict[str, Any]:
     names_code = {
         "reward_funcs": not all(map(is_built_in, config.reward_funcs)),
         "loss_type": config.loss_type not in PRESETS,
+        "advantage_estimator": config.advantage_estimator not in (None, *ESTIMATOR_NAMES),
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": "/" in (config.attn_implementation or ""),
         "model_init_kwargs": bool(_CODE_ARGUMENTS & set(config.model_init_kwargs or {})),

@@ -22,7 +22,7 @@ from grpo_kernels._checks import require
 # What a function may take, by the names of its parameters.
 TENSORS = ("logprobs", "old_logprobs", "advantages", "ratio", "ref_logprobs", "cu_seqlens")
 # Settings of `PolicyObjective` that a function may take as well.
-SETTINGS = ("epsilon", "epsilon_high", "delta", "beta")
+SETTINGS = ("epsilon", "epsilon_high", "delta")
 # Sequences of the probe, in tokens.
 PROBED_LENGTHS = (3, 1, 4)
 

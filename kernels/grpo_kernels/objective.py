@@ -30,6 +30,7 @@ from typing import Any
 
 from torch import Tensor
 
+from grpo_kernels import published_losses
 from grpo_kernels._checks import require, require_choice, require_finite_positive, require_number
 from grpo_kernels.custom_loss import SETTINGS, check_function, own_defaults, parameters_of
 from grpo_kernels.token_weights import AGGREGATIONS
@@ -172,37 +173,6 @@ def function_objective(function: Callable[..., Tensor], **fields: Any) -> Policy
     return PolicyObjective(kind="function", function=function, **made)
 
 
-def register_objective(name: str, function: Callable[..., Tensor], **fields: Any) -> PolicyObjective:
-    """Add a loss of your own to `PRESETS`, as a plain PyTorch function of ``[N]`` tensors.
-
-    The head costs what a built-in objective costs: autograd differentiates the function on ``[N]`` tensors, and the
-    derivative takes the place of a built-in one. KL term, entropy bonus, sampler correction and weights are added as
-    for every objective, so the function returns the loss of each token without them.
-
-    Args:
-        name: the preset's name. It replaces one of your own, but no built-in one.
-        function: returns the loss of each token ``[N]``. It takes any of these by name: ``logprobs``, ``old_logprobs``
-            (`logprobs` without a gradient on the first update), ``advantages``, ``ref_logprobs``, ``ratio`` (of the
-            objective's `level`, differentiable), all ``[N]``; ``cu_seqlens [S + 1]``, offsets of whole sequences; and
-            the fields ``epsilon``, ``epsilon_high``, ``delta`` and ``beta``. Without ``cu_seqlens`` it may get any
-            part of the tokens, so a token's loss must depend on that token alone. With it, it gets counted tokens of
-            whole sequences, and no token may depend on another sequence.
-        **fields: fields of `PolicyObjective`; by default ``aggregation="token_mean"``, and the function's own defaults
-            for the fields that it takes.
-
-    Returns:
-        The objective, which is now ``PRESETS[name]``.
-
-    Raises:
-        ValueError: the name is that of a built-in preset, or the function fails on a few tokens or breaks the rules
-            above.
-        TypeError: `function` is no function.
-    """
-    require(name not in BUILT_IN, f"register_objective: {name!r} is a built-in preset; choose another name")
-    PRESETS[name] = made = function_objective(function, **fields)
-    return made
-
-
 class _Presets(dict):
     def __missing__(self, name):
         raise KeyError(f"PRESETS has no {name!r}; choose one of {', '.join(self)}")
@@ -226,6 +196,43 @@ PRESETS: dict[str, PolicyObjective] = _Presets(
         # The policy gradient with raw rewards (naive) or with a baseline, and its importance-weighted form.
         "reinforce": PolicyObjective(kind="reinforce", aggregation="token_mean"),
         "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
+        "gpg": PolicyObjective(kind="reinforce", aggregation="token_mean"),
+        # Functions, which autograd differentiates.
+        "dppo_tv": function_objective(published_losses.dppo_tv, scales_with_advantage=True),
+        "dppo_kl": function_objective(published_losses.dppo_kl, scales_with_advantage=True),
+        "gmpo": function_objective(published_losses.gmpo, aggregation="sequence_mean", scales_with_advantage=True),
+        "dro": function_objective(published_losses.dro),
     }
 )
 BUILT_IN = frozenset(PRESETS)
+
+
+def register_objective(name: str, function: Callable[..., Tensor], **fields: Any) -> PolicyObjective:
+    """Add a loss of your own to `PRESETS`, as a plain PyTorch function of ``[N]`` tensors.
+
+    The head costs what a built-in objective costs: autograd differentiates the function on ``[N]`` tensors, and the
+    derivative takes the place of a built-in one. KL term, entropy bonus, sampler correction and weights are added as
+    for every objective, so the function returns the loss of each token without them.
+
+    Args:
+        name: the preset's name. It replaces one of your own, but no built-in one.
+        function: returns the loss of each token ``[N]``. It takes any of these by name: ``logprobs``, ``old_logprobs``
+            (`logprobs` without a gradient on the first update), ``advantages``, ``ref_logprobs``, ``ratio`` (of the
+            objective's `level`, differentiable), all ``[N]``; ``cu_seqlens [S + 1]``, offsets of whole sequences; and
+            the fields ``epsilon``, ``epsilon_high`` and ``delta``. Without ``cu_seqlens`` it may get any
+            part of the tokens, so a token's loss must depend on that token alone. With it, it gets counted tokens of
+            whole sequences, and no token may depend on another sequence.
+        **fields: fields of `PolicyObjective`; by default ``aggregation="token_mean"``, and the function's own defaults
+            for the fields that it takes.
+
+    Returns:
+        The objective, which is now ``PRESETS[name]``.
+
+    Raises:
+        ValueError: the name is that of a built-in preset, or the function fails on a few tokens or breaks the rules
+            above.
+        TypeError: `function` is no function.
+    """
+    require(name not in BUILT_IN, f"register_objective: {name!r} is a built-in preset; choose another name")
+    PRESETS[name] = made = function_objective(function, **fields)
+    return made

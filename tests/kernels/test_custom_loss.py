@@ -75,7 +75,7 @@ FUNCTIONS = {
     "cispo": cispo,
     "sapo": sapo,
     "vespo": vespo,
-    "reinforce": reinforce,
+    **dict.fromkeys(("reinforce", "gpg"), reinforce),
     "unclipped": unclipped,
 }
 

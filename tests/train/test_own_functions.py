@@ -60,7 +60,7 @@ def test_own_loss_takes_the_settings_of_the_configuration(losses, tmp_path):
     assert config(tmp_path, loss_type=f"{losses}:mine").objective().epsilon == 0.2
     objective = config(tmp_path, loss_type="my_losses.mine", epsilon=0.3, beta=0.1).objective()
     assert (objective.epsilon, objective.beta, objective.aggregation) == (0.3, 0.1, "token_mean")
-    with pytest.raises(UserError, match=r"^epsilon=0.3 has no effect: loss_type takes no 'epsilon'"):
+    with pytest.raises(UserError, match=r"^epsilon=0.3 has no effect: the function of loss_type=.* takes no 'epsilon'"):
         config(tmp_path, loss_type=f"{losses}:plain", epsilon=0.3).objective()
 
 
