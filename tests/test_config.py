@@ -36,7 +36,7 @@ def test_objective_has_each_loss_setting(field, name, value, loss_type):
     function = PRESETS[loss_type].function
     ignored = function and set(fields) & set(SETTINGS) - parameters_of(function).keys()
     if ignored:
-        with pytest.raises(UserError, match="has no effect: the function of loss_type=.* takes no"):
+        with pytest.raises(UserError, match=r"has no effect: the function of loss_type=.* takes no"):
             GRPOConfig(**BASE, loss_type=loss_type, **fields)
         return
     objective = GRPOConfig(**BASE, loss_type=loss_type, **fields).objective()

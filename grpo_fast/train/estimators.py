@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.errors import UserError, one_line
+from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.named_functions import load_function
 
 ARGUMENTS = ("rewards", "lengths")
@@ -148,4 +148,4 @@ def estimate_advantages(name: str, rewards: Tensor, lengths: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    print(estimator_table(), end="")
+    say(estimator_table().rstrip())
