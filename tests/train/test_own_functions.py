@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from grpo_fast.errors import UserError
+from grpo_fast.model.policy import FusedPolicy
 from grpo_kernels import PRESETS
+from grpo_kernels.objective import function_objective
 from support.runs import config, figures, trainer
 from support.small import weights
+from support.tiny import tiny_model
 
 LOSSES = """
 import torch
@@ -95,3 +98,34 @@ def test_loss_type_that_names_nothing_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"loss_type=.* is not allowed: it must be one of grpo, .*file.py:function"):
             config(tmp_path, loss_type=name)
     assert PRESETS
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("preset", ["dapo", "gspo"])
+def test_fused_policy_takes_a_function(preset, packed):
+    """A token's loss and one of whole sequences, with a mask in the padded rows."""
+
+    def own(ratio, logprobs, advantages, epsilon, epsilon_high):
+        high = epsilon if epsilon_high is None else epsilon_high
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
+
+    model, built_in = tiny_model(), PRESETS[preset]
+    same = {name: getattr(built_in, name) for name in ("level", "epsilon", "epsilon_high", "aggregation")}
+    ids = torch.randint(0, model.config.vocab_size, (2, 9))
+    given = {"input_ids": ids, "advantages": torch.tensor([1.0, -0.5])}
+    shape = (2, 8)
+    if packed:
+        given |= {"input_ids": ids.view(1, -1), "cu_seqlens": torch.tensor([0, 9, 18])}
+        shape = (1, 17)
+    else:
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[1, 7:] = 0
+        given["attention_mask"] = mask
+    given["old_logprobs"] = torch.full(shape, -3.0) - torch.rand(shape)
+    gradients = []
+    for objective in (built_in, function_objective(own, **same)):
+        model.zero_grad()
+        FusedPolicy(model)(**given, objective=objective).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
