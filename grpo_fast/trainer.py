@@ -43,6 +43,7 @@ from grpo_fast.train import checkpoint
 from grpo_fast.train.advantages import reward_advantages
 from grpo_fast.train.batch import StepBatch, build_step_batch
 from grpo_fast.train.checkpoint import TrainerState
+from grpo_fast.train.downsampling import kept_completions
 from grpo_fast.train.estimators import load_estimator
 from grpo_fast.train.finite import check_finite
 from grpo_fast.train.groups import Groups, sample_groups, score_responses, token_advantages
@@ -395,10 +396,18 @@ class GRPOTrainer:
         config, weights = self.config, self.rewards.weights
         groups, drawn, metrics = sample_groups(self.sample, weights, config)
         lengths = torch.tensor([float(len(response.token_ids)) for response in groups.responses])
-        advantages = reward_advantages(groups.rewards, weights, config, lengths=lengths)
+        rewards, counted, kept = groups.rewards, groups.counted(config), None
+        if config.num_generations_kept is not None:
+            grid = (config.prompts_per_step, config.num_generations)
+            kept = kept_completions(
+                rewards.total.view(grid), lengths.view(grid), config.num_generations_kept, config.keep_generations
+            ).flatten()
+            rewards, counted = rewards.only(kept), counted & kept
+        num_sequences = None if kept is None else int(kept.sum())
+        advantages = reward_advantages(rewards, weights, config, lengths=lengths)
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
-        batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config)
+        batch = build_step_batch(groups.samples(), counted, self.objective, config, num_sequences)
         batch.drawn, batch.weights = drawn, batch.weights.to(self.accelerator.device)
         if config.corrects_sampler:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]
@@ -407,7 +416,7 @@ class GRPOTrainer:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:
             penalty, metrics["kl"] = self.learner.kl_penalty(batch)
-            advantages = reward_advantages(groups.rewards, weights, config, penalty, lengths)
+            advantages = reward_advantages(rewards, weights, config, penalty, lengths)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
         if self.logs_completions() and is_main():
             with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:

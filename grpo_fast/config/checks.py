@@ -177,6 +177,8 @@ def _check_combinations(c: Any) -> None:
         raise UserError(f"{names[0]}={shown(low)} is above {names[1]}={shown(high)}")
     if c.share_prompts == "always" and c.padding_free == "never":
         raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")
+    if c.num_generations_kept is not None and not 2 <= c.num_generations_kept <= c.num_generations:
+        _refuse("num_generations_kept", c.num_generations_kept, f"from 2 to num_generations={c.num_generations}")
     if c.advantage_estimator is not None:
         _check_estimator(c)
     if c.reward_baseline in UNCENTRED and c.scale_rewards != "none":

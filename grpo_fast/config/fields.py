@@ -181,6 +181,10 @@ class GRPOConfig:
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
         max_num_gen_batches: most generation batches for one step, including the first.
+        num_generations_kept: train on this many of each prompt's completions only, chosen after they were rewarded
+            (default: all).
+        keep_generations: which ones: the subset whose rewards vary most (max_variance, PODS), or the shortest or those
+            of the highest reward per token (shortest, token_efficiency, GFPO).
         mask_truncated_completions: leave truncated completions out of the loss.
         optim: adamw_torch_fused; adamw_torch_8bit (torchao: 8-bit moments, stochastic rounding of bfloat16 weights);
             adamw_8bit or paged_adamw_8bit (bitsandbytes, GPU). The last three need the extra `lowbit`.
@@ -314,6 +318,8 @@ class GRPOConfig:
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     dynamic_sampling: bool = False
     max_num_gen_batches: int = 10
+    num_generations_kept: int | None = None
+    keep_generations: Literal["max_variance", "shortest", "token_efficiency"] = "max_variance"
     mask_truncated_completions: bool = False
 
     optim: Literal["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"

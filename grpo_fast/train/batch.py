@@ -49,17 +49,19 @@ class StepBatch:
 
 
 def build_step_batch(
-    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig
-) -> StepBatch:
+    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig,
+    num_sequences: int | None = None,
+) -> StepBatch:  # fmt: skip
     """Flat token tensors of a step, with one set of weights for all its microbatches and no advantages yet.
 
     `counted` is ``[S]``, whether a completion is in the loss at all. The active completions are those to be scored:
-    all of them with the KL in their reward, otherwise those in the loss.
+    all of them with the KL in their reward, otherwise those in the loss. A mean over sequences is one over
+    `num_sequences` (default: all samples).
     """
     offsets = token_offsets(samples)
     weights = token_weights(
         counted.repeat_interleave(offsets.diff()), objective.aggregation, cu_seqlens=offsets,
-        constant_length=config.max_completion_length,
+        num_sequences=num_sequences, constant_length=config.max_completion_length,
     )  # fmt: skip
     scored = torch.ones_like(counted) if config.kl_in_reward else counted
     return StepBatch(
