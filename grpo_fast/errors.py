@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -28,11 +28,12 @@ class NotFiniteError(UserError):
     """A number that is not finite stopped an optimizer step.
 
     `weights_lost` says whether the weights are not finite either; otherwise they are those of the previous step.
+    `metrics` are those of the step so far.
     """
 
-    def __init__(self, message: str, weights_lost: bool):
+    def __init__(self, message: str, weights_lost: bool, metrics: Mapping[str, float] | None = None):
         super().__init__(message)
-        self.weights_lost = weights_lost
+        self.weights_lost, self.metrics = weights_lost, dict(metrics or {})
 
 
 def printable(text: str) -> str:

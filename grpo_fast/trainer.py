@@ -45,6 +45,8 @@ from grpo_fast.train import checkpoint
 from grpo_fast.train.advantages import reward_advantages
 from grpo_fast.train.batch import StepBatch, build_step_batch
 from grpo_fast.train.checkpoint import TrainerState
+from grpo_fast.train.downsampling import kept_completions
+from grpo_fast.train.estimators import load_estimator
 from grpo_fast.train.finite import check_finite
 from grpo_fast.train.groups import Groups, sample_groups, score_responses, token_advantages
 from grpo_fast.train.interrupt import Interrupt
@@ -117,6 +119,8 @@ class GRPOTrainer:
         """Load and check everything, and restore the checkpoint that was `found`."""
         config, objects = self.config, self.objects
         self.objective = config.objective()
+        if config.advantage_estimator is not None:
+            load_estimator(config.advantage_estimator)
         check_support(config)
         self.rewards = RewardModel(
             objects.reward_funcs or config.reward_funcs, config.reward_weights, config.reward_timeout,
@@ -177,7 +181,7 @@ class GRPOTrainer:
         # Where the run is between two updates, `updates_left` of which are still to come on the same generation batch.
         self.state = TrainerState(0, 0, 0, 0.0, math.nan, fixed)
         self.rng: dict[str, torch.Tensor] = {}
-        self.saved_step = self.updates_left = 0
+        self.saved_step = self.updates_left = self.skipped = 0
         self.resumed_learning_rate = config.learning_rate
         # The last step that was evaluated, and its metrics if this process measured them.
         self.evaluated_step, self.held_out = 0, {}
@@ -534,11 +538,20 @@ class GRPOTrainer:
         """Rollout, rewards, advantages, the token weights of the whole step, and which samples may be dropped."""
         config, weights = self.config, self.rewards.weights
         groups, drawn, metrics = sample_groups(self.sample, weights, config)
-        advantages = reward_advantages(groups.rewards, weights, config)
+        lengths = torch.tensor([float(len(response.token_ids)) for response in groups.responses])
+        rewards, counted, kept = groups.rewards, groups.counted(config), None
+        if config.num_generations_kept is not None:
+            grid = (config.prompts_per_step, config.num_generations)
+            kept = kept_completions(
+                rewards.total.view(grid), lengths.view(grid), config.num_generations_kept, config.keep_generations
+            ).flatten()
+            rewards, counted = rewards.only(kept), counted & kept
+        num_sequences = None if kept is None else int(kept.sum())
+        advantages = reward_advantages(rewards, weights, config, lengths=lengths)
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         metrics |= group_metrics(groups.rewards.total, config.num_generations)
-        batch = build_step_batch(groups.samples(), groups.counted(config), self.objective, config, groups.mask())
+        batch = build_step_batch(groups.samples(), counted, self.objective, config, groups.mask(), num_sequences)
         batch.drawn, batch.weights = drawn, batch.weights.to(self.accelerator.device)
         if config.corrects_sampler:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]
@@ -547,7 +560,7 @@ class GRPOTrainer:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:
             penalty, metrics["kl"] = self.learner.kl_penalty(batch)
-            advantages = reward_advantages(groups.rewards, weights, config, penalty)
+            advantages = reward_advantages(rewards, weights, config, penalty, lengths)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
         metrics |= advantage_metrics(batch)
         if self.logs_completions() and is_main():
@@ -557,14 +570,27 @@ class GRPOTrainer:
         return batch, metrics | completion_metrics(groups.responses)
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
-        """One optimizer step; its errors name the step."""
+        """One optimizer step; its errors name the step.
+
+        An update whose loss or gradient is not finite is skipped, at most `max_skipped_updates` times in a row.
+        """
         try:
-            return self.learner.update(batch, keep_logprobs)
+            metrics = self.learner.update(batch, keep_logprobs)
         except NotFiniteError as error:
-            raise NotFiniteError(f"step {self.step + 1}: {error}", error.weights_lost) from None
+            text = f"step {self.step + 1}: {error}"
+            if error.weights_lost or self.skipped >= self.config.max_skipped_updates:
+                raise NotFiniteError(text, error.weights_lost) from None
+            self.skipped += 1
+            count = f"{self.skipped} of at most {self.config.max_skipped_updates} in a row"
+            on_main(partial(self.warnings.warn, self.step + 1, text, f"{text}; skipped ({count})"))
+            self.learner.skip_update()
+            finite = {name: value for name, value in error.metrics.items() if math.isfinite(value)}
+            return finite | {"skipped_update": 1.0}
         except UserError as error:
             path = self.run_folder / "metrics.jsonl"
             raise UserError(f"step {self.step + 1}: {error}; the metrics so far are in {path}") from None
+        self.skipped = 0
+        return metrics | ({"skipped_update": 0.0} if self.config.max_skipped_updates else {})
 
     def logs_completions(self) -> bool:
         """Whether completions are due to be written in one of the steps on the coming generation batch."""

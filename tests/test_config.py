@@ -7,6 +7,7 @@ import pytest
 from grpo_fast.config import GRPOConfig, check_complete, steps_of_epochs
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, PolicyObjective
+from grpo_kernels.custom_loss import SETTINGS, parameters_of
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"]}
 # TRL's name of a loss setting, the name in PolicyObjective, and a value that no preset has.
@@ -32,6 +33,12 @@ LOSS_SETTINGS = [
 def test_objective_has_each_loss_setting(field, name, value, loss_type):
     # The bound of `delta` must be above that of epsilon, which is infinite in "unclipped".
     fields = {"epsilon": 0.2, field: value} if field == "delta" else {field: value}
+    function = PRESETS[loss_type].function
+    ignored = function and set(fields) & set(SETTINGS) - parameters_of(function).keys()
+    if ignored:
+        with pytest.raises(UserError, match=r"has no effect: the function of loss_type=.* takes no"):
+            GRPOConfig(**BASE, loss_type=loss_type, **fields)
+        return
     objective = GRPOConfig(**BASE, loss_type=loss_type, **fields).objective()
     assert getattr(objective, name) == value
     same = {"kind": PRESETS[loss_type].kind, "aggregation": PRESETS[loss_type].aggregation}
@@ -39,9 +46,10 @@ def test_objective_has_each_loss_setting(field, name, value, loss_type):
 
 
 def test_objective_settings_are_all_fields():
-    """Every setting of the objective is a field, except the two that a preset alone decides."""
+    """Every setting of the objective is a field, except those that a preset or a function alone decides."""
     names = {field.name for field in dataclasses.fields(PolicyObjective)}
-    assert names == {name for _, name, _ in LOSS_SETTINGS} | {"level", "kind", "aggregation"}
+    alone = {"kind", "aggregation", "function", "scales_with_advantage"}
+    assert names == {name for _, name, _ in LOSS_SETTINGS} | {"level"} | alone
 
 
 def test_objective_keeps_the_presets_values():

@@ -81,6 +81,7 @@ def test_make_targets_exist(path):
 @pytest.mark.parametrize("path", [*HOW_TO, DOCS / "rewards-and-data.md", DOCS / "migration.md"], ids=name)
 def test_python_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     write_files(path, tmp_path)
     before, names = dict(PRESETS), {"__name__": "snippet"}
     try:
@@ -89,6 +90,8 @@ def test_python_runs(path, tmp_path, monkeypatch):
     finally:
         PRESETS.clear()
         PRESETS.update(before)
+        for file in tmp_path.glob("*.py"):
+            sys.modules.pop(file.stem, None)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

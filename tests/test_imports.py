@@ -28,7 +28,7 @@ FLOORS = (
     ("distributed",),
     ("data", "model"),
     ("convert", "recipes"),
-    ("config", "files", "rewards"),
+    ("config", "files", "named_functions", "rewards"),
     ("grpo_kernels", "errors", "startup"),
 )
 # What the kernels may need beside Python's own modules.

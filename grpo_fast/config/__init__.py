@@ -1,11 +1,18 @@
 """The configuration of a run: its fields, and the checks that every configuration passes."""
 
-from grpo_fast.config.checks import LARGEST_REWARD, UNCENTRED, check_complete, check_repeatable
+from grpo_fast.config.checks import (
+    ESTIMATOR_NAMES,
+    LARGEST_REWARD,
+    UNCENTRED,
+    check_complete,
+    check_repeatable,
+)
 from grpo_fast.config.fields import FREE_FIELDS, GRPOConfig
 from grpo_fast.config.sizes import UNSET, steps_of_epochs
 from grpo_fast.config.trl import TRL_FIELDS_INSTEAD, name_unknown
 
 __all__ = [
+    "ESTIMATOR_NAMES",
     "FREE_FIELDS",
     "LARGEST_REWARD",
     "TRL_FIELDS_INSTEAD",

@@ -9,13 +9,17 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from grpo_fast.config.sizes import UNSET
 from grpo_fast.errors import UserError, one_line, shown
-from grpo_kernels import PRESETS
+from grpo_fast.named_functions import names_function
+from grpo_kernels import PRESETS, PolicyObjective
+from grpo_kernels.custom_loss import parameters_of
 
 # The largest reward, reward weight or advantage: float32's largest number, since the loss takes float32 advantages.
 # Squares of products of two such numbers are finite in float64.
 LARGEST_REWARD = 3.4028234663852886e38
 # Baselines that leave a reward to learn from even where all rewards of a group are equal.
 UNCENTRED = ("none", "best_only")
+# Built-in values of advantage_estimator.
+ESTIMATOR_NAMES = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl")
 
 _RANGES = [
     (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
@@ -41,7 +45,7 @@ _RANGES = [
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
             "eval_steps", "advantage_eps", "relative_weight", "baseline_weight", "vllm_importance_sampling_clip_max",
-            "vllm_importance_sampling_clip_min", "thinking_budget",
+            "vllm_importance_sampling_clip_min", "thinking_budget", "max_skipped_updates",
         ),
         lambda v: v >= 0,
         "at least 0",
@@ -97,6 +101,9 @@ def check_config(config: Any) -> None:
         if getattr(config, name) and not holds(config):
             raise UserError(f"{name} requires {required}")
     _check_combinations(config)
+    if config.loss_type not in PRESETS:
+        # The user's code runs only after the check of who may name it.
+        return
     try:
         config.objective()
     except ValueError as error:
@@ -168,8 +175,42 @@ def _check_values(c: Any) -> None:
         _refuse("run_name", c.run_name, "a name without '/'; output_dir takes a path")
     if not all(abs(weight) <= LARGEST_REWARD for weight in c.reward_weights or []):
         _refuse("reward_weights", c.reward_weights, f"made of numbers within +-{LARGEST_REWARD:.1e}")
-    if c.loss_type not in PRESETS:
-        _refuse("loss_type", c.loss_type, f"one of {', '.join(PRESETS)}")
+    if c.loss_type not in PRESETS and not names_function(c.loss_type):
+        allowed = f"one of {', '.join(PRESETS)}, or a function as package.module.function or file.py:function"
+        _refuse("loss_type", c.loss_type, allowed)
+
+
+def _check_estimator(c: Any) -> None:
+    if c.advantage_estimator not in ESTIMATOR_NAMES and not names_function(c.advantage_estimator):
+        allowed = f"one of {', '.join(ESTIMATOR_NAMES)}, or a function as package.module.function or file.py:function"
+        _refuse("advantage_estimator", c.advantage_estimator, allowed)
+    defaults = {
+        "reward_baseline": "mean",
+        "scale_rewards": "group",
+        "multi_objective_aggregation": "sum_then_normalize",
+    }
+    for name, default in defaults.items():
+        if getattr(c, name) != default:
+            raise UserError(f"advantage_estimator takes the place of {name}={getattr(c, name)!r}; set only one of them")
+
+
+def check_objective_settings(config: Any, objective: PolicyObjective) -> None:
+    """Refuse settings that a loss function would ignore."""
+    if objective.function is None:
+        return
+    taken = parameters_of(objective.function)
+    needed = {
+        "epsilon": "epsilon",
+        "epsilon_high": "epsilon_high",
+        "delta": "delta",
+        "importance_sampling_level": "ratio",
+    }
+    for name, argument in needed.items():
+        if getattr(config, name) is not None and argument not in taken:
+            raise UserError(
+                f"{name}={shown(getattr(config, name))} has no effect: the function of loss_type={config.loss_type!r} "
+                f"takes no {argument!r}"
+            )
 
 
 def _check_combinations(c: Any) -> None:
@@ -192,6 +233,10 @@ def _check_combinations(c: Any) -> None:
         )
     if c.share_prompts == "always" and c.padding_free == "never":
         raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")
+    if c.num_generations_kept is not None and not 2 <= c.num_generations_kept <= c.num_generations:
+        _refuse("num_generations_kept", c.num_generations_kept, f"from 2 to num_generations={c.num_generations}")
+    if c.advantage_estimator is not None:
+        _check_estimator(c)
     if c.reward_baseline in UNCENTRED and c.scale_rewards != "none":
         raise UserError(
             f"reward_baseline={c.reward_baseline!r} requires scale_rewards='none', not {c.scale_rewards!r}: rewards "

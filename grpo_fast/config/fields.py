@@ -11,12 +11,16 @@ import functools
 import os
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, TypeVar
 
-from grpo_fast.config.checks import check_config
+from grpo_fast.config.checks import check_config, check_objective_settings
 from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
 from grpo_fast.config.trl import check_names, translate
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.named_functions import load_function, time_of_change
 from grpo_kernels import PRESETS, PolicyObjective
+from grpo_kernels.objective import function_objective
 
 T = TypeVar("T")
 # Not Any: jsonargparse would import the class that a dictionary with a ``class_path`` names.
@@ -166,7 +170,8 @@ class GRPOConfig:
             bit-identical.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce or unclipped (docs/objectives.md).
+            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo or dro (docs/objectives.md); or a loss function
+            of your own, by dotted path or as ``file.py:function`` (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
@@ -201,10 +206,17 @@ class GRPOConfig:
             the batch's deviation), which tells prompts apart and lets groups of equal rewards count.
         incomplete_groups: a completion that no function rewarded has no advantage itself (keep), or its whole group is
             left out of the loss (drop), or it ends the run (error).
+        advantage_estimator: advantages in place of reward_baseline and scale_rewards: reinforce_plus_plus,
+            reinforce_plus_plus_baseline, opo, gpg or maxrl (docs/objectives.md); or a function of your own, by dotted
+            path or as ``file.py:function``.
         multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
         max_num_gen_batches: most generation batches for one step, including the first.
+        num_generations_kept: train on this many of each prompt's completions only, chosen after they were rewarded
+            (default: all).
+        keep_generations: which ones: the subset whose rewards vary most (max_variance, PODS), or the shortest or those
+            of the highest reward per token (shortest, token_efficiency, GFPO).
         mask_truncated_completions: leave truncated completions out of the loss.
         optim: adamw_torch_fused; adamw_torch_8bit (torchao: 8-bit moments, stochastic rounding of bfloat16 weights);
             adamw_8bit or paged_adamw_8bit (bitsandbytes, GPU). The last three need the extra `lowbit`.
@@ -215,6 +227,8 @@ class GRPOConfig:
         adam_beta2: AdamW's second decay rate.
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: clip the gradient to this norm; 0 for no clipping.
+        max_skipped_updates: skip an update whose loss or gradient is not finite, at most this often in a row; then, or
+            with 0, the run stops.
         max_steps: number of optimizer steps (default, -1: those of num_train_epochs if that is set, otherwise 100).
         num_train_epochs: length of the run in passes over the training rows, if max_steps is not set.
         lr_scheduler_type: learning-rate schedule, one of transformers'.
@@ -347,9 +361,12 @@ class GRPOConfig:
     relative_weight: float = 1.0
     baseline_weight: float = 0.0
     incomplete_groups: Literal["keep", "drop", "error"] = "keep"
+    advantage_estimator: str | None = None
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     dynamic_sampling: bool = False
     max_num_gen_batches: int = 10
+    num_generations_kept: int | None = None
+    keep_generations: Literal["max_variance", "shortest", "token_efficiency"] = "max_variance"
     mask_truncated_completions: bool = False
 
     optim: Literal["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
@@ -360,6 +377,7 @@ class GRPOConfig:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    max_skipped_updates: int = 0
     max_steps: int = UNSET
     num_train_epochs: float | None = None
     lr_scheduler_type: Literal[
@@ -429,11 +447,33 @@ class GRPOConfig:
         return None if self.max_buffer_mib is None else self.max_buffer_mib << 20
 
     def objective(self) -> PolicyObjective:
-        """The preset of `loss_type` with the fields that were set; with `kl_in_reward` the loss has no KL term."""
-        preset = PRESETS[self.loss_type]
+        """The objective of `loss_type` with the fields that were set; with `kl_in_reward` the loss has no KL term.
+
+        Loads the user's own function, if `loss_type` names one; a UserError refuses one that cannot be used.
+        """
+        if self.loss_type in PRESETS:
+            preset = PRESETS[self.loss_type]
+        else:
+            preset = _own_objective(self.loss_type, os.getcwd(), time_of_change(self.loss_type))
         # A preset alone sets `kind` and `aggregation`, which are no fields here.
-        changes = {name: getattr(self, _TRL_NAMES.get(name, name), None) for name in dataclasses.asdict(preset)}
+        changes = {
+            field.name: getattr(self, _TRL_NAMES.get(field.name, field.name), None)
+            for field in dataclasses.fields(preset)
+        }
         changes = {name: value for name, value in changes.items() if value is not None}
         if self.kl_in_reward:
             changes["beta"] = 0.0
+        check_objective_settings(self, preset)
         return dataclasses.replace(preset, **changes)
+
+
+@lru_cache(maxsize=16)
+def _own_objective(name: str, folder: str, changed: float) -> PolicyObjective:
+    """The user's loss function, or the objective that was made of it, as of a working folder and a time of change."""
+    found = load_function(name, "loss_type", lambda one: callable(one) or isinstance(one, PolicyObjective))
+    if isinstance(found, PolicyObjective):
+        return found
+    try:
+        return function_objective(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss_type: {one_line(error)}") from None

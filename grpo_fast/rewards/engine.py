@@ -47,6 +47,12 @@ class Rewards(NamedTuple):
     steps: list[dict[int, Steps]]
     errors: torch.Tensor
 
+    def only(self, kept: torch.Tensor) -> Rewards:
+        """These rewards, with none for the completions that are not `kept` ``[B]``."""
+        each = self.each.masked_fill(~kept[:, None], torch.nan)
+        steps = [found if keep else {} for found, keep in zip(self.steps, kept.tolist(), strict=True)]
+        return self._replace(total=self.total.masked_fill(~kept, torch.nan), each=each, steps=steps)
+
 
 class RewardModel:
     """The configured reward functions and their weights.

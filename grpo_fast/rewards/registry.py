@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
-from grpo_fast.errors import UserError, nearest, one_line
-from grpo_fast.files import user_path
+from grpo_fast.errors import UserError, nearest
+from grpo_fast.named_functions import load_function
 from grpo_fast.rewards.base import RewardFunction
 from grpo_fast.rewards.functions.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
 from grpo_fast.rewards.functions.code import unit_tests
@@ -55,9 +51,6 @@ ALIASES = {
 
 # Functions that return a reward function.
 MAKERS: dict[str, Callable[..., RewardFunction]] = {"kimi_length": kimi_length, "soft_overlong": soft_overlong}
-
-# Folders of the reward files loaded so far.
-_FOLDERS: set[Path] = set()
 
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
@@ -119,17 +112,10 @@ def load_reward(name: str | RewardFunction) -> RewardFunction:
     name = ALIASES.get(name, name)
     if is_built_in(name):
         return REWARDS[name] if name in REWARDS else _make(name)
-    path, _, attribute = name.rpartition(":" if ":" in name else ".")
-    try:
-        module = _load_file(path) if ":" in name else _import_module(path, name)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"reward_funcs: {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise UserError(f"reward_funcs: {name!r} names no function: {module.__name__} has no callable {attribute!r}")
-    return function
+    if ":" not in name and "." not in name:
+        names = [*REWARDS, *MAKERS]
+        raise UserError(f"reward_funcs: {name!r} is unknown{nearest(name, names)}; built in: {', '.join(names)}")
+    return load_function(name, "reward_funcs")
 
 
 def metric_names(functions: list[RewardFunction], sources: list[str]) -> list[str]:
@@ -175,39 +161,3 @@ def _make(call: str) -> RewardFunction:
     function = MAKERS[name](*arguments)
     function.__name__ = name
     return function
-
-
-def _load_file(path: str) -> ModuleType:
-    file = user_path(path)
-    if not file.is_file():
-        raise UserError(f"reward_funcs: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None:
-        raise UserError(f"reward_funcs: {path} is not a Python file")
-    _check_neighbours(file.parent.resolve())
-    _extend_path(file.parent)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check_neighbours(folder: Path) -> None:
-    """Python imports one module per name: a second file would silently get the first one's neighbour."""
-    _FOLDERS.add(folder)
-    for path in folder.iterdir():
-        loaded = Path(getattr(sys.modules.get(path.stem), "__file__", None) or path).resolve()
-        if loaded.parent != folder and loaded.parent in _FOLDERS:
-            raise UserError(f"reward_funcs: {loaded} and {path} are modules of the same name; rename one of them")
-
-
-def _import_module(module: str, name: str) -> ModuleType:
-    if not module:
-        names = [*REWARDS, *MAKERS]
-        raise UserError(f"reward_funcs: {name!r} is unknown{nearest(name, names)}; built in: {', '.join(names)}")
-    _extend_path(Path.cwd())
-    return importlib.import_module(module)
-
-
-def _extend_path(folder: Path) -> None:
-    if str(folder.resolve()) not in sys.path:
-        sys.path.append(str(folder.resolve()))

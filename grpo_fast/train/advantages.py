@@ -13,7 +13,9 @@ from torch import Tensor
 
 from grpo_fast.config import UNCENTRED, GRPOConfig
 from grpo_fast.data.encoding import completion_text
+from grpo_fast.errors import UserError
 from grpo_fast.rewards.engine import Rewards, Steps
+from grpo_fast.train.estimators import estimate_advantages
 
 Deviation = Literal["sample", "population"]
 
@@ -220,7 +222,7 @@ class RewardAdvantages:
 
 
 def reward_advantages(
-    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None
+    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None, lengths: Tensor | None = None
 ) -> RewardAdvantages:
     """Advantages of completions and steps, before they are spread over the tokens.
 
@@ -231,6 +233,7 @@ def reward_advantages(
         rewards: of B completions, those of a prompt in a row.
         weights: ``[F]``, the functions' weights.
         penalty: ``[B]``, subtracted from the outcome's reward.
+        lengths: ``[B]``, tokens of the completions, for `advantage_estimator`; None for whether groups are equal alone.
     """
     size, scale, baseline = config.num_generations, config.scale_rewards, config.reward_baseline
     if config.incomplete_groups == "drop":
@@ -251,6 +254,14 @@ def reward_advantages(
             apart = batch_advantages(total, scale != "none", **options)
             mixed = config.relative_weight * outcome.values + config.baseline_weight * apart
             outcome = outcome._replace(values=mixed.to(total.dtype))
+        if config.advantage_estimator is not None and lengths is not None:
+            if process:
+                raise UserError(
+                    "advantage_estimator takes the rewards of completions, and a reward function gave steps"
+                )
+            grid = total.view(-1, size), lengths.view(-1, size)
+            values = estimate_advantages(config.advantage_estimator, *grid)
+            outcome = outcome._replace(values=values.flatten().to(total.dtype))
     made, equal = {}, outcome.equal
     for index in process:
         found: Advantages = normalise_steps(

@@ -71,19 +71,20 @@ class StepBatch:
 
 
 def build_step_batch(
-    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig, mask: Tensor | None = None
-) -> StepBatch:
+    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig,
+    mask: Tensor | None = None, num_sequences: int | None = None,
+) -> StepBatch:  # fmt: skip
     """Flat token tensors of a step, with one set of weights for all its microbatches and no advantages yet.
 
     `counted` is ``[S]``, whether a completion is in the loss at all; `mask` is ``[N]``, 0 where a token was forced
     (None: all were sampled). The active completions are those to be scored: all of them with the KL in their reward,
-    otherwise those in the loss.
+    otherwise those in the loss. A mean over sequences is one over `num_sequences` (default: all samples).
     """
     offsets = token_offsets(samples)
     tokens = counted.repeat_interleave(offsets.diff())
     weights = token_weights(
         tokens if mask is None else tokens & (mask != 0), objective.aggregation, cu_seqlens=offsets,
-        constant_length=config.max_completion_length,
+        num_sequences=num_sequences, constant_length=config.max_completion_length,
     )  # fmt: skip
     scored = torch.ones_like(counted) if config.kl_in_reward else counted
     return StepBatch(

@@ -1,15 +1,22 @@
-"""Whether gradients and weights are finite: one fused reduction and one wait for the device, however many tensors."""
+"""Whether gradients and weights are finite: one fused reduction and one wait for the device, however many tensors.
+
+Where they are not, the completions whose loss is to blame.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from grpo_fast.distributed.processes import gather, largest
 from grpo_fast.errors import UserError
+from grpo_fast.train.batch import StepBatch
+from grpo_kernels import PolicyObjective, policy_loss
 
 SHOWN = 3
 
@@ -42,6 +49,52 @@ def check_finite(named: Iterable[tuple[str, Tensor]], source: str) -> None:
     named = list(named)
     if not all_finite(tensor for _, tensor in named):
         raise UserError(f"{source} holds weights that are not finite: {not_finite(named)}")
+
+
+def bad_completions(
+    batch: StepBatch, objective: PolicyObjective, logprobs: Tensor, correction: Tensor | None = None
+) -> str:
+    """Which completions have a loss or a gradient that is not finite, and why: the first three, and how many more.
+
+    `logprobs` are those of the policy and `correction` weighs the loss, ``[N]`` over all completions of the batch. An
+    empty string says that every completion's own loss is finite.
+    """
+    # The entropies are not known here.
+    objective = dataclasses.replace(objective, entropy_coef=0.0)
+    found = list(_bad_completions(batch, objective, logprobs, correction))
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return ", ".join(found[:SHOWN]) + more
+
+
+def _bad_completions(
+    batch: StepBatch, objective: PolicyObjective, logprobs: Tensor, correction: Tensor | None
+) -> Iterator[str]:
+    groups = [sample.group for sample in batch.samples]
+    columns = {
+        "log-probability": logprobs, "advantage": batch.advantages, "old log-probability": batch.old_logprobs,
+        "reference log-probability": batch.ref_logprobs, "correction": correction,
+    }  # fmt: skip
+    for index in batch.active:
+        at = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
+        parts = {name: None if values is None else values[at] for name, values in columns.items()}
+        leaf = logprobs[at].detach().requires_grad_()
+        loss = policy_loss(
+            leaf, parts["advantage"], batch.weights[at], objective, old_logprobs=parts["old log-probability"],
+            ref_logprobs=parts["reference log-probability"], correction=parts["correction"],
+            cu_seqlens=torch.tensor([0, leaf.numel()], device=leaf.device),
+        ).loss  # fmt: skip
+        (slope,) = torch.autograd.grad(loss, leaf)
+        if loss.isfinite() and slope.isfinite().all():
+            continue
+        wrong = [(name, values) for name, values in parts.items() if values is not None and not values.isfinite().all()]
+        if wrong:
+            name, values = wrong[0]
+            reason = f"{name} {values[~values.isfinite()][0].item()}"
+        else:
+            old = parts["old log-probability"]
+            furthest = (logprobs[at] - (logprobs[at] if old is None else old)).abs().max().item()
+            reason = f"log-probabilities up to {furthest:.3g} from the old ones"
+        yield f"completion {index - groups.index(groups[index]) + 1} of prompt {groups[index] + 1} ({reason})"
 
 
 def _own(tensors: Iterable[Tensor]) -> Iterable[Tensor]:

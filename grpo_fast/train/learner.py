@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -30,7 +32,7 @@ from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_o
 from grpo_fast.model.policy import LossInputs
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
-from grpo_fast.train.finite import all_finite, not_finite
+from grpo_fast.train.finite import all_finite, bad_completions, not_finite
 from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
@@ -138,7 +140,8 @@ class Learner:
         """One optimizer step on a generation batch.
 
         Raises:
-            NotFiniteError: the gradient is not finite, and the weights are unchanged; or the new weights are not.
+            NotFiniteError: the loss or the gradient is not finite, and the weights are unchanged; or the new weights
+                are not.
         """
         if self.config.top_entropy_quantile < 1:
             batch.high_entropy = self.high_entropy(batch)
@@ -149,11 +152,17 @@ class Learner:
         parameters = [p for _, p in trained]
         norm = get_total_norm([p.grad for p in parameters])
         grad_norm = sharding.whole(norm).item()
-        if not grad_norm < float("inf"):
+        if not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
+            what = "loss" if math.isfinite(grad_norm) else "gradient"
             names = not_finite((name, p.grad) for name, p in trained)
-            where = f"in {names}" if names else "its norm is too large"
+            where = f": in {names}" if names else ": its norm is too large" if what == "gradient" else ""
+            source = self.bad_completions(batch)
             found = f"norm {grad_norm}, loss {metrics['loss']:g}"
-            raise NotFiniteError(f"the gradient is not finite ({found}): {where}", weights_lost=False)
+            raise NotFiniteError(
+                f"the {what} is not finite ({found}){f' because of {source}' if source else ''}{where}",
+                weights_lost=False,
+                metrics=metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate},
+            )
         if self.config.max_grad_norm:
             clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
         with own_random_numbers() if self.sharded else nullcontext():
@@ -167,6 +176,22 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def skip_update(self) -> None:
+        """Drop the gradient of an update that failed; the learning rate moves on with the step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():
+            # PyTorch expects a step of the optimizer before the first one of its schedule.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
+
+    def bad_completions(self, batch: StepBatch) -> str:
+        """The completions whose loss is not finite under the current policy; one more forward."""
+        self.policy.eval()
+        logprobs, correction = self.score(self.policy, batch), batch.correction
+        if correction is None and batch.sampling_logprobs is not None:
+            correction = self.sampling_ratio(logprobs, batch.sampling_logprobs, batch.offsets.to(logprobs.device))
+        return bad_completions(batch, self.objective, logprobs, correction)
 
     def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """Forward and backward of all microbatches; their gradients add up to that of the whole step.

@@ -1,8 +1,8 @@
 """Which Python code a configuration may run: inside a run's folder it is data, which may come from anywhere.
 
-Its fields can name Python code: the user's reward functions, a model's code, kernels from the hub. Such fields are
-accepted only if the command line repeats them, or if this user started that run in that folder on this machine, which
-is recorded in a file in the user's own state folder.
+Its fields can name Python code: the user's rewards, loss and advantages, a model's code, kernels from the hub. Such
+fields are accepted only if the command line repeats them, or if this user started that run in that folder on this
+machine, which is recorded in a file in the user's own state folder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.config import GRPOConfig
+from grpo_fast.config import ESTIMATOR_NAMES, GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.registry import is_built_in
+from grpo_kernels import PRESETS
 
 # Arguments of `from_pretrained` that fetch or run code.
 _CODE_ARGUMENTS = {"trust_remote_code", "code_revision", "attn_implementation", "allow_all_kernels", "use_kernels"}
 _CODE_ARGUMENTS |= {"kernel_config"}
+# Fields that name functions of the user.
+FUNCTION_FIELDS = ("reward_funcs", "loss_type", "advantage_estimator")
 # Files that show that a run or an evaluation wrote the folder.
 _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "settings.json", "summary.json", "trainer_state.json", "checkpoint-*")
 
@@ -31,6 +34,8 @@ def named_code(config: GRPOConfig) -> dict[str, Any]:
     """The fields that make a run execute Python code other than that of this package and the libraries."""
     names_code = {
         "reward_funcs": not all(map(is_built_in, config.reward_funcs)),
+        "loss_type": config.loss_type not in PRESETS,
+        "advantage_estimator": config.advantage_estimator not in (None, *ESTIMATOR_NAMES),
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": "/" in (config.attn_implementation or ""),
         "model_init_kwargs": bool(_CODE_ARGUMENTS & set(config.model_init_kwargs or {})),
@@ -49,7 +54,8 @@ def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None
     code = {name: value for name, value in named_code(config).items() if name not in allowed}
     code = {name: value for name, value in code.items() if not _is_own(folder, name, value)}
     if code:
-        options = " ".join(f"--{name} {shlex.quote(json.dumps(value))}" for name, value in code.items())
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in code.items()}
+        options = " ".join(f"--{name} {shlex.quote(text)}" for name, text in texts.items())
         raise UserError(
             f"{path} lies in a run's folder that was not written here by you, and it names Python to be run; "
             f"to allow that, add {options}"
@@ -74,8 +80,8 @@ def _is_own(folder: Path, name: str, value: Any) -> bool:
 
 def _record(folder: Path, name: str, value: Any) -> Path:
     """The file of the record; its name hashes the folder, the field and its value, with absolute paths of files."""
-    if name == "reward_funcs":
-        parts = [reward.rpartition(":") for reward in value]
+    if name in FUNCTION_FIELDS:
+        parts = [function.rpartition(":") for function in ([value] if isinstance(value, str) else value)]
         value = [[str(Path(file).expanduser().resolve()) if colon else "", last] for file, colon, last in parts]
     content = json.dumps([str(folder.resolve()), name, value])
     state = Path(os.environ.get("XDG_STATE_HOME", ""))

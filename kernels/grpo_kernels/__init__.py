@@ -8,7 +8,7 @@ from grpo_kernels.kl import kl_estimate
 from grpo_kernels.linear_logprob import linear_logprob
 from grpo_kernels.linear_policy_loss import linear_policy_loss
 from grpo_kernels.masked_mean import masked_mean
-from grpo_kernels.objective import PRESETS, PolicyObjective
+from grpo_kernels.objective import PRESETS, PolicyObjective, register_objective
 from grpo_kernels.policy_loss import PolicyLoss, policy_loss
 from grpo_kernels.sampling_ratio import SAMPLING_RATIO_MODES, sampling_ratio
 from grpo_kernels.token_weights import high_entropy_mask, token_weights
@@ -27,6 +27,7 @@ __all__ = [
     "linear_policy_loss",
     "masked_mean",
     "policy_loss",
+    "register_objective",
     "sampling_ratio",
     "token_weights",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._checks import sequence_ids, sequence_sums
+from grpo_kernels.custom_loss import function_terms
 from grpo_kernels.kl import kl_and_derivative
 from grpo_kernels.objective import PolicyObjective
 
@@ -108,19 +109,24 @@ def policy_terms(
         log_ratio, counts = totals[:, 0] / divisor, counts / lengths
     ratio = torch.exp(log_ratio)
 
-    value, through_ratio, direct = TOKEN_LOSSES[o.kind](ratio, logp, A, o)
-    # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
-    active = A != 0
     scale = w if rho is None else w * torch.where(counted, rho, 0.0)
-    loss = torch.where(active, scale * value, 0.0)
     zero = torch.zeros_like(logp)
-    through_ratio = zero if through_ratio is None else torch.where(active, scale * through_ratio, 0.0)
-    grad = zero if direct is None else torch.where(active, scale * direct, 0.0)
+    if o.function is None:
+        value, through_ratio, direct = TOKEN_LOSSES[o.kind](ratio, logp, A, o)
+        # With A = 0 an infinite ratio would still make NaN, and the coefficient must be exactly zero.
+        parts, active = [scale * value], A != 0
+        parts += [zero if part is None else scale * part for part in (through_ratio, direct)]
+    else:
+        old = None if old is None else torch.where(counted, old, 0.0)
+        reference = None if ref is None else torch.where(counted, ref, 0.0)
+        parts = function_terms(o.function, o.settings, scale, counted, logp, log_ratio, old, A, reference, offsets)
+        active = (A != 0) | (not o.scales_with_advantage)
+    loss, through_ratio, grad = (torch.where(active & counted, part, 0.0) for part in parts)
 
     kl = zero
     if ref is not None:
         kl, kl_slope = kl_and_derivative(logp, torch.where(counted, ref, 0.0), o.kl)
-        if o.uses_reference:
+        if o.beta != 0.0:
             factor = o.beta * w * (ratio if o.kl_bias_correction else 1.0)
             loss = loss + factor * kl
             grad = grad + factor * kl_slope

@@ -151,7 +151,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             if not any(call.needs):
                 call.score(active, scores)
                 total, stats, *_ = loss.terms(*scores)
-            elif loss.objective.level != "token":
+            elif loss.objective.whole_sequences:
                 total, stats = _sequence_level(call, loss, active, scores, gradients)
             else:
                 total, stats = _token_level(call, loss, active, inactive, scores, gradients)
@@ -230,7 +230,7 @@ def _split_rows(loss: TokenLoss) -> tuple[Tensor, Tensor]:
     active = counted & (tokens.advantages != 0)
     if tokens.correction is not None:
         active = active & (tokens.correction != 0)
-    if loss.offsets is not None and objective.level != "token":
+    if loss.offsets is not None and objective.whole_sequences:
         # One active token makes its whole sequence active through the ratio.
         ids = checks.sequence_ids(loss.offsets, counted.numel())
         active = counted & (checks.sequence_sums(active.float(), ids, loss.offsets)[ids] > 0)

@@ -15,6 +15,7 @@ sequence's ratios, and sg() a stopped gradient:
     "vespo"      -sg(r^k exp(lambda (1 - r))) A logp, k and lambda by  VESPO, arXiv 2602.10693
                  the sign of A
     "reinforce"  -A logp                                               REINFORCE
+    "function"   a function of these tensors in plain PyTorch          see `custom_loss.py`
 
 As in TRL, cispo's ``epsilon_high`` bounds the ratio itself, whereas clip's is a distance from 1.
 """
@@ -22,12 +23,19 @@ As in TRL, cispo's ``epsilon_high`` bounds the ratio itself, whereas clip's is a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+from torch import Tensor
+
+from grpo_kernels import published_losses
 from grpo_kernels._checks import require, require_choice, require_finite_positive, require_number
+from grpo_kernels.custom_loss import SETTINGS, check_function, own_defaults, parameters_of
 from grpo_kernels.token_weights import AGGREGATIONS
 
-KINDS = ("clip", "cispo", "sapo", "vespo", "reinforce")
+KINDS = ("clip", "cispo", "sapo", "vespo", "reinforce", "function")
 LEVELS = ("token", "sequence", "product")
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -38,7 +46,7 @@ class PolicyObjective:
     """What is minimised for each token; see the table at the top of this module.
 
     Attributes:
-        kind: ``"clip"``, ``"cispo"``, ``"sapo"``, ``"vespo"`` or ``"reinforce"``.
+        kind: ``"clip"``, ``"cispo"``, ``"sapo"``, ``"vespo"``, ``"reinforce"`` or ``"function"``.
         epsilon: lower clip distance of ``"clip"``, above 0; 1 or more clips nothing below, and infinity nothing at
             all.
         epsilon_high: upper clip distance of ``"clip"`` (None: `epsilon`), or the bound of ``"cispo"``'s ratio.
@@ -57,9 +65,12 @@ class PolicyObjective:
             ``"token_mean"``: 1 / (tokens of the step),
             ``"constant_length"``: 1 / (S * a constant length),
             ``"sequence_sum"``: 1 / S.
+        function: the loss of ``"function"``; `register_objective` describes it.
+        scales_with_advantage: whether `function` is 0, with a gradient of 0, wherever the advantage is 0. Such tokens
+            then cost nothing, as with every other kind.
 
     Raises:
-        ValueError: a field is out of range or unknown.
+        ValueError: a field is out of range or unknown, or `function` cannot be used.
     """
 
     kind: str = "clip"
@@ -78,6 +89,8 @@ class PolicyObjective:
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
     aggregation: str = "sequence_mean"
+    function: Callable[..., Tensor] | None = None
+    scales_with_advantage: bool = False
 
     def __post_init__(self):
         choices = {"kind": KINDS, "level": LEVELS, "kl": KL_ESTIMATORS, "aggregation": AGGREGATIONS}
@@ -87,14 +100,21 @@ class PolicyObjective:
             elif name in ("beta", "entropy_coef"):
                 require_number("PolicyObjective", name, value)
                 require(math.isfinite(value), f"PolicyObjective: {name} must be finite, got {value}")
-            elif name not in ("epsilon", "kl_bias_correction"):
+            elif name not in ("epsilon", "kl_bias_correction", "function", "scales_with_advantage"):
                 require_finite_positive("PolicyObjective", name, value)
         require_number("PolicyObjective", "epsilon", self.epsilon)
         require(self.epsilon > 0, f"PolicyObjective: epsilon must be above 0, got {self.epsilon}")
         require(self.beta >= 0, f"PolicyObjective: beta must be >= 0, got {self.beta}")
         if self.kind == "cispo":
             require(self.epsilon_high is not None, "PolicyObjective: kind='cispo' needs epsilon_high (the paper's 5.0)")
-        if self.delta is not None:
+        require(
+            (self.kind == "function") == (self.function is not None),
+            f"PolicyObjective: kind='function' and function belong together, got kind={self.kind!r} and "
+            f"function={self.function!r}",
+        )
+        if self.function is not None:
+            _check_function(self)
+        elif self.delta is not None:
             require(
                 self.delta >= 1 + self.upper_epsilon,
                 f"PolicyObjective: delta must be at least 1 + epsilon_high = {1 + self.upper_epsilon}, "
@@ -118,12 +138,39 @@ class PolicyObjective:
     @property
     def uses_reference(self) -> bool:
         """Whether the loss needs log-probabilities of a reference policy, as its KL term does."""
-        return self.beta != 0.0
+        return self.beta != 0.0 or self._takes("ref_logprobs")
+
+    @property
+    def whole_sequences(self) -> bool:
+        """Whether a token's coefficient depends on other tokens of its sequence."""
+        return self.level != "token" or self._takes("cu_seqlens")
 
     @property
     def advantage_alone(self) -> bool:
         """Whether a token of advantage 0 has no gradient whatever its log-probability."""
-        return not self.uses_reference and self.entropy_coef == 0.0
+        scales = self.function is None or self.scales_with_advantage
+        return scales and self.beta == 0.0 and self.entropy_coef == 0.0
+
+    def _takes(self, name: str) -> bool:
+        return self.function is not None and name in parameters_of(self.function)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that `function` may take."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+
+@lru_cache(maxsize=256)
+def _check_function(objective: PolicyObjective) -> None:
+    """Try the function out, once for each objective."""
+    assert objective.function is not None
+    check_function(objective.function, objective.settings, objective.scales_with_advantage)
+
+
+def function_objective(function: Callable[..., Tensor], **fields: Any) -> PolicyObjective:
+    """The objective of a loss function, with the function's own defaults; see `register_objective`."""
+    made = {"aggregation": "token_mean", **own_defaults(function), **fields}
+    return PolicyObjective(kind="function", function=function, **made)
 
 
 class _Presets(dict):
@@ -149,5 +196,43 @@ PRESETS: dict[str, PolicyObjective] = _Presets(
         # The policy gradient with raw rewards (naive) or with a baseline, and its importance-weighted form.
         "reinforce": PolicyObjective(kind="reinforce", aggregation="token_mean"),
         "unclipped": PolicyObjective(epsilon=math.inf, aggregation="token_mean"),
+        "gpg": PolicyObjective(kind="reinforce", aggregation="token_mean"),
+        # Functions, which autograd differentiates.
+        "dppo_tv": function_objective(published_losses.dppo_tv, scales_with_advantage=True),
+        "dppo_kl": function_objective(published_losses.dppo_kl, scales_with_advantage=True),
+        "gmpo": function_objective(published_losses.gmpo, aggregation="sequence_mean", scales_with_advantage=True),
+        "dro": function_objective(published_losses.dro),
     }
 )
+BUILT_IN = frozenset(PRESETS)
+
+
+def register_objective(name: str, function: Callable[..., Tensor], **fields: Any) -> PolicyObjective:
+    """Add a loss of your own to `PRESETS`, as a plain PyTorch function of ``[N]`` tensors.
+
+    The head costs what a built-in objective costs: autograd differentiates the function on ``[N]`` tensors, and the
+    derivative takes the place of a built-in one. KL term, entropy bonus, sampler correction and weights are added as
+    for every objective, so the function returns the loss of each token without them.
+
+    Args:
+        name: the preset's name. It replaces one of your own, but no built-in one.
+        function: returns the loss of each token ``[N]``. It takes any of these by name: ``logprobs``, ``old_logprobs``
+            (`logprobs` without a gradient on the first update), ``advantages``, ``ref_logprobs``, ``ratio`` (of the
+            objective's `level`, differentiable), all ``[N]``; ``cu_seqlens [S + 1]``, offsets of whole sequences; and
+            the fields ``epsilon``, ``epsilon_high`` and ``delta``. Without ``cu_seqlens`` it may get any
+            part of the tokens, so a token's loss must depend on that token alone. With it, it gets counted tokens of
+            whole sequences, and no token may depend on another sequence.
+        **fields: fields of `PolicyObjective`; by default ``aggregation="token_mean"``, and the function's own defaults
+            for the fields that it takes.
+
+    Returns:
+        The objective, which is now ``PRESETS[name]``.
+
+    Raises:
+        ValueError: the name is that of a built-in preset, or the function fails on a few tokens or breaks the rules
+            above.
+        TypeError: `function` is no function.
+    """
+    require(name not in BUILT_IN, f"register_objective: {name!r} is a built-in preset; choose another name")
+    PRESETS[name] = made = function_objective(function, **fields)
+    return made

@@ -25,6 +25,7 @@ from torch import Tensor
 from grpo_kernels import _checks as checks
 from grpo_kernels._backend import choose_backend
 from grpo_kernels._policy_terms import STATISTICS, Terms, Tokens, by_sign, policy_terms, vespo_weight
+from grpo_kernels.custom_loss import parameters_of
 from grpo_kernels.kl import kl_estimate_ref
 from grpo_kernels.objective import PolicyObjective
 
@@ -73,7 +74,8 @@ def policy_loss(
         ref_logprobs: log-probabilities of the reference policy; needed if ``objective.uses_reference``.
         entropy: per-token entropies, for the bonus and for the statistics.
         correction: the constant ``rho_t`` for the difference between sampler and trainer.
-        cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed unless the level is "token".
+        cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed if
+            ``objective.whole_sequences``.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
@@ -140,6 +142,8 @@ def policy_loss_ref(
         per_token = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
     elif o.kind == "vespo":
         per_token = -vespo_weight(ratio, A, o).detach() * A * logp
+    elif o.function is not None:
+        per_token = _call_function(o, logp, ratio, old, A, ref, offsets, counted)
     else:
         per_token = -A * logp
     if rho is not None:
@@ -157,6 +161,21 @@ def policy_loss_ref(
     sums += [torch.where(counted, kl, 0.0).sum(), counts.sum()]
     sums += [torch.where(counted, x * counts, 0.0).sum() for x in (ratio, clips_low, clips_high)]
     return loss, torch.stack([torch.as_tensor(s, dtype=logp.dtype, device=logp.device) for s in sums]).detach()
+
+
+def _call_function(o, logp, ratio, old, A, ref, offsets, counted) -> Tensor:
+    """The objective's own function on the counted tokens, differentiated by autograd."""
+    lengths = None if offsets is None else torch.stack([part.sum() for part in counted.tensor_split(offsets[1:-1])])
+    tensors = {
+        "logprobs": logp, "old_logprobs": logp.detach() if old is None else old, "advantages": A, "ratio": ratio,
+        "ref_logprobs": ref,
+    }  # fmt: skip
+    tensors = {name: None if values is None else values[counted] for name, values in tensors.items()}
+    if lengths is not None:
+        tensors["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    given = {**tensors, **o.settings}
+    value = o.function(**{name: given[name] for name in parameters_of(o.function)})
+    return torch.zeros_like(logp).masked_scatter(counted, value)
 
 
 @dataclass(frozen=True)
@@ -202,11 +221,13 @@ def make_token_loss(
     checks.require(len(shape) in (1, 2), f"{op}: tensors must be packed [N] or padded [B, T], got shape {tuple(shape)}")
     checks.require(
         not objective.uses_reference or fields["ref_logprobs"] is not None,
-        f"{op}: beta={objective.beta} needs ref_logprobs",
+        f"{op}: {f'beta={objective.beta}' if objective.beta else 'the objective'} needs ref_logprobs",
     )
     checks.require_floating(op, advantages=advantages, **fields)
     checks.require_device(op, device, advantages=advantages, **fields)
-    needed_by = None if objective.level == "token" else f"level={objective.level!r}"
+    needed_by = None
+    if objective.whole_sequences:
+        needed_by = "the objective's function" if objective.level == "token" else f"level={objective.level!r}"
     offsets = checks.sequence_offsets(op, shape, cu_seqlens, device, needed_by)
     if offsets is not None and advantages.shape == (offsets.numel() - 1,) and advantages.shape != shape:
         advantages = advantages[checks.sequence_ids(offsets, shape.numel())].view(shape)
@@ -214,7 +235,7 @@ def make_token_loss(
     checks.require_shape(op, shape, **fields)
     flat = {name: None if t is None else t.detach().reshape(-1).to(dtype) for name, t in fields.items()}
     terms_of = policy_terms
-    if backend == "triton":
+    if backend == "triton" and objective.function is None:
         from grpo_kernels.triton_kernels.policy_kernels import policy_terms_triton as terms_of
     return TokenLoss(Tokens(**flat), objective, offsets, terms_of)
 

@@ -4,12 +4,17 @@ The formulas are objectives to maximise, as in the papers; docs/objectives.md na
 """
 
 import dataclasses
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from grpo_fast.config import GRPOConfig
 from grpo_kernels import PRESETS, high_entropy_mask, policy_loss, token_weights
+from grpo_kernels.objective import BUILT_IN
+from grpo_kernels.objective_table import SOURCES, objective_table
 from support.oracle import relative_error
 
 LENGTHS = [7, 1, 12, 4, 9, 10]
@@ -50,6 +55,27 @@ def vespo_weight(s):
     return W**k * torch.exp(decay * (1 - W))
 
 
+def dppo(s, divergence, bound):
+    """Written token by token."""
+    terms = []
+    for logp, old in zip(s["logp"], s["old"], strict=True):
+        ratio, far = torch.exp(logp - old).item(), divergence(logp.exp().item(), old.exp().item()) > bound
+        leaves = ratio > 1 if s["A"] > 0 else ratio < 1
+        terms.append(0.0 * logp if far and leaves else min(ratio, 20.0) * s["A"] * logp)
+    return torch.stack(terms)
+
+
+def binary_kl(p, old):
+    return old * math.log(old / p) + (1 - old) * math.log((1 - old) / (1 - p))
+
+
+def gmpo(s):
+    """The paper's product over tokens, of each `min` (A > 0) or `max` (A < 0) of a ratio and its bound."""
+    ratio, bounds = token_ratio(s), (math.exp(-0.4), math.exp(0.4))
+    bounded = torch.minimum(ratio, torch.tensor(bounds[1])) if s["A"] > 0 else ratio.clamp(min=bounds[0])
+    return bounded.prod() ** (1 / len(ratio)) * s["A"]
+
+
 # preset -> the objective J of all sequences; each is a dict of logp, old, A.
 FORMULAS = {
     "grpo": lambda batch: sum(clipped(token_ratio(s), s["A"]).mean() for s in batch) / SEQUENCES,
@@ -67,17 +93,26 @@ FORMULAS = {
     "vespo": lambda batch: sum((vespo_weight(s) * s["A"] * s["logp"]).sum() for s in batch) / TOKENS,
     "reinforce": lambda batch: sum((s["A"] * s["logp"]).sum() for s in batch) / TOKENS,
     "unclipped": lambda batch: sum((token_ratio(s) * s["A"]).sum() for s in batch) / TOKENS,
+    "gpg": lambda batch: sum((s["A"] * s["logp"]).sum() for s in batch) / TOKENS,
+    "dppo_tv": lambda batch: sum(dppo(s, lambda p, old: abs(p - old), 0.15).sum() for s in batch) / TOKENS,
+    "dppo_kl": lambda batch: sum(dppo(s, binary_kl, 0.05).sum() for s in batch) / TOKENS,
+    "gmpo": lambda batch: sum(gmpo(s) for s in batch) / SEQUENCES,
+    "dro": lambda batch: sum((s["A"] * s["logp"] - 0.025 * (s["logp"] - s["old"]) ** 2).sum() for s in batch) / TOKENS,
 }
 
 
 def make(spread=0.6):
     """A packed batch: advantages of both signs meet sequences whose ratio is high and whose ratio is low."""
-    old = torch.randn(TOKENS, dtype=torch.float64) - 2
+    old = (torch.randn(TOKENS, dtype=torch.float64) - 2).clamp(max=-0.2)
+    old[[8, 21]] = -3
     shift = 0.2 * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
     lengths = torch.tensor(LENGTHS)
     logprobs = old + shift.repeat_interleave(lengths) + spread * torch.randn(TOKENS, dtype=torch.float64)
+    logprobs = logprobs.clamp(max=-0.05)
     # One ratio beyond cispo's bound of 5 and dual clip's of 3, of either sign.
     logprobs[[8, 21]] = old[[8, 21]] + 2.0
+    # Beyond DPPO's bound on the total variation (0.152), within that on the KL divergence (0.0485).
+    old[26], logprobs[26] = math.log(0.5), math.log(0.652)
     return {
         "logprobs": logprobs,
         "old_logprobs": old,
@@ -127,13 +162,18 @@ def assert_equal(got, expected):
     assert relative_error(got[1], expected[1]) < TOLERANCE
 
 
+# Presets of one formula.
+SAME = ({"bnpo", "dapo"}, {"reinforce", "gpg"})
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_equals_formula(preset):
     batch = make()
     expected = by_formula(batch, FORMULAS[preset])
     assert_equal(by_us(batch, PRESETS[preset]), expected)
     # The gradient differs from that of every preset with another formula.
-    for other in PRESETS.keys() - {preset} - ({"bnpo", "dapo"} if preset in ("bnpo", "dapo") else set()):
+    same = next((names for names in SAME if preset in names), {preset})
+    for other in PRESETS.keys() - same:
         assert relative_error(by_us(batch, PRESETS[other])[1], expected[1]) > 1e-3, other
 
 
@@ -280,3 +320,15 @@ def test_unknown_preset_is_refused(name):
         PRESETS[name]
     assert f"PRESETS has no {name!r}; choose one of grpo, bnpo, dr_grpo, dapo" in str(caught.value)
     assert PRESETS.get(name) is None
+
+
+def test_every_part_of_a_preset_exists():
+    """Formula, paper, equation, names elsewhere, the row in the documentation and the word in the help."""
+    described = GRPOConfig.__doc__.partition("loss_type: ")[2].partition("\n        epsilon:")[0]
+    documentation = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert FORMULAS.keys() == SOURCES.keys() == PRESETS.keys() == BUILT_IN
+    assert objective_table() in documentation, "python -m grpo_kernels.objective_table prints the table"
+    for name, source in SOURCES.items():
+        assert re.search(rf"\b{name}\b", described), name
+        assert all((source.paper, "`" in source.equation, source.trl, source.verl)), name
+        assert not any(set("|\n") & set(cell) for cell in source), name

@@ -7,8 +7,8 @@ import dataclasses
 from grpo_kernels import PRESETS, PolicyObjective
 
 OBJECTIVES = {
-    # bnpo is dapo.
-    **{name: objective for name, objective in PRESETS.items() if name != "bnpo"},
+    # bnpo is dapo, and gpg is reinforce.
+    **{name: objective for name, objective in PRESETS.items() if name not in ("bnpo", "gpg")},
     "asymmetric": PolicyObjective(epsilon=0.1, epsilon_high=0.3),
     "k1": PolicyObjective(beta=0.2, kl="k1"),
     "k2, sequence": PolicyObjective(beta=0.2, kl="k2", level="sequence", epsilon=0.02),

@@ -1,11 +1,17 @@
 """A bad step never replaces a good checkpoint."""
 
+import dataclasses
+import itertools
+import math
+import re
+
 import pytest
 import torch
 
 from grpo_fast.errors import NotFiniteError, UserError
 from grpo_fast.train.checkpoint import checkpoints
 from grpo_fast.train.finite import all_finite, not_finite
+from grpo_kernels import PRESETS
 from support.runs import assert_same_run, figures, saved_weights, trainer
 from support.small import weights
 
@@ -68,6 +74,10 @@ def test_train_with_a_bad_gradient_keeps_the_weights(tmp_path, capsys, fields):
         made.train()
     message = str(error.value)
     assert message.startswith("step 4: the gradient is not finite (norm nan, loss ")
+    (active,) = {
+        int(found) for found in re.findall(r"because of completion (\d) of prompt \d \(advantage inf\): in", message)
+    }
+    assert 1 <= active <= 4
     assert "more; to continue" in message
     assert "\n" not in message
     resume = (
@@ -141,3 +151,96 @@ def test_trainer_refuses_weights_that_are_not_finite(tmp_path):
     fields = {"model_name_or_path": str(tmp_path / "model"), "model_init_kwargs": None}
     with pytest.raises(UserError, match=r"model_name_or_path='.*model' holds weights that are not finite: norm"):
         trainer(tmp_path / "run", **fields)
+
+
+def far_ratio(made, step: int, distance: float = -200.0) -> None:
+    """Old log-probabilities of one active completion far from the policy's, at `step`."""
+    collect = made.collect
+
+    def bad():
+        batch, metrics = collect()
+        if made.step == step - 1:
+            batch.old_logprobs = made.learner.score(made.learner.policy, batch)
+            chosen = next(i for i in batch.active if batch.advantages[batch.offsets[i]] < 0)
+            batch.old_logprobs[batch.offsets[chosen] : batch.offsets[chosen + 1]] += distance
+            made.chosen = chosen
+        return batch, metrics
+
+    made.collect = bad
+
+
+def test_train_with_a_ratio_of_e_to_the_200_stops_and_names_the_completion(tmp_path):
+    made = trainer(tmp_path)
+    far_ratio(made, 3)
+    with pytest.raises(UserError) as error:
+        made.train()
+    group, completion = divmod(made.chosen, 4)
+    named = f"because of completion {completion + 1} of prompt {group + 1} (log-probabilities up to 200 from the old"
+    assert str(error.value).startswith("step 3: the gradient is not finite (norm ")
+    assert named in str(error.value)
+    assert f"to continue from {tmp_path}/checkpoint-2" in str(error.value)
+    assert all(tensor.isfinite().all() for tensors in saved_weights(tmp_path).values() for tensor in tensors.values())
+
+
+def test_train_skips_updates_that_are_not_finite(tmp_path, capsys):
+    """Weights and moments stay, the learning rate follows the step, and each skipped update is named once."""
+    made, before = trainer(tmp_path, max_skipped_updates=1), []
+    far_ratio(made, 3)
+    update = made.update
+    made.update = lambda *args, **given: (before.append(weights(made.model)), update(*args, **given))[1]
+    made.train()
+    assert torch.equal(before[3], before[2])
+    assert not torch.equal(before[4], before[3])
+    entries = figures(tmp_path)
+    assert [entry["skipped_update"] for entry in entries] == [0, 0, 1, 0, 0]
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert "grad_norm" not in entries[2]
+    said = capsys.readouterr().out
+    assert "step 3: the gradient is not finite" in said
+    assert "skipped (1 of at most 1 in a row)" in " ".join(said.split())
+    assert [path.name for path in checkpoints(tmp_path)][-1] == "checkpoint-5"
+
+
+def test_train_stops_after_too_many_skipped_updates(tmp_path):
+    made = trainer(tmp_path, max_skipped_updates=2)
+    for step in (2, 3, 4):
+        far_ratio(made, step)
+    with pytest.raises(UserError, match="step 4: the gradient is not finite"):
+        made.train()
+    assert [entry["skipped_update"] for entry in figures(tmp_path)] == [0, 1, 1]
+
+
+def test_update_refuses_a_loss_that_is_not_finite(tmp_path):
+    """Although its gradient is."""
+    made = trainer(tmp_path)
+    batch, _ = made.collect()
+    accumulate = made.learner.accumulate_gradients
+    made.learner.accumulate_gradients = lambda *args: {**accumulate(*args), "loss": math.inf}
+    before = weights(made.model)
+    with pytest.raises(NotFiniteError, match=r"step 1: the loss is not finite \(norm [0-9.e-]+, loss inf\)$"):
+        made.update(batch)
+    assert torch.equal(before, weights(made.model))
+
+
+def test_far_ratio_ends_in_finite_weights_or_a_clear_stop(tmp_path):
+    """Whatever the objective, and however its KL term is weighted."""
+    made = trainer(tmp_path, lr_scheduler_type="constant")
+    batch, _ = made.collect()
+    scored, start = made.learner.score(made.learner.policy, batch), weights(made.model)
+    stops = 0
+    for preset, beta, distance in itertools.product(PRESETS, (0.0, 0.1), (-200.0, 200.0)):
+        case = preset, beta, distance
+        torch.nn.utils.vector_to_parameters(start.clone(), made.model.parameters())
+        made.learner.objective = dataclasses.replace(PRESETS[preset], beta=beta, kl_bias_correction=True)
+        batch.old_logprobs = batch.ref_logprobs = scored + distance
+        stopped, metrics = None, {"loss": 0.0}
+        try:
+            metrics = made.learner.update(batch)
+        except NotFiniteError as error:
+            stopped, stops = str(error), stops + 1
+            made.learner.optimizer.zero_grad()
+        assert stopped is None or "because of completion" in stopped, case
+        assert stopped is None or torch.equal(weights(made.model), start), case
+        assert math.isfinite(metrics["loss"]), case
+        assert weights(made.model).isfinite().all(), case
+    assert stops > 10

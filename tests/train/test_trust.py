@@ -145,11 +145,23 @@ def test_check_code_trusts_recipes_outside_of_run_folders(tmp_path):
     [
         ({"trust_remote_code": True}, "--trust_remote_code true"),
         ({"reward_funcs": ["os.path.join"]}, "--reward_funcs '[\"os.path.join\"]'"),
+        ({"loss_type": "my_losses.py:mine"}, "--loss_type my_losses.py:mine"),
+        ({"loss_type": "my_losses.mine"}, "--loss_type my_losses.mine"),
+        ({"advantage_estimator": "mine.py:mine"}, "--advantage_estimator mine.py:mine"),
         ({"reward_funcs": ["kimi_length(x).py:f"]}, "--reward_funcs '[\"kimi_length(x).py:f\"]'"),
-        ({"attn_implementation": "someone/kernel"}, "--attn_implementation '\"someone/kernel\"'"),
+        ({"attn_implementation": "someone/kernel"}, "--attn_implementation someone/kernel"),
         ({"model_init_kwargs": {"allow_all_kernels": True}}, "--model_init_kwargs '{\"allow_all_kernels\": true}'"),
     ],
-    ids=["code of the model", "a module", "a file", "a kernel", "arguments"],
+    ids=[
+        "code of the model",
+        "a module",
+        "a loss in a file",
+        "a loss",
+        "advantages",
+        "a file",
+        "a kernel",
+        "arguments",
+    ],
 )
 def test_check_code_covers_every_field_that_names_code(tmp_path, fields, option, capsys):
     folder = tmp_path / "run"
