@@ -453,6 +453,7 @@ _OBJECTIVE_FIELDS += ("vespo_k_neg", "vespo_lambda_neg")
 
 # Fields of TRL that have another name, or another home, here.
 TRL_FIELDS_INSTEAD = {
+    "fp16": "bf16 or dtype (float16 needs a loss scale, which this trainer does not have)",
     "per_device_train_batch_size": "generation_batch_size (and max_tokens_per_microbatch for the memory)",
     "gradient_accumulation_steps": "max_tokens_per_microbatch",
     "steps_per_generation": "num_iterations",

@@ -47,6 +47,7 @@ def test_print_config_can_be_read_back(tmp_path):
         ([SORT, "--max_steps", "1.5"], "max_steps='1.5' is not allowed: it must be int"),
         ([SORT, "--epsilon", "wide"], "epsilon='wide' is not allowed: it must be float | None"),
         ([SORT, "--gradient_accumulation_steps", "4"], "set max_tokens_per_microbatch instead"),
+        ([SORT, "--fp16", "true"], "set bf16 or dtype (float16 needs a loss scale, which this trainer does not have"),
         ([SORT, "--vllm_importance_sampling_cap", "2"], "set vllm_importance_sampling_clip_max instead"),
         ([SORT, "--vllm_tensor_parallel_size", "2"], "grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2"),
         ([SORT, "--max_eval_samples", "4", SORT], "the configuration file goes first"),

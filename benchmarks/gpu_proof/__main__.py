@@ -193,7 +193,7 @@ def summary(proof: Proof, outcomes: dict[str, Outcome], logs: Path) -> str:
     for outcome in outcomes.values():
         minutes, seconds = divmod(round(outcome.seconds), 60)
         taken = f"{minutes}:{seconds:02}" if outcome.seconds else ""
-        lines.append(f"  {outcome.stage:13}{outcome.status:8}{taken:>6}  {outcome.headline[:150]}".rstrip())
+        lines.append(f"  {outcome.stage:13}{outcome.status:8}{taken:>6}  {outcome.headline[:148]}".rstrip())
         if outcome.predicted:
             lines.append(f"{'predicted':>29}  {outcome.predicted}")
     count = {status: sum(each.status == status for each in outcomes.values()) for status in (PASS, FAIL, SKIPPED)}
@@ -285,10 +285,16 @@ def prove(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -
     return int(any(outcome.bad for outcome in outcomes.values()))
 
 
+def interrupt(*_: Any) -> None:
+    """Ends the stage in progress, whatever the signal, also where the shell made this process ignore it."""
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     # A stage that is stopped writes its traceback by SIGABRT, which must not write a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     try:
         return prove()
     except UserError as error:

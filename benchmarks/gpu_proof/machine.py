@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,8 @@ def driver_version() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    return DRIVER.read_text().split("Kernel Module")[-1].split()[0] if DRIVER.exists() else ""
+    found = re.search(r"\b\d{3}\.[\d.]+\d", DRIVER.read_text()) if DRIVER.exists() else None
+    return found[0] if found else ""
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     """AdamW as `optim` and `optim_offload` say; weight decay on matrices, not on norms and biases.
 
     Raises:
-        UserError: the weights are trained in 16 bits, and this optimizer would lose their small updates.
+        UserError: the weights are trained in 16 bits, and this optimizer would lose their small updates; or the model,
+            its frozen part included, has float16 weights.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
@@ -73,6 +74,12 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     low = {p.dtype for p in trained} - {torch.float32, torch.float64}
     if low - {torch.bfloat16}:
         raise UserError(f"weights of {', '.join(map(str, low))} are not trained; use dtype float32 or bfloat16")
+    # Frozen ones too: gradients pass through their products in their dtype.
+    if any(parameter.dtype == torch.float16 for parameter in policy.parameters()):
+        raise UserError(
+            "the model has float16 weights, through which gradients of about 1 / tokens would underflow without a loss "
+            "scale, which this trainer does not have; use dtype float32 or bfloat16"
+        )
     if config.optim_offload:
         return OffloadedAdamW(groups, **options)
     if config.optim in _BITSANDBYTES:
