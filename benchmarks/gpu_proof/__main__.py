@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_proof.process import run_command
-from benchmarks.gpu_proof.stages import OURS, STAGES, Proof, Stage, last_line, predicted, read_rows
+from benchmarks.gpu_proof.process import INTERRUPTS, run_command
+from benchmarks.gpu_proof.stages import OURS, QUICK_OPTIONS, STAGES, Proof, Stage, last_line, predicted, read_rows
 from benchmarks.gpu_proof.wheels import install_wheels
 from grpo_fast.errors import UserError, nearest, one_line
 
@@ -102,7 +102,9 @@ def child_environment(device: str, site: Path | None) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    return {**os.environ, **changes, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    # A rehearsal beside other work: several threads would mostly wait for each other.
+    rehearsal = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    return {**os.environ, **changes, **rehearsal}
 
 
 def describe_machine(chosen: argparse.Namespace, output: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def describe_machine(chosen: argparse.Namespace, output: Path, environment: dict
         UserError: there is no such device, or it does not answer.
     """
     command = [sys.executable, "-m", "benchmarks.gpu_proof.machine", "--device", chosen.device, "--output", str(output)]
-    command += ["--commit", chosen.commit, *(["--quick"] if chosen.quick else [])]
+    command += ["--commit", chosen.commit, *QUICK_OPTIONS[chosen.quick]]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
         ended = run_command(command, environment, Path(log.name), MACHINE_SECONDS)
         said = last_line(log.read())
@@ -169,7 +171,10 @@ def judge(proof: Proof, stage: Stage, code: int | None, said: str, limit: float)
     if "Device not supported" in said and stage.name == "memcheck":
         return Outcome(stage.name, SKIPPED, "compute-sanitizer does not support this device")
     if code is None:
-        failed.headline = f"stopped at its limit of {limit / 60:.1f} minutes; the log says where it was"
+        found = stage.finding(proof, said)
+        so_far = "" if found.failed else f"; so far {found.headline}"
+        failed.headline = f"stopped at its limit of {limit / 60:.1f} minutes, see the end of its log{so_far}"
+        failed.bad = failed.bad or found.wrong
     elif code < 0:
         failed.headline = f"killed by signal {-code} ({signal.Signals(-code).name}); the log has its last lines"
     elif f"{OURS}{BROKE}" in said or f"{OURS} is wrong" in said:
@@ -293,7 +298,7 @@ def interrupt(*_: Any) -> None:
 def main() -> int:
     # A stage that is stopped writes its traceback by SIGABRT, which must not write a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in INTERRUPTS:
         signal.signal(number, interrupt)
     try:
         return prove()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 # Seconds for the traceback after SIGABRT, and for the driver to let go of a process after SIGKILL.
 TRACEBACK, KILLED = 3.0, 20.0
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,16 @@ def run_command(command: list[str], environment: dict[str, str], log: Path, limi
     is also killed after a command that ends by itself, so that nothing it started is left on the GPU.
     """
     begin = time.monotonic()
+    # An interrupt waits until the process can be killed: within Popen it would lose it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
         )  # fmt: skip
     code = None
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = process.wait(max(limit, 0.0))
     except subprocess.TimeoutExpired:
         # Python's fault handler writes the tracebacks.

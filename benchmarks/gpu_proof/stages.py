@@ -15,6 +15,8 @@ PREDICTIONS = Path(__file__).with_name("predictions.csv")
 TOOLKIT = Path("/usr/local/cuda/bin/compute-sanitizer")
 # A stage's own benchmark starts nothing new after this share of the stage's limit.
 SHARE = 0.85
+# By whether the sizes are tiny.
+QUICK_OPTIONS = {True: ["--quick", "--threads", "1"], False: []}
 OURS, FUSED, TRL = "grpo-fast", "FusedGRPOTrainer", "TRL"
 # The head and the number of tokens of the headline, at full and at tiny sizes.
 MAIN_HEADS = (("qwen3-8b", "16384"), ("tiny", "256"))
@@ -104,7 +106,7 @@ def benchmark(module: str, *options: str) -> Callable[[Proof, float], list[str]]
         python = proof.vllm_python if module.endswith("vllm_sleep") and proof.vllm_python else proof.python
         made = [python, "-m", f"benchmarks.{module}", "--device", proof.device, "--output", str(proof.output)]
         made += ["--commit", proof.facts["commit"], "--minutes", f"{SHARE * seconds / 60:.3f}", *options]
-        return [*made, "--quick"] if proof.quick else made
+        return made + QUICK_OPTIONS[proof.quick]
 
     return command
 
@@ -259,10 +261,10 @@ STAGES = (
     # Without the cache of torch's allocator every tensor is an allocation of its own, so memcheck sees its bounds.
     Stage("memcheck", 8, 2, memcheck, read_memcheck, correctness=True, left_out=no_memcheck,
           environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-    Stage("head", 7, 3, benchmark("gpu", "--parts", "head"), read_head),
+    Stage("head", 7, 4, benchmark("gpu_proof.heads"), read_head),
     Stage("loss", 3, 2, benchmark("loss"), read_loss),
-    Stage("step", 4, 2, benchmark("step", "--equal", "0,0.5"), read_steps("step", "equal")),
-    Stage("trl_subclass", 5, 2, benchmark("trl_subclass"), read_steps("trl_subclass", "case")),
+    Stage("step", 4, 3, benchmark("step", "--equal", "0,0.5"), read_steps("step", "equal")),
+    Stage("trl_subclass", 5, 3, benchmark("trl_subclass"), read_steps("trl_subclass", "case")),
     Stage("plan", 9, 3, benchmark("plan"), read_plan),
     Stage("longest", 9, 2, benchmark("longest"), read_longest),
     Stage("vllm", 6, 5, benchmark("gpu_proof.vllm_sleep"), read_vllm, correctness=True),

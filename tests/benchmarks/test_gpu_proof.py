@@ -77,9 +77,10 @@ def test_command_that_ends_leaves_no_process(tmp_path):
 
 
 def test_stage_over_its_limit_is_reported(proof):
-    outcome = run(proof, python_stage("slow", HANG), limit=1.0)
+    stage = replace(python_stage("slow", HANG), finding=lambda proof, log: Finding("3U 1.3x"))
+    outcome = run(proof, stage, limit=1.0)
     assert (outcome.status, outcome.bad) == ("FAIL", False)
-    assert outcome.headline == "stopped at its limit of 0.0 minutes; the log says where it was"
+    assert outcome.headline == "stopped at its limit of 0.0 minutes, see the end of its log; so far 3U 1.3x"
     assert 1.0 <= outcome.seconds < 30
 
 
