@@ -1,5 +1,7 @@
-"""The head against every peer that is installed, in the order of `benchmarks.gpu`, whose check of small heads is left to
-`equivalence`: ``python -m benchmarks.gpu_proof.heads [--contenders NAMES]``."""
+"""The head against every peer that is installed, in the order of `benchmarks.gpu`; `equivalence` replaces its first check.
+
+    python -m benchmarks.gpu_proof.heads [--contenders NAMES]
+"""
 
 from __future__ import annotations
 
