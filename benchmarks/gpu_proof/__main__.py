@@ -33,10 +33,12 @@ from grpo_fast.errors import UserError, nearest, one_line
 ROOT = Path(__file__).parents[2]
 RESULTS, WORK = ROOT / "benchmarks" / "results", ROOT / "runs" / "gpu-proof"
 QUICK_RESULTS = ROOT / "runs" / "benchmarks"
-# Importing torch and reaching the GPU; a stage that has less time than the second is not started.
+# Importing torch and reaching the GPU; nothing is started with less time than the second.
 MACHINE_SECONDS, LEAST_SECONDS = 180.0, 20.0
+# A stage that has less than this share of its limit is left to the next call.
+LEAST_SHARE = 0.3
 BROKE = " broke CUDA, leave it out"
-PASS, FAIL, SKIPPED, WAITING = "pass", "FAIL", "skipped", "not run"
+PASS, FAIL, STOPPED, SKIPPED, WAITING = "pass", "FAIL", "stopped", "skipped", "not run"
 
 
 @dataclass
@@ -171,10 +173,12 @@ def judge(proof: Proof, stage: Stage, code: int | None, said: str, limit: float)
     if "Device not supported" in said and stage.name == "memcheck":
         return Outcome(stage.name, SKIPPED, "compute-sanitizer does not support this device")
     if code is None:
-        found = stage.finding(proof, said)
+        found = stage.finding(proof, said.partition("Fatal Python error: Aborted")[0])
         so_far = "" if found.failed else f"; so far {found.headline}"
         failed.headline = f"stopped at its limit of {limit / 60:.1f} minutes, see the end of its log{so_far}"
         failed.bad = failed.bad or found.wrong
+        if limit < proof.limit(stage) and not found.wrong:
+            return Outcome(stage.name, STOPPED, f"the {limit / 60:.1f} minutes left were too few{so_far}")
     elif code < 0:
         failed.headline = f"killed by signal {-code} ({signal.Signals(-code).name}); the log has its last lines"
     elif f"{OURS}{BROKE}" in said or f"{OURS} is wrong" in said:
@@ -201,7 +205,9 @@ def summary(proof: Proof, outcomes: dict[str, Outcome], logs: Path) -> str:
         lines.append(f"  {outcome.stage:13}{outcome.status:8}{taken:>6}  {outcome.headline[:148]}".rstrip())
         if outcome.predicted:
             lines.append(f"{'predicted':>29}  {outcome.predicted}")
-    count = {status: sum(each.status == status for each in outcomes.values()) for status in (PASS, FAIL, SKIPPED)}
+    count = {
+        status: sum(each.status == status for each in outcomes.values()) for status in (PASS, FAIL, STOPPED, SKIPPED)
+    }
     total = sum(outcome.seconds for outcome in outcomes.values()) / 60
     counted = ", ".join(f"{number} {status}" for status, number in count.items() if number)
     return "\n".join(
@@ -276,13 +282,18 @@ def prove(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -
         if outcomes[stage.name].status == PASS and stage.name not in again and not stage.repeated:
             print(f"{stage.name}: finished before, at commit {results.commit(stage.name) or '?'}", flush=True)
             continue
-        left = 60 * chosen.minutes - (time.monotonic() - begin) if chosen.minutes else proof.limit(stage)
-        if left < LEAST_SECONDS and chosen.minutes:
-            print(f"{stage.name}: no time left; call again to continue", flush=True)
-            continue
-        limit = min(left, proof.limit(stage))
+        limit = proof.limit(stage)
+        if chosen.minutes:
+            left = 60 * chosen.minutes - (time.monotonic() - begin)
+            if left < max(LEAST_SECONDS, LEAST_SHARE * limit):
+                print(f"{stage.name}: too little time is left; call again to continue", flush=True)
+                continue
+            limit = min(left, limit)
         print(f"{stage.name}: up to {limit / 60:.1f} minutes", flush=True)
-        outcomes[stage.name] = run_stage(proof, stage, environment, logs / f"{stage.name}.log", limit)
+        # An environment of its own has its own versions of what the wheels hold.
+        apart = stage.name == "vllm" and chosen.vllm_python
+        variables = child_environment(chosen.device, None) if apart else environment
+        outcomes[stage.name] = run_stage(proof, stage, variables, logs / f"{stage.name}.log", limit)
         results.add(outcomes[stage.name])
         print(summary(proof, outcomes, logs), flush=True)
     if not any(outcome.status != WAITING for outcome in outcomes.values()):

@@ -1,6 +1,6 @@
-"""The head against every peer that is installed, in the order of `benchmarks.gpu`; `equivalence` replaces its first check.
+"""The head against every peer that is installed, in the order of `benchmarks.gpu`, without the check of small heads.
 
-    python -m benchmarks.gpu_proof.heads [--contenders NAMES]
+python -m benchmarks.gpu_proof.heads [--contenders NAMES]
 """
 
 from __future__ import annotations

@@ -77,11 +77,17 @@ def test_command_that_ends_leaves_no_process(tmp_path):
 
 
 def test_stage_over_its_limit_is_reported(proof):
-    stage = replace(python_stage("slow", HANG), finding=lambda proof, log: Finding("3U 1.3x"))
+    stage = replace(python_stage("slow", HANG), finding=lambda proof, log: Finding("3U 1.3x"), quick_minutes=1 / 60)
     outcome = run(proof, stage, limit=1.0)
     assert (outcome.status, outcome.bad) == ("FAIL", False)
     assert outcome.headline == "stopped at its limit of 0.0 minutes, see the end of its log; so far 3U 1.3x"
     assert 1.0 <= outcome.seconds < 30
+
+
+def test_stage_without_its_whole_time_has_not_failed(proof):
+    outcome = run(proof, python_stage("slow", HANG, correctness=True), limit=3.0)
+    assert (outcome.status, outcome.bad) == ("stopped", False)
+    assert outcome.headline == "the 0.1 minutes left were too few; so far before"
 
 
 @pytest.mark.parametrize("correctness", [True, False])
@@ -156,9 +162,9 @@ def test_failed_stages_stop_no_other_and_finished_ones_are_skipped(without_a_mac
 
 
 def test_minutes_end_the_call_before_the_next_stage(without_a_machine, capsys):
-    table = [python_stage("first", "print(1)"), python_stage("second", "print(2)")]
+    table = [python_stage("first", "print(1)")]
     assert command.prove([*without_a_machine, "--minutes", "0.1"], table) == 0
-    assert "first: no time left; call again to continue" in capsys.readouterr().out
+    assert "first: too little time is left; call again to continue" in capsys.readouterr().out
 
 
 def test_summary_fits_on_one_screen(proof):
