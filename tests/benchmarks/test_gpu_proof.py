@@ -8,17 +8,17 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.gpu_proof import __main__ as command
-from benchmarks.gpu_proof import equivalence, machine, stages
+from benchmarks.gpu_proof import machine, stages
 from benchmarks.gpu_proof.process import run_command
 from benchmarks.gpu_proof.stages import STAGES, Finding, Proof, Stage
 from benchmarks.gpu_proof.wheels import install_wheels
 from benchmarks.harness.measure import Run
-from benchmarks.harness.problem import Shape, make_problem
 from grpo_fast.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -388,45 +388,6 @@ def test_prediction_is_that_of_the_device(proof):
     assert stages.predicted(replace(h200, quick=True), "head") == ""
 
 
-@pytest.mark.parametrize("part", ["logprobs", "grad_hidden", "grad_weight"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_equivalence_finds_a_wrong_result(monkeypatch, part, dtype):
-    """An error of 1% in a gradient, of 0.01 nats in the log-probabilities, or NaN."""
-    problem, truth = make_problem(Shape("tiny", 32, 211), 64, dtype, CPU, "trainable")
-    right = equivalence.CALLS["trainable"]
-    assert equivalence.compare(problem, truth, "trainable", "torch")["status"] == "ok"
-    for error in (1e-2, float("nan")):
-
-        def wrong(problem, backend, error=error):
-            outcome = right(problem, backend)
-            return {**outcome, part: outcome[part] + error * (1 if part == "logprobs" else outcome[part])}
-
-        monkeypatch.setitem(equivalence.CALLS, "trainable", wrong)
-        found = equivalence.compare(problem, truth, "trainable", "torch")
-        assert found["status"] == "wrong"
-        assert found["detail"]
-
-
-def test_equivalence_with_a_wrong_operation_fails(monkeypatch, tmp_path):
-    case = equivalence.Case(Shape("tiny", 32, 211), 64, torch.float32, ("scoring", "frozen"))
-    monkeypatch.setattr(equivalence, "triton_obstacle", lambda *_: "not in this test")
-    run = Run(CPU, quick=True, output=tmp_path)
-    assert equivalence.run_equivalence(run, [case])
-    shifted = lambda *arguments, **options: 1e-3 + true(*arguments, **options)  # noqa: E731
-    true = equivalence.linear_logprob
-    monkeypatch.setattr(equivalence, "linear_logprob", shifted)
-    assert not equivalence.run_equivalence(run, [case])
-    rows = {row["head"]: row["status"] for row in stages.read_rows(run.folder / "equivalence.csv")}
-    assert rows == {"scoring": "wrong", "frozen": "ok"}
-
-
-def test_equivalence_tokens_follow_the_rate_of_float64():
-    case = equivalence.Case(Shape("x", 4096, 151936), 16384, torch.bfloat16, ())
-    assert equivalence.affordable_tokens(case, 50e12) == 16384
-    assert equivalence.affordable_tokens(case, 0.5e12) == 4096
-    assert equivalence.affordable_tokens(case, 1e6) == equivalence.FEWEST_TOKENS
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -440,6 +401,20 @@ def test_driver_version_without_nvidia_smi(text, tmp_path, monkeypatch):
     assert machine.driver_version() == ""
     (tmp_path / "version").write_text(text)
     assert machine.driver_version() == "580.159.04"
+
+
+@pytest.mark.parametrize(("hip", "capability", "cuda"), [(None, "sm_90", "13.0"), ("7.2", "gfx942:x", "hip 7.2")])
+def test_machine_names_the_gpu(hip, capability, cuda, monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, gcnArchName="gfx942:x", total_memory=139 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.1")
+    device = torch.device("meta")
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1024.0)
+    assert machine.describe(device) == {
+        "capability": capability, "memory_gib": "139", "driver": "580.1", "cuda": cuda
+    }  # fmt: skip
 
 
 @pytest.mark.slow
