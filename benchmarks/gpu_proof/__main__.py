@@ -72,13 +72,13 @@ class Results:
             self.rows = {row["stage"]: row for row in read_rows(self.path)}
 
     def outcome(self, stage: str) -> Outcome | None:
-        """What an earlier call found."""
+        """What an earlier call found, and at which commit if that is another one."""
         row = self.rows.get(stage)
         if row is None:
             return None
-        return Outcome(
-            stage, row["status"], row["headline"], row["predicted"], float(row["seconds"] or 0), bool(row["bad"])
-        )
+        other = "" if self.commit(stage) == self.facts["commit"] else f" (commit {self.commit(stage) or '?'})"
+        headline, seconds = row["headline"] + other, float(row["seconds"] or 0)
+        return Outcome(stage, row["status"], headline, row["predicted"], seconds, bool(row["bad"]))
 
     def commit(self, stage: str) -> str:
         return self.rows.get(stage, {}).get("commit", "")

@@ -264,7 +264,7 @@ STAGES = (
     Stage("head", 7, 4, benchmark("gpu_proof.heads"), read_head),
     Stage("loss", 3, 2, benchmark("loss"), read_loss),
     Stage("step", 4, 3, benchmark("step", "--equal", "0,0.5"), read_steps("step", "equal")),
-    Stage("trl_subclass", 5, 3, benchmark("trl_subclass"), read_steps("trl_subclass", "case")),
+    Stage("trl_subclass", 6, 6, benchmark("trl_subclass"), read_steps("trl_subclass", "case")),
     Stage("plan", 9, 3, benchmark("plan"), read_plan),
     Stage("longest", 9, 2, benchmark("longest"), read_longest),
     Stage("vllm", 6, 5, benchmark("gpu_proof.vllm_sleep"), read_vllm, correctness=True),

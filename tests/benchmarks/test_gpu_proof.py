@@ -161,6 +161,19 @@ def test_failed_stages_stop_no_other_and_finished_ones_are_skipped(without_a_mac
     assert counted.read_text() == "xxxx"
 
 
+def test_summary_names_the_commit_of_earlier_results(without_a_machine, proof, monkeypatch, capsys):
+    table = [python_stage("first", "print('result')"), python_stage("second", "print('other')")]
+    assert command.prove([*without_a_machine, "--stages", "first"], table) == 0
+    later = {"facts": {**FACTS, "commit": "def"}, "folder": str(proof.folder), "contenders": []}
+    monkeypatch.setattr(command, "describe_machine", lambda *_: later)
+    capsys.readouterr()
+    assert command.prove(without_a_machine, table) == 0
+    printed = capsys.readouterr().out
+    assert "result (commit abc)\n" in printed
+    assert "other\n" in printed
+    assert [row["commit"] for row in stages.read_rows(proof.folder / "gpu_proof.csv")] == ["abc", "def"]
+
+
 def test_minutes_end_the_call_before_the_next_stage(without_a_machine, capsys):
     table = [python_stage("first", "print(1)")]
     assert command.prove([*without_a_machine, "--minutes", "0.1"], table) == 0
