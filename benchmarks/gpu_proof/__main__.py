@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -248,6 +249,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(chosen, option)
         if value is not None and not value > 0:
             raise UserError(f"--{option}={value} is not allowed: it must be above 0")
+    if chosen.vllm_python and shutil.which(chosen.vllm_python) is None:
+        raise UserError(f"--vllm-python: there is no program {chosen.vllm_python}")
     if chosen.device == "cpu" and not chosen.quick:
         raise UserError("--device cpu is a rehearsal at tiny sizes; add --quick (make bench measures a CPU)")
     return chosen
@@ -293,7 +296,12 @@ def prove(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -
         # An environment of its own has its own versions of what the wheels hold.
         apart = stage.name == "vllm" and chosen.vllm_python
         variables = child_environment(chosen.device, None) if apart else environment
-        outcomes[stage.name] = run_stage(proof, stage, variables, logs / f"{stage.name}.log", limit)
+        try:
+            outcomes[stage.name] = run_stage(proof, stage, variables, logs / f"{stage.name}.log", limit)
+        except Exception as error:
+            # A command that cannot start, or results of another form than expected: neither stops the other stages.
+            shown = f"{type(error).__name__}: {one_line(error, 120)}"
+            outcomes[stage.name] = Outcome(stage.name, FAIL, shown, bad=stage.correctness)
         results.add(outcomes[stage.name])
         print(summary(proof, outcomes, logs), flush=True)
     if not any(outcome.status != WAITING for outcome in outcomes.values()):

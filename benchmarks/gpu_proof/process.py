@@ -32,13 +32,13 @@ def run_command(command: list[str], environment: dict[str, str], log: Path, limi
     begin = time.monotonic()
     # An interrupt waits until the process can be killed: within Popen it would lose it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
-        )  # fmt: skip
-    code = None
+    process, code = None, None
     try:
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+            )  # fmt: skip
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = process.wait(max(limit, 0.0))
     except subprocess.TimeoutExpired:
@@ -47,9 +47,16 @@ def run_command(command: list[str], environment: dict[str, str], log: Path, limi
         with suppress(subprocess.TimeoutExpired):
             process.wait(TRACEBACK)
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        # A process that is stuck in the driver outlives the signal, and must not stop the other stages.
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(KILLED)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if process is not None:
+            kill(process)
     return Ended(code, time.monotonic() - begin)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process and its group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # A process that is stuck in the driver outlives the signal, and must not stop the other stages.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(KILLED)

@@ -139,19 +139,25 @@ def test_failed_stages_stop_no_other_and_finished_ones_are_skipped(without_a_mac
         replace(python_stage("hang", HANG), quick_minutes=0.01),
         python_stage("crash", "import os; os.abort()"),
         python_stage("wrong", "raise SystemExit('error: 3 is not 4')", correctness=True),
+        Stage("absent", 1, 1, lambda *_: ["/no/such/program"], lambda *_: Finding("")),
+        replace(python_stage("other", "pass"), finding=lambda *_: {}["seconds"]),
         python_stage("counts", count),
         python_stage("draws", count, repeated=True),
     ]
     assert command.prove(without_a_machine, table) == 1
     assert counted.read_text() == "xx"
     rows = {row["stage"]: row for row in stages.read_rows(proof.folder / "gpu_proof.csv")}
-    assert [row["status"] for row in rows.values()] == ["FAIL", "FAIL", "FAIL", "pass", "pass"]
+    assert [row["status"] for row in rows.values()] == ["FAIL"] * 5 + ["pass"] * 2
+    assert rows["absent"]["headline"].startswith("FileNotFoundError: ")
+    assert rows["other"]["headline"] == "KeyError: 'seconds'"
     assert rows["wrong"]["headline"] == "3 is not 4"
     assert {row["device"] for row in rows.values()} == {FACTS["device"]}
+    # The command that could not start has left no signal blocked.
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
-    mended = [python_stage(stage.name, "print('mended')") for stage in table[:3]]
+    mended = [python_stage(stage.name, "print('mended')") for stage in table[:5]]
     capsys.readouterr()
-    assert command.prove(without_a_machine, [*mended, *table[3:]]) == 0
+    assert command.prove(without_a_machine, [*mended, *table[5:]]) == 0
     assert counted.read_text() == "xxx"
     printed = capsys.readouterr().out
     assert "counts: finished before, at commit abc" in printed
@@ -232,6 +238,7 @@ def children(pid):
         (["--again", "everything"], "--again: 'everything' is unknown"),
         (["--minutes", "0"], "--minutes=0.0 is not allowed: it must be above 0"),
         (["--limits", "-1"], "--limits=-1.0 is not allowed"),
+        (["--vllm-python", "/no/python"], "--vllm-python: there is no program /no/python"),
         (["--wheels", "/no/such/folder"], "there is no .whl file in /no/such/folder"),
     ],
 )
