@@ -11,8 +11,8 @@ PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-seeds sort-comparison smollm2 test test-fast test-long test-kill test-oldest test-peers test-vllm \
-	test-gpu fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory plots docs lint doctor \
-	sanitize clean
+	test-gpu fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory gpu-proof plots docs lint \
+	doctor sanitize clean
 
 help:
 	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } /^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -154,6 +154,9 @@ bench-gpu: $(VENV)/.bench  ## the benchmarks on one GPU (under 9 minutes)
 bench-gpu-memory: $(VENV)/.bench  ## memory of real steps against the plan, the longest answer under a cap (one GPU)
 	$(BIN)/python -m benchmarks.plan --device cuda $(ARGS)
 	$(BIN)/python -m benchmarks.longest --device cuda $(ARGS)
+
+gpu-proof: $(VENV)/.bench  ## all of it on a new GPU: correctness, speed, memory, vLLM; continues if stopped (an hour)
+	$(BIN)/python -m benchmarks.gpu_proof $(ARGS)
 
 bench-ops: $(VENV)/.bench  ## timings of each operation by pytest-benchmark
 	$(BIN)/python -m pytest tests/benchmarks/test_benchmark_ops.py $(ARGS)

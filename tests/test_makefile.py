@@ -59,8 +59,8 @@ def test_commands_name_what_exists(target):
     paths = set(re.findall(r"(?:tests|examples|benchmarks|kernels|docs)/[\w./-]*\w", commands))
     assert not [path for path in paths if not (ROOT / path).exists()]
     for module in re.findall(r"-m ((?:benchmarks|grpo_kernels)[\w.]+)", commands):
-        path = module.replace(".", "/") + ".py"
-        assert (ROOT / path).exists() or (ROOT / "kernels" / path).exists(), module
+        names = [module.replace(".", "/") + end for end in (".py", "/__main__.py")]
+        assert any((ROOT / folder / name).exists() for folder in ("", "kernels") for name in names), module
     markers = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     known = {line.partition(":")[0] for line in markers["markers"]}
     for selection in re.findall(r"pytest .*?-m (\"[^\"]+\"|\w+)", commands):

@@ -27,7 +27,7 @@ TRL_FIELDS_INSTEAD = {
     "remove_unused_columns": "nothing: all columns reach the reward functions",
     "gradient_checkpointing_kwargs": "gradient_checkpointing alone",
     "torch_dtype": "dtype",
-    "fp16": "bf16",
+    "fp16": "bf16 or dtype (float16 needs a loss scale, which this trainer does not have)",
 }
 _SCALES = {True: "group", False: "none"}
 

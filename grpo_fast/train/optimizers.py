@@ -54,7 +54,8 @@ def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
 def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     """AdamW according to `optim` and `optim_offload`, with weight decay on matrices but not on norms and biases.
 
-    A UserError refuses weights in 16 bits whose small updates the optimizer would lose.
+    A UserError refuses weights in 16 bits whose small updates the optimizer would lose, and a model with float16
+    weights, frozen ones included.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
@@ -67,6 +68,12 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     low = {p.dtype for p in trained} - {torch.float32, torch.float64}
     if low - {torch.bfloat16}:
         raise UserError(f"weights of {', '.join(map(str, low))} are not trained; use dtype float32 or bfloat16")
+    # Frozen ones too: gradients pass through their products in their dtype.
+    if any(parameter.dtype == torch.float16 for parameter in policy.parameters()):
+        raise UserError(
+            "the model has float16 weights, through which gradients of about 1 / tokens would underflow without a loss "
+            "scale, which this trainer does not have; use dtype float32 or bfloat16"
+        )
     if config.optim_offload:
         return OffloadedAdamW(groups, **options)
     if config.optim in _BITSANDBYTES:

@@ -223,6 +223,14 @@ def test_build_optimizer_refuses_weights_that_would_not_move():
         build_optimizer(tiny_model(torch.float16), config())
 
 
+def test_build_optimizer_refuses_frozen_float16_weights():
+    model = tiny_model(torch.float16).requires_grad_(False)
+    model.register_parameter("adapter", torch.nn.Parameter(torch.zeros(2, 2)))
+    with pytest.raises(UserError, match=r"float16 weights.*loss scale.*use dtype float32 or bfloat16"):
+        build_optimizer(model, config())
+    build_optimizer(model.bfloat16().float(), config())
+
+
 def test_build_optimizer_does_not_decay_norms():
     model = tiny_model(torch.bfloat16)
     optimizer = build_optimizer(model, config(weight_decay=0.1))
