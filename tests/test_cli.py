@@ -45,8 +45,8 @@ def test_print_config_output_can_be_read_back(tmp_path):
         ([SORT, "--epsilon", "wide"], "epsilon='wide' is not allowed: it must be float | None"),
         (
             [SORT, "--eval_strategy", "steps", "--fp16", "true", "--lerning_rate", "1"],
-            "3 unknown options: --eval_strategy: set eval_steps (0: only before and after training); --fp16: set bf16 or "
-            "dtype (float16 needs a loss scale, which this trainer does not have); "
+            "3 unknown options: --eval_strategy: set eval_steps (0: only before and after training); --fp16: set bf16 "
+            "or dtype (float16 needs a loss scale, which this trainer does not have); "
             "--lerning_rate (did you mean 'learning_rate'?)",
         ),
         ([SORT, "--gradient_accumulation_steps", "3"], "cannot be divided into optimizer steps"),
