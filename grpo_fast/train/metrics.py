@@ -107,13 +107,16 @@ def loss_parts(
     """
     if not (objective.uses_reference or objective.entropy_coef):
         return {}
-    shared = {"old_logprobs": batch.old_logprobs, "cu_seqlens": batch.offsets.to(logprobs.device)}
-    alone = replace(objective, beta=0.0, entropy_coef=0.0)
-    policy = policy_loss(logprobs, advantages, batch.weights, alone, correction=batch.correction, **shared).loss.item()
+    shared = {"correction": batch.correction, "old_logprobs": batch.old_logprobs}
+    shared["cu_seqlens"] = batch.offsets.to(logprobs.device)
+    # In float64, so that differences of sums keep their digits.
+    logprobs, without_bonus = logprobs.double(), replace(objective, entropy_coef=0.0)
+    alone = replace(without_bonus, beta=0.0)
+    policy = policy_loss(logprobs, advantages, batch.weights, alone, **shared).loss.item()
     if not objective.uses_reference:
         return {"loss/policy": policy, "loss/entropy": loss - policy}
-    alone, nothing = replace(objective, entropy_coef=0.0), torch.zeros_like(advantages)
-    kl = policy_loss(logprobs, nothing, batch.weights, alone, ref_logprobs=batch.ref_logprobs, **shared).loss.item()
+    both = policy_loss(logprobs, advantages, batch.weights, without_bonus, ref_logprobs=batch.ref_logprobs, **shared)
+    kl = both.loss.item() - policy
     parts = {"loss/policy": policy, "loss/kl": kl}
     return parts | ({"loss/entropy": loss - policy - kl} if objective.entropy_coef else {})
 
