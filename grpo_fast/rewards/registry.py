@@ -15,7 +15,14 @@ from types import ModuleType
 from grpo_fast.errors import UserError, nearest, one_line
 from grpo_fast.files import user_path
 from grpo_fast.rewards.base import RewardFunction
-from grpo_fast.rewards.functions.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
+from grpo_fast.rewards.functions.answers import (
+    accuracy_reward,
+    boxed_answer,
+    exact_answer,
+    final_number,
+    gsm8k_answer,
+    math_answer,
+)
 from grpo_fast.rewards.functions.code import unit_tests
 from grpo_fast.rewards.functions.format import (
     answer_format,
@@ -34,6 +41,7 @@ REWARDS: dict[str, RewardFunction] = {
         gsm8k_answer,
         boxed_answer,
         math_answer,
+        accuracy_reward,
         answer_format,
         soft_answer_format,
         think_format,
@@ -43,14 +51,14 @@ REWARDS: dict[str, RewardFunction] = {
         digits_ordered,
     )
 }
+# TRL's name.
+REWARDS["think_format_reward"] = think_format
 
-# What other trainers call these functions.
+# Short names, and those of other trainers.
 ALIASES = {
     "accuracy": "math_answer",
-    "accuracy_reward": "math_answer",
     "format": "answer_format",
     "format_reward": "answer_format",
-    "think_format_reward": "think_format",
 }
 
 # Functions that return a reward function.
