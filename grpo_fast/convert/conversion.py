@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.convert.llama_factory import FOLDER, LLAMA_FACTORY
+from grpo_fast.config.sizes import DEFAULT_STEPS
+from grpo_fast.convert.llama_factory import FOLDER, LLAMA_FACTORY, PROCESSES
 from grpo_fast.convert.rows import NoCounterpart, Row, Theirs, Trainer
-from grpo_fast.convert.trl import PROCESSES, TRL
+from grpo_fast.convert.trl import TRL
 from grpo_fast.convert.verl import VERL
 from grpo_fast.errors import UserError, import_extra, nearest, one_line, shown
 from grpo_fast.files import read_yaml
@@ -29,6 +32,8 @@ _NEEDED = {
     "dataset_name": "a file, a hub name or a built-in dataset (docs/rewards-and-data.md)",
     "reward_funcs": "reward functions, such as math_answer or file.py:function (docs/rewards-and-data.md)",
 }
+# Fields that together make a batch: a configuration may be refused for one where another is wrong.
+_SIZES = ("generation_batch_size", "num_generations")
 # An assignment among the words of a shell script, as verl's are started: ``data.train_batch_size=256``.
 _OVERRIDE = re.compile(r"\+{0,2}(\w+(?:\.\w+)+)=(.*)", re.DOTALL)
 
@@ -116,7 +121,7 @@ def convert(
         content: its fields.
         folder: where its file lies.
         trainer: a name in `TRAINERS`; None recognises it by its fields.
-        processes: of the run, which TRL and LLaMA-Factory multiply the batch by.
+        processes: of the run, by which TRL and LLaMA-Factory multiply the batch.
         changes: fields of ours that take precedence.
     """
     flat = _flatten(content)
@@ -137,7 +142,7 @@ def convert(
         made.set(name, value, source)
     made.check(own)
     if not {"max_steps", "num_train_epochs"} & made.fields.keys():
-        made.set("max_steps", GRPOConfig.max_steps, f"our default; {kind.title} counts epochs")
+        made.set("max_steps", DEFAULT_STEPS, "our default")
     to_set = {name: advice for name, advice in _NEEDED.items() if not made.fields.get(name)}
     if problem := made.problem(own):
         to_set["and"] = problem
@@ -184,8 +189,7 @@ class _Made:
         self.notes[f"{name}={shown(self.flat[name])}" if name in self.flat else name] = advice
 
     def apply(self, row: Row) -> None:
-        # A field with our name has our meaning, unless the row says what becomes of it.
-        names = [name for name in row.theirs if name in self.flat and (name not in _HINTS or name in row.ours)]
+        names = [name for name in row.theirs if name in self.flat]
         if not names or self.seen.issuperset(names):
             return
         self.seen.update(names)
@@ -259,7 +263,7 @@ class _Made:
         for _ in range(len(self.fields)):
             problem = self.problem(own) or ""
             name = re.match(r"(\w+)=", problem)
-            if not name or name[1] not in self.fields or name[1] in own or name[1] == "generation_batch_size":
+            if not name or name[1] not in self.fields or name[1] in own or name[1] in _SIZES:
                 return
             _, source = self.fields.pop(name[1])
             for origin in source.split(", "):
@@ -269,10 +273,25 @@ class _Made:
         """Why our configuration refuses the fields, apart from what is missing."""
         fields = dict.fromkeys(_NEEDED, "any") | {name: value for name, (value, _) in self.fields.items()}
         try:
-            GRPOConfig(**fields)
+            with _processes(self.theirs[PROCESSES]):
+                GRPOConfig(**fields)
         except UserError as error:
             return str(error)
         return None
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[None]:
+    """Within it, configurations are those of a run of so many processes, on which TRL's batches depend."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
 
 
 def _is_among(name: str, known: tuple[str, ...]) -> bool:
@@ -305,10 +324,8 @@ def markdown(kind: Trainer) -> str:
     """The table of a trainer's fields for the documents, and the fields that are left out."""
     lines = [f"| {kind.title} | here | difference |", "|---|---|---|"]
     for row in kind.rows:
-        theirs = [name for name in row.theirs if name not in _HINTS or name in row.ours]
-        cells = [", ".join(f"`{name}`" for name in names) or "-" for names in (theirs, row.ours)]
-        if theirs:
-            lines.append(f"| {cells[0]} | {cells[1]} | {row.difference}{' ' * bool(row.difference)}|")
+        cells = [", ".join(f"`{name}`" for name in names) or "-" for names in (row.theirs, row.ours)]
+        lines.append(f"| {cells[0]} | {cells[1]} | {row.difference}{' ' * bool(row.difference)}|")
     names = [f"`{name}*`" if name.endswith(".") else f"`{name}`" for name in kind.not_needed]
     return "\n".join([*lines, "", f"These change no result and are left out: {', '.join(names)}."])
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo_fast.convert.rows import NoCounterpart, Row, Theirs, Trainer, choice, fixed
-from grpo_fast.convert.trl import PROCESSES, TRAINER_NOT_NEEDED, TRAINER_ROWS
+from grpo_fast.convert.trl import TRAINER_NOT_NEEDED, TRAINER_ROWS, epochs
 from grpo_fast.errors import one_line, shown
 from grpo_fast.files import parse_json
 
-# The folder of the file that is converted, put among its fields by the command.
-FOLDER = "folder"
+# The folder of the file that is converted, and the number of processes, put among its fields by the command.
+FOLDER, PROCESSES = "folder", "processes"
 # ShareGPT's tags that are read without being told.
 _TAGS = {
     "role_tag": ("from", "role"), "content_tag": ("value", "content"), "user_tag": ("human", "user"),
@@ -116,7 +116,7 @@ def _precision(theirs: Theirs) -> dict[str, Any]:
 
 
 def _defaults(theirs: Theirs) -> dict[str, Any]:
-    made: dict[str, Any] = {"logging_steps": 500, "save_steps": 500}
+    made: dict[str, Any] = {"logging_steps": 500, "save_steps": 500, **epochs(theirs)}
     if theirs.get("stage") == "ppo":
         # A learning rate of supervised fine-tuning means nothing here.
         made["learning_rate"] = 5e-5
@@ -129,7 +129,6 @@ def _defaults(theirs: Theirs) -> dict[str, Any]:
     return made
 
 
-_SHARED = [row for row in TRAINER_ROWS if "per_device_train_batch_size" not in row.theirs]
 LLAMA_FACTORY = Trainer(
     "LLaMA-Factory",
     ("stage", "finetuning_type", "template", "cutoff_len", "dataset_dir", "lora_target"),
@@ -188,7 +187,7 @@ LLAMA_FACTORY = Trainer(
         Row(("packing", "neat_packing"), ("padding_free",), "on where the model allows it", lambda _: {}),
         Row(("use_galore", "use_apollo", "use_badam", "use_muon"), ("optim",), "AdamW in four forms"),
         Row(("use_dora",), (), "use `use_rslora`, or neither", fixed("use_dora", False, "use use_rslora, or neither")),
-        *_SHARED,
+        *TRAINER_ROWS,
     ),
     (*TRAINER_NOT_NEEDED, "plot_loss", "tokenized_path", "do_predict", "predict_with_generate", "run_eval"),
     _defaults,

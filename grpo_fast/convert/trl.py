@@ -6,16 +6,6 @@ from typing import Any
 
 from grpo_fast.convert.rows import NoCounterpart, Row, Theirs, Trainer, fixed
 
-# The number of processes, put among a file's fields by the command.
-PROCESSES = "processes"
-
-
-def completions_of_a_step(theirs: Theirs) -> dict[str, Any]:
-    if "generation_batch_size" in theirs:
-        return {}
-    each = int(theirs.get("per_device_train_batch_size", 8)) * int(theirs.get("gradient_accumulation_steps", 1))
-    return {"generation_batch_size": each * theirs[PROCESSES]}
-
 
 def report_to(theirs: Theirs) -> dict[str, Any]:
     given = theirs["report_to"]
@@ -37,12 +27,9 @@ def _save_steps(theirs: Theirs) -> dict[str, Any]:
     return {}
 
 
-def _steps_per_generation(theirs: Theirs) -> dict[str, Any]:
-    if int(theirs["steps_per_generation"]) != int(theirs.get("gradient_accumulation_steps", 1)):
-        raise NoCounterpart(
-            "an optimizer step takes one whole generation batch; num_iterations takes several steps on the same batch"
-        )
-    return {}
+def epochs(theirs: Theirs) -> dict[str, Any]:
+    """The length of a run whose file leaves it open; -1 is for no `max_steps`."""
+    return {"num_train_epochs": 3.0} if theirs.get("max_steps") in (None, -1, "-1") else {}
 
 
 def _log_completions(theirs: Theirs) -> dict[str, Any]:
@@ -52,8 +39,7 @@ def _log_completions(theirs: Theirs) -> dict[str, Any]:
 def defaults(theirs: Theirs) -> dict[str, Any]:
     made: dict[str, Any] = {"gradient_checkpointing": True, "logging_steps": 10, "save_steps": 500}
     made["bf16"] = not theirs.get("fp16")
-    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(theirs):
-        made |= completions_of_a_step(theirs)
+    made |= {"per_device_train_batch_size": 8, **epochs(theirs)}
     if theirs.get("use_peft"):
         made["lora_dropout"] = 0.05
     if theirs.get("use_vllm"):
@@ -61,16 +47,8 @@ def defaults(theirs: Theirs) -> dict[str, Any]:
     return made
 
 
-EPOCHS = "epochs x rows of the data x num_generations / generation_batch_size"
-
 # Fields of transformers' Trainer, which LLaMA-Factory has, too.
 TRAINER_ROWS = (
-    Row(
-        ("per_device_train_batch_size", "gradient_accumulation_steps"), ("generation_batch_size",),
-        "their product times the number of processes", completions_of_a_step,
-    ),
-    Row(("num_train_epochs",), (), f"set `max_steps`: {EPOCHS}"),
-    Row(("warmup_ratio",), ("warmup_steps",), "below 1 it is a share of `max_steps`"),
     Row(("eval_strategy", "eval_on_start"), ("eval_steps",), "held-out prompts are always measured", _eval_steps),
     Row(("save_strategy",), ("save_steps",), "0 for the last step only", _save_steps),
     Row(("load_best_model_at_end",), ("keep_best",), "the best score measured every `eval_steps`"),
@@ -92,7 +70,7 @@ TRAINER_ROWS = (
 TRAINER_NOT_NEEDED = (
     "do_train", "do_eval", "overwrite_output_dir", "overwrite_cache", "ddp_timeout", "dataloader_num_workers",
     "preprocessing_num_workers", "dataloader_pin_memory", "per_device_eval_batch_size", "logging_strategy",
-    "logging_first_step", "logging_dir", "disable_tqdm", "remove_unused_columns", "gradient_checkpointing_kwargs",
+    "logging_dir", "disable_tqdm", "remove_unused_columns", "gradient_checkpointing_kwargs",
     "save_only_model", "save_safetensors", "log_level", "include_num_input_tokens_seen",
 )  # fmt: skip
 
@@ -108,8 +86,6 @@ TRL = Trainer(
     (),
     (
         *TRAINER_ROWS,
-        Row(("steps_per_generation",), ("num_iterations",), "a batch is not split into several steps",
-            _steps_per_generation),
         Row(("max_prompt_length",), ("long_prompts",), "prompts are never cut: `error` or `drop`", lambda _: {}),
         Row(("repetition_penalty",), ("generation_kwargs",), "`{repetition_penalty: 1.1}`",
             lambda theirs: {"generation_kwargs": {"repetition_penalty": theirs["repetition_penalty"]}}),

@@ -159,7 +159,7 @@ def _resume(theirs: Theirs) -> dict[str, Any]:
 def _steps(theirs: Theirs) -> dict[str, Any]:
     if theirs.get("trainer.total_training_steps") is not None:
         return {"max_steps": theirs["trainer.total_training_steps"]}
-    raise NoCounterpart("set max_steps: epochs x rows of the data x num_generations / generation_batch_size")
+    return {"num_train_epochs": theirs["trainer.total_epochs"]} if "trainer.total_epochs" in theirs else {}
 
 
 def _loggers(theirs: Theirs) -> dict[str, Any]:
@@ -184,6 +184,8 @@ def _defaults(theirs: Theirs) -> dict[str, Any]:
         "answer_column": "reward_model.ground_truth",
         **_completions(theirs),
     }
+    if theirs.get("trainer.total_training_steps") is None:
+        made["num_train_epochs"] = 30
     if theirs.get("actor.policy_loss.loss_mode", "vanilla") == "vanilla":
         made["delta"] = 3.0
     if theirs.get("rollout.name") == "vllm":
@@ -281,7 +283,8 @@ VERL = Trainer(
         Row(("rollout.multi_turn.enable",), (), "one answer to each prompt, without tools",
             fixed("rollout.multi_turn.enable", False, "use prompts that are answered at once, without tools")),
         Row(("model.use_fused_kernels",), (), "the loss never builds the logits", lambda _: {}),
-        Row(("trainer.total_epochs", "trainer.total_training_steps"), ("max_steps",), "steps of the optimizer", _steps),
+        Row(("trainer.total_epochs", "trainer.total_training_steps"), ("num_train_epochs", "max_steps"),
+            "the steps of the optimizer, where both are given", _steps),
         Row(("trainer.save_freq", "trainer.test_freq"), ("save_steps", "eval_steps"), "0 instead of -1 for never",
             _frequencies),
         Row(("trainer.max_actor_ckpt_to_keep",), ("save_total_limit",)),

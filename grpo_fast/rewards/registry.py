@@ -11,7 +11,14 @@ from pathlib import Path
 from grpo_fast.errors import UserError, nearest
 from grpo_fast.named_functions import load_function
 from grpo_fast.rewards.base import RewardFunction
-from grpo_fast.rewards.functions.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
+from grpo_fast.rewards.functions.answers import (
+    accuracy_reward,
+    boxed_answer,
+    exact_answer,
+    final_number,
+    gsm8k_answer,
+    math_answer,
+)
 from grpo_fast.rewards.functions.code import unit_tests
 from grpo_fast.rewards.functions.format import (
     answer_format,
@@ -30,6 +37,7 @@ REWARDS: dict[str, RewardFunction] = {
         gsm8k_answer,
         boxed_answer,
         math_answer,
+        accuracy_reward,
         answer_format,
         soft_answer_format,
         think_format,
@@ -39,14 +47,14 @@ REWARDS: dict[str, RewardFunction] = {
         digits_ordered,
     )
 }
+# TRL's name.
+REWARDS["think_format_reward"] = think_format
 
-# What other trainers call these functions.
+# Short names, and those of other trainers.
 ALIASES = {
     "accuracy": "math_answer",
-    "accuracy_reward": "math_answer",
     "format": "answer_format",
     "format_reward": "answer_format",
-    "think_format_reward": "think_format",
 }
 
 # Functions that return a reward function.

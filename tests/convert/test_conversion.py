@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -55,12 +56,21 @@ def model(tmp_path_factory):
         (
             "llama_factory",
             ["--reward_funcs", "exact_answer,format", "--max_steps", "1"],
-            {"use_peft": True, "lora_alpha": 16, "generation_batch_size": 16, "warmup_steps": 0.1},
+            {"use_peft": True, "lora_alpha": 16, "generation_batch_size": 16, "warmup_ratio": 0.1},
         ),
         (
             "trl",
             [],
-            {"reward_funcs": ["accuracy_reward"], "dtype": "bfloat16", "learning_rate": 1e-5, "lora_dropout": 0.05},
+            {
+                "reward_funcs": ["accuracy_reward"],
+                "dtype": "bfloat16",
+                "learning_rate": 1e-5,
+                "lora_dropout": 0.05,
+                "per_device_train_batch_size": 4,
+                "gradient_accumulation_steps": 4,
+                "generation_batch_size": 16,
+                "warmup_ratio": 0.05,
+            },
         ),
         (
             "verl",
@@ -78,8 +88,9 @@ def test_example_converts_and_runs(name, options, expected, model, tmp_path, mon
     assert {field: getattr(config, field) for field in expected} == expected
     small = {
         "model_name_or_path": model, "output_dir": tmp_path / "run", "max_steps": 1, "max_completion_length": 4,
-        "max_eval_samples": 2, "num_generations": 4, "generation_batch_size": 8, "bf16": "false", "use_cpu": "true",
+        "max_eval_samples": 2, "num_generations": 4, "bf16": "false", "use_cpu": "true",
     }  # fmt: skip
+    small |= {"gradient_accumulation_steps": 2} if name == "trl" else {"generation_batch_size": 8}
     summary = GRPOTrainer(
         parse_config([str(output), *(f"--{field}={value}" for field, value in small.items())])
     ).train()
@@ -108,7 +119,8 @@ def test_convert_says_what_became_of_each_field(tmp_path, monkeypatch, capsys):
     assert "reward_funcs: reward functions, such as math_answer" in said
     # The file says the same, and is our configuration but for what is left to set.
     written = (tmp_path / "theirs-grpo-fast.yaml").read_text()
-    assert "#   num_train_epochs=2.0: set max_steps: epochs x rows" in written
+    assert "#   ref_model='x': the reference is the initial policy" in written
+    assert yaml.safe_load(written)["num_train_epochs"] == 2.0
     assert set(yaml.safe_load(written)) <= FIELDS
     assert main(["convert", "theirs.yaml"]) == 2
     assert "theirs-grpo-fast.yaml already exists" in capsys.readouterr().err
@@ -117,8 +129,21 @@ def test_convert_says_what_became_of_each_field(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("content", "fields"),
     [
-        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, {"generation_batch_size": 64}),
-        ({"generation_batch_size": 32, "per_device_train_batch_size": 2}, {"generation_batch_size": 32}),
+        (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+        ),
+        ({"steps_per_generation": 8}, {"per_device_train_batch_size": 8, "steps_per_generation": 8}),
+        (
+            {"generation_batch_size": 32, "per_device_train_batch_size": 2},
+            {"generation_batch_size": 32, "per_device_train_batch_size": 2},
+        ),
+        # Two optimizer steps of TRL's 8 completions per process.
+        ({"generation_batch_size": 64}, {"generation_batch_size": 64, "per_device_train_batch_size": 8}),
+        ({"num_train_epochs": 1, "max_steps": -1}, {"num_train_epochs": 1.0, "max_steps": -1}),
+        ({"max_steps": -1}, {"num_train_epochs": 3.0}),
+        ({"max_steps": None}, {"num_train_epochs": 3.0}),
+        ({"warmup_ratio": 0.1, "logging_first_step": True}, {"warmup_ratio": 0.1, "logging_first_step": True}),
         ({"learning_rate": "1e-5", "max_steps": "7"}, {"learning_rate": 1e-5, "max_steps": 7}),
         ({"report_to": "wandb"}, {"report_to": ["wandb"]}),
         ({"save_strategy": "no"}, {"save_steps": 0}),
@@ -127,30 +152,54 @@ def test_convert_says_what_became_of_each_field(tmp_path, monkeypatch, capsys):
         ({"vllm_importance_sampling_cap": 2.0}, {"vllm_importance_sampling_clip_max": 2.0}),
         ({"fp16": False}, {"bf16": True}),
         ({"bf16": False}, {"bf16": False}),
-        ({}, {"generation_batch_size": 32, "max_steps": 100}),
+        ({}, {"per_device_train_batch_size": 8, "num_train_epochs": 3.0}),
         ({}, {"reward_funcs": "accuracy,format", "gradient_checkpointing": True, "save_steps": 500}),
     ],
 )
-def test_convert_from_trl(content, fields):
+def test_convert_from_trl(content, fields, monkeypatch):
     result = made(BASE | content, processes=4)
     assert result.trainer == "TRL"
     assert {name: result.fields[name] for name in fields} == fields
-    assert result.notes == {}
+    assert result.notes == result.to_set == {}
+    assert "WORLD_SIZE" not in os.environ
+    monkeypatch.setenv("WORLD_SIZE", "4")
     GRPOConfig(**result.fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "completions", "per_step"),
+    [
+        ({}, 32, 32),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}, 64, 64),
+        ({"steps_per_generation": 8}, 256, 32),
+        ({"generation_batch_size": 64}, 64, 32),
+        ({"generation_batch_size": 32, "per_device_train_batch_size": 2}, 32, 8),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 8, 8),
+    ],
+)
+def test_batches_converted_from_trl_are_those_of_trl(content, completions, per_step, monkeypatch):
+    result = made(BASE | content, processes=4)
+    assert result.to_set == {}
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = GRPOConfig(**result.fields)
+    assert (config.generation_batch_size, config.generation_batch_size // config.parts_per_batch) == (
+        completions,
+        per_step,
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "note"),
     [
         ({"deepspeed": "ds.json"}, "set fsdp: true for several GPUs"),
-        ({"steps_per_generation": 8}, "an optimizer step takes one whole generation batch"),
+        ({"steps_per_generation": 0}, "steps_per_generation=0 is not allowed: it must be at least 1"),
         ({"optim": "lion"}, "use adamw_torch_fused"),
         ({"eval_strategy": "epoch"}, "set eval_steps to the steps between two evaluations"),
         ({"fp16": True}, "set bf16: true"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "it must be one of linear, cosine"),
         ({"max_steps": "many"}, "max_steps='many' is not allowed: it must be"),
         ({"learning_rat": 1.0}, "not known here (did you mean 'learning_rate'?)"),
-        ({"per_device_train_batch_size": "auto"}, "its value was not understood; set generation_batch_size"),
+        ({"per_device_train_batch_size": "auto"}, "per_device_train_batch_size='auto' is not allowed: it must be"),
         ({"output_dir": "$OUT"}, "write its value in place of the variable"),
     ],
 )
@@ -188,6 +237,9 @@ def test_convert_notes_what_has_no_counterpart(content, note):
             {"answer_column": "reward_model.ground_truth"},
         ),
         ({"trainer__save_freq": -1, "trainer__test_freq": 5}, {"save_steps": 0, "eval_steps": 5}),
+        ({"trainer__total_epochs": 15}, {"num_train_epochs": 15}),
+        ({"trainer__total_epochs": 15, "trainer__total_training_steps": 9}, {"max_steps": 9}),
+        ({}, {"num_train_epochs": 30}),
     ],
 )  # fmt: skip
 def test_convert_from_verl(fields, expected):
@@ -203,7 +255,6 @@ def test_convert_from_verl(fields, expected):
         ({"algorithm__adv_estimator": "gae"}, "there is no critic"),
         ({"data__train_files": ["a", "b"]}, "dataset_name takes one file"),
         ({"actor_rollout_ref__rollout__name": "sglang"}, "set use_vllm: true"),
-        ({"trainer__total_epochs": 15}, "set max_steps: epochs x rows"),
         ({"trainer__n_gpus_per_node": 8}, "start 8 processes with torchrun"),
         ({"custom_reward_function__path": "r.py"}, "write a function that calls compute_score"),
         ({"data__truncation": "left"}, "prompts are never cut"),
@@ -257,6 +308,7 @@ def test_home_folder_and_variables():
         ({"finetuning_type": "lora", "lora_rank": 4}, {"use_peft": True, "lora_r": 4, "lora_alpha": 8}),
         ({"lora_target": "q_proj,v_proj"}, {"lora_target_modules": ["q_proj", "v_proj"]}),
         ({"quantization_bit": 4}, {"load_in_4bit": True, "use_bnb_nested_quant": True}),
+        ({}, {"generation_batch_size": 8, "num_train_epochs": 3.0}),
         ({"ppo_buffer_size": 2, "gradient_accumulation_steps": 8}, {"generation_batch_size": 128}),
         ({"ppo_whiten_rewards": True}, {"scale_rewards": "batch"}),
         ({"disable_gradient_checkpointing": True}, {"gradient_checkpointing": False}),
@@ -319,10 +371,15 @@ def test_given_fields_take_precedence():
 
 
 def test_configuration_that_would_be_refused_is_told():
-    result = made(BASE | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})
-    assert result.to_set == {
-        "and": "generation_batch_size=4 is not allowed: it must be a multiple of num_generations=8"
-    }
+    base = BASE | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    for content in (base, base | {"num_generations": 8}):
+        result = made(content)
+        assert result.to_set == {
+            "and": "num_generations=8 must divide the completions of a generation batch, per_device_train_batch_size=1 "
+            "x gradient_accumulation_steps=4 x 1 process = 4; gradient_accumulation_steps=8 would do"
+        }
+        assert result.notes == {}
+        assert made(content, processes=2).to_set == {}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +417,7 @@ def test_converter_agrees_with_the_document_on_trl():
     table = {}
     for theirs, ours in re.findall(r"^\| (.*?) \| (.*?) \|", section, re.M):
         table |= {name: set(re.findall(r"`(\w+)`", ours)) for name in re.findall(r"`(\w+)`", theirs)}
-    rows = {name: set(row.ours) for row in TRAINERS["trl"].rows for name in row.theirs if name not in FIELDS}
+    rows = {name: set(row.ours) for row in TRAINERS["trl"].rows for name in row.theirs}
     shared = [name for name in rows if name in table]
     assert len(shared) > 8
     for name in shared:
@@ -371,5 +428,8 @@ def test_converter_agrees_with_the_document_on_trl():
 def test_rows_name_our_fields(kind):
     assert {name for row in kind.rows for name in row.ours} <= FIELDS
     every = [name for row in kind.rows for name in row.theirs]
-    assert not set(every) & set(kind.not_needed)
+    assert not (FIELDS | set(every)) & set(kind.not_needed)
+    # A field with our name has our meaning, unless the row says otherwise.
+    odd = {name for row in kind.rows for name in row.theirs if name in FIELDS and name not in row.ours}
+    assert odd == ({"per_device_train_batch_size", "gradient_accumulation_steps"} if kind.title[0] == "L" else set())
     assert len(set(every)) == len(every)

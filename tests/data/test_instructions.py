@@ -8,8 +8,8 @@ from grpo_fast.cli import parse_config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import load_rows, load_template
 from grpo_fast.errors import UserError
-from grpo_fast.rewards.functions.answers import math_answer
-from grpo_fast.rewards.functions.format import answer_format
+from grpo_fast.rewards.functions.answers import accuracy_reward, math_answer
+from grpo_fast.rewards.functions.format import answer_format, think_format
 from grpo_fast.rewards.registry import ALIASES, is_built_in, load_reward
 
 ADD = {"instruction": "Add the numbers.", "input": "2 3", "output": "5"}
@@ -124,6 +124,11 @@ def test_reward_funcs_may_be_one_text(given):
     assert made.reward_funcs == ["accuracy", "format"]
     assert [load_reward(name) for name in made.reward_funcs] == [math_answer, answer_format]
     assert all(map(is_built_in, ALIASES))
+
+
+def test_names_of_trl_are_its_functions():
+    assert load_reward("accuracy_reward") is accuracy_reward
+    assert load_reward("think_format_reward") is think_format
 
 
 def test_reward_funcs_in_a_file_keeps_the_arguments_of_a_reward(tmp_path):
