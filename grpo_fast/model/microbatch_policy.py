@@ -44,7 +44,8 @@ class MicrobatchPolicy(FusedPolicy):
         hidden = hidden.flatten(0, 1).index_select(0, microbatch.sources)
         # With a loss entropies cost next to nothing.
         with_entropy = with_entropy or inputs is not None
-        return self._head(hidden, microbatch.targets, inputs, with_entropy, microbatch.cu_seqlens, router)
+        rows = "all" if inputs is None else inputs.rows
+        return self._head(hidden, microbatch.targets, inputs, with_entropy, microbatch.cu_seqlens, router, rows)
 
     def check_packing(self, prompt_ids: list[int], padding_free: str) -> bool:
         """Whether sequences are packed: the model's attention allows it, and packed rows give what padded ones do.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class LossInputs:
         correct: makes `correction` from the present log-probabilities ``[n]``, called with ``cu_seqlens=``; it costs a
             pass over the head.
         share: the part that this forward has in the optimizer step; its router loss is multiplied by it.
+        rows: "all" if every token moves the policy; None lets the head ask the device which ones do.
     """
 
     objective: PolicyObjective
@@ -64,6 +65,7 @@ class LossInputs:
     correction: Tensor | None = None
     correct: Callable[..., Tensor] | None = None
     share: float = 1.0
+    rows: Literal["all"] | None = None
 
 
 class FusedPolicy(nn.Module):
@@ -301,10 +303,20 @@ class FusedPolicy(nn.Module):
         with_entropy: bool = False,
         cu_seqlens: Tensor | None = None,
         router: Tensor | None = None,
+        rows: Literal["all"] | None = None,
     ) -> PolicyLoss | Tensor | tuple[Tensor, Tensor]:
-        """From the hidden states that predict `targets` to log-probabilities, or to the loss."""
+        """From the hidden states that predict `targets` to log-probabilities, or to the loss.
+
+        `rows` is "all" if no target is ignored and, with a loss, every token moves the policy.
+        """
         weight, bias, group = head_tensors(self.causal_lm.get_output_embeddings())
-        options = {"bias": bias, "return_entropy": with_entropy, "process_group": group, **self.head_options}
+        options = {
+            "bias": bias,
+            "return_entropy": with_entropy,
+            "process_group": group,
+            "rows": rows,
+            **self.head_options,
+        }
         if loss is None:
             found = linear_logprob(hidden, weight, targets, **options)
             # A view would lose the hook that FSDP2 puts on it if a caller changed it in place.

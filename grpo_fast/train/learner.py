@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -182,9 +182,10 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
+        rows = self.known_rows(batch)
         with own_random_numbers():
             for microbatch, last in with_last(self.microbatches(batch)):
-                inputs = self.loss_inputs(batch, microbatch.tokens)
+                inputs = self.loss_inputs(batch, microbatch.tokens, rows)
                 with without_sync(self.policy, last):
                     result = self.policy(microbatch, inputs)
                     self.accelerator.backward(result.loss)
@@ -209,7 +210,18 @@ class Learner:
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
         return metrics
 
-    def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
+    def known_rows(self, batch: StepBatch) -> Literal["all"] | None:
+        """ "all" if every token of the active completions moves the policy, so that microbatches need not ask which."""
+        mode = self.config.vllm_importance_sampling_mode
+        if batch.sampling_logprobs is not None and batch.correction is None and "mask" in mode:
+            return None
+        moves = batch.weights != 0
+        if self.objective.advantage_alone:
+            for factor in (batch.advantages, batch.high_entropy, batch.correction):
+                moves = moves if factor is None else moves & (factor != 0)
+        return "all" if int(moves.sum()) == int(batch.offsets.diff()[batch.active].sum()) else None
+
+    def loss_inputs(self, batch: StepBatch, tokens: Tensor, rows: Literal["all"] | None = None) -> LossInputs:
         advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
         fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs, batch.correction)
         corrects = batch.sampling_logprobs is not None and batch.correction is None
@@ -218,7 +230,7 @@ class Learner:
             correct = partial(self.sampling_ratio, sampling_logprobs=batch.sampling_logprobs[tokens])
         share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
         tensors = (None if field is None else field[tokens] for field in fields)
-        return LossInputs(self.objective, *tensors, correct, share)
+        return LossInputs(self.objective, *tensors, correct, share, rows)
 
     def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
         """``rho_t`` of the run's mode, for the tokens of whole sequences."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -24,6 +25,22 @@ from torch import Tensor
 
 from grpo_kernels._checks import IGNORE_INDEX
 from grpo_kernels.budget import BLOCK_SHARE, NARROW_COPIES, chunks, cpu_block_bytes, equal_parts
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Within it cuBLAS adds up the parts of a bfloat16 product in float32, even where it splits the sum."""
+    settings, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before, exact = getattr(settings, name), False
+    # Newer versions of torch reset a second setting unless it is given.
+    if hasattr(settings, f"{name}_split_k"):
+        split = getattr(settings, f"{name}_split_k")
+        before, exact = (before, split), (exact, split)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 class Rows(NamedTuple):
@@ -61,6 +78,7 @@ class Chunk(NamedTuple):
     rows: Rows
     e: Tensor  # [C, V]
     stats: RowStatistics
+    last: bool = True  # of its pass
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,11 @@ class Head(ABC):
         Returns:
             (d, row_scale ``[C]`` or None for 1).
         """
+
+    @staticmethod
+    def scale_(values: Tensor, factor: Tensor) -> None:
+        """``values *= factor`` for a scalar on their device, without waiting for it."""
+        values.mul_(factor)
 
     @property
     def on_cpu(self) -> bool:
@@ -171,12 +194,15 @@ class Head(ABC):
         width = -(-self.vocab_size // self.buffer_alignment) * self.buffer_alignment
         return torch.empty(rows, width, dtype=self.buffer_dtype, device=self.weight.device)[:, : self.vocab_size]
 
+    def block_width(self, dtype: torch.dtype, num_rows: int) -> int:
+        """Columns for one product of `num_rows` rows in `dtype`: the whole vocabulary, or less if operands are cast."""
+        if self.weight.dtype == self.operand_dtype == self.buffer_dtype == dtype:
+            return self.vocab_size
+        return self.block_bytes // (max(num_rows, self.weight.shape[1], 1) * self.dtype.itemsize)
+
     def vocab_blocks(self, dtype: torch.dtype, num_rows: int) -> Iterator[slice]:
-        """The vocabulary for products of `num_rows` rows in `dtype`: whole, or in blocks where an operand is cast."""
-        width = self.vocab_size
-        if not self.weight.dtype == self.operand_dtype == self.buffer_dtype == dtype:
-            width = self.block_bytes // (max(num_rows, self.weight.shape[1], 1) * self.dtype.itemsize)
-        return chunks(self.vocab_size, width)
+        """The vocabulary in blocks of `block_width`."""
+        return chunks(self.vocab_size, self.block_width(dtype, num_rows))
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Target ids within this rank's shard, -1 for those of other shards; int64. Ignored targets stay ignored."""
@@ -206,24 +232,33 @@ class Head(ABC):
         target, total, *weighted = self.all_reduce(torch.stack(sums))
         return stats._replace(target=target, maximum=maximum, total=total, weighted=weighted[0] if weighted else None)
 
-    def grad_hidden(self, d: Tensor, row_scale: Tensor | None) -> Tensor:
-        """``row_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
-        out = d.new_zeros(d.shape[0], self.weight.shape[1], dtype=self.dtype)
-        for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
-            self._multiply(d[:, block], self.weight[block].to(self.operand_dtype), out, add=True)
+    def grad_hidden(self, d: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
+        """Write ``row_scale * (d @ weight)`` over all shards into ``out [C, H]``, rounded once to its dtype."""
+        blocks = list(self.vocab_blocks(self.gradient_dtype, d.shape[0]))
+        rounded_by_product = (
+            self.mixed_products
+            and out.dtype == self.gradient_dtype
+            and row_scale is None
+            and self.process_group is None
+            and len(blocks) == 1
+        )
+        direct = (out.dtype == self.dtype or rounded_by_product) and out.is_contiguous()
+        product = out if direct else out.new_empty(out.shape, dtype=self.dtype)
+        if not blocks:
+            product.zero_()
+        for index, block in enumerate(blocks):
+            self.multiply(d[:, block], self.weight[block].to(self.operand_dtype), product, add=index > 0)
         if row_scale is not None:
-            out *= row_scale[:, None]
-        return self.all_reduce(out)
+            product *= row_scale[:, None]
+        self.all_reduce(product)
+        if not direct:
+            out.copy_(product)
 
-    def accumulate_grad_weight(
-        self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, grad_weight: Tensor, unwritten: bool = False
-    ) -> None:
-        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``, or ``=`` if it is still `unwritten`."""
+    def scaled_rows(self, hidden: Tensor, row_scale: Tensor | None) -> Tensor:
+        """``row_scale * hidden``, the operand ``[C, H]`` of the weight gradient's product."""
         # Not rounded to the operands' float16, where the row scale would underflow.
         scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
-        scaled = scaled.to(self.gradient_dtype)
-        for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
-            self._multiply(d[:, block].t(), scaled, grad_weight[block], add=not unwritten)
+        return scaled.to(self.gradient_dtype)
 
     def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor | None, grad_bias: Tensor) -> None:
         """``grad_bias [V] += d.T @ row_scale``, less the logit scale, which does not act on the bias."""
@@ -232,9 +267,16 @@ class Head(ABC):
         else:
             grad_bias.addmv_(d.t(), row_scale / self.logit_scale)
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """``out = a @ b``, or ``out += a @ b``, with the operands in the gradients' dtype."""
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        """``out = a @ b``, or ``out += a @ b``, with the operands in the gradients' dtype.
+
+        `out` has the accumulation dtype; without `add` it may have that of the operands, and is rounded once.
+        """
         a, b = a.to(self.gradient_dtype), b.to(self.gradient_dtype)
+        if self.gradient_dtype != self.dtype and out.dtype == self.gradient_dtype:
+            with float32_sums():
+                torch.mm(a, b, out=out)
+            return
         if self.gradient_dtype != self.dtype and not self.mixed_products:
             product = torch.mm(a, b)
             out.add_(product) if add else out.copy_(product)

@@ -14,6 +14,8 @@ FROZEN_GPU_BUFFER_BYTES = 512 * MIB
 CPU_BLOCK_BYTES = 4 * MIB
 # The largest share of the byte budget for such a block. Two exist at once.
 BLOCK_SHARE = 0.125
+# Sums of the weight's gradient that are rounded at once: they fit a GPU's second-level cache.
+ROUNDED_BYTES = 32 * MIB
 # [C, H] temporaries that exist at once beside the logits: hidden states and gradients, each also scaled or rounded.
 NARROW_COPIES = 3
 

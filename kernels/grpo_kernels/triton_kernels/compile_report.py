@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_kernels.triton_kernels import elementwise_kernels, head_kernels, policy_kernels, triton_head
+from grpo_kernels.triton_kernels import elementwise_kernels, head_kernels, policy_kernels, scale_kernels, triton_head
 from grpo_kernels.triton_kernels.launch import interpreting
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 
@@ -129,6 +129,11 @@ def small_variants() -> Iterator[Variant]:
         for kind, index in policy_kernels.KINDS.items():
             constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy_kernels.BLOCK}
             yield Variant(kernel, kind, {}, constants, policy_kernels.WARPS)
+    for dtype in ("bf16", "fp32"):
+        sizes = {"values": f"*{dtype}", "blocks": "i32"}
+        constants = {"BLOCK": scale_kernels.BLOCK}
+        aligned = frozenset({"values"})
+        yield Variant(scale_kernels.scale_unless_one, dtype, sizes, constants, scale_kernels.WARPS, aligned=aligned)
     block = {"BLOCK": elementwise_kernels.BLOCK}
     types = {"logprobs": "*bf16", "grad_logprobs": "*bf16"}
     for kl in (1, 2, 3):

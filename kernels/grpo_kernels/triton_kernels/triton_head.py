@@ -18,6 +18,7 @@ from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels.budget import equal_parts
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
+from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, splits_of
 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -40,6 +41,8 @@ class TritonHead(Head):
 
     # Elements: rows start at multiples of 16 bytes whatever V is, as the kernels and cuBLAS require.
     buffer_alignment = 8
+
+    scale_ = staticmethod(scale_unless_one_)
 
     @property
     def buffer_dtype(self) -> torch.dtype:
