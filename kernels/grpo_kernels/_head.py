@@ -58,7 +58,7 @@ class RowStatistics(NamedTuple):
     maximum: Tensor  # [C]
     total: Tensor  # [C], the sum of exp(z - maximum)
     weighted: Tensor | None  # [C], the sum of exp(z - maximum) * (z - maximum); only for entropies
-    tile_maximum: Tensor  # [tiles, C]
+    tile_maximum: Tensor | None  # [tiles, C]; None where e is relative to `maximum`, or where there is no e
     tile_width: int  # columns that share a maximum
 
     @property
@@ -118,6 +118,17 @@ class Head(ABC):
     @abstractmethod
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
         """Write e of the rows into ``out [C, V]`` and return the statistics (over all shards)."""
+
+    @abstractmethod
+    def recompute_(
+        self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `gradient_` returns, for rows whose statistics are known: one product, and no sums over the vocabulary.
+
+        Args:
+            out: ``[C, V]``, which d is written into.
+            grad_logprobs, grad_entropy: ``[C]``; None stands for 0.
+        """
 
     @abstractmethod
     def gradient_(

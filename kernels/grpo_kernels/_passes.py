@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._checks import IGNORE_INDEX, require, require_device, require_tensors, values_can_be_checked
-from grpo_kernels._head import Chunk, Head, Rows
+from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels._weight_gradient import WeightGradient
 from grpo_kernels.budget import chunks
 
@@ -59,21 +59,28 @@ class Pass:
     def frozen(self) -> bool:
         return not (self.needs[1] or self.needs[2])
 
-    def chunks(self, rows: Tensor, buffer: Tensor, with_entropy: bool) -> Iterator[Chunk]:
-        """1U: the forward of the tokens ``rows [n]``. A chunk lies in `buffer` until the next one is made."""
+    def inputs(self, rows: Tensor, length: int) -> Iterator[tuple[Tensor | slice, Rows, bool]]:
+        """The tokens ``rows [n]`` in chunks of at most `length`: (which of the N, their inputs, whether the last)."""
         every_row = rows.numel() == self.targets.numel()
-        for part in chunks(rows.numel(), buffer.shape[0]):
+        for part in chunks(rows.numel(), length):
             # A slice, unlike indices, copies nothing.
             at = part if every_row else rows[part]
             temperature = None if self.temperature is None else self.temperature[at]
             chunk = Rows(self.head.operand(self.hidden[at]), self.targets[at], temperature)
-            e = buffer[: chunk.hidden.shape[0]]
-            yield Chunk(at, chunk, e, self.head.forward_(chunk, e, with_entropy), part.stop == rows.numel())
+            yield at, chunk, part.stop == rows.numel()
 
-    def score(self, rows: Tensor, scores: Scores) -> None:
-        """1U: the scores of `rows`, in place."""
+    def chunks(self, rows: Tensor, buffer: Tensor, with_entropy: bool) -> Iterator[Chunk]:
+        """1U: the forward of the tokens ``rows [n]``. A chunk lies in `buffer` until the next one is made."""
+        for at, chunk, last in self.inputs(rows, buffer.shape[0]):
+            e = buffer[: chunk.hidden.shape[0]]
+            yield Chunk(at, chunk, e, self.head.forward_(chunk, e, with_entropy), last)
+
+    def score(self, rows: Tensor, scores: Scores, known: KnownRows | None = None) -> None:
+        """1U: the scores of `rows`, and what their gradients need, in place."""
         for chunk in self.chunks(rows, self.head.scoring_buffer(rows.numel()), scores.entropy is not None):
             scores.write(chunk)
+            if known is not None:
+                known.write(chunk)
 
     def slopes(self, rows: Tensor, scores: Scores, slopes: list[Tensor]) -> None:
         """2U (3U with the entropy's): the scores of `rows`, and dlogp/dhidden and perhaps dentropy/dhidden, in place.
@@ -129,6 +136,25 @@ class Scores(NamedTuple):
         return Scores(self.logprobs[at], None if self.entropy is None else self.entropy[at])
 
 
+class KnownRows(NamedTuple):
+    """The softmax statistics of tokens that were scored, for the gradients of the same logits."""
+
+    planes: Tensor  # [3, N], or [4, N] with entropies: as in `RowStatistics`
+
+    @classmethod
+    def zeros(cls, call: Pass) -> Self:
+        return cls(call.hidden.new_zeros(3 + call.with_entropy, call.targets.numel(), dtype=call.head.dtype))
+
+    def write(self, chunk: Chunk) -> None:
+        stats = chunk.stats
+        planes = (stats.target, stats.maximum, stats.total, stats.weighted)
+        self.planes[:, chunk.at] = torch.stack([plane for plane in planes if plane is not None])
+
+    def take(self, at: Tensor | slice) -> RowStatistics:
+        target, maximum, total, *weighted = self.planes[:, at]
+        return RowStatistics(target, maximum, total, weighted[0] if weighted else None, None, 0)
+
+
 class Gradients:
     """Collects the gradients that a pass needs, hidden's and the weight's in the dtypes given."""
 
@@ -141,18 +167,26 @@ class Gradients:
     def add(self, chunk: Chunk, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
         """2U: add a chunk's share, given its dL/dlogp and dL/dentropy (or None), ``[C]``."""
         d, row_scale = self.head.gradient_(chunk, grad_logprobs, grad_entropy)
+        self._multiply(chunk.at, chunk.rows, d, row_scale, chunk.last)
+
+    def recompute(
+        self, call: Pass, rows: Tensor, known: KnownRows, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> None:
+        """3U: the share of `rows` that were scored, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
+        buffer = self.head.buffer(rows.numel())
+        for at, chunk, last in call.inputs(rows, buffer.shape[0]):
+            upstreams = grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
+            d, row_scale = self.head.recompute_(chunk, known.take(at), buffer[: chunk.hidden.shape[0]], *upstreams)
+            self._multiply(at, chunk, d, row_scale, last)
+
+    def _multiply(self, at: Tensor | slice, rows: Rows, d: Tensor, row_scale: Tensor | None, last: bool) -> None:
+        """2U: add a chunk's share, given its dL/dlogits."""
         if self.hidden is not None:
-            write_grad_hidden(self.head, d, row_scale, self.hidden, chunk.at)
+            write_grad_hidden(self.head, d, row_scale, self.hidden, at)
         if self.weight is not None:
-            self.weight.add(d, row_scale, chunk)
+            self.weight.add(d, row_scale, rows.hidden, last)
         if self.bias is not None:
             self.head.accumulate_grad_bias(d, row_scale, self.bias)
-
-    def recompute(self, call: Pass, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
-        """3U: a second forward of `rows`, then their share, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
-        for chunk in call.chunks(rows, self.head.buffer(rows.numel()), grad_entropy is not None):
-            at = chunk.at
-            self.add(chunk, grad_logprobs[at], None if grad_entropy is None else grad_entropy[at])
 
     def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of (hidden, weight, bias), after the last chunk."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_kernels._head import Chunk, Head
+from grpo_kernels._head import Head
 from grpo_kernels.budget import ROUNDED_BYTES, chunks
 
 
@@ -29,23 +29,23 @@ class WeightGradient:
         # Each part's first row of the vocabulary, and its sums.
         self.sums: list[tuple[int, Tensor]] = [] if buffer is None else [(0, buffer)]
 
-    def add(self, d: Tensor, row_scale: Tensor | None, chunk: Chunk) -> None:
-        """Add ``d.T @ (row_scale * hidden)`` of a chunk."""
+    def add(self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, last: bool) -> None:
+        """Add ``d.T @ (row_scale * hidden)`` of a chunk, the `last` one or another."""
         head, add = self.head, bool(self.sums)
-        scaled = head.scaled_rows(chunk.rows.hidden, row_scale)
+        scaled = head.scaled_rows(hidden, row_scale)
         if not add:
-            self._allocate(alone=chunk.last)
+            self._allocate(alone=last)
         width = head.block_width(head.gradient_dtype, d.shape[0])
-        if chunk.last and self.sums[0][1].dtype != self.dtype:
+        if last and self.sums[0][1].dtype != self.dtype:
             # A block stays in the cache until it is rounded.
             width = min(width, ROUNDED_BYTES // (head.dtype.itemsize * scaled.shape[1]))
         for start, sums in self.sums:
             for block in chunks(sums.shape[0], width):
                 rows = slice(start + block.start, start + block.stop)
                 head.multiply(d[:, rows].t(), scaled, sums[block], add)
-                if chunk.last and sums.dtype != self.dtype:
+                if last and sums.dtype != self.dtype:
                     self._round(rows, sums[block])
-        if chunk.last:
+        if last:
             self.sums.clear()
 
     def collected(self) -> Tensor:

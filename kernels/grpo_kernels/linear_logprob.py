@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 
 from grpo_kernels._checks import IGNORE_INDEX, require
 from grpo_kernels._head_arguments import make_pass
-from grpo_kernels._passes import Gradients, Pass, Scores, partition
+from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 
 
 @overload
@@ -147,11 +147,19 @@ class _LinearLogprob(torch.autograd.Function):
                 call.prepared().slopes(rows, scores, slopes)
                 ctx.save_for_backward(rows, ignored, *slopes)
             else:
-                call.prepared().score(rows, scores)
+                known = KnownRows.zeros(call) if any(call.needs) else None
+                call.prepared().score(rows, scores, known)
                 # The backward reads the head's weight and bias; since they are saved, torch refuses them if something
                 # like an optimizer step changes them in place before.
                 ctx.save_for_backward(
-                    rows, ignored, call.hidden, call.targets, call.temperature, call.head.weight, call.head.bias
+                    rows,
+                    ignored,
+                    None if known is None else known.planes,
+                    call.hidden,
+                    call.targets,
+                    call.temperature,
+                    call.head.weight,
+                    call.head.bias,
                 )
         if ctx.rows_given:
             scores.clear(ignored)
@@ -169,7 +177,7 @@ class _LinearLogprob(torch.autograd.Function):
         )
         if ctx.frozen:
             return _from_slopes((grad_logprobs, grad_entropy), saved), *(None,) * 3
-        hidden, targets, temperature, *_ = saved
+        planes, hidden, targets, temperature, *_ = saved
         coefficients = torch.zeros_like(grad_entropy) if grad_logprobs is None else grad_logprobs
         if not ctx.rows_given:
             active = coefficients[rows] != 0
@@ -179,7 +187,7 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             call = Pass(ctx.head, hidden, targets, temperature, ctx.needs, grad_entropy is not None).prepared()
             gradients = Gradients(call, hidden.dtype, ctx.dtypes[1])
-            gradients.recompute(call, rows, coefficients, grad_entropy)
+            gradients.recompute(call, rows, KnownRows(planes), coefficients, grad_entropy)
         grads = zip(gradients.collected(), ctx.dtypes, strict=True)
         return *(None if grad is None else grad.to(dtype) for grad, dtype in grads), None
 

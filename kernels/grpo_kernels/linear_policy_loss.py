@@ -30,7 +30,7 @@ from torch import Tensor
 
 from grpo_kernels import _checks as checks
 from grpo_kernels._head_arguments import make_pass
-from grpo_kernels._passes import Gradients, Pass, Scores, partition
+from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 from grpo_kernels.linear_logprob import linear_logprob_ref
 from grpo_kernels.objective import PolicyObjective
 from grpo_kernels.policy_loss import PolicyLoss, TokenLoss, make_token_loss, named_statistics, policy_loss_ref
@@ -220,7 +220,8 @@ def _sequence_level(
         terms = loss.terms(*scores)
         gradients.hidden.mul_(terms.grad_logprobs[:, None])
         return terms.loss, terms.stats
-    call.score(rows, scores)
+    known = KnownRows.zeros(call)
+    call.score(rows, scores, known)
     terms = loss.terms(*scores)
     grad_entropy = terms.grad_entropy if loss.has_bonus else None
     if call.rows is None:
@@ -228,7 +229,7 @@ def _sequence_level(
         if grad_entropy is not None:
             active = active | (grad_entropy != 0)
         rows, _ = partition((~active).long(), 2)
-    gradients.recompute(call, rows, terms.grad_logprobs, grad_entropy)
+    gradients.recompute(call, rows, known, terms.grad_logprobs, grad_entropy)
     return terms.loss, terms.stats
 
 

@@ -12,7 +12,6 @@ import torch
 import grpo_kernels._checks
 import grpo_kernels._weight_gradient
 from grpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss
-from grpo_kernels._head import Chunk, Rows
 from grpo_kernels._head_arguments import make_head
 from grpo_kernels._weight_gradient import WeightGradient
 from grpo_kernels.triton_kernels import elementwise_kernels, policy_kernels, scale_kernels, triton_head
@@ -105,6 +104,26 @@ def test_linear_policy_loss_several_chunks_round_the_weight_gradient_in_place(la
     assert traffic.peak - before <= 4 * vocab * width + budget + 65536 + 2 * tokens * width
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("operation", ["sequence", "logprob"])
+def test_gradients_of_scored_rows_sum_up_nothing_over_the_vocabulary(operation, backend, launched):
+    options = {"rows": "all", "backend": backend}
+    with Traffic() as traffic:
+        if operation == "logprob":
+            linear_logprob(*inputs(), **options).sum().backward()
+        else:
+            loss_of(inputs(), objective=PolicyObjective(level="sequence"), **options).loss.backward()
+    if backend == "triton":
+        heads = [name for name in launched if name.startswith("head_")]
+        assert heads == ["head_forward", "head_gradient_known"]
+    # The first pass alone looks for maxima and adds up exponentials, though both make logits.
+    calls = [w.call for w in traffic.written if w.shape in ((N,), (N, V))]
+    passes = 1 if backend == "torch" else 0
+    assert calls.count("aten::amax") == passes
+    assert calls.count("aten::exp_") == 2 * passes
+    assert sum(w.call == "aten::sum" and w.shape == (N,) for w in traffic.written) == passes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("vocab", [1, 2, 7, 260])
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -121,8 +140,7 @@ def test_weight_gradient_is_the_rounded_sum(chunks, vocab, dtype, monkeypatch):
         # Small integers and powers of 2, so that every sum is exact.
         hidden, d = torch.randint(-9, 9, (5, H)).float(), torch.randint(-9, 9, (5, vocab)).float()
         scale = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
-        chunk = Chunk(slice(0, 5), Rows(hidden, None, None), d, None, last=index == chunks - 1)
-        gradient.add(d, scale, chunk)
+        gradient.add(d, scale, hidden, last=index == chunks - 1)
         expected.addmm_(d.t(), hidden * scale[:, None])
     found = gradient.collected()
     assert found.is_contiguous()

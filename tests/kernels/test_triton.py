@@ -46,7 +46,15 @@ def test_kernels_compile_for_architecture(architecture):
     reports = [json.loads(line) for line in lines]
     row = ARCHITECTURES[architecture]
     names = {report["kernel"] for report in reports}
-    assert {"head_forward", "head_gradient", "combine_splits", "policy_tokens", "policy_sequences"} < names
+    assert {
+        "head_forward",
+        "head_gradient",
+        "head_gradient_known",
+        "scale_unless_one",
+        "combine_splits",
+        "policy_tokens",
+        "policy_sequences",
+    } < names
     assert {"kl_forward", "kl_backward", "masked_sums", "masked_mean_backward"} < names
     used = {report["variant"].split()[1] for report in reports if report["kernel"] == "head_forward"}
     assert used == {f"{t.rows}x{t.columns}x{t.depth}/{t.part}" for t in (*row.half, *row.single, *(row.capped or ()))}
@@ -59,7 +67,7 @@ def test_kernels_compile_for_architecture(architecture):
 
 def test_kernels_are_not_recompiled_for_other_token_counts():
     changes = json.loads(compiled(str(Path(__file__).parents[1] / "support" / "launches.py")))
-    assert len(changes) == 9
+    assert len(changes) == 10
     assert not any(changes.values()), changes
 
 

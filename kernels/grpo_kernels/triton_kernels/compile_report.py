@@ -16,14 +16,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_kernels.triton_kernels import elementwise_kernels, head_kernels, policy_kernels, scale_kernels, triton_head
+from grpo_kernels.triton_kernels import (
+    elementwise_kernels,
+    head_kernels,
+    known_lse_kernels,
+    policy_kernels,
+    scale_kernels,
+    triton_head,
+)
 from grpo_kernels.triton_kernels.launch import interpreting
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 
@@ -81,6 +88,12 @@ def head_variants(architecture: str) -> Iterator[Variant]:
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
+    for tiles, dtype in ((row.half, "bf16"), (row.single, "fp32")):
+        yield _head_gradient_known(row.descriptors, tiles[0], dtype, options=False)
+        capped = row.capped if dtype == "bf16" and row.capped else tiles
+        yield _head_gradient_known(row.descriptors, capped[0], dtype, options=True)
+        if row.descriptors:
+            yield _head_gradient_known(False, tiles[0], dtype, options=False)
     for dtype in ("bf16", "fp32"):
         for options in (False, True):
             yield _head_gradient(row.half[0].part, dtype, options)
@@ -106,6 +119,14 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
     name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
     aligned = frozenset({"hidden", "weight", "out", "V", "H", "hidden_stride", "weight_stride_v", "out_stride"})
     return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
+
+
+def _head_gradient_known(descriptors: bool, tile: Tile, dtype: str, options: bool) -> Variant:
+    forward = _head_forward(descriptors, tile, dtype, store=True, entropy=options, options=options)
+    constants = forward.constants | {"HAS_GRAD_ENTROPY": options}
+    for name in ("WITH_ENTROPY", "STORE"):
+        del constants[name]
+    return replace(forward, kernel=known_lse_kernels.head_gradient_known, constants=constants)
 
 
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:

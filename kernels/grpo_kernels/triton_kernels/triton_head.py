@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels.budget import equal_parts
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
+from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, splits_of
@@ -122,6 +123,38 @@ class TritonHead(Head):
         maximum, total, weighted, target = statistics
         mine = RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile.part)
         return self.over_shards(mine)
+
+    def recompute_(
+        self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, None]:
+        (hidden, targets, temperature), weight, device = rows, self.weight, out.device
+        (N, H), V, tile = hidden.shape, self.vocab_size, self.tile(rows, out, grad_entropy is not None)
+        architecture = ARCHITECTURES[architecture_of(device)]
+        row_blocks, programs = -(-N // tile.rows), processors(device)
+        splits, tiles_per_split = splits_of(row_blocks, -(-V // tile.columns), programs)
+        items = row_blocks * splits
+        descriptors = architecture.descriptors and descriptors_fit(hidden, weight, out)
+        first, second, third = hidden, weight, out
+        if descriptors:
+            first = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
+            second = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth])
+            third = TensorDescriptor.from_tensor(out, [tile.rows, tile.part])
+        run_kernel(
+            head_gradient_known, device, min(items, programs) if architecture.descriptors else items,
+            first, second, self.bias, targets, temperature, stats.maximum, stats.total, stats.weighted, stats.target,
+            grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(), third,
+            N, V, H, hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
+            self.logit_scale, self.softcap or 1.0,
+            HAS_BIAS=self.bias is not None,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_SOFTCAP=self.softcap is not None,
+            HAS_GRAD_ENTROPY=grad_entropy is not None,
+            DESCRIPTORS=descriptors,
+            DOT_DTYPE=tl.float32 if interpreting() else DOT_DTYPES[self.operand_dtype],
+            BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out, None
 
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
