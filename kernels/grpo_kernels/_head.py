@@ -24,7 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_kernels._checks import IGNORE_INDEX
-from grpo_kernels.budget import BLOCK_SHARE, NARROW_COPIES, chunks, cpu_block_bytes, equal_parts
+from grpo_kernels.budget import (
+    BLOCK_SHARE,
+    FREE_SHARE,
+    NARROW_COPIES,
+    chunks,
+    cpu_block_bytes,
+    equal_parts,
+    free_bytes,
+    row_slices,
+    wave_rows,
+)
 
 
 @contextmanager
@@ -97,6 +107,7 @@ class Head(ABC):
     operand_dtype: torch.dtype
     dtype: torch.dtype  # of sums and statistics
     vocab_start: int
+    grows: bool  # beyond `max_buffer_bytes`, into a GPU's free memory
     sizing_vocab: int  # the largest shard's vocabulary: chunk lengths follow from it, so that all ranks agree
 
     # The rows of the buffer start at multiples of this many elements.
@@ -193,15 +204,35 @@ class Head(ABC):
         """Memory for the rows, or the copies of operands, that are processed at once."""
         return cpu_block_bytes(self.max_buffer_bytes) if self.on_cpu else int(BLOCK_SHARE * self.max_buffer_bytes)
 
-    def rows_per_chunk(self) -> int:
-        """Rows that fit the byte budget, the same on every rank of the group."""
+    def rows_per_chunk(self, copies: int = 1) -> int:
+        """Rows of which `copies` fit the byte budget, the same on every rank of the group."""
         blocks = 2 * self.block_bytes if self.on_cpu or self.weight.dtype != self.product_dtype else 0
         row_bytes = self.sizing_vocab * self.buffer_dtype.itemsize + self.narrow_bytes()
-        return max((int(self.max_buffer_bytes) - blocks) // row_bytes, 1)
+        return max((int(self.max_buffer_bytes) - blocks) // row_bytes // copies, 1)
 
-    def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
-        """The ``[C, V]`` buffer for chunks of `num_rows` rows; C is such that `copies` of it fit the byte budget."""
-        rows = equal_parts(num_rows, self.rows_per_chunk() // copies)
+    def row_slices(self, num_rows: int, rows: int) -> Iterator[slice]:
+        """Chunks of at most `rows`: of equal length on a CPU, of exactly `rows` but for the last on a GPU."""
+        return chunks(num_rows, rows) if self.on_cpu else row_slices(num_rows, rows)
+
+    def chunk_rows(self, num_rows: int, copies: int, trained: bool) -> int:
+        """C, such that `copies` of the ``[C, V]`` buffer fit the byte budget, or a share of a GPU's free memory."""
+        most, device = self.rows_per_chunk(copies), self.weight.device
+        if self.on_cpu:
+            return equal_parts(num_rows, most)
+        if self.grows and most < num_rows:
+            # The sums of the weight's gradient are allocated later.
+            free = free_bytes(device) - (self.weight.numel() * self.dtype.itemsize if trained else 0)
+            most = max(most, replace(self, max_buffer_bytes=int(FREE_SHARE * free)).rows_per_chunk(copies))
+        count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return wave_rows(num_rows, most, self.weight.shape[1], count, trained)
+
+    def buffer(self, num_rows: int, copies: int = 1, trained: bool = False) -> Tensor:
+        """The ``[C, V]`` buffer for chunks of `num_rows` rows of which `copies` exist at once.
+
+        Args:
+            trained: the weight's gradient is summed up over the chunks, so fewer are better.
+        """
+        rows = self.chunk_rows(num_rows, copies, trained)
         width = -(-self.vocab_size // self.buffer_alignment) * self.buffer_alignment
         return torch.empty(rows, width, dtype=self.buffer_dtype, device=self.weight.device)[:, : self.vocab_size]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from grpo_kernels._checks import IGNORE_INDEX, require, require_device, require_tensors, values_can_be_checked
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels._weight_gradient import WeightGradient
-from grpo_kernels.budget import chunks
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Pass:
     def inputs(self, rows: Tensor, length: int) -> Iterator[tuple[Tensor | slice, Rows, bool]]:
         """The tokens ``rows [n]`` in chunks of at most `length`: (which of the N, their inputs, whether the last)."""
         every_row = rows.numel() == self.targets.numel()
-        for part in chunks(rows.numel(), length):
+        for part in self.head.row_slices(rows.numel(), length):
             # A slice, unlike indices, copies nothing.
             at = part if every_row else rows[part]
             temperature = None if self.temperature is None else self.temperature[at]
@@ -173,7 +172,7 @@ class Gradients:
         self, call: Pass, rows: Tensor, known: KnownRows, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> None:
         """3U: the share of `rows` that were scored, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
-        buffer = self.head.buffer(rows.numel())
+        buffer = self.head.buffer(rows.numel(), trained=self.weight is not None)
         for at, chunk, last in call.inputs(rows, buffer.shape[0]):
             upstreams = grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
             d, row_scale = self.head.recompute_(chunk, known.take(at), buffer[: chunk.hidden.shape[0]], *upstreams)

@@ -55,13 +55,13 @@ class WeightGradient:
     def _allocate(self, alone: bool) -> None:
         """Memory for the result and for the sums; a pass of one chunk may need none for sums."""
         head, (V, H) = self.head, self.head.weight.shape
-        memory = torch.empty(V * H, dtype=self.dtype, device=head.weight.device)
-        self.result = memory.view(V, H)
+        # Not a view, because autograd adds to a gradient in place only if nothing else has its memory.
+        self.result = torch.empty(V, H, dtype=self.dtype, device=head.weight.device)
         if self.each <= 1 or (alone and self.dtype == head.gradient_dtype):
             self.sums = [(0, self.result)]
             return
         inside = V // self.each
-        first = memory[: self.each * inside * H].view(head.dtype).view(inside, H)
+        first = self.result.view(-1)[: self.each * inside * H].view(head.dtype).view(inside, H)
         self.sums = [(0, first), (inside, first.new_empty(V - inside, H))]
 
     def _round(self, rows: slice, sums: Tensor) -> None:

@@ -84,7 +84,8 @@ def linear_logprob(
             for their number, in the forward and in the backward. All of `rows` are multiplied, those with a target of
             ``-100`` or without an incoming gradient too, so their hidden states must be finite.
         max_buffer_bytes: budget for temporary memory beyond inputs, outputs and gradients (default: 256 MiB on a
-            CPU; on a GPU 1 GiB, half of it with a frozen head). At least one row of float32 logits is always held.
+            CPU; on a GPU 1 GiB, half of it with a frozen head, or a quarter of the free memory where that is more and
+            there is no process group). At least one row of float32 logits is always held.
         process_group: ranks that hold the vocabulary in shards, in rank order; hidden states and targets are the
             same on all of them, and so are the results and hidden's gradient.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.

@@ -200,7 +200,7 @@ def _token_level(
 ) -> tuple[Tensor, Tensor]:
     """3U or 2U: the gradients of each chunk follow from its own log-probabilities. Returns (loss, statistics)."""
     found = []
-    for chunk in call.chunks(rows, call.head.buffer(rows.numel()), call.with_entropy):
+    for chunk in call.chunks(rows, call.head.buffer(rows.numel(), trained=call.needs[1]), call.with_entropy):
         scores.write(chunk)
         terms = loss.take(chunk.at).terms(*scores.take(chunk.at))
         gradients.add(chunk, terms.grad_logprobs, terms.grad_entropy if loss.has_bonus else None)

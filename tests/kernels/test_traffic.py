@@ -144,6 +144,8 @@ def test_weight_gradient_is_the_rounded_sum(chunks, vocab, dtype, monkeypatch):
         expected.addmm_(d.t(), hidden * scale[:, None])
     found = gradient.collected()
     assert found.is_contiguous()
+    # Autograd would not add to a view in place.
+    assert not found._is_view()
     assert found.untyped_storage().nbytes() <= vocab * H * dtype.itemsize
     assert torch.equal(found, expected.to(dtype))
 
