@@ -1,6 +1,6 @@
-"""Speed, memory and accuracy, side by side with the peers: one file a question, see the README in this folder."""
+"""Speed, memory and accuracy compared with other libraries; the README in this folder lists the benchmarks."""
 
 import os
 
-# Bars of the libraries would stand between the figures; tqdm reads this when it is imported.
+# Without progress bars between the results; tqdm reads this when it is imported.
 os.environ.setdefault("TQDM_DISABLE", "1")

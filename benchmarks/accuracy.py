@@ -1,9 +1,9 @@
-"""How far from float64 are the log-probabilities and gradients of every contender, and at which speed?
+"""How far are the log-probabilities and gradients of every contender from float64, and how fast is it?
 
     python -m benchmarks.accuracy
 
-The largest and the median error of the log-probabilities (nats), and the gradients' errors in the norm. Liger gives no
-log-probabilities. The method and the inputs are those of `problem.py`.
+The largest and the median error of the log-probabilities (nats), and the errors of the gradients in the norm. Liger
+returns no log-probabilities. `harness/problem.py` describes the inputs and the method.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def run_accuracy(
 ) -> None:
     table = run.table("accuracy", KEY)
     for case in cases_for(run):
-        if run.deadline.left <= 0:
-            print(f"accuracy: left out for lack of time: {case.shape.model} {case.dtype}")
+        if run.out_of_time(f"accuracy: {case.shape.model} {case.dtype}"):
             continue
         torch.compiler.reset()
         print(f"accuracy: {case.shape.model} N={case.tokens} {case.dtype}", flush=True)

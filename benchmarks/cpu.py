@@ -1,10 +1,10 @@
-"""All questions on a CPU in under 15 minutes.
+"""All benchmarks but the race on a CPU, in under 15 minutes.
 
     python -m benchmarks.cpu [--minutes 14] [--quick] [--parts head,step]
 
-Each part has a share of the time, and what it did not reach is named. The part's own module measures without a limit,
-more cases and contenders among them: `python -m benchmarks.head`. The race takes longer than all of this and is run
-by itself: `python -m benchmarks.race`.
+Each part has a share of the time and names what it leaves out. Without a limit, and with more cases and contenders,
+run the part's own module: `python -m benchmarks.head`. The race takes longer than everything here together:
+`python -m benchmarks.race`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from benchmarks.accuracy import run_accuracy
 from benchmarks.growth import run_growth
 from benchmarks.harness.contenders import BY_NAME, CONTENDERS, OURS
-from benchmarks.harness.measure import Run, main, parser, start
+from benchmarks.harness.measure import Run, main, parser, pick, start
 from benchmarks.harness.problem import MODES
 from benchmarks.head import KEY, cases_for, run_head
 from benchmarks.loss import run_loss
@@ -28,8 +28,7 @@ from grpo_fast.errors import UserError
 MINUTES = 14.0
 Part = tuple[str, float, Callable[[Run], None]]
 
-
-# What decides at the large head: a round of all contenders would take minutes.
+# The contenders to compare at the large head, where a round of all would take minutes.
 LARGE_HEAD = {
     (torch.float32, "trainable"): (OURS, "full logits"),
     (torch.float32, "frozen"): (OURS,),
@@ -39,7 +38,7 @@ SLOWEST = "torch linear_cross_entropy"
 
 
 def head_first(run: Run) -> None:
-    """The small head in all modes, the slowest peer once; the large one against the peers that decide."""
+    """The small head in all modes, with the slowest peer once, and the large one with LARGE_HEAD's contenders."""
     cases, table = cases_for(run), run.table("head", KEY)
     small = [case for case in cases if case.shape == cases[0].shape]
     large = [case for case in cases if case.shape != cases[0].shape]
@@ -55,26 +54,21 @@ def head_first(run: Run) -> None:
 
 
 def chosen_parts(parts: list[Part], names: str | None) -> list[Part]:
-    """The parts of a comma-separated list, all of them without one."""
+    """The parts in a comma-separated list, or all of them without one."""
     known = {part[0]: part for part in parts}
-    wanted = [name.strip() for name in names.split(",")] if names else list(known)
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"--parts: {name!r} is unknown; there are {', '.join(known)}")
-    return [known[name] for name in wanted]
+    return [known[name] for name in pick("parts", names, known)]
 
 
 def run_parts(run: Run, parts: list[Part]) -> None:
-    """Every part within its share (minutes), scaled to the run's minutes; what a part leaves over goes to the rest.
+    """Run every part within its share of the run's minutes; unused time goes to the later parts.
 
-    A part that fails is reported, and the others run.
+    A part that fails is reported, and the others still run.
     """
     total = sum(share for _, share, _ in parts)
     for number, (name, share, part) in enumerate(parts):
         rest = sum(share for _, share, _ in parts[number:])
         minutes = max(run.deadline.left, 0.0) / 60 * share / rest if run.minutes else share
-        if run.minutes and minutes <= 0:
-            print(f"{name}: left out for lack of time", flush=True)
+        if run.out_of_time(name):
             continue
         begin = time.perf_counter()
         print(f"== {name}: {minutes:.1f} of {run.minutes or total:.1f} minutes", flush=True)

@@ -1,8 +1,8 @@
-"""Everything on one GPU in under 9 minutes, in one process: correctness first, then every question.
+"""All benchmarks on one GPU in under 9 minutes, in one process, after a check of correctness.
 
     python -m benchmarks.gpu [--minutes 8] [--quick] [--parts head,step]
 
-Rows are written as they are measured, so a run that is stopped keeps what it has.
+Each row is written as soon as it is measured, so a run that is stopped loses none.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ COMPILED = "full logits, compiled"
 
 
 def check(run: Run) -> None:
-    """Ours against float64 on small odd shapes, in every dtype and mode.
+    """Compare ours with float64 on small and odd shapes, in every dtype and mode.
 
     Raises:
-        UserError: a result is wrong; nothing is measured then.
+        UserError: a result is wrong, so nothing should be measured.
     """
     shapes = [
         (Shape("small", 576, 49152), 1000),
@@ -53,8 +53,8 @@ def check(run: Run) -> None:
 
 
 def head_in_order(run: Run, contenders: Sequence[Contender]) -> None:
-    """The bar's shape with every contender. Then the other heads and lengths, without the contender that compiles anew
-    for each of them, which takes longer than measuring it."""
+    """The main shape with every contender; the other heads and lengths without the compiled one, whose compilation for
+    each of them takes longer than its measurement."""
     cases, table = cases_for(run), run.table("head", KEY)
     run_head(run, cases[:1], MODES, contenders, table, seconds=6)
     few = [contender for contender in contenders if contender.name != COMPILED]

@@ -3,13 +3,14 @@
     python -m benchmarks.head                                           # every shape of this device
     python -m benchmarks.head --shapes smollm2-135m:2048:float32 --heads trainable,frozen
 
-Every contender's loss and gradients are compared with float64 (see `problem.py`) before it is timed; a wrong one is
-reported and not timed. The floor is the bare matrix products of the same shapes in the same run.
+Every contender's loss and gradients are compared with float64 (see `harness/problem.py`) before it is timed; a wrong
+one is reported and not timed. The floor is the bare matrix products of the same shapes, timed in the same run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from benchmarks.harness.measure import (
     interleave,
     main,
     parser,
+    pick,
     release,
     show_bytes,
     show_seconds,
@@ -35,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Case(NamedTuple):
-    """One head, a number of tokens and a dtype."""
+    """A head, the number of tokens and the dtype."""
 
     shape: Shape
     tokens: int
@@ -43,7 +45,7 @@ class Case(NamedTuple):
 
 
 def cases_for(run: Run) -> list[Case]:
-    """The most telling first, since a run may end early."""
+    """The cases of a device, the most important first, since a run may end early."""
     small, f32, bf16 = HEADS["smollm2-135m"], torch.float32, torch.bfloat16
     if run.quick:
         tiny = Shape("tiny", 64, 1031)
@@ -59,18 +61,14 @@ def cases_for(run: Run) -> list[Case]:
 
 
 def parse_cases(text: str) -> list[Case]:
-    """``model:N:dtype`` or ``HxV:N:dtype``, several with commas."""
+    """The cases in ``model:N:dtype`` or ``HxV:N:dtype``, separated by commas."""
     cases = []
     for item in text.split(","):
         parts = item.strip().split(":")
         name, tokens, dtype = parts if len(parts) == 3 else (item, "", "")
-        height, cross, width = name.partition("x")
-        if name in HEADS:
-            shape = HEADS[name]
-        elif cross and height.isdigit() and width.isdigit():
-            shape = Shape(name, int(height), int(width))
-        else:
-            shape = None
+        shape, sizes = HEADS.get(name), name.split("x")
+        if shape is None and len(sizes) == 2 and all(size.isdigit() for size in sizes):
+            shape = Shape(name, *map(int, sizes))
         if shape is None or not tokens.isdigit() or int(tokens) < 1 or dtype not in DTYPES:
             raise UserError(
                 f"--shapes: {item!r} is not MODEL:TOKENS:DTYPE; models are {', '.join(HEADS)} or HxV as in 576x49152, "
@@ -81,9 +79,9 @@ def parse_cases(text: str) -> list[Case]:
 
 
 def gate(contender: Contender, problem: Problem, truth: Truth) -> tuple[Any, dict[str, Any]]:
-    """Run the contender once and compare it with the truth: (its call or None, its errors and status).
+    """Run the contender once, as a warm-up too, and compare the result with the true values.
 
-    The run is also its warm-up.
+    Returns its call, or None if it cannot be timed, and its errors and status.
     """
     try:
         call = prepared(contender, problem)
@@ -96,7 +94,7 @@ def gate(contender: Contender, problem: Problem, truth: Truth) -> tuple[Any, dic
         return None, {"status": "left out", "detail": str(reason)}
     except Exception as error:
         if "CUDA error" in str(error):
-            # Nothing works in this process after, say, an illegal memory access.
+            # After an illegal memory access, for example, nothing works in this process any more.
             raise UserError(
                 f"{contender.name} broke CUDA, leave it out with --contenders: {one_line(error)}"
             ) from error
@@ -111,19 +109,18 @@ def measure_problem(
     run: Run, problem: Problem, truth: Truth, contenders: Sequence[Contender] = CONTENDERS, repeats: int = 5,
     seconds: float | None = None, least: int = 3,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of one problem: the floor, then every contender, gated and timed side by side."""
-    device = run.device
-    calls, gated = {FLOOR: floor_call(problem)}, {}
+    """The rows of one problem: the floor, and every contender checked and then timed in turn."""
+    calls: dict[str, Callable[[], Any]] = {FLOOR: floor_call(problem)}
+    gated: dict[str, dict[str, Any]] = {}
     calls[FLOOR]()
     for contender in contenders:
-        call, gated[contender.name] = gate(contender, problem, truth)
+        call, state = gate(contender, problem, truth)
+        gated[contender.name] = state
         if call is not None:
             calls[contender.name] = call
-        elif gated[contender.name]["status"] != "left out":
-            print(
-                f"  {contender.name}: {gated[contender.name]['status']}: {gated[contender.name]['detail']}", flush=True
-            )
-    measured = interleave(calls, device, run.repeats or repeats, least, run.deadline.within(seconds))
+        elif state["status"] != "left out":
+            print(f"  {contender.name}: {state['status']}: {state['detail']}", flush=True)
+    measured = interleave(calls, run.device, run.repeats or repeats, least, run.deadline.within(seconds))
     floor = measured[FLOOR].times.median
     units = f"{UNITS[problem.mode]}U"
     by_name = {contender.name: contender for contender in contenders}
@@ -152,30 +149,14 @@ def measure_problem(
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["status"] == "ok":
-            print(
-                f"  {row['contender']:28}{show_seconds(row['seconds']):>10}  {row['to_floor']:6.2f}x floor  "
-                f"{show_bytes(row['peak_bytes'] or float('nan')):>11}  {row['cost']}",
-                flush=True,
-            )
-        else:
-            print(f"  {row['contender']:28}{row['status']}: {row['detail']}", flush=True)
-
-
 def run_head(
     run: Run, cases: list[Case], modes: Sequence[str], contenders: Sequence[Contender] = CONTENDERS,
     table: Table | None = None, seconds: float | None = None, least: int = 3,
 ) -> None:  # fmt: skip
-    """Measure every case and mode until the run's deadline. Of each, rounds are repeated for `seconds`, but at least
-    `least` times."""
+    """Measure every case and mode until the run's deadline, in rounds for `seconds` but at least `least` of them."""
     table = table or run.table("head", KEY)
     for number, case in enumerate(cases):
-        if run.deadline.left <= 0:
-            print(
-                f"head: left out for lack of time: {', '.join(f'{c.shape.model} N={c.tokens}' for c in cases[number:])}"
-            )
+        if run.out_of_time(f"head: {', '.join(f'{c.shape.model} N={c.tokens}' for c in cases[number:])}"):
             return
         torch.compiler.reset()
         try:
@@ -185,14 +166,18 @@ def run_head(
             release(run.device)
             continue
         for mode in modes:
-            if run.deadline.left <= 0:
-                print(f"head: left out for lack of time: {case.shape.model} N={case.tokens} {mode}")
+            if run.out_of_time(f"head: {case.shape.model} N={case.tokens} {mode}"):
                 continue
             print(f"head: {case.shape.model} N={case.tokens} {case.dtype} {mode}", flush=True)
             rows = measure_problem(run, problem.with_mode(mode), truth, contenders, seconds=seconds, least=least)
             for row in rows:
                 table.add(row)
-            show(rows)
+                shown = f"{row['status']}: {row['detail']}"
+                if row["status"] == "ok":
+                    peak = show_bytes(row["peak_bytes"] or math.nan)
+                    time = f"{show_seconds(row['seconds']):>10}  {row['to_floor']:6.2f}x floor"
+                    shown = f"{time}  {peak:>11}  {row['cost']}"
+                print(f"  {row['contender']:28}{shown}", flush=True)
         del problem, truth
         release(run.device)
 
@@ -200,16 +185,12 @@ def run_head(
 def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--shapes", help="MODEL:TOKENS:DTYPE, several with commas (default: those of the device)")
-    arguments.add_argument("--heads", default=",".join(MODES), help="of trainable, frozen, scoring")
+    arguments.add_argument("--heads", help=f"of {', '.join(MODES)}, with commas (default: all)")
     arguments.add_argument("--contenders", help="names with commas (default: all)")
     chosen = arguments.parse_args()
     run = start(chosen)
-    modes = [mode.strip() for mode in chosen.heads.split(",")]
-    for mode in modes:
-        if mode not in MODES:
-            raise UserError(f"--heads: {mode!r} is unknown; there are {', '.join(MODES)}")
     cases = parse_cases(chosen.shapes) if chosen.shapes else cases_for(run)
-    run_head(run, cases, modes, choose(chosen.contenders))
+    run_head(run, cases, pick("heads", chosen.heads, MODES), choose(chosen.contenders))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How long may an answer get? The longest that trains one optimizer step under a cap of memory, ours and TRL's.
+"""How long can an answer be? The longest that trains one optimizer step under a memory cap, in ours and TRL's trainer.
 
     python -m benchmarks.longest [--caps 24,48,80,139] [--contenders "grpo-fast,TRL"] [--minutes 9] [--again]
 
-Qwen3-8B with random weights, LoRA of rank 16, 8 answers of equal length to one prompt. Each contender and cap has a
-process of its own, in which torch may hold no more than the cap. Lengths double (from about where the plan says, for
-ours) until one runs out of memory; then the gap is halved until it is below 5%. While searching, a step computes one of
-its 8 microbatches, with all gradients and the optimizer's state in place; the longest is then tried as a whole step,
-where there is time. Every trial is written down: a search that was stopped goes on where it was.
+Qwen3-8B with random weights, LoRA of rank 16 and 8 answers of equal length to one prompt. Each contender runs under
+each cap in a process of its own, in which torch may allocate no more than the cap. The length doubles (ours starts near
+the planned length) until a trial runs out of memory; bisection then narrows the gap to 5%. During the search, a step
+computes one of its 8 microbatches, with all gradients and the optimizer state allocated; if there is time, the longest
+answer is then tried in a whole step. Every trial is recorded, so that a search that was stopped can continue.
 """
 
 from __future__ import annotations
@@ -26,34 +26,37 @@ from benchmarks.harness.measure import (
     available_bytes,
     format_value,
     main,
+    missing,
     parser,
+    pick,
     show_bytes,
     show_seconds,
     start,
     version,
 )
+from benchmarks.harness.process import OutOfTime
 from benchmarks.harness.trainers import missing_trl, quiet
 from benchmarks.step import OURS, TRL
-from benchmarks.trial import GROUP, Job, missing, model_config, planned
-from benchmarks.worker import OutOfTime, Worker
+from benchmarks.trial import GROUP, Job, model_config, planned
+from benchmarks.worker import Worker
 from grpo_fast.errors import UserError
 
 KEY = ("model", "contender", "cap_gib")
 GIB = 1 << 30
 CAPS = "24,48,80,139"
-# A CPU has no cap: what a trial took is compared with one.
+# A CPU has no cap; there, the peak of a trial is compared with it.
 CPU_CAPS = "0.01"
 TOLERANCE = 1.05
 LEAST, MOST = 64, 1 << 20
-# Answers whose plans show how the peak grows, on a GPU and of the small model.
+# Lengths whose plans show how the peak grows, on a GPU and on a CPU with the small model.
 POINTS = {"cuda": (8192, 32768), "cpu": (512, 2048)}
-# A device that lacks so little of a cap stands for it: one of 80 GiB has a little less.
+# A device needs only this share of a cap: an 80 GB device has a little less than 80 GiB.
 ALMOST = 0.95
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer, the fields of our configuration and the options of TRL's."""
+    """A trainer with fields of our configuration and options of TRL's."""
 
     name: str
     trainer: str
@@ -68,25 +71,24 @@ class Contender:
                 options["bf16"] = False
             else:
                 fields["max_buffer_mib"] = 1
-        elif self.trainer == TRL and missing("flash_attn") is None:
+        elif self.trainer == TRL and missing("flash_attn", "flash-attn") is None:
             fields["attn_implementation"] = "flash_attention_2"
         return Job(self.trainer, model, str(device), fields, options, cap_bytes=cap_bytes)
 
     def left_out(self, device: torch.device) -> str | None:
         """Why this contender cannot take part, or None."""
-        if self.options.get("use_liger_kernel"):
-            if device.type == "cpu":
-                return "its kernels need a GPU"
-            if reason := missing("liger_kernel"):
-                return reason
-        reason = missing("bitsandbytes") if self.fields.get("load_in_4bit") else None
+        liger, four_bits = self.options.get("use_liger_kernel"), self.fields.get("load_in_4bit")
+        if liger and device.type == "cpu":
+            return "its kernels need a GPU"
+        reason = missing("liger_kernel", "liger-kernel") if liger else None
+        reason = reason or (missing("bitsandbytes", "bitsandbytes") if four_bits else None)
         return reason or (missing_trl() if self.trainer == TRL else None)
 
 
-# Mixed precision spares float32 copies beside the adapters.
+# With mixed precision, only the adapters need float32 copies.
 LEAN = {"tiled_mlp": True, "activation_offloading": True, "bf16": True}
-# TRL at its leanest: checkpoints, one answer a microbatch, its chunked head and mixed precision. Its GRPO trainer
-# does not offload activations.
+# The leanest settings of TRL: gradient checkpointing, one answer per microbatch, its chunked head and mixed precision.
+# Its GRPO trainer does not offload activations.
 TRL_LEAN = {"bf16": True}
 CONTENDERS = [
     Contender(OURS, OURS, LEAN),
@@ -106,7 +108,7 @@ class Bounds:
     fails: int | None = None
 
     def next(self, begin: int, growth: float, tolerance: float = TOLERANCE) -> int | None:
-        """The length to try next; None when the bounds are within `tolerance`, or beyond `LEAST` and `MOST`."""
+        """The length to try next; None if the bounds are within `tolerance`, or would leave `LEAST` to `MOST`."""
         if self.fails is None:
             length = math.ceil(growth * self.fits) if self.fits else begin
             return min(length, MOST) if self.fits < MOST else None
@@ -123,10 +125,10 @@ class Bounds:
 
 
 def planned_longest(job: Job, tracer: Any) -> int:
-    """The longest answer whose step stays below the cap by the plan of training, without its margins; 0 for none.
+    """The longest answer whose planned step, without margins, stays below the cap; 0 if there is none.
 
-    Plans of long answers take seconds, and their peaks lie nearly on a line: two of them show about where it meets the
-    cap, and a third one there corrects it.
+    A plan for long answers takes seconds, and the peak grows almost linearly: two plans show roughly where it reaches
+    the cap, and a third plan there corrects the estimate.
     """
 
     def peak(length: int) -> int:
@@ -141,7 +143,7 @@ def planned_longest(job: Job, tracer: Any) -> int:
 
 
 def host_bytes() -> float:
-    """Host memory that can still be taken, by a container's limit too."""
+    """Free host memory, also within a container's limit."""
     free = available_bytes(torch.device("cpu"))
     most, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if most.exists() and (limit := most.read_text().strip()) != "max":
@@ -152,10 +154,10 @@ def host_bytes() -> float:
 def search(
     trial: Callable[[int], dict[str, Any]], bounds: Bounds, begin: int, growth: float, report: Callable[[dict], None]
 ) -> None:
-    """Try lengths until the bounds meet; every trial's reply goes to `report`, with the length.
+    """Try lengths until the bounds meet, and pass each trial's reply and length to `report`.
 
     Raises:
-        UserError: a trial failed, before any fitted, for another reason than memory.
+        UserError: a trial failed for another reason than memory before any answer fitted.
     """
     while (length := bounds.next(begin, growth)) is not None:
         reply = trial(length)
@@ -232,12 +234,12 @@ def show_trial(reply: dict[str, Any]) -> str:
 
 
 def find_row(table: Table, row: dict[str, Any]) -> dict[str, str]:
-    """What was written earlier for the same contender, model and cap."""
+    """The earlier row of the same contender, model and cap; empty if there is none."""
     return next((old for old in table.rows if all(old[name] == format_value(row[name]) for name in KEY)), {})
 
 
 def run_longest(run: Run, contenders: list[Contender], caps: list[float], again: bool = False) -> None:
-    """All contenders under all caps. Those that were measured before are kept, unless `again`."""
+    """Measure all contenders under all caps; keep earlier results unless `again`."""
     from grpo_fast.memory.trace import Tracer
 
     quiet()
@@ -253,9 +255,7 @@ def run_longest(run: Run, contenders: list[Contender], caps: list[float], again:
             earlier = find_row(table, {"model": model, "contender": contender.name, "cap_gib": cap})
             if earlier.get("status") in ("ok", "failed") and not again:
                 print(f"  {contender.name} under {cap:g} GiB: measured before, {earlier['answer_tokens']} tokens")
-            elif run.deadline.left <= 0:
-                print(f"  {contender.name} under {cap:g} GiB: left out for lack of time", flush=True)
-            else:
+            elif not run.out_of_time(f"  {contender.name} under {cap:g} GiB"):
                 measure_one(run, contender, model, cap, table, tracer)
     print(f"longest: {time.perf_counter() - begin:.0f} s; {table.path}", flush=True)
     for line in summary(table.rows):
@@ -263,7 +263,7 @@ def run_longest(run: Run, contenders: list[Contender], caps: list[float], again:
 
 
 def summary(rows: list[dict[str, str]]) -> list[str]:
-    """Under each cap: the longest answer of ours and of TRL's, and how many times as long ours is."""
+    """For each cap, the longest answers of ours and of TRL, and their ratio."""
     lines = []
     for cap in sorted({float(row["cap_gib"]) for row in rows}):
         best = {}
@@ -292,14 +292,11 @@ def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--caps", help=f"GiB with commas (default: {CAPS}; on a CPU, and with --quick, {CPU_CAPS})")
     arguments.add_argument("--contenders", help="names with commas (default: all)")
-    arguments.add_argument("--again", action="store_true", help="measure anew what was measured before")
+    arguments.add_argument("--again", action="store_true", help="repeat earlier measurements")
     chosen = arguments.parse_args()
     run = start(chosen)
     known = {contender.name: contender for contender in CONTENDERS}
-    names = [name.strip() for name in chosen.contenders.split(",")] if chosen.contenders else list(known)
-    for name in names:
-        if name not in known:
-            raise UserError(f"--contenders: {name!r} is unknown; there are {', '.join(known)}")
+    names = pick("contenders", chosen.contenders, known)
     caps = numbers(chosen.caps or (CPU_CAPS if run.quick or run.device.type == "cpu" else CAPS))
     run_longest(run, [known[name] for name in names], caps, chosen.again)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.loss
 
-The floor is what the operation must read and write (the formula stands in the CSV) over the bandwidth that copying a
-large tensor reaches in the same run. Liger's Triton loss begins at the logits: it is measured in `head`.
+The floor is what the operation must read and write (the CSV has the formula) at the bandwidth of copying a large
+tensor in the same run. Liger's Triton loss starts from the logits, so it is measured in `head`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import Run, describe_failure, interleave, main, parser, seconds_of, show_seconds, start
+from benchmarks.harness.measure import (
+    Run,
+    describe_failure,
+    interleave,
+    main,
+    parser,
+    pick,
+    seconds_of,
+    show_seconds,
+    start,
+)
 from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, kl_estimate, masked_mean, policy_loss
 
@@ -27,7 +37,7 @@ Inputs = dict[str, Tensor]
 
 
 class Operation(NamedTuple):
-    """An operation of ours, the same in plain PyTorch, and the bytes a token that it must move (float32)."""
+    """Our operation, the same in plain PyTorch, and the float32 bytes that it must read and write per token."""
 
     ours: Callable[[Inputs], Tensor]
     plain: Callable[[Inputs], Tensor]
@@ -97,7 +107,7 @@ def make_inputs(tokens: int, device: torch.device) -> Inputs:
 
 
 def step(function: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the log-probabilities."""
+    """The value, and the gradient with respect to the log-probabilities."""
     leaf = inputs["logprobs"].detach().requires_grad_()
     value = function({**inputs, "logprobs": leaf})
     value.backward(torch.ones_like(value))
@@ -105,7 +115,7 @@ def step(function: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, 
 
 
 def bandwidth(device: torch.device, quick: bool) -> float:
-    """Bytes a second read and written when a large tensor is copied."""
+    """Bytes read and written per second when a large tensor is copied."""
     source = torch.ones((4 if quick else 256) << 18, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -117,12 +127,11 @@ def run_loss(run: Run, sizes: list[int] | None = None, operations: list[str] | N
     default = [4096] if run.quick else [1 << 13, 1 << 17, 1 << 21] + ([1 << 24] if device.type == "cuda" else [])
     rate = bandwidth(device, run.quick)
     print(f"loss: copying moves {rate / 1e9:,.1f} GB/s", flush=True)
-    # What the last call left in the GPU's cache is pushed out of it before the next.
+    # Written before each call, to clear the GPU's cache.
     flushed = torch.empty(64 << 20, device=device) if device.type == "cuda" else None
     for tokens in sizes or default:
         for name in operations or OPERATIONS:
-            if run.deadline.left <= 0:
-                print(f"loss: left out for lack of time: {name} N={tokens}")
+            if run.out_of_time(f"loss: {name} N={tokens}"):
                 continue
             operation, inputs = OPERATIONS[name], make_inputs(tokens, device)
             double = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
@@ -174,11 +183,7 @@ def body() -> None:
     for size in sizes:
         if not size.isdigit() or int(size) < 1:
             raise UserError(f"--sizes: {size!r} is not a number of tokens")
-    operations = [name.strip() for name in chosen.operations.split(",")] if chosen.operations else None
-    for name in operations or []:
-        if name not in OPERATIONS:
-            raise UserError(f"--operations: {name!r} is unknown; there are {', '.join(OPERATIONS)}")
-    run_loss(run, [int(size) for size in sizes] or None, operations)
+    run_loss(run, [int(size) for size in sizes] or None, pick("operations", chosen.operations, OPERATIONS))
 
 
 if __name__ == "__main__":

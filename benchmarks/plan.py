@@ -1,9 +1,9 @@
-"""Does the memory plan hold? Peak memory of a real optimizer step beside the peak that `grpo-fast plan` promises.
+"""Is the memory plan right? The peak memory of a real optimizer step, compared with `grpo-fast plan`.
 
     python -m benchmarks.plan [--settings 8b-8k,8b-32k]
 
-Each setting trains one step on made-up answers (see `trial`), on a GPU in a process of its own. Planned is the fullest
-moment of training; measured is the most that all tensors took. They must agree within 10%.
+Each setting trains one step on synthetic answers (see `trial.py`), on a GPU in a process of its own. The planned peak
+is that of training; the measured peak is the most memory that all tensors took. They must agree within 10%.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.harness.measure import Run, main, parser, show_bytes, start
+from benchmarks.harness.measure import Run, main, missing, parser, pick, show_bytes, start
+from benchmarks.harness.process import OutOfTime
 from benchmarks.harness.trainers import quiet
 from benchmarks.step import OURS
-from benchmarks.trial import Job, Trials, missing, planned
-from benchmarks.worker import OutOfTime, Worker
+from benchmarks.trial import Job, Trials, planned
+from benchmarks.worker import Worker
 from grpo_fast.errors import UserError
 
 KEY = ("setting",)
@@ -26,7 +27,7 @@ NO_ADAPTER = {"use_peft": False, "optim": "adamw_torch_8bit"}
 
 @dataclass(frozen=True)
 class Setting:
-    """Answers of one length in a job of ours: its fields, the answers to a prompt and how many a microbatch holds."""
+    """Answers of one length in our trainer: the configuration, answers per prompt and answers per microbatch."""
 
     name: str
     model: str
@@ -49,7 +50,7 @@ ON_GPU = [
     Setting("8b-4x8k-together", "qwen3-8b", 8192, group=4, together=4),
     Setting("1.7b-8k-full", "qwen3-1.7b", 8192, NO_ADAPTER),
 ]
-# float32, since a CPU's products of 16-bit weights take copies that a GPU's do not. The head's budget is what it takes.
+# In float32, because a CPU, unlike a GPU, copies 16-bit weights for its products. The head uses its whole budget.
 SMALL = {"dtype": "float32", "max_buffer_mib": 1}
 ON_CPU = [
     Setting("300", "qwen3-tiny", 300, SMALL),
@@ -62,14 +63,14 @@ ON_CPU = [
 
 
 def left_out(setting: Setting) -> str | None:
-    """What must be installed for a setting, or None."""
+    """Which package a setting lacks, in one line, or None."""
     if setting.fields.get("load_in_4bit"):
-        return missing("bitsandbytes")
-    return missing("torchao") if "8bit" in setting.fields.get("optim", "") else None
+        return missing("bitsandbytes", "bitsandbytes")
+    return missing("torchao", "torchao") if "8bit" in setting.fields.get("optim", "") else None
 
 
 def measured_step(run: Run, job: Job, answer: int) -> dict[str, Any]:
-    """A whole step, on a GPU in a process of its own."""
+    """A whole step; on a GPU, in a process of its own."""
     trials = Worker(job, run.deadline) if run.device.type == "cuda" else Trials(job)
     try:
         return trials.trial(answer, whole=True)
@@ -108,11 +109,11 @@ def run_plan(run: Run, settings: list[Setting]) -> None:
     table, bad = run.table("plan", KEY), []
     for setting in settings:
         try:
-            if run.deadline.left <= 0:
-                raise OutOfTime
+            if run.out_of_time(f"  {setting.name}"):
+                continue
             row = measure_setting(run, setting)
         except OutOfTime:
-            print(f"  {setting.name:20}left out for lack of time", flush=True)
+            print(f"  {setting.name}: stopped for lack of time", flush=True)
             continue
         except UserError as error:
             row = {"setting": setting.name, "model": setting.model, "status": "failed", "detail": str(error)}
@@ -133,11 +134,7 @@ def body() -> None:
     chosen = arguments.parse_args()
     run = start(chosen)
     known = {setting.name: setting for setting in (ON_CPU if run.quick or run.device.type == "cpu" else ON_GPU)}
-    names = [name.strip() for name in chosen.settings.split(",")] if chosen.settings else list(known)
-    for name in names:
-        if name not in known:
-            raise UserError(f"--settings: {name!r} is unknown; there are {', '.join(known)}")
-    run_plan(run, [known[name] for name in names])
+    run_plan(run, [known[name] for name in pick("settings", chosen.settings, known)])
 
 
 if __name__ == "__main__":

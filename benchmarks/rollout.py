@@ -1,11 +1,11 @@
-"""How many tokens a second does sampling give on responses of mixed length, next to transformers' own ways?
+"""How many tokens per second does sampling reach on responses of mixed length, compared with transformers?
 
     python -m benchmarks.rollout [--models llama-16m,smollm2-135m-instruct] [--longest 256]
 
-The same model, prompts and filters: our rollout, one padded call of `generate`, and `generate_batch`, which is
-transformers' continuous batching. One token id in 64 ends a response, after 8 tokens at least, so that lengths are
-about geometric. Before anything is timed, our log-probabilities of the sampled tokens must be those of the model's
-full logits. Tokens a second count the tokens of the responses.
+The same model, prompts and filters for our rollout, one padded call of `generate`, and `generate_batch`, which is
+transformers' continuous batching. One token id in 64 ends a response, after at least 8 tokens, so that the lengths are
+roughly geometric. Before anything is timed, our log-probabilities of the sampled tokens must agree with those from the
+model's full logits. Tokens per second count the tokens of the responses.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.harness.measure import (
     main,
     parser,
     peak_memory,
+    pick,
     release,
     seconds_of,
     show_bytes,
@@ -40,16 +41,16 @@ from grpo_fast.errors import UserError
 KEY = ("model", "dtype", "sequences", "longest_tokens", "contender")
 OURS, PADDED, CONTINUOUS = "grpo-fast", "generate", "generate_batch"
 MODELS = [*RANDOM, "smollm2-135m-instruct"]
-# One id in so many ends a response, after so many tokens.
+# One token id in ENDING ends a response, after at least SHORTEST tokens.
 ENDING, SHORTEST = 64, 8
-# Largest difference of a log-probability from the full logits', by the dtype of the weights.
+# The largest difference of a log-probability from that of the full logits, by the dtype of the weights.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.3}
 PAGE = 32
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its prompts and how they are sampled."""
+    """A model, its prompts and how to sample them."""
 
     model: nn.Module
     tokenizer: Any
@@ -72,7 +73,7 @@ class Case:
 
 
 def build_case(run: Run, name: str, folder: Path, longest: int) -> Case:
-    """16 sequences with --quick, 64 of llama-16m and 32 of SmolLM2, which takes longer."""
+    """A case of 64 sequences; 32 for SmolLM2, which is slower, and 16 with --quick."""
     from grpo_fast.model.loading import load_model
 
     prompts, group = (4, 4) if run.quick else (4, 8) if name not in RANDOM else (8, 8)
@@ -100,7 +101,7 @@ def ours(case: Case) -> list[tuple[list[int], list[float]]]:
 
 
 def padded(case: Case) -> list[tuple[list[int], None]]:
-    """One call of `generate` for all responses, which runs to the longest of them."""
+    """One call of `generate` for all responses, which runs until the longest has ended."""
     ids = torch.tensor(case.prompts, device=case.model.device)
     output = case.model.generate(
         ids,
@@ -116,7 +117,7 @@ def padded(case: Case) -> list[tuple[list[int], None]]:
 
 
 def continuous(case: Case) -> list[tuple[list[int], list[float]]]:
-    """`generate_batch`, with a cache for all responses at their longest; it knows no `min_new_tokens`."""
+    """`generate_batch`, with a cache for all responses at full length; it does not support `min_new_tokens`."""
     from transformers.generation import ContinuousBatchingConfig
 
     pages = -(-(len(case.prompts[0]) + case.longest) // PAGE) * len(case.prompts) * case.group
@@ -145,7 +146,7 @@ def logprob_difference(case: Case, responses: list[tuple[list[int], list[float]]
     for prompt, (tokens, logprobs) in zip(prompts, responses, strict=True):
         ids = torch.tensor([prompt + tokens[:-1]], device=case.model.device)
         logits: Tensor = case.model(input_ids=ids).logits[0, len(prompt) - 1 :].float().cpu()
-        # No response ends before its shortest length.
+        # No response may end earlier.
         logits[: case.filters["min_new_tokens"], barred] = -torch.inf
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
         largest = max(largest, (expected - torch.tensor(logprobs)).abs().max().item())
@@ -153,7 +154,7 @@ def logprob_difference(case: Case, responses: list[tuple[list[int], list[float]]
 
 
 def measure_model(run: Run, name: str, case: Case, contenders: list[str]) -> None:
-    """Rows of one model: every contender once off the clock, then in turn with the same seeds."""
+    """Measure one model and write its rows: all contenders in turn, with the same seeds."""
     dtype = str(case.model.dtype).removeprefix("torch.")
     difference = logprob_difference(case, ours(case))
     status: dict[str, dict[str, str]] = {contender: {"status": "ok"} for contender in contenders}
@@ -209,8 +210,7 @@ def run_rollout(run: Run, models: list[str], longest: int = 256, contenders: lis
     longest = min(longest, 32) if run.quick else longest
     print(f"rollout: responses of {SHORTEST} to {longest} tokens", flush=True)
     for name in models:
-        if run.deadline.left <= 0:
-            print(f"rollout: left out for lack of time: {name}")
+        if run.out_of_time(f"rollout: {name}"):
             continue
         with tempfile.TemporaryDirectory() as folder:
             case = build_case(run, name, Path(folder), longest)
@@ -222,20 +222,16 @@ def run_rollout(run: Run, models: list[str], longest: int = 256, contenders: lis
 def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", help=f"of {', '.join(MODELS)}, with commas (default: by the device)")
-    arguments.add_argument("--longest", type=int, default=256, help="longest response, tokens")
+    arguments.add_argument("--longest", type=int, default=256, help="tokens of the longest response")
     arguments.add_argument("--contenders", help=f"of {', '.join(CONTENDERS)}, with commas (default: all)")
     chosen = arguments.parse_args()
     run = start(chosen)
     default = "llama-tiny" if run.quick else "llama-16m,smollm2-135m-instruct"
-    models = (chosen.models or (default if run.device.type == "cpu" else "llama-0.6b")).split(",")
-    contenders = chosen.contenders.split(",") if chosen.contenders else list(CONTENDERS)
-    for option, names, known in (("models", models, MODELS), ("contenders", contenders, list(CONTENDERS))):
-        for name in names:
-            if name not in known:
-                raise UserError(f"--{option}: {name!r} is unknown; there are {', '.join(known)}")
+    models = chosen.models or (default if run.device.type == "cpu" else "llama-0.6b")
+    contenders = pick("contenders", chosen.contenders, CONTENDERS)
     if chosen.longest < 2:
         raise UserError(f"--longest={chosen.longest} is not allowed: it must be at least 2")
-    run_rollout(run, models, chosen.longest, contenders)
+    run_rollout(run, pick("models", models, MODELS), chosen.longest, contenders)
 
 
 if __name__ == "__main__":

@@ -2,50 +2,38 @@
 
     python -m benchmarks.step [--model smollm2-135m-instruct] [--equal 0,0.5,0.75]
 
-Both trainers get the same model, the same prompts and the same completions in place of their sampling, of mixed length
-(the longest 8 times the mean), and the same settings; each goes through its own code: rewards, advantages, batching,
-forward, backward, clipping, AdamW. A fraction of the groups has equal rewards, and so no gradient. Before anything is
-timed, the gradients of the first step must agree. Tokens a second count the real tokens, prompts once a completion.
+Both trainers get the same model, prompts, settings and, instead of sampling, the same completions of mixed length (the
+longest is 8 times the mean); rewards, advantages, batching, forward, backward, clipping and AdamW are each trainer's
+own. A fraction of the groups has equal rewards and so no gradient. The gradients of the first step must agree before
+anything is timed. Tokens per second count the real tokens, with the prompt counted once for each completion.
 """
 
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import math
 import random
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.measure import (
-    Run,
-    Times,
-    describe_failure,
-    main,
-    parser,
-    peak_memory,
-    release,
-    show_bytes,
-    show_seconds,
-    start,
-    version,
-)
+from benchmarks.harness.measure import Run, main, parser, peak_memory, release, require, start
+from benchmarks.harness.steps import compare_steps
 from benchmarks.harness.trainers import (
     PacedTRL,
-    Stopped,
     alone_in_accelerate,
+    fixed_rollout,
     missing_trl,
     our_config,
     our_steps,
     quiet,
-    require,
     trl_trainer,
 )
 from grpo_fast.errors import UserError
@@ -53,16 +41,16 @@ from grpo_fast.errors import UserError
 KEY = ("model", "dtype", "equal", "trainer")
 OURS, TRL = "grpo-fast", "TRL"
 SPREAD = 8
-# Largest difference of the two gradients in the norm, by the dtype of the weights.
+# The largest difference between the two gradients in the norm, by the dtype of the weights.
 LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 FIRST_TOKEN = 16
-# One token each in SmolLM2's tokenizer, with or without a space before them.
+# Each is one token of SmolLM2's tokenizer, with or without a space before it.
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "are", "as", "with", "his", "they"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and the step's sizes: prompts, completions of each, prompt tokens, mean completion tokens."""
+    """A model and the sizes of a step: prompts, completions per prompt, prompt tokens and mean completion tokens."""
 
     model: str
     dtype: str
@@ -81,7 +69,7 @@ class Setting:
         return self.prompts * self.group
 
 
-# Llamas with random weights: small bodies under SmolLM2's vocabulary, one of its width, and one of Qwen3-0.6B's size.
+# Llamas with random weights: two with SmolLM2's vocabulary, one of them with its width, and one like Qwen3-0.6B.
 RANDOM = {
     "llama-tiny": {"vocab_size": 509, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                    "num_attention_heads": 2, "num_key_value_heads": 2},
@@ -105,13 +93,12 @@ def setting_for(run: Run, model: str | None) -> Setting:
 
 
 def build_model(setting: Setting, folder: Path) -> tuple[str, int]:
-    """A model's name for `load_model` and its vocabulary; a random one is written to `folder` with a tokenizer of
-    words ``t0 t1 ...``."""
+    """A model's name for `load_model`, and its vocabulary size. A random model is written to `folder`, with a tokenizer
+    of the words ``t0 t1 ...``."""
     if setting.model not in RANDOM:
         if setting.model != "smollm2-135m-instruct":
-            raise UserError(
-                f"--model={setting.model!r} is unknown; there are smollm2-135m-instruct, {', '.join(RANDOM)}"
-            )
+            known = ", ".join(["smollm2-135m-instruct", *RANDOM])
+            raise UserError(f"--model={setting.model!r} is unknown; use one of {known}")
         return setting.model, 49152
     transformers = require("transformers", "'grpo-fast[train]'")
     tokenizers = require("tokenizers", "'grpo-fast[train]'")
@@ -132,7 +119,7 @@ def build_model(setting: Setting, folder: Path) -> tuple[str, int]:
 
 
 def mixed_lengths(count: int, mean: int, seed: int = 0) -> list[int]:
-    """`count` lengths of about the given mean, the longest `SPREAD` times it, the others spread exponentially."""
+    """`count` lengths of about the given mean: the longest `SPREAD` times the mean, the others exponential."""
     others = [-math.log(1 - (index + 0.5) / (count - 1)) for index in range(count - 1)]
     scale = max(count * mean - SPREAD * mean, count) / sum(others)
     lengths = [max(1, min(round(scale * value), SPREAD * mean)) for value in others] + [SPREAD * mean]
@@ -141,15 +128,15 @@ def mixed_lengths(count: int, mean: int, seed: int = 0) -> list[int]:
 
 
 def make_prompts(setting: Setting, seed: int = 1) -> list[str]:
-    """Different prompts of words that are one token each."""
+    """Distinct prompts of words that are one token each."""
     words = [f"t{index}" for index in range(FIRST_TOKEN, 500)] if setting.model in RANDOM else WORDS
     generator = random.Random(seed)
     return [" ".join(generator.choice(words) for _ in range(setting.prompt_tokens)) for _ in range(setting.prompts)]
 
 
 def make_rollouts(setting: Setting, vocab: int, equal: float, seed: int = 0) -> list[list[list[int]]]:
-    """Completions ``[prompts][group]`` of token ids. Their reward is the parity of the first one, which is the same
-    throughout the first `equal` share of the groups and alternates in the others."""
+    """Completions ``[prompts][group]`` of token ids. The reward is the parity of the first id, which is the same in
+    each of the first `equal` share of the groups and alternates in the others."""
     generator = random.Random(seed)
     lengths = iter(mixed_lengths(setting.samples, setting.mean_tokens, seed))
     rollouts = []
@@ -170,7 +157,7 @@ def parity_reward(prompts: list, completions: list, completion_ids: list[list[in
 
 
 class FixedRollout:
-    """Stands in for our sampling: the completions written down for each prompt."""
+    """Replaces our sampling with fixed completions of each prompt."""
 
     copies_weights = separate = False
 
@@ -178,7 +165,7 @@ class FixedRollout:
         self.by_prompt = by_prompt
 
     def sleep(self) -> None:
-        """Nothing to do."""
+        """Does nothing: there is no engine."""
 
     wake = sleep
 
@@ -194,7 +181,7 @@ def copy_gradients(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """``|ours - theirs| / |theirs|`` over all parameters; infinite where their names differ."""
+    """``|ours - theirs| / |theirs|`` over all parameters; infinite if their names differ."""
     if ours.keys() != theirs.keys():
         return math.inf
     difference = sum((ours[name] - theirs[name]).square().sum().item() for name in ours)
@@ -202,7 +189,7 @@ def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 
 
 class OurSteps:
-    """Our trainer, fed with the fixed completions."""
+    """Our trainer with the fixed completions."""
 
     def __init__(self, config: Any, rollouts: list[list[list[int]]], device: torch.device):
         from grpo_fast.trainer import GRPOTrainer
@@ -229,7 +216,7 @@ class OurSteps:
 
 
 class TRLSteps:
-    """TRL's trainer, fed with the fixed completions."""
+    """TRL's trainer with the fixed completions."""
 
     def __init__(
         self, config: Any, folder: Path, rows: list[dict], rollouts: list[list[list[int]]], setting: Setting,
@@ -238,29 +225,19 @@ class TRLSteps:
         by_prompt = {row["prompt"]: group for row, group in zip(rows, rollouts, strict=True)}
         self.gradients: dict[str, Tensor] | None = None
 
-        def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
-            places: dict[str, itertools.count] = {}
-            chosen = [by_prompt[text][next(places.setdefault(text, itertools.count()))] for text in prompts]
-            ids = trainer.processing_class(prompts)["input_ids"]
-            return {"prompt_ids": ids, "completion_ids": [list(each) for each in chosen], "logprobs": None}
-
         def keep(named: Iterable[tuple[str, Tensor]]) -> None:
             if self.gradients is None:
                 self.gradients = copy_gradients(named)
 
+        rollout = fixed_rollout(by_prompt)
         trainer = trl_trainer(config, folder, rows, parity_reward, setting.rows_per_microbatch, rollout)
-        self._paced = PacedTRL(trainer, device, keep)
-
-    def step(self) -> float:
-        return self._paced.step()
-
-    def stop(self) -> None:
-        self._paced.stop()
+        paced = PacedTRL(trainer, device, keep)
+        self.step, self.stop = paced.step, paced.stop
 
 
 def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: float, folder: Path) -> None:
-    """Rows of one fraction of equal-reward groups."""
-    device, table = run.device, run.table("step", KEY)
+    """Measure one fraction of groups with equal rewards and write its rows."""
+    device = run.device
     rollouts = make_rollouts(setting, vocab, equal)
     rows = [{"prompt": prompt} for prompt in make_prompts(setting)]
     data = folder / "prompts.jsonl"
@@ -274,67 +251,34 @@ def measure_fraction(run: Run, setting: Setting, name: str, vocab: int, equal: f
         max_tokens_per_microbatch=setting.rows_per_microbatch * width, learning_rate=1e-6,
         lr_scheduler_type="constant", max_steps=repeats + 1,
     )  # fmt: skip
-    ours = OurSteps(config, rollouts, device)
-    tokens = sum(length + len(ids) for length, group in zip(ours.prompt_tokens, rollouts, strict=True) for ids in group)
-    trainers: dict[str, Any] = {OURS: ours}
-    status = {OURS: {"status": "ok"}, TRL: {"status": "ok"}}
-    if reason := missing_trl():
-        status[TRL] = {"status": "left out", "detail": reason}
-    else:
+    trainers: dict[str, Any] = {OURS: OurSteps(config, rollouts, device)}
+    steps: dict[str, Any] = {OURS: partial(measured_step, trainers[OURS], device), TRL: missing_trl()}
+    if steps[TRL] is None:
         trainers[TRL] = TRLSteps(config, folder / "trl", rows, rollouts, setting, device)
+        steps[TRL] = partial(measured_step, trainers[TRL], device)
+    lengths = trainers[OURS].prompt_tokens
+    columns = {
+        "model": setting.model, "dtype": setting.dtype, "equal": equal, "prompts": setting.prompts,
+        "group": setting.group, "prompt_tokens": max(lengths), "mean_tokens": setting.mean_tokens,
+        "longest_tokens": setting.longest, "padded_tokens": setting.samples * width,
+        "tokens": sum(prompt + len(ids) for prompt, group in zip(lengths, rollouts, strict=True) for ids in group),
+    }  # fmt: skip
 
-    times = {trainer: Times() for trainer in trainers}
-    peaks: dict[str, float] = {}
+    def difference() -> float:
+        return gradient_difference(trainers[OURS].gradients, trainers[TRL].gradients)
 
-    def one_step(trainer: str, timed: bool) -> None:
-        if status[trainer]["status"] != "ok":
-            return
-        try:
-            with peak_memory(device) as peak:
-                seconds = trainers[trainer].step()
-        except Stopped as error:
-            status[trainer] = {"status": "failed", "detail": str(error)}
-        except Exception as error:
-            status[trainer] = {"status": "failed", "detail": describe_failure(error)}
-        else:
-            if timed:
-                times[trainer].seconds.append(seconds)
-                peaks[trainer] = max(peaks.get(trainer, 0.0), peak.bytes)
+    try:
+        compare_steps(run.table("step", KEY), columns, steps, difference, LIMITS[setting.dtype], repeats, TRL)
+    finally:
+        for trainer in trainers.values():
+            trainer.stop()
 
-    for trainer in trainers:
-        one_step(trainer, timed=False)
-    difference = None
-    if all(status[trainer]["status"] == "ok" for trainer in (OURS, TRL)):
-        difference = gradient_difference(ours.gradients, trainers[TRL].gradients)
-        if not difference <= LIMITS[setting.dtype]:
-            wrong = {"status": "wrong", "detail": f"the first gradients differ by {difference:.2g}"}
-            status = {OURS: wrong, TRL: wrong}
-    for number in range(repeats):
-        for trainer in list(trainers) if number % 2 == 0 else list(trainers)[::-1]:
-            one_step(trainer, timed=True)
-    for trainer in trainers.values():
-        trainer.stop()
-    for trainer, state in status.items():
-        row = {
-            "model": setting.model, "dtype": setting.dtype, "equal": equal, "trainer": trainer, **state,
-            "prompts": setting.prompts, "group": setting.group, "prompt_tokens": max(ours.prompt_tokens),
-            "mean_tokens": setting.mean_tokens, "longest_tokens": setting.longest, "tokens": tokens,
-            "padded_tokens": setting.samples * width, "gradient_difference": difference,
-            "transformers": version("transformers"),
-            "peer": f"trl {version('trl')}" if trainer == TRL else "",
-        }  # fmt: skip
-        if times.get(trainer) and times[trainer].seconds:
-            taken = times[trainer]
-            row |= {**taken.columns(), "tokens_per_second": tokens / taken.median, "peak_bytes": peaks[trainer]}
-            row["speedup"] = times[TRL].median / taken.median if times.get(TRL) else None
-            print(
-                f"  equal {equal:<5}{trainer:12}{show_seconds(taken.median):>10}  {tokens / taken.median:>10,.0f} "
-                f"tokens/s  {show_bytes(peaks[trainer]):>11}",
-                flush=True,
-            )
-        else:
-            print(f"  equal {equal:<5}{trainer:12}{state['status']}: {state.get('detail', '')}", flush=True)
-        table.add(row)
+
+def measured_step(trainer: Any, device: torch.device) -> tuple[float, float]:
+    """Seconds and peak bytes of one step."""
+    with peak_memory(device) as peak:
+        seconds = trainer.step()
+    return seconds, peak.bytes
 
 
 def run_step(run: Run, equal: list[float], model: str | None = None) -> None:
@@ -349,9 +293,9 @@ def run_step(run: Run, equal: list[float], model: str | None = None) -> None:
         folder = Path(name)
         model_name, vocab = build_model(setting, folder / "model")
         for number, fraction in enumerate(equal):
-            if run.deadline.left <= 0:
-                print(f"step: left out for lack of time: equal {fraction}")
+            if run.out_of_time(f"step: equal {fraction}"):
                 continue
+            print(f"  {fraction:.0%} equal rewards", flush=True)
             (folder / str(number)).mkdir()
             measure_fraction(run, setting, model_name, vocab, fraction, folder / str(number))
             gc.collect()

@@ -1,14 +1,13 @@
-"""One optimizer step with made-up answers of one length, in our trainer or TRL's, and the most memory that it takes.
+"""The peak memory of one optimizer step with synthetic answers of one length, in our trainer or in TRL's.
 
-`plan` and `longest` ask for such steps. Models have the real configuration and random weights, made on the device.
+`plan` and `longest` run such steps. Models have the real configurations and random weights, created on the device.
 Nothing is sampled; rewards, advantages, packing, forward, backward, clipping and optimizer are the trainer's own. A
-short step goes first, so that the optimizer's state is there, and the gradients are made before the first microbatch:
-one microbatch then takes as much as all of a step.
+short step allocates the optimizer state first, and the gradients are allocated before the first microbatch, so that one
+microbatch takes as much memory as a whole step.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tempfile
 import time
@@ -23,11 +22,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.measure import ROOT, describe_failure, release
-from benchmarks.harness.trainers import our_config, quiet, require, synchronize, trl_arguments
+from benchmarks.harness.measure import ROOT, describe_failure, release, require
+from benchmarks.harness.trainers import our_config, quiet, synchronize, trl_trainer
 from benchmarks.step import FIRST_TOKEN, OURS, FixedRollout, parity_reward
 
-# A body whose activations matter beside its head, small enough for a CPU.
+# Small enough for a CPU, with activations that are large compared with the head.
 TINY = {
     "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": False,
@@ -36,26 +35,26 @@ MODELS = {"qwen3-1.7b": "qwen3_1.7b.json", "qwen3-8b": "qwen3_8b.json", "qwen3-t
 MOST_POSITIONS = 1 << 21
 PROMPT_TOKENS = 128
 GROUP = 8
-# Answers of the step that makes the optimizer's state.
+# The length of the answers in the step that allocates the optimizer state.
 SHORT = 16
 WORDS = 512
-# What may be left on a GPU after a failed trial for the next one to run in the same process.
+# The most bytes that a failed trial may leave on a GPU for the next one to run in the same process.
 MOST_LEFT = 64 << 20
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What answers are tried in.
+    """A trainer and its settings, in which answers are tried.
 
     Attributes:
         trainer: ours or TRL's.
         model: one of `MODELS`.
-        fields: of our configuration, which TRL's follows.
-        options: TRL's own.
-        group: answers to the one prompt of a step.
-        together: how many of them are in a microbatch (TRL's has one).
-        cap_bytes: the most that torch may hold on a GPU. On a CPU, a trial that takes more is counted as failed.
+        fields: fields of our configuration, from which TRL's is derived.
+        options: further options of TRL's configuration.
+        group: the number of answers to the single prompt of a step.
+        together: how many answers a microbatch of ours holds (TRL's holds one).
+        cap_bytes: the most memory that torch may allocate on a GPU. On a CPU, a trial that takes more has failed.
     """
 
     trainer: str
@@ -68,7 +67,7 @@ class Job:
     cap_bytes: int | None = None
 
     def config(self, folder: Path, answer: int) -> Any:
-        """Our configuration for answers of `answer` tokens: LoRA of rank 16 and checkpoints, or as `fields` say."""
+        """Our configuration for answers of `answer` tokens: LoRA of rank 16, checkpointing, and `fields`."""
         data = str(folder / "prompts.jsonl")
         fields = {"dtype": "bfloat16", "use_peft": True, "lora_r": 16, "gradient_checkpointing": True, **self.fields}
         return our_config(
@@ -80,12 +79,12 @@ class Job:
         )  # fmt: skip
 
     def tokens(self, answer: int) -> int:
-        """Positions of a microbatch."""
+        """The number of positions in a microbatch."""
         return PROMPT_TOKENS + self.together * answer
 
 
 def model_config(name: str) -> Any:
-    """The model's transformers configuration, with positions for any answer."""
+    """The transformers configuration of the model, with positions for answers of any length."""
     transformers = require("transformers", "'grpo-fast[train]'")
     fields = MODELS[name]
     if isinstance(fields, str):
@@ -94,23 +93,17 @@ def model_config(name: str) -> Any:
 
 
 def planned(job: Job, answer: int, tracer: Any = None) -> Any:
-    """The memory plan of a job for answers of `answer` tokens; `tracer` keeps what earlier plans of the model found."""
+    """The memory plan of a job for answers of `answer` tokens; `tracer` reuses traces of earlier plans of the model."""
     from grpo_fast.memory.plan import plan_memory
 
     return plan_memory(job.config(Path(), answer), model_config(job.model), PROMPT_TOKENS, tracer)
 
 
-def missing(package: str) -> str | None:
-    """One line that says what to install, or None."""
-    absent = importlib.util.find_spec(package) is None
-    return f"{package} is not installed; it comes with: pip install {package}" if absent else None
-
-
 def random_model(job: Job, config: Any) -> tuple[nn.Module, Any]:
-    """The model with random weights on the device, in 4 bits where `config` says so, and a tokenizer of a few words."""
+    """The model with random weights on the device, in 4 bits if `config` says so, and a tokenizer with a few words."""
     transformers = require("transformers", "'grpo-fast[train]'")
     tokenizers = require("tokenizers", "'grpo-fast[train]'")
-    # Special tokens are also found inside of words.
+    # Special tokens are also found inside words, so they must not look like one.
     vocabulary = {"<pad>": 0, "</s>": 1} | {f"t{index}": index for index in range(FIRST_TOKEN, WORDS)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -126,7 +119,7 @@ def random_model(job: Job, config: Any) -> tuple[nn.Module, Any]:
 
 
 def quantise(model: nn.Module, config: Any) -> None:
-    """What transformers makes of a folder with ``load_in_4bit``: every linear layer but the head in 4 bits."""
+    """Convert every linear layer but the head to 4 bits, as transformers does for a folder with ``load_in_4bit``."""
     bitsandbytes = require("bitsandbytes", "bitsandbytes")
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
@@ -145,8 +138,8 @@ def quantise(model: nn.Module, config: Any) -> None:
     model.is_loaded_in_4bit = True
 
 
-def made_up_answers(group: int, length: int) -> list[list[int]]:
-    """`group` answers of `length` tokens; their `parity_reward` alternates."""
+def synthetic_answers(group: int, length: int) -> list[list[int]]:
+    """`group` answers of `length` tokens, whose `parity_reward` alternates."""
     ids = torch.randint(FIRST_TOKEN, WORDS, (group, length), generator=torch.Generator().manual_seed(0)).tolist()
     for place, answer in enumerate(ids):
         answer[0] = FIRST_TOKEN + place % 2
@@ -154,14 +147,14 @@ def made_up_answers(group: int, length: int) -> list[list[int]]:
 
 
 def add_zero_gradients(model: nn.Module) -> None:
-    """Gradients as they are from the second microbatch of a step on."""
+    """Allocate the gradients, as they are from the second microbatch of a step on."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 class OurSteps:
-    """Our trainer; `step` takes one optimizer step."""
+    """Our trainer."""
 
     def __init__(self, job: Job, folder: Path):
         from grpo_fast.trainer import GRPOTrainer
@@ -177,38 +170,30 @@ class OurSteps:
         return self.trainer.learner.optimizer.optimizer
 
     def step(self, answer: int, microbatches: int | None) -> None:
-        """Answers of `answer` tokens; all microbatches, or only the first few."""
+        """One optimizer step on answers of `answer` tokens, with all microbatches or only the first ones."""
         self.config.max_completion_length = answer
         self.config.max_tokens_per_microbatch = self.job.tokens(answer)
         prompt = tuple(self.trainer.train_prompts[0])
-        self.trainer.rollout.engine = FixedRollout({prompt: made_up_answers(self.job.group, answer)})
+        self.trainer.rollout.engine = FixedRollout({prompt: synthetic_answers(self.job.group, answer)})
         self.trainer.learner.microbatches = lambda batch: islice(self.microbatches(batch), microbatches)
         add_zero_gradients(self.model)
         next(self.trainer.steps())
 
 
 class TRLSteps:
-    """TRL's trainer, likewise. Its `train()` takes one step a call."""
+    """TRL's trainer, whose `train()` takes one step per call."""
 
     def __init__(self, job: Job, folder: Path):
-        from transformers.trainer_callback import PrinterCallback
-
         from grpo_fast.model.loading import add_adapter
 
-        trl, datasets = require("trl", "trl"), require("datasets", "datasets")
         self.job, config = job, job.config(folder, SHORT)
         model, tokenizer = random_model(job, config)
         self.model = add_adapter(model, config) if config.use_peft else model
-        options = {"max_steps": 1, "max_completion_length": MOST_POSITIONS, **job.options}
-        self.trainer = trl.GRPOTrainer(
-            model=self.model,
-            reward_funcs=[parity_reward],
-            args=trl_arguments(config, folder / "trl", 1, **options),
-            train_dataset=datasets.Dataset.from_list([{"prompt": made_up_prompt()}]),
-            processing_class=tokenizer,
-            rollout_func=self.rollout,
-        )
-        self.trainer.remove_callback(PrinterCallback)
+        self.trainer = trl_trainer(
+            config, folder / "trl", [{"prompt": synthetic_prompt()}], parity_reward, 1, self.rollout,
+            model=(self.model, tokenizer),
+            **{"max_steps": 1, "max_completion_length": MOST_POSITIONS, **job.options},
+        )  # fmt: skip
         self.answer, self.left, self.loss = SHORT, None, self.trainer.compute_loss
         self.trainer.compute_loss = self.limited_loss
 
@@ -217,7 +202,7 @@ class TRLSteps:
         return self.trainer.optimizer
 
     def rollout(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        answers = made_up_answers(len(prompts), self.answer)
+        answers = synthetic_answers(len(prompts), self.answer)
         return {
             "prompt_ids": trainer.processing_class(prompts)["input_ids"],
             "completion_ids": answers,
@@ -225,7 +210,7 @@ class TRLSteps:
         }
 
     def limited_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> torch.Tensor:
-        """TRL's loss of the first `left` microbatches, and 0 for the others."""
+        """TRL's loss for the first `left` microbatches, and 0 for the others."""
         if self.left == 0:
             return torch.zeros((), device=self.job.device, requires_grad=True)
         self.left = None if self.left is None else self.left - 1
@@ -237,12 +222,12 @@ class TRLSteps:
         self.trainer.train()
 
 
-def made_up_prompt() -> str:
+def synthetic_prompt() -> str:
     return " ".join(f"t{FIRST_TOKEN + index}" for index in range(PROMPT_TOKENS))
 
 
 class Trials:
-    """Steps with answers of any length, one after another.
+    """Takes steps with answers of any length, one after another.
 
     Raises:
         UserError: the trainer refuses the job.
@@ -251,7 +236,7 @@ class Trials:
     def __init__(self, job: Job):
         self.job, self.device = job, torch.device(job.device)
         self.folder = tempfile.TemporaryDirectory()
-        (Path(self.folder.name) / "prompts.jsonl").write_text(json.dumps({"prompt": made_up_prompt()}) + "\n")
+        (Path(self.folder.name) / "prompts.jsonl").write_text(json.dumps({"prompt": synthetic_prompt()}) + "\n")
         self.steps: Any = None
         if self.device.type == "cuda" and job.cap_bytes:
             most = torch.cuda.get_device_properties(self.device).total_memory
@@ -264,10 +249,10 @@ class Trials:
         self.steps.step(SHORT, None)
 
     def trial(self, answer: int, whole: bool = False) -> dict[str, Any]:
-        """One step with answers of `answer` tokens, of its first microbatch or as a whole.
+        """One step with answers of `answer` tokens: its first microbatch, or the whole step.
 
-        Returns whether it ``fits``, its ``peak_bytes`` (of all tensors on the device) and ``seconds``, or the reason in
-        ``detail``. After ``broken`` the process must not go on.
+        Returns whether it ``fits``, and its ``peak_bytes`` (of all tensors on the device) and ``seconds``, or the
+        reason in ``detail``. If it is ``broken``, the process must not be used any more.
         """
         failure = None
         try:
@@ -293,8 +278,8 @@ class Trials:
         return {"fits": fits, "memory": not fits, "detail": detail, "peak_bytes": peak, "seconds": seconds}
 
     def peak_of(self, call: Callable[[], None]) -> int:
-        """Bytes of all tensors at the fullest moment of a call: what torch's allocator held on a GPU, and on a CPU what
-        the call allocated, as torch's profiler saw it, beside what was there before."""
+        """The most bytes in tensors during a call: those in torch's allocator on a GPU; on a CPU, those that the call
+        allocates according to torch's profiler, plus those held before."""
         if self.device.type == "cuda":
             synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -312,7 +297,7 @@ class Trials:
         return held + most
 
     def held_bytes(self) -> int:
-        """Bytes of the weights, gradients and optimizer state."""
+        """Bytes of the weights, the gradients and the optimizer state."""
         parameters = list(self.steps.model.parameters())
         state = [value for values in self.steps.optimizer.state.values() for value in values.values()]
         tensors = [*parameters, *(p.grad for p in parameters), *state]

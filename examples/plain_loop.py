@@ -1,8 +1,8 @@
-"""GRPO in a loop of one's own: a small Llama with random weights learns to sort two digits.
+"""GRPO in a plain training loop: a small Llama with random weights learns to sort two digits.
 
     python examples/plain_loop.py [--steps 150]
 
-Nothing of grpo-fast's trainer is used. The model is sampled with `generate`; `FusedPolicy` makes the loss from the
+It does without grpo-fast's trainer: the model samples with `generate`, and `FusedPolicy` computes the loss of the
 sampled tokens without logits.
 """
 
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grpo_fast import FusedPolicy
 from grpo_kernels import PRESETS
 
-DIGITS, ARROW, END = 2, 10, 11  # the tokens are the ten digits, an arrow behind the question, and the end
+DIGITS, ARROW, END = 2, 10, 11  # the tokens are the ten digits, an arrow after the question, and the end
 PROMPTS, GROUP = 32, 8
 
 
@@ -25,7 +25,7 @@ def questions(count: int) -> torch.Tensor:
 
 
 def reward(prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tensor:
-    """``[B]``: the share of the sorted digits, and of the end behind them, that are where they belong."""
+    """``[B]``: the share of the sorted digits, and of the end after them, that are in the right place."""
     answer = torch.full_like(prompt_ids, END)
     answer[:, :DIGITS] = prompt_ids[:, :DIGITS].sort(1).values
     width = completion_ids.shape[1]
@@ -33,7 +33,7 @@ def reward(prompt_ids: torch.Tensor, completion_ids: torch.Tensor) -> torch.Tens
 
 
 def sample(model: LlamaForCausalLM, prompt_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts with their answers ``[B, T]``, the answers' mask ``[B, K]`` (to the first end), and rewards ``[B]``."""
+    """Prompts with answers ``[B, T]``, the answers' mask ``[B, K]`` (up to the first end), and rewards ``[B]``."""
     model.eval()
     mask = torch.ones_like(prompt_ids)
     ids = model.generate(prompt_ids, attention_mask=mask, do_sample=True, max_new_tokens=DIGITS + 1)

@@ -2,8 +2,8 @@
 
     python examples/sort_comparison.py [--seeds 3] [--output_dir runs/sort_comparison] [--field value ...]
 
-What the advantages are, what the objective is where each batch serves several updates, and a KL term whose reference is
-refreshed. Runs that are finished are not made again, and one that was interrupted goes on from its checkpoint.
+They compare advantages, objectives with several updates per batch, and a KL term with a refreshed reference. Finished
+runs are not repeated, and a run that was interrupted continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from grpo_fast.cli import parse_config, quiet_libraries
 from grpo_fast.report.compare import plot_curves, print_curves, read_curves
 from grpo_fast.trainer import GRPOTrainer
 
-RECIPE = Path(__file__).parent / "sort_small.yaml"
+RECIPE = "sort_small"
 CENTRED = {"reward_baseline": "mean", "scale_rewards": "none"}
 OBJECTIVE = {**CENTRED, "num_iterations": 4}
 
-# panel -> run -> the fields in which it differs from the recipe
+# Panel -> run -> the fields in which the run differs from the recipe.
 PANELS = {
     "advantages": {
         "raw rewards": {"reward_baseline": "none", "scale_rewards": "none"},
@@ -31,7 +31,7 @@ PANELS = {
     },
     "objective, 4 updates a batch": {
         "naive": {**OBJECTIVE, "loss_type": "reinforce"},
-        # Bounds that no ratio reaches.
+        # No ratio reaches these bounds.
         "unclipped": {**OBJECTIVE, "epsilon": 1 - 1e-6, "epsilon_high": 1e6},
         "clipped": {**OBJECTIVE, "epsilon": 0.2},
     },
@@ -47,7 +47,7 @@ PANELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs of each kind")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/sort_comparison"))
     arguments, fields = parser.parse_known_args()
     quiet_libraries()
@@ -68,11 +68,11 @@ def main() -> None:
 
 
 def train(name: str, changes: dict, seed: int, output_dir: Path, fields: list[str]) -> Path:
-    """One run, unless it is finished; its folder."""
+    """Make one run, unless it is finished, and return its folder."""
     folder = output_dir / f"{name.replace(', ', '_').replace(' ', '_')}-seed{seed}"
     given = {**changes, "run_name": name, "seed": seed, "output_dir": folder, "resume_from_checkpoint": True}
     options = [f"--{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in given.items()]
-    config = parse_config([str(RECIPE), *options, *fields])
+    config = parse_config([RECIPE, *options, *fields])
     summary = folder / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["steps"] != config.max_steps:
         GRPOTrainer(config).train()

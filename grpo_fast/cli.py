@@ -1,7 +1,8 @@
-"""The command line: ``grpo-fast train CONFIG.yaml [--field value ...]``, ``plan`` and ``eval`` alike, ``report``."""
+"""The command line: ``grpo-fast train CONFIG [--field value ...]`` and the other commands."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import math
@@ -16,42 +17,54 @@ from functools import partialmethod
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import get_args, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 from grpo_fast.config import TRL_FIELDS_INSTEAD, GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say
+from grpo_fast.convert.command import CONVERT_USAGE, convert
+from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say, shown
 from grpo_fast.files import read_yaml, user_path
+from grpo_fast.recipes import describe_recipes, find_config
 from grpo_fast.report.terminal import open_standard_streams, print_error, silence
 from grpo_fast.startup import leaving_at_once
 from grpo_kernels import __version__
 
-USAGE = """usage: grpo-fast train CONFIG.yaml [--field value ...]
+USAGE = """usage: grpo-fast train CONFIG [--field value ...]
 
-Train a model with GRPO. Every field of the configuration can be set on the command line.
+Train a model with GRPO. CONFIG is a YAML file or the name of a recipe, such as sort. Every field of the configuration
+can be set on the command line.
 
-  grpo-fast plan CONFIG.yaml --vram 24GiB     what a run takes in memory, and whether it fits
+  grpo-fast convert THEIR.yaml                the configuration for a file of TRL, verl or LLaMA-Factory
+  grpo-fast recipes                           the configurations that ship with the package
+  grpo-fast plan CONFIG --vram 24GiB          the memory that a run needs, and whether it fits
   grpo-fast train --help                      all fields, with their meaning
-  grpo-fast train CONFIG.yaml --print_config  the configuration as resolved
-  grpo-fast train RUN/config.yaml --resume    go on from a run folder's newest checkpoint
-  grpo-fast serve CONFIG.yaml                 a vLLM server for that run (use_vllm: true, vllm_mode: server)
+  grpo-fast train CONFIG --print_config       the configuration as resolved
+  grpo-fast train RUN/config.yaml --resume    continue from a run folder's newest checkpoint
+  grpo-fast serve CONFIG                      a vLLM server for that run (use_vllm: true, vllm_mode: server)
   grpo-fast eval RUN/config.yaml --greedy     the accuracy of a model on held-out prompts, with its interval
-  grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
-  grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
-  grpo-fast doctor                            which kernels run on this machine, and whether their results are right
+  grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, during the run or afterwards
+  grpo-fast compare RUN RUN ...               the curves of several runs in one figure, averaged over seeds
+  grpo-fast doctor                            which kernels run on this machine, and whether they are correct
   grpo-fast --version"""
 
 # The signal's number everywhere; Windows has no name for it.
 SIGPIPE = 13
-# Seconds until a process that has failed is sure that the first one has not.
+# Seconds that the other processes of a run leave the first one to report an error that all of them have.
 PATIENCE = 3
 FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.usage}: {message}" if self.usage else message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
-    Returns the exit status: 0, 1 if a plan does not fit or a kernel is wrong, 2 for wrong input or output that cannot
-    be written, 130 when interrupted, 141 where nobody reads the output.
+    Returns the exit status: 0; 1 if a plan does not fit or a kernel is wrong; 2 for wrong input, or output that cannot
+    be written; 130 when interrupted; 141 when nobody reads the output.
     """
     open_standard_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -60,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            # Here, not when the interpreter ends, where an error is no more than a note.
+            # Here, because an error when the interpreter exits would not change the status.
             sys.stdout.flush()
     except BrokenPipeError:
         silence(sys.stdout)
@@ -74,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     try:
         for argument in argv:
-            if not _is_unicode(argument):
+            # Bytes that are not UTF-8 come from the system as surrogates.
+            if re.search("[\ud800-\udfff]", argument):
                 raise UserError(f"{argument!r} is not allowed: it must be UTF-8 text")
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
@@ -84,6 +98,9 @@ def _run(argv: list[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there is: {', '.join(COMMANDS)}")
+        if argv[0] in USAGES and {"-h", "--help"} & set(_own(argv)):
+            say(USAGES[argv[0]])
+            return 0
         return COMMANDS[argv[0]](argv[1:])
     except UserError as error:
         _tell(str(error))
@@ -99,17 +116,8 @@ def _run(argv: list[str]) -> int:
         return 130
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether it can be written; bytes that are not UTF-8 come from the system as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _show_errors_as_text() -> None:
-    """Tracebacks and warnings, too, may hold a completion, a column or an answer of a server."""
+    """Make tracebacks and warnings printable: they may quote a completion, a column or a server's answer."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         say("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
@@ -121,7 +129,7 @@ def _show_errors_as_text() -> None:
 
 
 def _tell(error: str) -> None:
-    """Of several processes that fail alike only the first one says so; their launcher ends the others."""
+    """Print an error. If all processes of a run have it, only the first prints it: the launcher ends the others."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(PATIENCE)
@@ -130,43 +138,39 @@ def _tell(error: str) -> None:
 
 
 def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
-    """The configuration of a YAML file (the first argument, optional) and of ``--field value`` pairs after it.
+    """The configuration from a recipe or YAML file (first argument, optional) and the ``--field value`` pairs after it.
 
-    Args:
-        argv: the command line.
-        unused: fields that the command does nothing with.
-
-    Raises:
-        UserError: a missing file, an unknown field, a value that is not allowed, or a file from a run's folder that
-            names Python to be run; see `trust`.
+    `unused` are fields that the command does not use. A UserError refuses a missing file, an unknown field, a wrong
+    value, and a file in a run's folder that names Python code to run; see `trust`.
     """
     jsonargparse = import_extra("jsonargparse", "train")
     parser = jsonargparse.ArgumentParser(
-        prog="grpo-fast train", usage="grpo-fast train CONFIG.yaml [--field value ...]", exit_on_error=False
+        prog="grpo-fast train", usage="grpo-fast train CONFIG [--field value ...]", exit_on_error=False
     )
-    parser.add_argument("--config", action="config", help="YAML file; may also be given as the first argument.")
+    parser.add_argument("--config", action="config", help="YAML file; the first argument can be a file or recipe, too.")
     parser.add_class_arguments(GRPOConfig, instantiate=False)
     argv = ["--resume_from_checkpoint=true" if argument == "--resume" else argument for argument in argv]
-    path = None
+    name = None
     if argv and not argv[0].startswith("-"):
-        path = user_path(argv[0])
-        argv = [f"--config={path}", *argv[1:]]
+        path = find_config(argv[0])
+        name, argv = path.stem, [f"--config={path}", *argv[1:]]
     files = _config_files(argv)
     for file in files:
         _check_file(file)
     _check_options(argv)
     try:
-        values = parser.parse_args(argv)
+        values = parser.parse_args(argv).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(one_line(error, limit=2000))) from None
-    values = values.clone().as_dict() if hasattr(values, "clone") else dict(values)
+        raise UserError(_explain(str(error))) from None
+    except OverflowError:
+        # jsonargparse does not catch this for an integer beyond the largest float.
+        wrong = next(argument for argument in argv if re.search(r"\d{309}", argument))
+        raise UserError(f"{shown(wrong)} is not allowed: a number must be within +-{sys.float_info.max:.1e}") from None
     values.pop("config", None)
-    if values.get("run_name") is None and path is not None:
-        values["run_name"] = path.stem
-    config = GRPOConfig(**values)
+    config = GRPOConfig(**values | {"run_name": name if values["run_name"] is None else values["run_name"]})
     from grpo_fast.train.trust import check_code
 
-    # Not a part of a field, as in --model_init_kwargs.head_dim, which leaves the rest to the file.
+    # Not --model_init_kwargs.head_dim, which sets a part of a field and leaves the rest to the file.
     named = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
     for file in files:
         check_code(file, config, named | set(unused))
@@ -174,7 +178,7 @@ def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfi
 
 
 def _config_files(argv: list[str]) -> list[Path]:
-    """The files that --config names; it may also hold the fields themselves."""
+    """The files given as --config, whose value may also be YAML itself."""
     given = [value for option, value in pairwise(argv) if option == "--config"]
     given += [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     return [Path(value) for value in given if "\n" not in value and not value.lstrip().startswith("{")]
@@ -203,7 +207,7 @@ def _check_options(argv: list[str]) -> None:
 
 
 def _instead(name: str) -> str:
-    """What an unknown field may have meant: another name of ours, or one of TRL's."""
+    """A hint for an unknown field: the field that replaces one of TRL's, or the most similar name."""
     if name in TRL_FIELDS_INSTEAD:
         return f"; set {TRL_FIELDS_INSTEAD[name]} instead"
     return nearest(name, FIELDS)
@@ -211,18 +215,52 @@ def _instead(name: str) -> str:
 
 def _explain(message: str) -> str:
     """jsonargparse's complaint about a value, in the words of the other errors."""
-    found = re.search(r'key "(\w+)":.*(?:Got value|Given value): (.*)', message)
+    found = re.search(r'key "(\w+)":.*(?:Got value|Given value): (.*)', " ".join(message.split()))
     if not found or found[1] not in FIELDS:
-        return message
+        return one_line(message, limit=2000)
     hint = get_type_hints(GRPOConfig)[found[1]]
     kind = str(hint).replace("typing.", "") if get_args(hint) else hint.__name__
-    return f"{found[1]}={found[2].strip()!r} is not allowed: it must be {kind}"
+    return f"{found[1]}={shown(found[2].strip())} is not allowed: it must be {kind}"
+
+
+def _own(argv: list[str]) -> list[str]:
+    """The arguments before ``--``."""
+    return argv[: argv.index("--")] if "--" in argv else argv
+
+
+def _options(
+    argv: Sequence[str], flags: Sequence[str] = (), **defaults: str | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, beside the fields of the configuration, and the arguments without them."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", nargs="?", const="", default=default)
+    options, rest = parser.parse_known_args(argv)
+    for name in defaults:
+        if getattr(options, name) == "":
+            raise UserError(f"--{name} needs a value")
+    return options, rest
+
+
+def _count(option: str, text: str, what: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"{option}={shown(text)} is not allowed: it must be a number of {what}, at least 1")
+    return int(text)
+
+
+def _numbers(option: str, text: str | None, allowed: str) -> tuple[int, ...]:
+    numbers = (text or "").replace(" ", "").split(",") if text else []
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"{option}={text!r} is not allowed: it must be numbers {allowed}")
+    return tuple(map(int, numbers))
 
 
 def quiet_libraries() -> None:
-    """No bars, which would break up the run's own live line, and no notes of kernels that a library did not find."""
+    """Silence progress bars, which would break up the live line, and notes about kernels that are not installed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Its variable TQDM_DISABLE is read when tqdm is imported, which torch may have done.
+    # tqdm reads TQDM_DISABLE when it is imported, and torch may already have imported it.
     tqdm = import_extra("tqdm", "train").tqdm
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torchao|vllm)\.")
@@ -248,14 +286,10 @@ def train(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Write the page of a run folder and print its path."""
-    jsonargparse = import_extra("jsonargparse", "train")
-    parser = jsonargparse.ArgumentParser(prog="grpo-fast report", exit_on_error=False)
-    parser.add_argument("run", type=str, help="a run folder, of a run that ended or still goes on")
-    parser.add_argument("--output", type=str, help="where to write the page (default: report.html in the run folder)")
-    try:
-        arguments = parser.parse_args(list(argv))
-    except jsonargparse.ArgumentError as error:
-        raise UserError(f"grpo-fast report RUN [--output FILE.html]: {one_line(error)}") from None
+    parser = _Parser(usage="grpo-fast report RUN [--output FILE.html]")
+    parser.add_argument("run", help="a run folder, of a run that has ended or is still going")
+    parser.add_argument("--output", help="where to write the page (default: report.html in the run folder)")
+    arguments = parser.parse_args(argv)
     with leaving_at_once():
         from grpo_fast.report import write_report
 
@@ -264,16 +298,12 @@ def report(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Draw the curves of several runs, print their scores and the figure's path."""
-    jsonargparse = import_extra("jsonargparse", "train")
-    parser = jsonargparse.ArgumentParser(prog="grpo-fast compare", exit_on_error=False)
-    parser.add_argument("runs", type=str, nargs="+", help="run folders; those of one setting are one curve")
-    parser.add_argument("--metric", type=str, help="a reward, or a figure of metrics.jsonl (default: the score)")
-    parser.add_argument("--output", type=str, default="compare.png", help="where to write the figure")
-    try:
-        arguments = parser.parse_args(list(argv))
-    except jsonargparse.ArgumentError as error:
-        raise UserError(f"grpo-fast compare RUN RUN ... [--metric NAME] [--output FILE]: {one_line(error)}") from None
+    """Draw the curves of several runs, and print their scores and the figure's path."""
+    parser = _Parser(usage="grpo-fast compare RUN RUN ... [--metric NAME] [--output FILE]")
+    parser.add_argument("runs", nargs="+", help="run folders; runs that differ only in their seed form one curve")
+    parser.add_argument("--metric", help="a reward, or a metric of metrics.jsonl (default: the score)")
+    parser.add_argument("--output", default="compare.png", help="where to write the figure")
+    arguments = parser.parse_args(argv)
     with leaving_at_once():
         from grpo_fast.report.compare import plot_curves, print_curves, read_curves
 
@@ -287,27 +317,23 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
-PLAN_USAGE = """usage: grpo-fast plan [CONFIG.yaml] --vram SIZE [--prompt_tokens 512] [--field value ...]
+PLAN_USAGE = """usage: grpo-fast plan [CONFIG] --vram SIZE [--prompt_tokens 512] [--field value ...]
 
-Add up what a run takes in memory, from the model's configuration alone: no weights, no GPU, no data.
-The exit status is 1 where it does not fit.
+Estimate the memory of a run from the model's configuration alone: it needs no weights, no GPU and no data.
+The exit status is 1 if the run does not fit.
 
-  --vram SIZE          memory of the GPU: 24GiB, 80GB (default: that of the GPU at hand)
+  --vram SIZE          memory of the GPU: 24GiB, 80GB (default: that of this machine's GPU)
   --prompt_tokens N    length of the longest prompt (default: 512)
-  --model NAME         short for --model_name_or_path; also a config.json or the folder of one
+  --model NAME         short for --model_name_or_path; also a config.json or its folder
   --field value        any field of the configuration, as for train"""
 
 
 def plan(argv: Sequence[str]) -> int:
+    """Print the memory that a run needs; returns 1 if it does not fit."""
     argv = ["--model_name_or_path" + a.removeprefix("--model") if re.match(r"--model(=|$)", a) else a for a in argv]
-    if "--help" in argv or "-h" in argv:
-        print(PLAN_USAGE)
-        return 0
-    vram, argv = _take(argv, "--vram")
-    prompt_tokens, argv = _take(argv, "--prompt_tokens", "512")
-    if not prompt_tokens.isdecimal() or not int(prompt_tokens):
-        raise UserError(f"--prompt_tokens={prompt_tokens!r} is not allowed: it must be a number of tokens, at least 1")
-    # A plan needs no data and no rewards; their fields have to hold something.
+    options, argv = _options(argv, vram=None, prompt_tokens="512")
+    prompt_tokens = _count("--prompt_tokens", options.prompt_tokens, "tokens")
+    # A plan uses no data and no rewards, but the fields must not be empty.
     config = parse_config([*argv, "--dataset_name=any", "--reward_funcs=[any]", "--reward_weights=null"])
     with leaving_at_once():
         quiet_libraries()
@@ -315,81 +341,69 @@ def plan(argv: Sequence[str]) -> int:
 
         from grpo_fast.memory.report import parse_size, print_plan
 
-    if vram is not None:
-        size = parse_size(vram)
+    if options.vram is not None:
+        size = parse_size(options.vram)
     elif torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
     else:
-        raise UserError("there is no GPU here whose memory could be read; say it with --vram 24GiB")
-    return 0 if print_plan(config, size, int(prompt_tokens)) else 1
+        raise UserError("this machine has no GPU whose memory could be read; set it with --vram 24GiB")
+    return 0 if print_plan(config, size, prompt_tokens) else 1
 
 
-SERVE_USAGE = """usage: grpo-fast serve CONFIG.yaml [--field value ...] [-- VLLM OPTIONS]
+SERVE_USAGE = """usage: grpo-fast serve CONFIG [--field value ...] [-- VLLM OPTIONS]
 
-Start a vLLM server with what the run of that configuration needs, at its vllm_server_base_url, or vllm_server_host and
-vllm_server_port. The run brings the weights. Ctrl-C ends it. At any address but loopback, server and run both need the
-same secret in the environment variable VLLM_API_KEY.
+Start a vLLM server with the settings that the run needs, at vllm_server_base_url, or at vllm_server_host and
+vllm_server_port. The run sends the weights. Ctrl-C stops the server. At any address other than loopback, server and run
+both need the same secret in the environment variable VLLM_API_KEY.
 
   --field value        any field of the configuration, as for train
   -- VLLM OPTIONS      further options of vLLM's server, as in: -- --tensor-parallel-size 2"""
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Become vLLM's server."""
-    argv = list(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    if {"--help", "-h"} & set(argv[:cut]):
-        print(SERVE_USAGE)
-        return 0
-    config = parse_config(argv[:cut], unused=["reward_funcs"])
+    """Replace this process by vLLM's server."""
+    own = _own(list(argv))
+    config = parse_config(own, unused=["reward_funcs"])
     with leaving_at_once():
         quiet_libraries()
         from grpo_fast.rollout.vllm.serve import serve as start
 
-    start(config, argv[cut + 1 :])
+    start(config, list(argv[len(own) + 1 :]))
     return 0
 
 
-EVAL_USAGE = """usage: grpo-fast eval [CONFIG.yaml] [--model_name_or_path RUN/checkpoint-N] [--field value ...]
+EVAL_USAGE = """usage: grpo-fast eval [CONFIG] [--model_name_or_path RUN/checkpoint-N] [--field value ...]
 
 Measure a model on the held-out prompts of a configuration: the mean of every reward function and pass@k, with 95%
-intervals. A checkpoint may hold an adapter alone; without CONFIG.yaml its run's config.yaml is taken.
+intervals. A checkpoint may hold only an adapter; without CONFIG, its run's config.yaml is used.
 
-  --greedy             one completion a prompt, of the likeliest tokens
+  --greedy             one completion per prompt, of the likeliest tokens
   --num_generations_eval N
                        sampled completions of each prompt; --temperature, --top_p and so on as for train
   --k 1,4,8            pass@k for these (default: 1 and the number of completions)
-  --threshold 1.0      a completion is right from this reward on
-  --batch_size 32      prompts that are sampled, and written, at once
+  --threshold 1.0      a completion with at least this reward is correct
+  --batch_size 32      prompts that are sampled and written at once
   --output FOLDER      where samples.jsonl and summary.json go (default: runs/eval-NAME-TIME)
-  --resume             go on with an interrupted evaluation in that folder
-  --compare FOLDER     another evaluation of the same prompts: also estimate the difference to it"""
+  --resume             continue an interrupted evaluation in that folder
+  --compare FOLDER     another evaluation of the same prompts: also estimate the difference from it
+  --thinking_budgets 0,256,1024
+                       evaluate at each of these thinking budgets, and draw the scores over them"""
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Write an evaluation's folder and print its figures."""
-    if "--help" in argv or "-h" in argv:
-        print(EVAL_USAGE)
-        return 0
-    greedy, resume = ("--greedy" in argv, "--resume" in argv)
-    argv = [argument for argument in argv if argument not in ("--greedy", "--resume")]
-    k, argv = _take(argv, "--k")
-    threshold, argv = _take(argv, "--threshold", "1")
-    batch_size, argv = _take(argv, "--batch_size", "32")
-    output, argv = _take(argv, "--output")
-    compare, argv = _take(argv, "--compare")
-    numbers = (k or "").replace(" ", "").split(",") if k else []
-    if not all(number.isdecimal() for number in numbers):
-        raise UserError(f"--k={k!r} is not allowed: it must be numbers from 1 on, as in 1,4,8")
-    if not batch_size.isdecimal() or not int(batch_size):
-        raise UserError(f"--batch_size={batch_size!r} is not allowed: it must be a number of prompts, at least 1")
+    """Write an evaluation's folder and print its metrics."""
+    defaults = {"k": None, "threshold": "1", "batch_size": "32", "output": None, "compare": None}
+    options, argv = _options(argv, ("greedy", "resume"), thinking_budgets=None, **defaults)
+    k = _numbers("--k", options.k, "from 1 on, as in 1,4,8")
+    budgets = _numbers("--thinking_budgets", options.thinking_budgets, "from 0 on, as in 0,256,1024")
+    batch_size = _count("--batch_size", options.batch_size, "prompts")
     try:
-        least = float(threshold)
+        threshold = float(options.threshold)
     except ValueError:
-        least = math.nan
-    if not math.isfinite(least):
-        raise UserError(f"--threshold={threshold!r} is not allowed: it must be a finite number")
-    model, _ = _take(argv, "--model_name_or_path")
+        threshold = math.nan
+    if not math.isfinite(threshold):
+        raise UserError(f"--threshold={options.threshold!r} is not allowed: it must be a finite number")
+    model = _options(argv, model_name_or_path=None)[0].model_name_or_path
     if model and not (argv and not argv[0].startswith("-")):
         own = user_path(model).parent / "config.yaml"
         argv = [str(own), *argv] if own.is_file() else argv
@@ -398,21 +412,32 @@ def evaluate(argv: Sequence[str]) -> int:
         quiet_libraries()
         import_extra("accelerate", "train")
         from grpo_fast.distributed.processes import launched
+        from grpo_fast.evaluation.budgets import BudgetCurve
         from grpo_fast.evaluation.run import EvalOptions, EvalRun
 
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
-    folder, other = (user_path(path) if path else None for path in (output, compare))
-    options = EvalOptions(greedy, tuple(map(int, numbers)), least, int(batch_size), folder, resume, other)
-    EvalRun(config, options).run()
+    folder, other = (user_path(path) if path else None for path in (options.output, options.compare))
+    chosen = EvalOptions(options.greedy, k, threshold, batch_size, folder, options.resume, other, budgets)
+    (BudgetCurve if budgets else EvalRun)(config, chosen).run()
     return 0
 
 
+def recipes(argv: Sequence[str]) -> int:
+    """List the configurations that ship with the package."""
+    if argv and not {"--help", "-h"} & set(argv):
+        raise UserError(f"grpo-fast recipes takes no arguments, not {' '.join(argv)!r}")
+    say(f"grpo-fast train, plan, serve and eval take these names in place of a file:\n\n{describe_recipes()}")
+    return 0
+
+
+DOCTOR_USAGE = """usage: grpo-fast doctor
+
+Which kernels run on this machine, and whether their results are correct."""
+
+
 def doctor(argv: Sequence[str]) -> int:
-    """Check the kernels on this machine; returns 1 where a result is wrong."""
-    if {"--help", "-h"} & set(argv):
-        print("usage: grpo-fast doctor\n\nWhich kernels run on this machine, and whether their results are right.")
-        return 0
+    """Check the kernels on this machine; returns 1 if a result is wrong."""
     if argv:
         raise UserError(f"grpo-fast doctor takes no arguments, not {' '.join(argv)!r}")
     from grpo_kernels.doctor import main as check
@@ -420,24 +445,19 @@ def doctor(argv: Sequence[str]) -> int:
     return check()
 
 
-def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str | None, list[str]]:
-    """The value of an option of the command's own, and the arguments without it."""
-    value, rest = default, []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument.split("=")[0] != option:
-            rest.append(argument)
-            continue
-        value = argument.split("=", 1)[1] if "=" in argument else next(arguments, None)
-        if not value:
-            raise UserError(f"{option} needs a value")
-    return value, rest
-
-
-# Their output may break off; a pipe that breaks in them is another one.
+# Commands whose output may break off without ending them; another pipe that breaks in them is an error.
 LASTING = ("train", "eval")
+USAGES = {
+    "convert": CONVERT_USAGE,
+    "plan": PLAN_USAGE,
+    "serve": SERVE_USAGE,
+    "eval": EVAL_USAGE,
+    "doctor": DOCTOR_USAGE,
+}
 COMMANDS = {
     "train": train,
+    "convert": convert,
+    "recipes": recipes,
     "plan": plan,
     "serve": serve,
     "eval": evaluate,

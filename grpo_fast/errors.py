@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line that names the value and what is allowed."""
+"""Errors that the user can fix: one line that names the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
-# Control characters but tab and newline; those that reorder what follows; lone halves of UTF-16 pairs.
+# Control characters except tab and newline, characters that reverse the text, and unpaired surrogates.
 _NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """Wrong input. The command line prints its one line and exits with status 2; no traceback."""
+    """Wrong input, of which the command line prints one line without a traceback, to exit with status 2."""
 
 
 class CheckpointError(UserError):
@@ -25,11 +25,9 @@ class CheckpointError(UserError):
 
 
 class NotFiniteError(UserError):
-    """An optimizer step was stopped by a number that is not finite.
+    """A number that is not finite stopped an optimizer step.
 
-    Args:
-        message: what was not finite.
-        weights_lost: whether the weights are among it; otherwise they are those of the step before.
+    `weights_lost` says whether the weights are not finite either; otherwise they are those of the previous step.
     """
 
     def __init__(self, message: str, weights_lost: bool):
@@ -38,19 +36,28 @@ class NotFiniteError(UserError):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters as escapes (``\\x1b``): printed, it cannot command a terminal or hide a part."""
+    """`text` with control characters escaped (``\\x1b``), so that it cannot control a terminal or hide its parts."""
     return _NOT_SHOWN.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print text that may come from elsewhere, at once."""
+    """Print text of any origin, and flush."""
     print(printable(text), file=file, flush=True)
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """An exception's message, printable and without its line breaks, or its type where it has none."""
+    """An exception's message (or its type, if it has none), printable and on one line."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` for a message, shortened to 100 characters."""
+    try:
+        return one_line(repr(value), limit=100)
+    except ValueError:
+        # Python prints no integer of more than 4,300 digits.
+        return f"<{type(value).__name__} too long to print>"
 
 
 @contextmanager
@@ -70,13 +77,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def require_extra(module: str, extra: str) -> None:
-    """As :func:`import_extra`, but without importing it."""
+    """Check, without importing it, that a module of an optional dependency is installed."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{module} is not installed; install it with: pip install 'grpo-fast[{extra}]'")
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional dependency, or say which extra installs it."""
+    """Import a module of an optional dependency; without it, a UserError names the extra to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,8 +1,9 @@
-"""Files and folders that are whole or not there, whenever the process is killed; JSON and YAML from elsewhere."""
+"""Files and folders that are complete or missing, even if the process is killed; JSON and YAML from other people."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,22 +18,18 @@ from typing import Any
 
 from grpo_fast.errors import UserError, import_extra, one_line, writing
 
-# Bytes of a YAML file, and characters that it may stand for with its aliases (``*name``) written out.
+# Bytes of a YAML file, and characters of its values with aliases (``*name``) written out.
 YAML_BYTES, YAML_CHARACTERS = 1 << 20, 4 << 20
 # Characters of an integer in YAML; Python refuses to print one of more than 4,300 digits.
 LONGEST_INTEGER = 100
-# Levels of lists and mappings inside each other. How many Python itself can read depends on who calls.
+# Levels of lists and mappings inside each other. Python's own limit depends on the caller's depth.
 DEEPEST_YAML = 100
 
 _CHECKSUM = re.compile(r', "crc32": (\d+)\}$')
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is not JSON, or is nested too deeply to be read.
-    """
+    """The value of a JSON text; a ValueError if it is not JSON, or is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -42,11 +39,8 @@ def parse_json(text: str) -> Any:
 def read_yaml(path: Path, name: str | None = None) -> Any:
     """The value of a YAML file, plain data of a bounded size.
 
-    Args:
-        name: what error messages call the file (default: its path).
-
     Raises:
-        UserError: it is not YAML in UTF-8, is too large, or its aliases stand for too much.
+        UserError: it is not YAML in UTF-8, is too large, or its aliases stand for too much; it calls the file `name`.
     """
     yaml = import_extra("yaml", "train")
     name = name or str(path)
@@ -60,7 +54,7 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST_YAML:
-                raise RecursionError
+                raise ValueError("nested too deeply")
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -73,17 +67,15 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
         return loader.construct_document(node)
     except UserError:
         raise
-    except RecursionError:
-        raise UserError(f"{name} is not valid YAML: nested too deeply") from None
     except Exception as error:
-        # Beside its own errors PyYAML lets many of Python's through, such as that of a date in a 13th month.
+        # PyYAML also lets through many of Python's errors, such as that of a date in a 13th month.
         raise UserError(f"{name} is not valid YAML: {one_line(error)}") from None
 
 
 def _characters(node: Any, known: dict[int, int]) -> int:
-    """The length of what a YAML node stands for, where the target of an alias counts each time that it is named."""
+    """Characters of a YAML node's value; the target of an alias counts each time that it is used."""
     if id(node) not in known:
-        # For a node that is met again inside itself.
+        # For a node that contains itself.
         known[id(node)] = YAML_CHARACTERS + 1
         if isinstance(node.value, str):
             if node.tag == "tag:yaml.org,2002:int" and len(node.value) > LONGEST_INTEGER:
@@ -95,28 +87,18 @@ def _characters(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-HASHED_AT_ONCE = 4
-
-
 def user_path(text: str) -> Path:
     """The path that a user wrote; ``~`` is the home folder."""
     return Path(os.path.expanduser(text))
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of `text`, split at ``\\n`` alone.
-
-    `str.splitlines` also splits at U+2028, U+2029 and U+0085, which JSON leaves inside a line.
-    """
+    """The lines of `text`, split only at ``\\n``: `str.splitlines` also splits at U+2028, which JSON leaves alone."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `path` beside itself, synced to the disk, and put it in place in one move.
-
-    Raises:
-        UserError: the disk is full or cannot be written to.
-    """
+    """Write a file under another name, sync it to the disk, and rename it; a UserError if the disk refuses."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         partial.write_text(text, encoding="utf-8")
@@ -134,8 +116,8 @@ def sync(path: Path) -> None:
 
 
 def sha256_sums(paths: Iterable[Path]) -> list[str]:
-    """The SHA-256 of each file, as hexadecimal digits; several files are read at once."""
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+    """The SHA-256 of each file, as hexadecimal digits; four files are read at once."""
+    with ThreadPoolExecutor(4) as pool:
         return list(pool.map(_sha256, paths))
 
 
@@ -145,21 +127,21 @@ def _sha256(path: Path) -> str:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; what a kill in the middle leaves is hidden and no longer bears the folder's name."""
+    """Remove a folder; if the process is killed meanwhile, what is left has another, hidden name."""
     removed = folder.with_name(f".{folder.name}.removed")
     folder.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted writes and removals left in `folder`."""
+    """Remove what interrupted writes and removals have left in `folder`."""
     for pattern in (".*.partial", ".*.removed"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def json_ready(content: Any) -> Any:
-    """`content` with None for what JSON has no number for: NaN and the infinities."""
+    """`content` with None for NaN and the infinities, which JSON lacks."""
     if isinstance(content, dict):
         return {key: json_ready(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -168,10 +150,10 @@ def json_ready(content: Any) -> Any:
 
 
 class LinesFile:
-    """A JSON-lines file, an object a line, flushed at once, so that an interrupted run keeps what it wrote.
+    """A JSON-lines file with one object per line, flushed at once, so that an interrupted run keeps what it wrote.
 
-    With `append`, the lines that are there stay. With `checksums`, each gets a last entry ``crc32``: that of the line
-    without it.
+    `append` keeps the lines of an existing file. `checksums` adds a last entry to each line, ``crc32``: that of the
+    line without this entry.
     """
 
     def __init__(self, path: Path, append: bool = False, checksums: bool = False):
@@ -193,17 +175,13 @@ class LinesFile:
 
     def __exit__(self, *_) -> None:
         if self.file is not None:
-            # What could not be flushed was reported when it was written.
+            # A failure to flush was reported when the line was written.
             with suppress(OSError):
                 self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The figures of every step in ``metrics.jsonl``, NaN where a number is missing.
-
-    Raises:
-        UserError: a line is damaged.
-    """
+    """The metrics of every step in ``metrics.jsonl``, with NaN for null; a UserError if a line is damaged."""
     lines, damaged = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
     if damaged:
         raise UserError(f"{path}: line {damaged[0]} is damaged")
@@ -211,13 +189,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def cut_metrics(path: Path, step: int) -> tuple[list[dict[str, float]], str]:
-    """Keep only the lines up to `step`, and return what they say; those after it are about to be written once more.
+    """Keep only the lines up to `step`, and return their metrics; the later steps are about to be made again.
 
-    Where lines are damaged, and where all are to be written once more, the file as it was stays beside it under
-    another name, and a note that says so is returned, too.
-
-    Raises:
-        UserError: the file cannot be written.
+    If lines are damaged, or none is kept, a copy of the file stays beside it, and a note that says so is returned.
+    A UserError reports a file that cannot be written.
     """
     if not path.exists():
         return [], ""
@@ -225,21 +200,18 @@ def cut_metrics(path: Path, step: int) -> tuple[list[dict[str, float]], str]:
     kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
     note = ""
     if damaged or (lines and not kept):
+        names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
         with writing(path):
-            copy = _keep_copy(path)
+            copy = shutil.copy2(path, next(name for name in names if not name.exists()))
         numbers = ", ".join(map(str, damaged[:3])) + f" and {len(damaged) - 3} more" * (len(damaged) > 3)
-        what = f"line {numbers} is damaged and left out" if damaged else f"{len(lines)} steps are made once more"
+        what = f"line {numbers} is damaged and left out" if damaged else f"{len(lines)} steps are made again"
         note = f"{path}: {what}; the file as it was is kept as {copy}"
     replace_text(path, "".join(line + "\n" for line, _ in kept))
     return [entry for _, entry in kept], note
 
 
 def without_checksum(line: str) -> str:
-    """A line of ``metrics.jsonl`` without the CRC-32 at its end; as it is where there is none.
-
-    Raises:
-        ValueError: the checksum is not that of the line.
-    """
+    """A line of ``metrics.jsonl`` without the CRC-32 at its end, if it has one; a ValueError if that is wrong."""
     line = line.rstrip("\n")
     found = _CHECKSUM.search(line)
     if not found:
@@ -251,18 +223,18 @@ def without_checksum(line: str) -> str:
 
 
 def parse_metrics(text: str) -> tuple[list[tuple[str, dict[str, float]]], list[int]]:
-    """The lines of ``metrics.jsonl`` with what they say, and the numbers of those that are damaged.
+    """The lines of ``metrics.jsonl`` with their metrics, and the numbers of damaged lines.
 
-    A last line that was cut off by a kill is neither. A run of an earlier version has lines without checksums, which
-    are damaged only where they are not JSON, or stand behind one that has its checksum.
+    A last line that a kill has cut off is ignored. Lines without checksums, which earlier versions wrote, are damaged
+    if they are not JSON, or follow a line that has a checksum.
     """
     lines, damaged, checked = [], [], False
     for number, line in enumerate(split_lines(text), 1):
         found = bool(_CHECKSUM.search(line))
         checked = checked or found
         try:
-            entry = json.loads(without_checksum(line))
-        except (ValueError, RecursionError):
+            entry = parse_json(without_checksum(line))
+        except ValueError:
             entry = None
         if isinstance(entry, dict) and type(entry.get("step")) is int and found == checked:
             lines.append((line, {name: math.nan if value is None else value for name, value in entry.items()}))
@@ -271,11 +243,3 @@ def parse_metrics(text: str) -> tuple[list[tuple[str, dict[str, float]]], list[i
     if not text.endswith("\n") and damaged[-1:] == [text.count("\n") + 1]:
         damaged.pop()
     return lines, damaged
-
-
-def _keep_copy(path: Path) -> Path:
-    """Copy a file to ``NAME.1``, or the first number that is free."""
-    number = 1
-    while (copy := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return Path(shutil.copy2(path, copy))

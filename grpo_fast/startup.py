@@ -1,4 +1,4 @@
-"""What happens before anything heavy is imported: paths in any script, and Ctrl-C without a traceback."""
+"""What runs before the heavy imports: UTF-8 under any locale, and Ctrl-C without a traceback."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from contextlib import contextmanager
 
 
 def use_utf8() -> None:
-    """Start this program again in Python's UTF-8 mode where the locale has another encoding.
+    """Restart this program in Python's UTF-8 mode if the locale has another encoding.
 
-    Otherwise neither we nor the libraries could open, read or print what ASCII cannot express.
+    Otherwise neither grpo-fast nor the libraries could open, read or print non-ASCII text.
     """
     utf8 = codecs.lookup(sys.getfilesystemencoding()).name == "utf-8"
     if not utf8 and os.environ.get("PYTHONUTF8") != "1":
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
     for stream in (sys.stdout, sys.stderr):
-        # PYTHONIOENCODING may still ask for another one.
+        # PYTHONIOENCODING may still set another encoding.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Within it, Ctrl-C ends the process on the spot, with status 130.
+    """A context in which Ctrl-C ends the process immediately, with status 130.
 
-    For imports, during which there is nothing to lose: some of them swallow an exception that comes in their middle,
-    or print it with a traceback.
+    For imports, during which nothing can be lost: some of them swallow a KeyboardInterrupt or print its traceback.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

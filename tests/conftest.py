@@ -1,25 +1,27 @@
-"""Fixtures every test gets: reproducible random numbers, and uninitialised memory that cannot pass for a result."""
+"""Fixtures of every test: reproducible random numbers, and uninitialised memory that cannot pass for a result."""
 
 import os
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-# Which device the tests of the operations run on; `make test-gpu` sets it to cuda.
+# The device of the kernel tests; `make test-gpu` sets it to cuda.
 DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
-    # Triton's kernels are interpreted; the choice is made when they are imported.
+    # Interpret Triton's kernels, which is decided when they are imported.
     os.environ["TRITON_INTERPRET"] = "1"
 else:
     torch.set_default_device(DEVICE)
 
 from grpo_kernels import _backend  # noqa: E402
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile  # noqa: E402
+from support.fake_cuda import build_guard  # noqa: E402
 
-# Two workers share two cores; threads of their own would only wait for each other.
+# Two workers share two cores; more threads would only wait for each other.
 torch.set_num_threads(1)
 
 # A runner in the background (nohup, CI) may ignore these signals, and so would every process that the tests start.
@@ -30,8 +32,17 @@ if hasattr(signal, "SIGHUP"):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state(tmp_path_factory):
-    """What runs record of themselves in the user's state folder goes into one of this session."""
+    """Runs record themselves in a state folder of this session instead of the user's."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session")
+def fake_cuda_guard(tmp_path_factory) -> Path:
+    """The library behind `support.fake_cuda`, compiled for this session; see `run_cases` there."""
+    library = build_guard(tmp_path_factory.mktemp("fake_cuda"))
+    if isinstance(library, str):
+        pytest.skip(library)
+    return library
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +61,7 @@ def fresh_accelerator():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """`torch.empty` and its kin come filled with NaN (integers: the largest), so that an unwritten value shows."""
+    """`torch.empty` and the like return NaN (integers: the largest value), so that an unwritten value is noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=DEVICE != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -60,7 +71,7 @@ def poisoned_memory():
 
 
 def pytest_collection_modifyitems(items):
-    """Float64 is served by the portable path alone, so its tests need not run twice."""
+    """Only the portable path supports float64, so its tests need not run twice."""
     items[:] = [item for item in items if not _served_by_torch(getattr(item, "callspec", None))]
 
 
@@ -71,7 +82,7 @@ def _served_by_torch(callspec) -> bool:
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request, monkeypatch):
-    """``backend="auto"`` means this one, where it can serve the tensors at hand (float64 is torch's alone)."""
+    """``backend="auto"`` chooses this backend if it supports the tensors (only torch supports float64)."""
 
     def choose(device, dtype):
         served = request.param == "torch" or _backend.triton_obstacle(device, dtype) is None
@@ -83,7 +94,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    """Interpreted tiles for real vocabularies: an interpreter's time goes by the number of tiles."""
+    """Tiles for real vocabularies: the interpreter's time grows with the number of tiles."""
     tile = Tile(128, 2048, 64, 1024, 4, 2)
     large = replace(ARCHITECTURES["interpreter"], half=(tile,), single=(tile,))
     monkeypatch.setitem(ARCHITECTURES, "interpreter", large)

@@ -22,11 +22,12 @@ FLOORS = (
     ("grpo_fast", "policy"),
     ("cli", "__main__"),
     ("trainer",),
-    ("evaluation",),
-    ("integrations", "memory", "train"),
+    ("evaluation", "integrations"),
+    ("memory", "train"),
     ("rollout", "report"),
     ("distributed",),
     ("data", "model"),
+    ("convert", "recipes"),
     ("config", "files", "rewards"),
     ("grpo_kernels", "errors", "startup"),
 )
@@ -168,7 +169,7 @@ def arrows(modules):
 
 
 @pytest.mark.parametrize("when", ["imported", "ever"])
-def test_no_module_imports_itself_through_others(arrows, when):
+def test_imports_form_no_circles(arrows, when):
     """Neither while modules are imported, nor with what functions import when they are called."""
     counted = [arrow for arrow in arrows if arrow.early or when == "ever"]
     circles = find_circles((arrow.source, arrow.target) for arrow in counted)
@@ -178,7 +179,7 @@ def test_no_module_imports_itself_through_others(arrows, when):
     assert not circles, "circles of imports:\n\n" + "\n\n".join("\n".join(lines) for lines in within)
 
 
-def test_the_kernels_need_torch_and_triton_alone(modules):
+def test_kernels_import_only_torch_and_triton(modules):
     foreign = [
         str(arrow)
         for arrow in read_arrows({name: path for name, path in modules.items() if name.startswith("grpo_kernels")})
@@ -187,7 +188,7 @@ def test_the_kernels_need_torch_and_triton_alone(modules):
     assert not foreign, "\n".join(foreign)
 
 
-def test_every_module_stands_on_a_floor(modules):
+def test_floors_hold_every_module(modules):
     homeless = [module for module in modules if room_of(module, FLOORS) is None]
     assert not homeless, f"add to FLOORS: {', '.join(homeless)}"
     rooms = [room for floor in FLOORS for room in floor]
@@ -202,7 +203,7 @@ def test_imports_point_down(arrows):
     assert not upward, "imports of a module on a floor above:\n  " + "\n  ".join(upward)
 
 
-def test_rooms_of_one_floor_do_not_import_each_other_both_ways(arrows):
+def test_imports_between_rooms_of_a_floor_form_no_circles(arrows):
     rooms = {(room_of(arrow.source, FLOORS), room_of(arrow.target, FLOORS)) for arrow in arrows}
     circles = find_circles((source[1], target[1]) for source, target in rooms if source[0] == target[0])
     assert not circles, "circles of rooms:\n" + "\n".join("  " + ", ".join(circle) for circle in circles)
@@ -224,7 +225,7 @@ def package(tmp_path):
     return write
 
 
-def test_all_forms_of_imports_are_read(package):
+def test_arrows_of_reads_all_forms_of_imports(package):
     modules = package(
         a="""
             import os.path, p.b
@@ -246,7 +247,7 @@ def test_all_forms_of_imports_are_read(package):
     assert all(arrow.early for arrow in read_arrows(modules))
 
 
-def test_imports_that_wait_are_told_apart(package):
+def test_arrows_of_tells_late_imports_apart(package):
     modules = package(
         a="""
             import typing
@@ -277,14 +278,14 @@ def test_imports_that_wait_are_told_apart(package):
     assert [arrow.line for arrow in arrows if arrow.target == "p.h"] == [20]
 
 
-def test_circles_are_found():
+def test_find_circles():
     chain = [("a", "b"), ("b", "c"), ("c", "d"), ("a", "d")]
     assert find_circles(chain) == []
     assert find_circles([*chain, ("c", "b")]) == [["b", "c"]]
     assert find_circles([*chain, ("d", "b"), ("x", "y"), ("y", "x"), ("x", "a")]) == [["b", "c", "d"], ["x", "y"]]
 
 
-def test_a_module_is_in_the_room_of_the_longest_name():
+def test_room_of_prefers_the_longest_name():
     floors = (("rollout.vllm",), ("rollout", "grpo_kernels"), ("grpo_fast",))
     assert room_of("grpo_fast.rollout.vllm.serve", floors) == (0, "rollout.vllm")
     assert room_of("grpo_fast.rollout.base", floors) == (1, "rollout")
@@ -293,7 +294,7 @@ def test_a_module_is_in_the_room_of_the_longest_name():
     assert room_of("grpo_fast", floors) == (2, "grpo_fast")
 
 
-def test_the_floors_are_drawn():
+def test_draw_floors():
     arrows = [Arrow(f"grpo_fast.{a}", f"grpo_fast.{b}", 1, True) for a, b in (("cli", "config"), ("config", "cli"))]
     drawn = draw_floors(arrows, ["grpo_fast.cli", "grpo_fast.config"], (("cli",), ("config",)))
     assert drawn == "floor  room    modules  imports\n1      cli     1        config\n0      config  1        ^cli"

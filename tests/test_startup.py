@@ -1,4 +1,4 @@
-"""The program's first second: Ctrl-C while it imports, and paths in any script under any locale."""
+"""The start of the program: Ctrl-C during imports, and non-ASCII paths under any locale."""
 
 import json
 import os
@@ -51,20 +51,20 @@ def program(*arguments, folder, **environment):
 
 
 @pytest.mark.parametrize("module", ["torch", "accelerate"])
-def test_ctrl_c_during_an_import_ends_without_a_traceback(tmp_path, module):
-    """Also where the library swallows the exception; accelerate is imported by the command, torch before it."""
+def test_program_interrupted_during_an_import_prints_no_traceback(tmp_path, module):
+    """Even if the library swallows the exception; the command imports accelerate, and torch is imported before."""
     (tmp_path / f"{module}.py").write_text(INTERRUPTING)
-    done = program("train", str(ROOT / "examples" / "sort.yaml"), folder=tmp_path)
+    done = program("train", "sort", folder=tmp_path)
     assert done.stderr.decode() == "\ngrpo-fast: interrupted\n"
     assert done.returncode == 130
 
 
-def test_the_installed_program_is_the_one_that_is_tested():
+def test_program_installed_is_the_one_tested():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"grpo-fast": "grpo_fast.__main__:main"}
 
 
-def test_unicode_paths_under_an_ascii_locale(tmp_path):
+def test_program_under_an_ascii_locale_accepts_unicode_paths(tmp_path):
     folder = tmp_path / "läufe"
     folder.mkdir()
     rows = [json.dumps({"größe": str(number)}, ensure_ascii=False) for number in range(10, 20)]
@@ -78,6 +78,6 @@ def test_unicode_paths_under_an_ascii_locale(tmp_path):
     assert summary["metric"] == "länge"
 
 
-def test_an_argument_that_is_no_unicode_is_refused(capsys):
+def test_main_refuses_arguments_that_are_not_unicode(capsys):
     assert main(["train", "rezept_\udce4.yaml"]) == 2
     assert capsys.readouterr().err == "grpo-fast: error: 'rezept_\\udce4.yaml' is not allowed: it must be UTF-8 text\n"

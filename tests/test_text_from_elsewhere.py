@@ -1,4 +1,4 @@
-"""Columns, completions, file names and answers of servers are text: they command no terminal and fill no memory."""
+"""Columns, completions, file names and server answers are text: they cannot control a terminal or fill the memory."""
 
 import ast
 import io
@@ -29,18 +29,18 @@ from grpo_fast.rewards.engine import RewardModel
 # Clears the screen, sets the title, writes to the clipboard, moves up, rings, overwrites the line, reverses the text.
 ATTACKS = ["\x1b[2J", "\x1b]0;owned\x07", "\x1b]52;c;cm0gLXJm\x1b\\", "\x9b1A", "\a", "50%\r99%", "a\bb", "\u202egnp"]
 ATTACK = "".join(ATTACKS)
-# What rich itself sends: colours, the cursor, the line to erase.
+# What rich itself sends: colours, cursor movements, erasures.
 RICH = re.compile(r"\x1b\[\??[\d;]*[mKAhlG]|\r")
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @pytest.mark.parametrize("text", ["plain\ttext\n", "naïve 数学 ∑ é", "👩‍🔬 👨‍👩‍👧", "فارسی\u200cنویسی", "\u200fعربية"])
-def test_text_of_any_language_is_printable(text):
+def test_printable_keeps_text_of_any_language(text):
     assert printable(text) == text
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS, "\ud800", "\u2028", "\x00", "\x7f"])
-def test_control_characters_become_escapes(attack):
+def test_printable_escapes_control_characters(attack):
     for shown in (printable(f"a{attack}b"), one_line(f"a{attack}b"), one_line(ValueError(f"a{attack}b"))):
         assert not COMMANDS.search(shown)
         assert shown.isprintable()
@@ -49,7 +49,7 @@ def test_control_characters_become_escapes(attack):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_terminal_prints_text_as_it_is(is_terminal):
+def test_terminal_prints_markup_and_control_characters_as_text(is_terminal):
     console = Terminal(force_terminal=is_terminal, file=io.StringIO(), width=4000)
     hostile = f"[red]{ATTACK}[/] :smile: [link=http://example.org]x[/link] [/]"
     table = Table(hostile, title=hostile, caption=hostile)
@@ -65,15 +65,15 @@ def test_a_terminal_prints_text_as_it_is(is_terminal):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Everything is a terminal, and what it was sent can be read."""
+    """Progress displays write to a terminal whose output can be read."""
     sent = io.StringIO()
-    for module in ("progress", "eval_progress"):
+    for package in ("report", "evaluation"):
         terminal = lambda **options: Terminal(**options, force_terminal=True, file=sent, width=4000)  # noqa: E731
-        monkeypatch.setattr(f"grpo_fast.{module}.Terminal", terminal)
+        monkeypatch.setattr(f"grpo_fast.{package}.progress.Terminal", terminal)
     return sent
 
 
-def test_a_run_prints_text_as_it_is(terminal):
+def test_progress_prints_control_characters_as_text(terminal):
     config = GRPOConfig(f"m{ATTACK}", dataset_name=f"d{ATTACK}", reward_funcs=["r"])
     progress = Progress(config, Path(f"runs/{ATTACK}"), f"metric{ATTACK}", 1000)
     metrics = {"step": 1, "reward": 0.5, "completions/mean_length": 3.0, "tokens_per_second": 9.0}
@@ -89,7 +89,7 @@ def test_a_run_prints_text_as_it_is(terminal):
     assert not COMMANDS.search(RICH.sub("", terminal.getvalue()))
 
 
-def test_an_evaluation_prints_text_as_it_is(terminal):
+def test_eval_progress_prints_control_characters_as_text(terminal):
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6, "standard_error": 0.1}
     summary = {"metrics": {ATTACK: {ATTACK: estimate}}, "compared_with": ATTACK, "mean_length": 3, "clipped_ratio": 0}
     progress = EvalProgress(f"model {ATTACK}", 1, ATTACK, Path(ATTACK))
@@ -101,8 +101,8 @@ def test_an_evaluation_prints_text_as_it_is(terminal):
     assert not COMMANDS.search(RICH.sub("", terminal.getvalue()))
 
 
-def test_errors_and_paths_are_printed_as_text(tmp_path, monkeypatch, capsys):
-    """Of every command: an error is one line, whatever it names."""
+def test_commands_print_errors_and_paths_as_text(tmp_path, monkeypatch, capsys):
+    """An error of any command is one line, whatever it names."""
     monkeypatch.setenv("COLUMNS", "4000")
     folder = tmp_path / f"run{ATTACK}\nsecond line"
     folder.mkdir()
@@ -121,8 +121,8 @@ def test_errors_and_paths_are_printed_as_text(tmp_path, monkeypatch, capsys):
     assert all(line.startswith(("grpo-fast: error: ", "warning: ")) for line in printed.err.splitlines())
 
 
-def test_tracebacks_and_warnings_are_text():
-    """What nobody expected is printed by Python itself."""
+def test_tracebacks_and_warnings_are_printed_as_text():
+    """Python itself prints unexpected errors."""
     program = f"""
 import warnings
 from grpo_fast import cli
@@ -142,10 +142,10 @@ cli.main(["fail"])
     assert not COMMANDS.search(done.stderr)
 
 
-def test_what_is_printed_goes_through_the_terminal_or_say():
-    """`print` is for constants."""
+def test_package_prints_only_constants_by_print():
+    """Everything else goes through `Terminal` or `say`."""
     folder = Path(grpo_fast.__file__).parent
-    for file in sorted(set(folder.rglob("*.py")) - {folder / "console.py", folder / "errors.py"}):
+    for file in sorted(set(folder.rglob("*.py")) - {folder / "report" / "console.py", folder / "errors.py"}):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert "Console" not in [alias.name for alias in node.names], file
@@ -179,7 +179,7 @@ HOSTILE_YAML = {
 
 
 @pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.values(), ids=HOSTILE_YAML)
-def test_hostile_yaml_is_refused(tmp_path, text, message):
+def test_read_yaml_refuses_hostile_files(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     read_options = (["{}"], ["--config", "{}"], ["--seed=1", "--config={}"])
@@ -197,7 +197,7 @@ def test_hostile_yaml_is_refused(tmp_path, text, message):
         read_prompt_file(str(path))
 
 
-def test_aliases_are_allowed(tmp_path):
+def test_read_yaml_allows_aliases(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(bomb(3) + "\nb: {<<: {c: &d 1}, e: *d}\n")
     assert read_yaml(path) == yaml.safe_load(path.read_text())
@@ -206,7 +206,7 @@ def test_aliases_are_allowed(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000])
-def test_nested_json_in_a_folder_is_one_line(tmp_path, text):
+def test_readers_report_nested_json_in_one_line(tmp_path, text):
     for name in (SETTINGS, "adapter_config.json", "summary.json", "config.yaml"):
         (tmp_path / name).write_text("{}" if name == "config.yaml" else text)
     config = GRPOConfig(str(tmp_path), dataset_name="d", reward_funcs=["r"])
@@ -216,7 +216,7 @@ def test_nested_json_in_a_folder_is_one_line(tmp_path, text):
         assert "\n" not in str(error.value)
 
 
-def test_nested_json_is_a_value_error():
+def test_parse_json_reports_nesting_as_a_value_error():
     assert parse_json('{"a": [1.5, null]}') == {"a": [1.5, None]}
     for text in ("[" * 100_000, '{"a":' * 100_000, "1" * 5000, "{"):
         with pytest.raises(ValueError, match=r"nested too deeply|Exceeds the limit|Expecting"):

@@ -1,9 +1,8 @@
-"""Whole runs, small enough for a laptop's tests."""
+"""Whole runs of a tiny model."""
 
 import errno
 import importlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
 from grpo_fast.files import read_metrics
-from grpo_fast.train.metrics import MACHINE_METRICS
 from grpo_fast.trainer import GRPOTrainer
 from grpo_kernels import PRESETS
+from support.runs import MACHINE_METRICS
 from support.small import SMALL, run, trainer, weights
 
 
-def test_run_folder(tmp_path, capsys):
+def test_train_writes_the_run_folder(tmp_path, capsys):
     """What a user finds after `grpo-fast train`."""
     folder = tmp_path / "run"
     path = tmp_path / "small.yaml"
@@ -67,7 +66,7 @@ def test_run_folder(tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_saved_model_is_the_trained_one(tmp_path):
+def test_train_saves_the_trained_model(tmp_path):
     made = trainer(tmp_path)
     before = weights(made.model)
     made.train()
@@ -76,7 +75,7 @@ def test_saved_model_is_the_trained_one(tmp_path):
     assert not torch.equal(before, weights(made.model))
 
 
-def test_same_seed_same_run(tmp_path):
+def test_train_with_the_same_seed_gives_the_same_run(tmp_path):
     runs = [run(tmp_path / str(index), seed=seed) for index, seed in enumerate((3, 3, 4))]
     figures = [[{k: v for k, v in m.items() if k not in MACHINE_METRICS} for m in metrics] for metrics, _, _ in runs]
     assert figures[0] == figures[1]
@@ -85,7 +84,7 @@ def test_same_seed_same_run(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", PRESETS)
-def test_budget_does_not_change_the_gradient(tmp_path, loss_type):
+def test_gradient_does_not_depend_on_the_token_budget(tmp_path, loss_type):
     made = trainer(tmp_path, loss_type=loss_type, beta=0.05, model_init_kwargs=SMALL["model_init_kwargs"])
     batch, _ = made.collect()
     gradients = []
@@ -142,18 +141,18 @@ def test_microbatches_do_not_look_for_rows_that_all_move(tmp_path, monkeypatch, 
     ],
     ids=lambda fields: ",".join(fields),
 )
-def test_options_train(tmp_path, fields):
+def test_train_with_options(tmp_path, fields):
     metrics, before, after = run(tmp_path, **fields)
     assert metrics[-1]["step"] == fields.get("max_steps", 3)
     assert after.isfinite().all()
     assert not torch.equal(before, after)
     if fields.get("beta"):
-        # The reference is the policy before the first step.
+        # The reference is the initial policy.
         assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
         assert metrics[-1]["kl"] > 1e-7
 
 
-def test_second_iteration_uses_the_first_ones_logprobs(tmp_path):
+def test_update_in_a_second_iteration_uses_old_logprobs(tmp_path):
     made = trainer(tmp_path, num_iterations=2, learning_rate=0.1)
     batch, _ = made.collect()
     before = made.learner.score(made.learner.policy, batch)
@@ -165,7 +164,7 @@ def test_second_iteration_uses_the_first_ones_logprobs(tmp_path):
     assert second["clip_ratio/region_mean"] > 0
 
 
-def test_groups_without_variance_are_not_computed(tmp_path, monkeypatch):
+def test_collect_leaves_out_groups_without_variance(tmp_path, monkeypatch):
     made = trainer(tmp_path, reward_funcs=["exact_answer"])
     monkeypatch.setattr(made.rewards, "functions", [lambda prompts, completions, **c: [1.0] * len(prompts)])
     batch, metrics = made.collect()
@@ -177,13 +176,13 @@ def test_groups_without_variance_are_not_computed(tmp_path, monkeypatch):
     assert torch.equal(before, weights(made.model))
 
 
-def test_kl_keeps_groups_without_variance(tmp_path):
+def test_collect_with_kl_keeps_groups_without_variance(tmp_path):
     made = trainer(tmp_path, reward_funcs=["exact_answer"], beta=0.1)
     batch, _ = made.collect()
     assert len(batch.active) == len(batch.samples)
 
 
-def test_truncated_completions_are_masked(tmp_path):
+def test_collect_masks_truncated_completions(tmp_path):
     made = trainer(tmp_path, mask_truncated_completions=True)
     batch, metrics = made.collect()
     truncated = [i for i, sample in enumerate(batch.samples) if 0 not in sample.completion_ids]
@@ -195,7 +194,7 @@ def test_truncated_completions_are_masked(tmp_path):
     assert batch.weights.sum() == pytest.approx(1)
 
 
-def test_an_infinite_gradient_stops_before_the_weights_are_lost(tmp_path):
+def test_update_with_an_infinite_gradient_keeps_the_weights(tmp_path):
     made = trainer(tmp_path)
     batch, _ = made.collect()
     before = weights(made.model)
@@ -205,18 +204,18 @@ def test_an_infinite_gradient_stops_before_the_weights_are_lost(tmp_path):
     assert torch.equal(before, weights(made.model))
 
 
-def test_wrong_reward_stops_before_training(tmp_path, capsys):
+def test_train_with_a_wrong_reward_stops_early(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def mine(prompts, completions, **columns):\n    return [0.0]\n")
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps({**SMALL, "reward_funcs": [f"{tmp_path / 'mine.py'}:mine"]}))
     folder = tmp_path / "run"
     assert main(["train", str(path), "--output_dir", str(folder)]) == 2
     assert "returned 1 rewards for" in capsys.readouterr().err
-    # The folder is free for the next try.
+    # The folder can be used again.
     assert not (folder / "metrics.jsonl").exists()
 
 
-def test_full_disk_is_reported(tmp_path, monkeypatch):
+def test_train_reports_a_full_disk(tmp_path, monkeypatch):
     made = trainer(tmp_path)
 
     def full(*args, **kwargs):
@@ -229,7 +228,7 @@ def test_full_disk_is_reported(tmp_path, monkeypatch):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
 
 
-def test_conversational_prompts_reach_rewards_as_messages(tmp_path):
+def test_train_gives_rewards_conversations_as_messages(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def mine(prompts, completions, answer, completion_ids, **columns):\n"
         "    assert all(p[-1]['role'] == 'user' for p in prompts)\n"
@@ -252,7 +251,7 @@ def test_conversational_prompts_reach_rewards_as_messages(tmp_path):
     assert metrics[-1]["step"] == 3
 
 
-def test_every_step_is_logged(tmp_path):
+def test_train_logs_every_step(tmp_path):
     metrics, _, _ = run(tmp_path, num_iterations=2, max_steps=5, log_completions_steps=2)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5]
     assert metrics[0]["reward"] == metrics[1]["reward"]
@@ -261,7 +260,7 @@ def test_every_step_is_logged(tmp_path):
     assert sorted(p.name[12:17] for p in (tmp_path / "completions").iterdir()) == ["00001", "00003"]
 
 
-def test_a_stopped_run_leaves_its_model(tmp_path, capsys):
+def test_train_interrupted_leaves_its_model(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "calls = 0\n"
         "def mine(prompts, completions, **columns):\n"
@@ -278,7 +277,7 @@ def test_a_stopped_run_leaves_its_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("on_error", ["none", "raise"])
-def test_a_reward_that_fails_ends_the_run_only_if_asked(tmp_path, capsys, on_error):
+def test_train_with_a_failing_reward_ends_only_if_asked(tmp_path, capsys, on_error):
     (tmp_path / "mine.py").write_text(
         "calls = 0\n"
         "def mine(prompts, completions, **columns):\n"
@@ -297,7 +296,7 @@ def test_a_reward_that_fails_ends_the_run_only_if_asked(tmp_path, capsys, on_err
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{len(errors)}")
 
 
-def test_a_run_without_rewards_writes_valid_json(tmp_path):
+def test_train_without_rewards_writes_valid_json(tmp_path):
     (tmp_path / "mine.py").write_text("def mine(prompts, completions, **columns): return [None] * len(prompts)\n")
     run(tmp_path, reward_funcs=[f"{tmp_path / 'mine.py'}:mine"], max_steps=1)
     for file in (tmp_path / "summary.json", tmp_path / "metrics.jsonl"):
@@ -305,13 +304,13 @@ def test_a_run_without_rewards_writes_valid_json(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["before"] is None
 
 
-def test_odd_folders(tmp_path):
+def test_train_in_an_oddly_named_folder(tmp_path):
     folder = tmp_path / "a [/b] ü c"
     run(folder, max_steps=1)
     assert (folder / "checkpoint-1").is_dir()
 
 
-def test_broken_models_are_refused(tmp_path):
+def test_trainer_refuses_broken_models(tmp_path):
     made = trainer(tmp_path / "run")
     made.model.save_pretrained(tmp_path / "model")
     made.tokenizer.save_pretrained(tmp_path / "model")
@@ -335,17 +334,16 @@ def test_broken_models_are_refused(tmp_path):
         trainer(tmp_path / "run", **fields)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_sampled(tmp_path, monkeypatch):
+def test_trainer_refuses_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**12))
     with pytest.raises(UserError, match=r"the disk has 0.0 MiB left, and 1 checkpoint takes"):
         trainer(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_the_demo_learns_to_sort(tmp_path):
-    """The recipe of `make demo` in half of its steps: a wrong sign or mask anywhere in the step would show here."""
-    recipe = str(Path(__file__).parent.parent / "examples" / "sort.yaml")
+def test_train_with_the_demo_recipe_learns_to_sort(tmp_path):
+    """The recipe of `make demo` with half of its steps: a wrong sign or mask anywhere in the step would show."""
     options = ["--output_dir", str(tmp_path), "--seed", "11", "--max_steps", "150"]
-    summary = GRPOTrainer(parse_config([recipe, *options])).train()
+    summary = GRPOTrainer(parse_config(["sort", *options])).train()
     assert summary.before < 0.02
     assert summary.after >= 0.6

@@ -1,25 +1,24 @@
-"""Everything that goes from hidden states to the GRPO loss, behind one interface.
+"""The implementations from hidden states to the GRPO loss that are compared, behind one interface.
 
-A contender makes a function ``loss(hidden [N, H], weight [V, H], batch) -> (loss, log-probabilities [N] or None)``,
-whose backward gives the gradients, and where it can a function ``score(hidden, weight, batch) -> [N]`` without
-gradients. Contenders that stop at the log-probabilities end in the same plain PyTorch loss. Peers run through their
-public functions, with their own defaults.
+A contender makes a function ``loss(hidden [N, H], weight [V, H], batch) -> (loss, log-probabilities [N] or None)``
+that can be differentiated and, if it can, a function ``score(hidden, weight, batch) -> [N]`` without gradients.
+Contenders that only compute log-probabilities are followed by the same plain PyTorch loss. Peers are called through
+their public functions with their own defaults.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.measure import available_bytes, show_bytes, version
-from benchmarks.harness.problem import EPSILON, Batch, Problem, grpo_loss
-from grpo_fast.errors import UserError
+from benchmarks.harness.measure import available_bytes, missing, pick, show_bytes, version
+from benchmarks.harness.problem import EPSILON, MODES, Batch, Problem, cap_logits, grpo_loss
 from grpo_kernels import PRESETS, linear_logprob, linear_policy_loss
 
 Loss = Callable[[Tensor, Tensor, Batch], tuple[Tensor, Tensor | None]]
@@ -27,7 +26,7 @@ Score = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
 class NotApplicable(Exception):
-    """Why a contender cannot take part in a case; one line."""
+    """A contender cannot take part in a case; the message is the reason, in one line."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,16 @@ class Contender:
     """One row of the tables.
 
     Attributes:
-        name: as it appears in tables and figures.
-        make: called with the batch; returns its `Loss`.
-        make_score: likewise for a `Score`; None where there is none.
-        package: the distribution whose version is recorded, and which pip installs.
-        module: what is imported to see whether it is there.
+        name: its name in tables and figures.
+        make: returns its `Loss` for batches of the given one's size.
+        make_score: returns its `Score`; None if it has none.
+        package: the name for pip; its version is recorded.
+        module: the module that it is imported from.
         gpu_only: whether it needs a CUDA device.
-        softcap: whether it knows a softcap.
-        full_logits: float32 copies of ``[N, V]`` that it holds at its peak (0: none).
-        cost: its passes over the head with a trainable, a frozen and no head, as formulas.
+        softcap: whether it supports a softcap.
+        full_logits: how many float32 copies of ``[N, V]`` it holds at its peak.
+        cost: its passes over the head in each of MODES, as formulas.
+        step: replaces :func:`forward_backward` for a whole problem.
     """
 
     name: str
@@ -55,27 +55,20 @@ class Contender:
     softcap: bool = True
     full_logits: float = 0.0
     cost: tuple[str, str, str] = ("4U", "3U", "1U")
+    step: Callable[[Problem], dict[str, Any]] | None = None
 
     def cost_in(self, mode: str) -> str:
-        return self.cost[("trainable", "frozen", "scoring").index(mode)]
+        return self.cost[MODES.index(mode)]
 
     def version(self) -> str:
         return f"{self.package} {version(self.package)}" if self.package and version(self.package) else ""
 
     def missing(self) -> str | None:
-        """One line that says what to install, or None."""
-        if self.module is None:
-            return None
-        try:
-            importlib.import_module(self.module)
-        except ModuleNotFoundError as error:
-            return f"{error.name} is not installed; it comes with: pip install {self.package}"
-        except Exception as error:
-            return f"{self.module} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        return None
+        """Why its package cannot be imported, in one line; None if it can."""
+        return missing(self.module, self.package or self.module) if self.module else None
 
     def check(self, problem: Problem) -> None:
-        """Raises NotApplicable where it is missing, lacks what the case needs, or would not fit into memory."""
+        """Raise NotApplicable if it is not installed, does not support the case, or would not fit into memory."""
         device = problem.hidden.device
         if self.gpu_only and device.type != "cuda":
             raise NotApplicable("needs a CUDA device")
@@ -85,43 +78,30 @@ class Contender:
             raise NotApplicable("has no softcap")
         if problem.mode == "scoring" and self.make_score is None:
             raise NotApplicable("has no scoring without a loss")
-        need = self.full_logits * 4 * problem.tokens * problem.shape.vocab + problem.gradient_bytes
+        tokens = problem.tokens / problem.microbatches
+        need = self.full_logits * 4 * tokens * problem.shape.vocab + problem.gradient_bytes
         if self.full_logits and need > 0.9 * available_bytes(device):
             raise NotApplicable(f"needs about {show_bytes(need)} of memory")
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def _ours(batch: Batch) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        result = linear_policy_loss(
+            hidden, weight, batch.targets, batch.token_advantages, batch.weights, PRESETS["dapo"],
+            old_logprobs=batch.old_logprobs, softcap=batch.softcap,
+        )  # fmt: skip
+        return result.loss, result.logprobs
+
+    return loss
 
 
-def _ours(backend: str = "auto") -> Callable[[Batch], Loss]:
-    def make(batch: Batch) -> Loss:
-        objective = PRESETS["dapo"]
-
-        def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-            result = linear_policy_loss(
-                hidden, weight, batch.targets, batch.token_advantages, batch.weights, objective,
-                old_logprobs=batch.old_logprobs, softcap=batch.softcap, backend=backend,
-            )  # fmt: skip
-            return result.loss, result.logprobs
-
-        return loss
-
-    return make
-
-
-def _ours_score(backend: str = "auto") -> Callable[[Batch], Score]:
-    def make(batch: Batch) -> Score:
-        return lambda hidden, weight, batch: linear_logprob(
-            hidden, weight, batch.targets, softcap=batch.softcap, backend=backend
-        )
-
-    return make
+def _ours_score(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
+    return linear_logprob(hidden, weight, batch.targets, softcap=batch.softcap)
 
 
 def _full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    """A model's own head in its own dtype, then a float32 log-softmax."""
-    logits = _capped((hidden @ weight.T).float(), softcap)
+    """A linear head in the weights' dtype, then a log-softmax in float32."""
+    logits = cap_logits((hidden @ weight.T).float(), softcap)
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
 
 
@@ -171,7 +151,7 @@ def _trl(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     # Arguments: bias, targets, temperature, vocabulary chunk, softcap, logit scale, other outputs (the trainer also
-    # asks for entropies, which cost a little more).
+    # requests entropies, which take a little longer).
     return ChunkedLogProbFunction.apply(
         hidden, weight, None, batch.targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, batch.softcap, 1.0, ()
     )[0]
@@ -202,7 +182,7 @@ def _liger_triton(batch: Batch) -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, batch: Batch) -> tuple[Tensor, None]:
         rows = batch.sequences, -1
-        # It takes logits of one position more than there are targets.
+        # It expects logits at one position more than there are targets.
         padded = F.pad(hidden.view(*rows, hidden.shape[-1]), (0, 0, 0, 1))
         found, _ = triton_grpo_loss(
             padded @ weight.T, batch.old_logprobs.view(rows), None, batch.targets.view(rows), batch.advantages,
@@ -221,7 +201,7 @@ def _cce(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
 
 
 def _quack(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
-    # Its chunked function sums over the tokens, so a loss that weighs them needs the one with full logits.
+    # Its chunked function sums over the tokens; a loss with token weights needs the function with full logits.
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
     return -linear_cross_entropy_func(hidden, weight, None, batch.targets, reduction="none").float()
@@ -231,7 +211,7 @@ OURS = "grpo-fast"
 FLOOR = "bare GEMMs"
 FLOOR_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 CONTENDERS: tuple[Contender, ...] = (
-    Contender(OURS, _ours(), _ours_score(), cost=("3U", "2U", "1U")),
+    Contender(OURS, _ours, lambda _: _ours_score, cost=("3U", "2U", "1U")),
     Contender("full logits", _from_logprobs(_full), lambda _: _full, full_logits=3.5, cost=("3U", "2U", "1U")),
     Contender(
         "full logits, compiled", _compiled_full, _compiled_full_score, full_logits=2.5, cost=("3U", "2U", "1U")
@@ -259,24 +239,27 @@ BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
 
 def choose(names: str | None) -> tuple[Contender, ...]:
-    """The contenders of a comma-separated list, all of them without one."""
-    if names is None:
-        return CONTENDERS
-    chosen = [name.strip() for name in names.split(",")]
-    for name in chosen:
-        if name not in BY_NAME:
-            raise UserError(f"--contenders: {name!r} is unknown; there are {', '.join(BY_NAME)}")
-    return tuple(BY_NAME[name] for name in chosen)
+    """The contenders in a comma-separated list, or all of them without one."""
+    return tuple(BY_NAME[name] for name in pick("contenders", names, BY_NAME))
 
 
 def forward_backward(problem: Problem, loss: Loss) -> dict[str, Any]:
-    """One step: the loss, the log-probabilities where they are given, and the gradients of leaves of its own."""
-    trained = problem.mode == "trainable"
+    """One step: the loss, the log-probabilities if there are any, and the gradients of fresh leaves."""
     hidden = problem.hidden.detach().requires_grad_()
-    weight = problem.weight.detach().requires_grad_(trained)
-    value, logprobs = loss(hidden, weight, problem.batch)
-    value.backward()
-    return {"loss": value, "logprobs": logprobs, "grad_hidden": hidden.grad, "grad_weight": weight.grad}
+    weight = problem.weight.detach().requires_grad_(problem.mode == "trainable")
+    if problem.microbatches == 1:
+        # Without slices, whose backward pass would be measured too.
+        parts = [(hidden, problem.batch)]
+    else:
+        parts = [(hidden[rows], batch) for rows, batch in problem.parts()]
+    total, logprobs = torch.zeros((), device=hidden.device), []
+    for part, batch in parts:
+        value, found = loss(part, weight, batch)
+        value.backward()
+        total += value.detach()
+        logprobs.append(found)
+    found = None if logprobs[0] is None else torch.cat(logprobs)
+    return {"loss": total, "logprobs": found, "grad_hidden": hidden.grad, "grad_weight": weight.grad}
 
 
 @torch.no_grad()
@@ -286,19 +269,19 @@ def score_once(problem: Problem, score: Score) -> dict[str, Any]:
 
 
 def prepared(contender: Contender, problem: Problem) -> Callable[[], dict[str, Any]]:
-    """The contender's call for this problem, the thing that is timed."""
+    """The contender's call for this problem, which is what is timed."""
     contender.check(problem)
-    if problem.mode == "scoring":
-        score = contender.make_score(problem.batch)
-        return lambda: score_once(problem, score)
-    loss = contender.make(problem.batch)
-    return lambda: forward_backward(problem, loss)
+    if contender.step is not None:
+        return partial(contender.step, problem)
+    if problem.mode == "scoring" and contender.make_score is not None:
+        return partial(score_once, problem, contender.make_score(problem.batch))
+    return partial(forward_backward, problem, contender.make(problem.parts()[0][1]))
 
 
 def floor_call(problem: Problem) -> Callable[[], None]:
-    """The bare matrix products of the same shapes and dtype, into buffers that are there already: 3U, 2U or 1U.
+    """The bare matrix products of the same shapes and dtype into allocated buffers: 3U, 2U or 1U.
 
-    The ``[C, V]`` buffer holds at most `FLOOR_BYTES`; beyond that the products go chunk by chunk.
+    The products are computed in chunks whose ``[C, V]`` buffer takes at most `FLOOR_BYTES`.
     """
     hidden, weight = problem.hidden, problem.weight
     vocab, limit = problem.shape.vocab, FLOOR_BYTES[hidden.device.type]

@@ -1,4 +1,4 @@
-"""What every benchmark shares: a clock, a peak-memory meter, the facts of the machine, and the CSV the rows go to."""
+"""What every benchmark shares: timing, peak memory, the machine's name, CSV tables and the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import ctypes
 import datetime
 import gc
+import importlib
 import importlib.metadata
 import math
 import os
@@ -15,10 +16,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from grpo_fast.errors import UserError, one_line
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Runs with --quick prove that a script works; their figures are not kept beside the measured ones.
+# Runs with --quick only show that a benchmark works; their results are kept apart from the measured ones.
 QUICK_RESULTS = ROOT / "runs" / "benchmarks"
 PROC = Path("/proc/self")
 MIB = 1 << 20
@@ -35,33 +37,29 @@ MIB = 1 << 20
 
 @dataclass
 class Times:
-    """Seconds of the repeats of one call."""
+    """Seconds of each repeat of one call."""
 
     seconds: list[float] = field(default_factory=list)
 
     def quantile(self, q: float) -> float:
-        """Linear interpolation between the sorted repeats; NaN without any."""
+        """The quantile, interpolated linearly between repeats; NaN without any."""
         if not self.seconds:
             return math.nan
-        ordered = sorted(self.seconds)
-        place = q * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+        return torch.tensor(self.seconds, dtype=torch.float64).quantile(q).item()
 
     @property
     def median(self) -> float:
         return self.quantile(0.5)
 
     def columns(self) -> dict[str, Any]:
-        """median, p20 and p80 in seconds, and the number of repeats, as columns of a row."""
-        figures = {"seconds": self.quantile(0.5), "seconds_p20": self.quantile(0.2), "seconds_p80": self.quantile(0.8)}
-        return {**figures, "repeats": len(self.seconds)}
+        """Columns of a row: median, p20 and p80 in seconds, and the number of repeats."""
+        quantiles = {"seconds": self.median, "seconds_p20": self.quantile(0.2), "seconds_p80": self.quantile(0.8)}
+        return {**quantiles, "repeats": len(self.seconds)}
 
 
 @dataclass
 class Measured:
-    """Times of one call, its peak memory (bytes beyond what was there before it), and why it ended early, if it did."""
+    """Times of one call, its peak memory (bytes beyond those in use before it), and why it failed, if it did."""
 
     times: Times = field(default_factory=Times)
     peak_bytes: float = math.nan
@@ -69,7 +67,7 @@ class Measured:
 
 
 class Deadline:
-    """A moment after which no new work is begun. Without `seconds` it never comes."""
+    """The time after which no new work is started; never without `seconds`."""
 
     def __init__(self, seconds: float | None = None):
         self.end = math.inf if seconds is None else time.perf_counter() + seconds
@@ -79,12 +77,12 @@ class Deadline:
         return self.end - time.perf_counter()
 
     def within(self, seconds: float | None) -> Deadline:
-        """A deadline `seconds` from now, but not after this one."""
+        """A deadline in `seconds` from now, but no later than this one."""
         return Deadline(min(self.left, math.inf if seconds is None else seconds))
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call: CUDA events on a GPU, the wall clock elsewhere. What it returns is freed off the clock."""
+    """Seconds of one call, by CUDA events on a GPU and by the wall clock elsewhere, without freeing its result."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -100,7 +98,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     return seconds
 
 
-# So many times the fastest call's time, and a call is timed no more often than it must be.
+# A call this many times slower than the fastest gets only the required repeats.
 SLOW = 4.0
 
 
@@ -112,11 +110,11 @@ def interleave(
     deadline: Deadline | None = None,
     before: Callable[[], Any] | None = None,
 ) -> dict[str, Measured]:
-    """Time all calls side by side, `repeats` rounds of one each, every round beginning with another of them.
+    """Time all calls in turn: `repeats` rounds with one of each, and each round starts with the next one.
 
-    After the deadline no round begins, once there were `least` of them; a call that takes `SLOW` times as long as the
-    fastest has no more than those. The first round also reads the peak memory.
-    A call that raises is not called again, and its failure is kept. `before` runs off the clock ahead of each call.
+    No round starts after the deadline once there have been `least` rounds, and a call that takes `SLOW` times as long
+    as the fastest takes part in only these. The first round also measures the peak memory. A call that raises is not
+    repeated, and its failure is recorded. `before` runs untimed ahead of each call.
     """
     measured = {name: Measured() for name in calls}
     deadline = deadline or Deadline()
@@ -150,14 +148,14 @@ def interleave(
 
 
 def describe_failure(error: Exception) -> str:
-    """One line for a CSV: ``out of memory``, or the exception's type and message."""
+    """``out of memory``, or the exception's type and message, in one line."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     return f"{type(error).__name__}: {one_line(error, 160)}"
 
 
 def release(device: torch.device) -> None:
-    """Give freed memory back, so that the next contender starts from the same state."""
+    """Return freed memory to the system, so that the next contender starts from the same state."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -167,7 +165,7 @@ def release(device: torch.device) -> None:
 
 
 class Peak:
-    """Filled in when the block of :func:`peak_memory` ends; NaN where it cannot be read."""
+    """The result of :func:`peak_memory`, set at the end of its block; NaN if it cannot be read."""
 
     bytes: float = math.nan
 
@@ -183,8 +181,8 @@ def _status(name: str) -> int:
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Peak bytes within the block beyond those in use at its start.
 
-    On a GPU: what torch's allocator held. On a CPU: resident memory as the operating system counts it (Linux), the
-    workspaces of the BLAS included.
+    On a GPU, those in torch's allocator; on a CPU, the resident memory of the process (Linux), including the BLAS
+    library's workspaces.
     """
     peak = Peak()
     gc.collect()
@@ -206,7 +204,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that can still be taken; infinite where it cannot be read."""
+    """Free memory; infinite if it cannot be read."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -221,7 +219,7 @@ def slug(text: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name without trademarks, clock rate and core count."""
+    """The processor's name without trademarks, clock rate and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -230,15 +228,33 @@ def cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """``NVIDIA H200``, or ``CPU 2 cores AMD EPYC`` with the threads in use."""
+    """``NVIDIA H200``, or ``CPU 2 cores AMD EPYC`` with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU {threads} {'core' if threads == 1 else 'cores'} {cpu_name()}"
 
 
+def missing(module: str, package: str) -> str | None:
+    """Why a module cannot be imported, in one line with the pip command that installs it; None if it can."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed; install it with: pip install {package}"
+    except Exception as error:
+        return f"{module} cannot be imported: {describe_failure(error)}"
+    return None
+
+
+def require(module: str, package: str) -> Any:
+    """The module; raises UserError with the pip command if it is not installed."""
+    if reason := missing(module, package):
+        raise UserError(reason)
+    return importlib.import_module(module)
+
+
 def version(package: str | None) -> str:
-    """A distribution's version, or an empty string where it is not installed."""
+    """A distribution's version; empty if it is not installed."""
     try:
         return importlib.metadata.version(package) if package else ""
     except importlib.metadata.PackageNotFoundError:
@@ -246,7 +262,7 @@ def version(package: str | None) -> str:
 
 
 def git_commit() -> str:
-    """The checkout's commit, with ``+`` where tracked files outside the results differ from it; empty without git."""
+    """The checkout's commit, with ``+`` if tracked files outside the results differ from it; empty without git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
@@ -262,7 +278,7 @@ def git_commit() -> str:
 
 @dataclass
 class Run:
-    """One call of a benchmark: where it runs, how long it may take and where its rows go."""
+    """One run of a benchmark: its device, its time limit and where its rows go."""
 
     device: torch.device
     quick: bool = False
@@ -278,7 +294,7 @@ class Run:
         return base / slug(device_name(self.device))
 
     def table(self, name: str, key: tuple[str, ...]) -> Table:
-        """The CSV called `name` of this device; a row replaces the one with the same values of `key`."""
+        """This device's CSV called `name`, in which a row replaces the one with the same `key` columns."""
         return Table(self.folder / f"{name}.csv", key, self.facts())
 
     def facts(self) -> dict[str, str]:
@@ -292,14 +308,18 @@ class Run:
 
     def share(self, minutes: float) -> Run:
         """The same run with at most `minutes` from now on."""
-        return Run(
-            self.device, self.quick, self.repeats, minutes, self.output, self.commit,
-            self.deadline.within(60 * minutes),
-        )  # fmt: skip
+        return replace(self, minutes=minutes, deadline=self.deadline.within(60 * minutes))
+
+    def out_of_time(self, what: str) -> bool:
+        """Whether the deadline has passed, in which case `what` is reported as left out."""
+        if self.deadline.left > 0:
+            return False
+        print(f"{what}: left out for lack of time", flush=True)
+        return True
 
 
 class Table:
-    """A CSV that is whole after every row, so that a run that is killed loses nothing."""
+    """A CSV that is rewritten completely for every row, so that a run that is killed loses none."""
 
     def __init__(self, path: Path, key: tuple[str, ...], facts: dict[str, str]):
         self.path, self.key, self.facts = path, key, facts
@@ -325,7 +345,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def format_value(value: Any) -> str:
-    """Four significant digits for floats (their differences are noise); empty for None and NaN."""
+    """Floats with four significant digits (the rest is noise); empty for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float):
@@ -336,28 +356,38 @@ def format_value(value: Any) -> str:
 def fit_exponent(x: list[float], y: list[float]) -> float:
     """The ``k`` of ``y = c x^k`` by least squares in the logarithms; NaN with fewer than two points above 0."""
     points = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True) if a > 0 and b > 0]
-    if len({a for a, _ in points}) < 2:
-        return math.nan
-    mean_a = sum(a for a, _ in points) / len(points)
-    mean_b = sum(b for _, b in points) / len(points)
-    return sum((a - mean_a) * (b - mean_b) for a, b in points) / sum((a - mean_a) ** 2 for a, _ in points)
+    return linear_regression(*zip(*points, strict=True)).slope if len(dict(points)) > 1 else math.nan
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments every benchmark takes."""
+    """The options of every benchmark."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    made.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; written to runs/")
-    made.add_argument("--repeats", type=int, help="rounds of interleaved repeats")
-    made.add_argument("--minutes", type=float, help="begin nothing new after so many minutes")
+    made.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; results go to runs/")
+    made.add_argument("--repeats", type=int, help="rounds of repeats")
+    made.add_argument("--minutes", type=float, help="start nothing new after this many minutes")
     made.add_argument("--threads", type=int, help="CPU threads (default: all, at most 2)")
     made.add_argument("--output", type=Path, help="folder for the results (default: benchmarks/results)")
-    made.add_argument("--commit", default="", help="commit to record where there is no git checkout")
+    made.add_argument("--commit", default="", help="commit to record if there is no git checkout")
     return made
 
 
+def pick(option: str, names: str | None, known: Iterable[str]) -> list[str]:
+    """The names in a comma-separated list, or all known ones without a list.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    known = list(known)
+    picked = [name.strip() for name in names.split(",")] if names else known
+    for name in picked:
+        if name not in known:
+            raise UserError(f"--{option}: {name!r} is unknown; use one of {', '.join(known)}")
+    return picked
+
+
 def start(arguments: argparse.Namespace) -> Run:
-    """Check the shared arguments and set the device up."""
+    """Check the shared options and set up the device."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -385,7 +415,7 @@ def start(arguments: argparse.Namespace) -> Run:
 
 
 def main(body: Callable[[], None]) -> None:
-    """Run a benchmark's `body`; what the user can mend ends in one line and status 2."""
+    """Run a benchmark's `body`. An error that the user can correct ends in one line and status 2."""
     try:
         body()
     except UserError as error:
@@ -399,13 +429,9 @@ def main(body: Callable[[], None]) -> None:
 def show_seconds(seconds: float) -> str:
     if math.isnan(seconds):
         return "-"
-    return (
-        f"{seconds:.2f} s"
-        if seconds >= 0.1
-        else f"{1e3 * seconds:.3g} ms"
-        if seconds >= 1e-4
-        else f"{1e6 * seconds:.3g} us"
-    )
+    if seconds >= 0.1:
+        return f"{seconds:.2f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} us"
 
 
 def show_bytes(size: float) -> str:

@@ -1,12 +1,12 @@
-"""The output head's problem: hidden states and a weight in, the GRPO loss and its gradients out, and the truth.
+"""The problem that every contender solves, hidden states and a head to GRPO loss and gradients, and its solution.
 
-Logits spread as a language model's do (standard deviation 3, the target's about 18 above the mean), so that 16-bit
-logits are rounded as coarsely as they would be in training. The loss is a clipped token-mean loss; the importance
-ratios keep away from the clip bounds, lest a rounded log-probability switch a token on or off.
+The logits are spread as in a language model (standard deviation 3, the target's about 18 above the mean), so that
+16-bit logits are rounded as coarsely as in training. The loss is a clipped token-mean loss, with importance ratios far
+from the clip bounds, so that rounding a log-probability does not change whether its token is clipped.
 
-Truth is float64, of the same (rounded) inputs: every log-probability and the loss; the gradients on a sample of rows,
-each of which depends on all of the vocabulary (hidden's) or on all of the tokens (the weight's). It costs 1U = 2 N H V
-flops in float64.
+The true values are computed in float64 from the same (rounded) inputs: all log-probabilities, the loss, and a sample
+of the gradients' rows, each of which depends on the whole vocabulary (hidden) or on all tokens (weight). This takes
+1U = 2 N H V flops in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EPSILON = 0.2
 SEQUENCES = 8
 SAMPLED_ROWS = 64
 LOGIT_STD = 3.0
-# Log-ratios of the policy to the one that sampled: two inside the clip bounds, two outside.
+# Log-ratios of the policy to the sampling policy: two within the clip bounds and two outside.
 LOG_RATIOS = (-0.6, -0.05, 0.05, 0.6)
 MODES = ("trainable", "frozen", "scoring")
 UNITS = {"trainable": 3, "frozen": 2, "scoring": 1}
@@ -29,7 +29,7 @@ UNITS = {"trainable": 3, "frozen": 2, "scoring": 1}
 
 @dataclass(frozen=True)
 class Shape:
-    """A head: whose it is, hidden size, vocabulary, softcap."""
+    """A head: its model, hidden size, vocabulary size and softcap."""
 
     model: str
     hidden: int
@@ -53,9 +53,9 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Per-token arguments of the loss for `sequences` rows of equal length, flat ``[N]``.
+    """Flat per-token arguments ``[N]`` of the loss for `sequences` rows of equal length.
 
-    ``advantages`` is ``[sequences]``; ``weights`` carry the normaliser of the whole step, which has ``total`` tokens.
+    ``advantages`` is ``[sequences]``; ``weights`` include the normaliser of the whole step of ``total`` tokens.
     """
 
     targets: Tensor
@@ -71,7 +71,7 @@ class Batch:
         return self.advantages.repeat_interleave(self.targets.numel() // self.sequences)
 
     def part(self, index: int, count: int) -> tuple[slice, Batch]:
-        """The `index`-th of `count` microbatches of whole sequences, and the rows it holds."""
+        """The rows of the `index`-th of `count` microbatches of whole sequences, and its batch."""
         length = self.targets.numel() // self.sequences
         first, last = index * self.sequences // count, (index + 1) * self.sequences // count
         rows = slice(first * length, last * length)
@@ -84,13 +84,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Problem:
-    """``hidden [N, H]`` and ``weight [V, H]`` in the dtype at hand, their batch, and what needs a gradient."""
+    """``hidden [N, H]`` and ``weight [V, H]``, their batch, which gradients are needed, and the microbatches."""
 
     shape: Shape
     mode: str
     hidden: Tensor
     weight: Tensor
     batch: Batch
+    microbatches: int = 1
+
+    def parts(self) -> list[tuple[slice, Batch]]:
+        """The rows and the batch of every microbatch."""
+        return [self.batch.part(index, self.microbatches) for index in range(self.microbatches)]
 
     @property
     def tokens(self) -> int:
@@ -98,7 +103,7 @@ class Problem:
 
     @property
     def flops(self) -> float:
-        """3U, 2U or 1U: what the gradients asked for cannot be made without."""
+        """3U, 2U or 1U: the least that computes the requested gradients."""
         return UNITS[self.mode] * 2.0 * self.tokens * self.shape.hidden * self.shape.vocab
 
     @property
@@ -123,7 +128,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Truth:
-    """Float64: ``logprobs [N]``, the loss and its scale, and the gradients of sampled rows of hidden and weight."""
+    """In float64: ``logprobs [N]``, the loss and its scale, and the gradients of sampled rows of hidden and weight."""
 
     logprobs: Tensor
     loss: Tensor
@@ -135,7 +140,7 @@ class Truth:
 
 
 def grpo_loss(logprobs: Tensor, batch: Batch) -> Tensor:
-    """The clipped loss in plain PyTorch, for every contender that stops at the log-probabilities."""
+    """The clipped loss in plain PyTorch, for every contender that only computes log-probabilities."""
     advantages = batch.token_advantages
     ratio = torch.exp(logprobs - batch.old_logprobs)
     clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
@@ -145,7 +150,7 @@ def grpo_loss(logprobs: Tensor, batch: Batch) -> Tensor:
 def make_problem(
     shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, mode: str
 ) -> tuple[Problem, Truth]:
-    """A problem and its truth, the same for the same arguments."""
+    """A problem and its true values; the same arguments give the same problem."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -154,7 +159,7 @@ def make_problem(
     weight = normal(shape.vocab, shape.hidden).mul_(LOGIT_STD / math.sqrt(shape.hidden)).to(dtype)
     targets = torch.randint(shape.vocab, (tokens,), generator=generator, device=device)
     hidden = normal(tokens, shape.hidden)
-    # |w|^2 is LOGIT_STD^2, so this lifts the target's logit by 18.
+    # |w|^2 is LOGIT_STD^2, so this raises the target's logit by 18.
     for rows in torch.arange(tokens, device=device).split(65536):
         hidden[rows] += 18.0 / LOGIT_STD**2 * weight[targets[rows]].float()
     hidden = hidden.to(dtype)
@@ -172,7 +177,7 @@ def make_problem(
     return problem, _truth(problem, normalisers, logprobs, generator)
 
 
-def _transform(logits: Tensor, softcap: float | None) -> Tensor:
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -193,7 +198,7 @@ def _logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | 
         part = weight[columns].double()
         for start in range(0, tokens, block):
             rows = slice(start, start + block)
-            logits = _transform(hidden[rows].double() @ part.T, softcap)
+            logits = cap_logits(hidden[rows].double() @ part.T, softcap)
             normalisers[rows] = torch.logaddexp(normalisers[rows], logits.logsumexp(1))
             local = targets[rows] - columns.start
             here = (local >= 0) & (local < part.shape[0])
@@ -219,7 +224,7 @@ def _truth(problem: Problem, normalisers: Tensor, logprobs: Tensor, generator: t
 
     def grad_logits(logits: Tensor, rows: Tensor | slice, ids: Tensor) -> Tensor:
         """dL/dlogits (before the softcap) ``[rows, ids]``."""
-        capped = _transform(logits, softcap)
+        capped = cap_logits(logits, softcap)
         made = torch.exp(capped - normalisers[rows, None]).neg_()
         made += batch.targets[rows, None] == ids
         made *= coefficient[rows, None]
@@ -231,7 +236,7 @@ def _truth(problem: Problem, normalisers: Tensor, logprobs: Tensor, generator: t
         part = weight[columns].double()
         ids = torch.arange(columns.start, columns.stop, device=device)
         grad_hidden += grad_logits(hidden[rows].double() @ part.T, rows, ids) @ part
-    # Half of the sampled vocabulary is surely among the targets.
+    # Half of the sampled vocabulary is among the targets.
     ids = torch.cat([batch.targets[rows[: SAMPLED_ROWS // 2]], sample(vocab)[: SAMPLED_ROWS // 2]]).unique()
     grad_weight = torch.zeros(ids.numel(), problem.shape.hidden, dtype=torch.float64, device=device)
     for start in range(0, tokens, 65536):
@@ -250,7 +255,7 @@ def norm_error(result: Tensor, truth: Tensor) -> float:
 def errors(
     truth: Truth, loss: Tensor | None, logprobs: Tensor | None, grad_hidden: Tensor | None, grad_weight: Tensor | None
 ) -> dict[str, float]:
-    """Errors of what a contender gave: the loss's relative to ``sum |w A|``, the gradients' in the norm, and the
+    """The errors of a contender's results: the loss's relative to ``sum |w A|``, the gradients' in the norm, and the
     largest and the median absolute error of the log-probabilities (nats)."""
     found: dict[str, float] = {}
     if loss is not None:
@@ -266,7 +271,7 @@ def errors(
     return found
 
 
-# Largest errors with which a contender still counts as right. 16-bit logits near 20 are 0.06 off at best.
+# The largest errors of a correct contender. 16-bit logits near 20 have rounding errors of up to 0.06.
 LIMITS = {
     torch.float32: {"error_loss": 1e-4, "error_logprob": 1e-3, "error_hidden": 1e-3, "error_weight": 1e-3},
     torch.float16: {"error_loss": 1e-2, "error_logprob": 0.1, "error_hidden": 0.05, "error_weight": 0.05},
@@ -275,7 +280,7 @@ LIMITS = {
 
 
 def verdict(found: dict[str, float], dtype: torch.dtype) -> str | None:
-    """Which error is too large, or None."""
+    """The first error that is too large, or None."""
     for name, limit in LIMITS[dtype].items():
         value = found.get(name, 0.0)
         if not value <= limit:

@@ -1,12 +1,12 @@
-"""The two trainers of `step` and `race`, set up alike and stepped by hand.
+"""Our trainer and TRL's with the same settings, both advanced one optimizer step at a time.
 
-TRL's trainer runs its own `train()` in a thread that stops before every optimizer step until it is told to go on, so
-that steps of both trainers can be timed in turn.
+TRL's `train()` runs in a thread that waits before every optimizer step until it is told to continue, so that the steps
+of both trainers can be timed in turn.
 """
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import logging
 import os
 import queue
@@ -20,34 +20,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.measure import describe_failure
-from grpo_fast.errors import UserError
+from benchmarks.harness.measure import describe_failure, missing, require
 
-# What a trainer says while it is built has no place between the figures.
+# TRL reads this when it is imported; its notices would appear between the results.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
-
-def require(module: str, command: str) -> Any:
-    """Import a module, or say in one line which pip command brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; it comes with: pip install {command}") from None
+# What TRL calls by the same names as we do.
+SHARED_SETTINGS = (
+    "num_generations", "max_completion_length", "temperature", "loss_type", "beta", "scale_rewards", "num_iterations",
+    "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "max_steps", "gradient_checkpointing",
+    "bf16", "use_cpu", "shuffle_dataset", "seed",
+)  # fmt: skip
 
 
 def missing_trl() -> str | None:
-    """One line that says what to install, or None."""
-    try:
-        getattr(require("trl", "trl"), "GRPOTrainer")  # noqa: B009 - imported on access
-    except UserError as error:
-        return str(error)
-    except Exception as error:
-        return f"trl cannot be imported: {describe_failure(error)}"
-    return None
+    """Why TRL's trainer cannot be imported, in one line; None if it can."""
+    return missing("trl.trainer.grpo_trainer", "trl")
 
 
 def quiet() -> None:
-    """No progress bars and deprecations of the libraries between the figures."""
+    """Turn off the libraries' progress bars and deprecation warnings."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("transformers", "trl", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -62,39 +53,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def our_config(device: torch.device, folder: Path, **fields: Any) -> Any:
-    """A configuration of ours; `folder` gets the run folder."""
+    """Our configuration, with `folder` as the run folder."""
     from grpo_fast.config import GRPOConfig
 
     return GRPOConfig(use_cpu=device.type == "cpu", output_dir=str(folder), log_completions_steps=0, **fields)
 
 
 def trl_arguments(config: Any, folder: Path, rows_per_microbatch: int, **others: Any) -> Any:
-    """TRL's configuration with the settings of ours, one generation a step, and nothing written or reported; `others`
-    come before ours."""
+    """TRL's configuration with our settings, one generation per step and no output; `others` override."""
     trl = require("trl", "trl")
     samples = config.generation_batch_size
     steps = -(-samples // rows_per_microbatch)
-    settings = {
+    settings = {name: getattr(config, name) for name in SHARED_SETTINGS}
+    settings |= {
         "output_dir": str(folder),
         "per_device_train_batch_size": samples // steps,
         "gradient_accumulation_steps": steps,
-        "num_generations": config.num_generations,
-        "max_completion_length": config.max_completion_length,
-        "temperature": config.temperature,
-        "loss_type": config.loss_type,
-        "beta": config.beta,
-        "scale_rewards": config.scale_rewards,
-        "num_iterations": config.num_iterations,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "max_steps": config.max_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": config.bf16,
-        "use_cpu": config.use_cpu,
-        "shuffle_dataset": config.shuffle_dataset,
-        "seed": config.seed,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -110,30 +84,54 @@ def trl_trainer(
     reward: Callable[..., list[float]],
     rows_per_microbatch: int,
     rollout: Callable[..., dict[str, Any]] | None = None,
+    kind: Any = None,
+    model: Any = None,
+    peft_config: Any = None,
+    **options: Any,
 ) -> Any:
-    """TRL's trainer on the same model and prompts; `rollout` takes the place of its generation."""
-    trl = require("trl", "trl")
-    datasets = require("datasets", "datasets")
+    """TRL's trainer with our settings, model and prompts.
+
+    Args:
+        rows: the training set.
+        rollout: replaces TRL's sampling.
+        kind: a subclass of TRL's trainer to use.
+        model: a model and its tokenizer (default: those that `config` names).
+        options: override TRL's settings.
+    """
+    trl, datasets = require("trl", "trl"), require("datasets", "datasets")
     from transformers.trainer_callback import PrinterCallback
 
     from grpo_fast.model.loading import load_model
 
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config)
-    trainer = trl.GRPOTrainer(
-        model=model,
+    policy, tokenizer = model or load_model(config)
+    trainer = (kind or trl.GRPOTrainer)(
+        model=policy,
         reward_funcs=[reward],
-        args=trl_arguments(config, folder, rows_per_microbatch),
+        args=trl_arguments(config, folder, rows_per_microbatch, **options),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         rollout_func=rollout,
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
+def fixed_rollout(by_prompt: dict[str, list[list[int]]]) -> Callable[..., dict[str, Any]]:
+    """A replacement of TRL's sampling that returns the given completions of each prompt, in their order."""
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        places: dict[str, itertools.count] = {}
+        chosen = [by_prompt[text][next(places.setdefault(text, itertools.count()))] for text in prompts]
+        ids = trainer.processing_class(prompts)["input_ids"]
+        return {"prompt_ids": ids, "completion_ids": [list(each) for each in chosen], "logprobs": None}
+
+    return rollout
+
+
 class Stopped(Exception):
-    """TRL's training ended before it was expected to; carries the description of why."""
+    """TRL's training ended early; the message is the reason."""
 
 
 class PacedTRL:
@@ -141,7 +139,7 @@ class PacedTRL:
 
     Args:
         trainer: TRL's trainer.
-        before_optimizer: called with the model's named parameters before every optimizer step, gradients in place.
+        before_optimizer: called with the model's named parameters and their gradients before every optimizer step.
     """
 
     def __init__(self, trainer: Any, device: torch.device, before_optimizer: Callable[[Any], None] | None = None):
@@ -200,7 +198,7 @@ class PacedTRL:
         return value
 
     def step(self) -> float:
-        """Seconds of one optimizer step. Returns when the thread stands before the next one, or has ended."""
+        """Seconds of one optimizer step. Returns once the thread waits before the next step or has ended."""
         if self.ended:
             raise Stopped("it has no steps left")
         self._go.put(True)
@@ -212,7 +210,7 @@ class PacedTRL:
         return seconds
 
     def stop(self) -> None:
-        """End the training; the thread is gone afterwards."""
+        """End the training and its thread."""
         self._go.put(False)
         self._thread.join()
         self.trainer = None
@@ -220,8 +218,8 @@ class PacedTRL:
 
 @contextmanager
 def alone_in_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process: while TRL's trainer waits in the middle of an accumulation, it would make
-    every other optimizer skip its step."""
+    """Accelerate has one gradient state per process: while TRL's trainer waits within an accumulation, that state would
+    make every other optimizer skip its step."""
     from accelerate.state import GradientState
 
     state = GradientState()
@@ -234,7 +232,7 @@ def alone_in_accelerate() -> Iterator[None]:
 
 
 def our_steps(trainer: Any, device: torch.device) -> Iterator[tuple[float, dict[str, float]]]:
-    """Seconds and metrics of each optimizer step of ours."""
+    """Seconds and metrics of each of our optimizer steps."""
     steps = trainer.steps()
     while True:
         synchronize(device)

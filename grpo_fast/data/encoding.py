@@ -1,4 +1,4 @@
-"""Prompts as tokens, the order in which they are drawn, and completions as text."""
+"""Prompts as tokens, the order in which they are sampled, and completions as text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from grpo_fast.errors import UserError, one_line
 
 
 def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[int]]:
-    """Token ids of every row's prompt, by the model's chat template where the prompt is a chat.
+    """Token ids of every row's prompt; a chat is rendered by the model's chat template.
 
-    The template opens the assistant's turn; where the chat ends in one, it is left open instead. Text begins with what
-    the tokenizer puts before it (BOS), once; what it would put after it (EOS) is left out, since the model goes on.
+    The template opens the assistant's turn, or leaves it open if the chat ends in one. Text begins with the tokens that
+    the tokenizer puts before it (BOS), once, and without those that it puts after it (EOS), since the model continues.
     """
     encoded, first = [], tokens_before(tokenizer)
     for prompt in (row["prompt"] for row in rows):
@@ -30,10 +30,9 @@ def encode_prompts(rows: list[Row], tokenizer, config: GRPOConfig) -> list[list[
         arguments = {"add_generation_prompt": not opened, "continue_final_message": opened}
         arguments |= {**(config.chat_template_kwargs or {}), "tokenize": True, "return_dict": False}
         try:
-            ids = tokenizer.apply_chat_template(prompt, **arguments)
+            encoded.append(list(tokenizer.apply_chat_template(prompt, **arguments)))
         except Exception as error:
             raise UserError(f"the chat template refuses {prompt!r:.80}: {one_line(error)}") from None
-        encoded.append(list(ids))
     return encoded
 
 
@@ -45,16 +44,16 @@ def encode_rows(
     kind: str,
     warn: Callable[[str], None],
 ) -> tuple[list[Row], list[list[int]]]:
-    """The rows that are used, and their prompts as tokens.
+    """The rows to use, and their prompts as tokens.
 
     Args:
-        max_positions: of the model, where it has a limit.
-        kind: what the rows are called, such as "training".
-        warn: called with a line that says how many rows `long_prompts` drops.
+        max_positions: the model's limit, if it has one.
+        kind: what messages call the rows, such as "training".
+        warn: called with a line that says how many rows ``long_prompts="drop"`` drops.
 
     Raises:
-        UserError: the chat template refuses a prompt, or one is empty or too long; with ``long_prompts="drop"`` none is
-            short enough.
+        UserError: the chat template refuses a prompt; a prompt is empty or too long; or ``long_prompts="drop"`` would
+            drop all.
     """
     encoded = encode_prompts(rows, tokenizer, config)
     if config.long_prompts == "drop":
@@ -73,12 +72,14 @@ def encode_rows(
 
 
 def _limits(max_positions: int | None, config: GRPOConfig) -> dict[str, int]:
-    """Tokens that a prompt and its longest completion may have together, by what sets the limit."""
-    limits = {} if max_positions is None else {f"the model's {max_positions} positions": max_positions}
-    limits[f"max_tokens_per_microbatch={config.max_tokens_per_microbatch}"] = config.max_tokens_per_microbatch
-    if config.use_vllm and config.vllm_max_model_length is not None:
-        limits[f"vllm_max_model_length={config.vllm_max_model_length}"] = config.vllm_max_model_length
-    return limits
+    """How many tokens a prompt and its longest completion may have together, by the source of the limit."""
+    microbatch, vllm = config.max_tokens_per_microbatch, config.vllm_max_model_length if config.use_vllm else None
+    limits = {
+        f"the model's {max_positions} positions": max_positions,
+        f"max_tokens_per_microbatch={microbatch}": microbatch,
+        f"vllm_max_model_length={vllm}": vllm,
+    }
+    return {name: tokens for name, tokens in limits.items() if tokens is not None}
 
 
 def tokens_before(tokenizer: Any) -> list[int]:
@@ -90,24 +91,27 @@ def tokens_before(tokenizer: Any) -> list[int]:
     return []
 
 
-def completion_text(tokenizer: Any, token_ids: list[int], ended: bool) -> str:
-    """A completion as rewards and files have it: without pad, BOS and EOS, and the token that `ended` it.
+def completion_text(tokenizer: Any, token_ids: list[int], ended: bool, past: int = 0) -> str:
+    """A completion as rewards and files get it: without pad, BOS and EOS, and if it `ended`, without its last token.
 
-    Other special tokens, which may be tags such as ``<think>`` or ``<tool_call>``, are text.
+    Other special tokens are text, because they may be tags such as ``<think>`` or ``<tool_call>``. `past` characters
+    are left out at the end: those that the last token has after a stop text.
     """
-    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    if tokenizer.eos_token_id is not None:
-        # Without EOS, what pads may be any token of the vocabulary.
-        silent.add(tokenizer.pad_token_id)
+    silent = silent_tokens(tokenizer)
     ids = token_ids[:-1] if ended else token_ids
-    return tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
+    text = tokenizer.decode([token for token in ids if token not in silent], skip_special_tokens=False)
+    return text[: len(text) - past]
+
+
+def silent_tokens(tokenizer: Any) -> set[int | None]:
+    """The tokens that are no part of a completion's text."""
+    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    # Without EOS, the pad token may be any token of the vocabulary.
+    return silent if tokenizer.eos_token_id is None else silent | {tokenizer.pad_token_id}
 
 
 def rendered_prompt(tokenizer: Any, prompt_ids: list[int], prompt: Prompt) -> str:
-    """A prompt as the model got it, special tokens included, up to where the completion that is scored begins.
-
-    A chat that ends in the assistant's turn is cut before that turn's content; see `as_scored`.
-    """
+    """A prompt as the model got it, with special tokens, up to where the scored completion begins (see `as_scored`)."""
     text = tokenizer.decode(prompt_ids, skip_special_tokens=False)
     if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
         return text
@@ -116,10 +120,9 @@ def rendered_prompt(tokenizer: Any, prompt_ids: list[int], prompt: Prompt) -> st
 
 
 def as_scored(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, str]]]:
-    """A prompt and its completion as the rewards get them: both text, or both chat messages.
+    """A prompt and its completion as reward functions get them: both strings, or both chat messages.
 
-    Where the chat ends in the assistant's turn, the completion begins with that turn and the prompt ends before it, as
-    in TRL.
+    If the chat ends in the assistant's turn, the prompt ends before that turn and the completion begins with it (TRL).
     """
     if isinstance(prompt, str):
         return prompt, text
@@ -129,7 +132,7 @@ def as_scored(prompt: Prompt, text: str) -> tuple[Prompt, str | list[dict[str, s
 
 
 def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int | None, config: GRPOConfig) -> None:
-    """Every prompt and its longest completion must fit the model's positions, a microbatch and vLLM's sequences."""
+    """Check that every prompt with its longest completion fits the model, a microbatch and vLLM's sequences."""
     longest = max(range(len(encoded)), key=lambda index: len(encoded[index]))
     length = len(encoded[longest])
     if min(len(ids) for ids in encoded) == 0:
@@ -144,7 +147,7 @@ def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int 
 
 
 def prompt_order(num_rows: int, shuffle: bool, seed: int, start: int = 0) -> Iterator[int]:
-    """Row indices without end, epoch by epoch, each in its own order, from the `start`-th index on."""
+    """Endless row indices from the `start`-th on, epoch by epoch; with `shuffle`, every epoch has another order."""
     order = list(range(num_rows))
     generator = random.Random(seed)
     for epoch in itertools.count():

@@ -1,4 +1,4 @@
-"""Rows from data files and from the hub."""
+"""Reading rows from data files and from the hub."""
 
 from __future__ import annotations
 
@@ -14,35 +14,33 @@ from grpo_fast.data.templates import Row
 from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.files import user_path
 
-# What errors call a data file.
+# Describes a data file in errors.
 DATA_FILE = ".jsonl, .json, .csv (each also with .gz) or .parquet file"
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# Characters; csv itself stops at 128 KiB.
+# Characters; the csv module's default is 128 KiB.
 _LONGEST_CELL = 2**31 - 1
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is that of a data file, by its suffix, in capitals or not."""
+    """Whether a name has the suffix of a data file, in upper or lower case."""
     return _suffix(name)[0] in _SUFFIXES
 
 
 def _suffix(name: str) -> tuple[str, bool]:
-    """The suffix that says what a file holds, and whether the file is compressed with gzip."""
+    """The suffix that tells a file's format, and whether the file is compressed with gzip."""
     path = Path(name.lower())
-    if path.suffix != ".gz":
-        return path.suffix, False
     inner = Path(path.stem).suffix
-    # A parquet file is compressed inside, and pyarrow reads it by its parts.
-    return (inner, True) if inner != ".parquet" else (".gz", True)
+    # Parquet has compression of its own; pyarrow cannot read it through gzip.
+    return (inner, True) if path.suffix == ".gz" and inner != ".parquet" else (path.suffix, False)
 
 
 def read_file(name: str) -> list[Row]:
-    """Rows of a .jsonl, .json (a list of objects), .csv (a line of column names first) or .parquet file.
+    """Rows of a .jsonl, .json (a list of objects), .csv (column names in the first line) or .parquet file.
 
     The first three may be compressed with gzip. The cells of a .csv file are text; empty ones are None.
 
     Raises:
-        UserError: there is no such file, or its content is malformed; a line that is wrong is named by its number.
+        UserError: there is no such file, or its content is malformed; names the number of the wrong line.
     """
     path = user_path(name)
     if not path.is_file():
@@ -60,7 +58,7 @@ def read_file(name: str) -> list[Row]:
         with gzip.open(path) if compressed else path.open("rb") as file:
             return list(_READERS[suffix](path, file))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{name} is not a whole gzip file: {one_line(error)}") from None
+        raise UserError(f"{name} is not a complete gzip file: {one_line(error)}") from None
 
 
 def _read_jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
@@ -92,7 +90,7 @@ def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
     try:
         names = next(lines, [])
         if len(set(names)) != len(names) or not all(names):
-            raise UserError(f"{path}: the first line must name every column, each by another name, got {names!r:.200}")
+            raise UserError(f"{path}: the first line must have a different name for every column, got {names!r:.200}")
         for cells in lines:
             if not cells:
                 continue
@@ -104,7 +102,7 @@ def _read_csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
 
 
 def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
-    """Lines as text, each with its end, which a quoted cell keeps."""
+    """Lines as text, with their line ends, which are part of quoted cells."""
     for number, line in enumerate(file, 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -118,11 +116,7 @@ _READERS: dict[str, Callable[[Path, IO[bytes]], Iterable[Row]]] = {
 
 
 def load_hub(name: str, config: str | None, field: str) -> dict[str, Any]:
-    """The splits of a hub dataset; `field` is what an error calls its name by.
-
-    Raises:
-        UserError: it could not be loaded.
-    """
+    """The splits of a hub dataset, or a UserError with `field` as the name's field."""
     datasets = import_extra("datasets", "train")
     try:
         return datasets.load_dataset(name, config)

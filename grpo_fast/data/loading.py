@@ -1,7 +1,7 @@
-"""The rows of a run: where they come from, their prompts, and the split that is held out.
+"""The rows of a run: their source, their prompts, and the split that is held out.
 
-Every row has a ``prompt``, a string or a list of chat messages (TRL's two forms); all other columns reach the reward
-functions by name.
+Every row has a ``prompt``, a string or a list of chat messages (TRL's two forms). The other columns are passed to the
+reward functions by name.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data.files import DATA_FILE, is_file, load_hub, read_file
+from grpo_fast.data.instructions import reference_answer
 from grpo_fast.data.questions import gsm8k, math
 from grpo_fast.data.tasks import addition, arithmetic, countdown, sort_digits
 from grpo_fast.data.templates import Prompt, Row, has_text, load_template
 from grpo_fast.errors import UserError, nearest
 
-# Where a dataset has no split to evaluate on, about this share of its rows is held out, at most MAX_HELD_OUT.
-HELD_OUT_SHARE = 0.1
-MAX_HELD_OUT = 200
+# Of a dataset without a split for evaluation, about this share of the rows is held out, at most MAX_HELD_OUT.
+HELD_OUT_SHARE, MAX_HELD_OUT = 0.1, 200
 
-# Each gives the training rows and, but for a single file of GSM8K or MATH, the held-out rows.
+# Each returns the training rows and the held-out rows, except for a single file of GSM8K or MATH.
 BUILT_IN: dict[str, Callable[..., tuple[list[Row], list[Row] | None]]] = {
     function.__name__: function for function in (sort_digits, addition, arithmetic, countdown, gsm8k, math)
 }
@@ -33,17 +33,18 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
     """Training and evaluation rows, each with its ``prompt``.
 
     Raises:
-        UserError: a missing file, a malformed line, an unknown built-in, a wrong prompt file, a column that the
-            template or the trainer needs and a row lacks, or an empty split.
+        UserError: a missing file, a malformed line, an unknown built-in, a wrong prompt file, a row without a column
+            that the template or the trainer needs, or an empty split.
     """
     build = load_template(config)
     raw, test = _load_splits(config)
-    train = _with_prompts(raw, build, config.dataset_name)
+    train = _with_prompts(raw, build, config.dataset_name, config.answer_column)
     if test is None:
         train, test = hold_out(train, [_content(row) for row in raw])
         instead = "; it needs at least two different prompts, or an eval_dataset_name"
     else:
-        test = _with_prompts(test, build, config.eval_dataset_name or f"{config.dataset_name}, held out")
+        source = config.eval_dataset_name or f"{config.dataset_name}, held out"
+        test = _with_prompts(test, build, source, config.answer_column)
         instead = "; set eval_dataset_name"
     for name, rows, more in (("training", train, ""), ("evaluation", test, instead)):
         if not rows:
@@ -52,23 +53,22 @@ def load_rows(config: GRPOConfig) -> tuple[list[Row], list[Row]]:
 
 
 def hold_out(rows: list[Row], contents: list[str]) -> tuple[list[Row], list[Row]]:
-    """Training rows, in their order, and about a tenth of the rows, at most 200, that are held out.
+    """Split rows into training rows, in their order, and about a tenth, at most 200, that are held out.
 
-    Whether a row is held out follows from its content alone: every content has a place between 0 and 1, and those below
-    `HELD_OUT_SHARE` are held out, the lowest first (where none is below, the lowest one). Rows with the same prompt
-    stay together at the lowest of their places. So the split depends on no seed, order or limit, and when rows with
-    other prompts are added to the file, no row that was trained on becomes a held-out one.
-
-    Args:
-        rows: with their prompts.
-        contents: what identifies each row.
+    The hash of a row's text in `contents` is its place between 0 and 1. Rows below `HELD_OUT_SHARE` are held out, the
+    lowest first (or the lowest one if none is below); rows with the same prompt stay together at the lowest of their
+    places. So the split does not depend on a seed, order or limit, and new rows with other prompts move no training row
+    to the held-out ones.
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(_content(row["prompt"]), []).append(index)
     if len(groups) < 2:
         return rows, []
-    placed = sorted((min(_place(contents[index]) for index in group), group) for group in groups.values())
+    # Places from 0 to below 1, the same on every machine.
+    hashes = [hashlib.blake2b(content.encode(), digest_size=6).digest() for content in contents]
+    places = [int.from_bytes(digest) / 2**48 for digest in hashes]
+    placed = sorted((min(places[index] for index in group), group) for group in groups.values())
     held_out = placed[0][1]
     for place, group in placed[1:-1]:
         if place >= HELD_OUT_SHARE or len(held_out) + len(group) > MAX_HELD_OUT:
@@ -78,63 +78,71 @@ def hold_out(rows: list[Row], contents: list[str]) -> tuple[list[Row], list[Row]
     return [row for index, row in enumerate(rows) if index not in chosen], [rows[index] for index in held_out]
 
 
-def _place(content: str) -> float:
-    """A number from 0 to below 1 that follows from a text, on every machine the same."""
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=6).digest()) / 2**48
-
-
 def _content(value: object) -> str:
-    """A row, or a prompt, as one text; a column without a value is as one that is not there."""
+    """A row or a prompt as one text, without the columns that have no value."""
     if isinstance(value, dict):
         value = {name: cell for name, cell in value.items() if cell is not None}
     return json.dumps(value, sort_keys=True, default=lambda cell: str(cell) if has_text(cell) else type(cell).__name__)
 
 
-def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str) -> list[Row]:
-    """Every row with its prompt and with all columns of the data, None where it lacks one."""
+def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str, answer_column: str | None) -> list[Row]:
+    """Every row with its prompt, its answer and all columns of the data; None for a column that it lacks."""
     columns = dict.fromkeys(name for row in rows for name in row)
     made = []
     for number, row in enumerate(rows, 1):
         try:
-            made.append({**columns, **row, "prompt": build(row)})
+            prompt = build(row)
+            made.append({**columns, **row, **_answer(row, answer_column), "prompt": prompt})
         except UserError as error:
             raise UserError(f"{source}, row {number}: {error}") from None
     return made
 
 
+def _answer(row: Row, column: str | None) -> Row:
+    """The column ``answer`` of a row whose answer has another place."""
+    if column is None:
+        found = None if "answer" in row else reference_answer(row)
+        return {} if found is None else {"answer": found}
+    if column in row:
+        return {"answer": row[column]}
+    value: Any = row
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise UserError(
+                f"answer_column={column!r} is not in the row{nearest(column, row)}; it has {', '.join(row)}"
+            )
+        value = value[name]
+    return {"answer": value}
+
+
 def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
     name = config.dataset_name
     if name in BUILT_IN and config.eval_dataset_name:
-        raise UserError(f"eval_dataset_name goes with files and hub datasets; {name!r} brings its own held-out rows")
+        raise UserError(f"eval_dataset_name requires a file or hub dataset; {name!r} has its own held-out rows")
     if name in BUILT_IN or is_file(name):
-        for field, default in (
-            ("dataset_config", None),
-            ("dataset_train_split", "train"),
-            ("dataset_test_split", "test"),
-        ):
-            if getattr(config, field) != default:
-                raise UserError(f"{field}={getattr(config, field)!r} goes with hub datasets, not with {name!r}")
+        for field in ("dataset_config", "dataset_train_split", "dataset_test_split"):
+            if getattr(config, field) != getattr(GRPOConfig, field):
+                raise UserError(f"{field}={getattr(config, field)!r} requires a hub dataset, not {name!r}")
     if name in BUILT_IN:
         return _built_in(name, config.dataset_kwargs or {})
     if config.dataset_kwargs:
-        raise UserError(f"dataset_kwargs goes with the built-in datasets {', '.join(BUILT_IN)}, not with {name!r}")
+        raise UserError(f"dataset_kwargs requires one of the built-in datasets {', '.join(BUILT_IN)}, not {name!r}")
+    held_out = read_file(config.eval_dataset_name) if config.eval_dataset_name else None
     if is_file(name):
-        train = read_file(name)
-        return train, read_file(config.eval_dataset_name) if config.eval_dataset_name else None
+        return read_file(name), held_out
     if "/" not in name:
         raise UserError(
             f"dataset_name={name!r} is neither a {DATA_FILE}, nor a hub name (owner/name), "
             f"nor one of {', '.join(BUILT_IN)}{nearest(name, BUILT_IN)}"
         )
     loaded = load_hub(name, config.dataset_config, "dataset_name")
-    if config.dataset_train_split not in loaded:
-        raise UserError(f"dataset_train_split={config.dataset_train_split!r} is not in {name!r}: it has {list(loaded)}")
-    if config.dataset_test_split not in loaded and config.dataset_test_split != "test":
-        raise UserError(f"dataset_test_split={config.dataset_test_split!r} is not in {name!r}: it has {list(loaded)}")
-    train = list(loaded[config.dataset_train_split])
-    if config.eval_dataset_name:
-        return train, read_file(config.eval_dataset_name)
-    return train, list(loaded[config.dataset_test_split]) if config.dataset_test_split in loaded else None
+    train, test = config.dataset_train_split, config.dataset_test_split
+    for field, split in (("dataset_train_split", train), ("dataset_test_split", test)):
+        if split not in loaded and (split == train or split != GRPOConfig.dataset_test_split):
+            raise UserError(f"{field}={split!r} is not in {name!r}: it has {list(loaded)}")
+    if held_out is None and test in loaded:
+        held_out = list(loaded[test])
+    return list(loaded[train]), held_out
 
 
 def _built_in(name: str, kwargs: dict[str, Any]) -> tuple[list[Row], list[Row] | None]:

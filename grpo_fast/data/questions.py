@@ -1,6 +1,6 @@
-"""Questions with a reference answer: GSM8K and MATH, from the hub or from files, in the same three columns.
+"""Questions with a reference answer: GSM8K and MATH, from the hub or from files, with the same three columns.
 
-``question``, ``answer`` (what a reward compares with) and ``solution`` (the worked text); MATH keeps its other columns.
+``question``, ``answer`` (which rewards compare with) and ``solution`` (the worked text). MATH keeps its other columns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from grpo_fast.data.files import DATA_FILE, is_file, load_hub, read_file
 from grpo_fast.data.templates import Row
 from grpo_fast.errors import UserError
 from grpo_fast.files import user_path
+from grpo_fast.rewards.functions.answer_text import boxes
 
 GSM8K = "openai/gsm8k"
 MATH = "DigitalLearningGmbH/MATH-lighteval"
@@ -22,44 +23,18 @@ _FINAL = re.compile(r"####\s*(-?\$?[\d,]*\.?\d+)")
 def gsm8k(path: str = GSM8K) -> tuple[list[Row], list[Row] | None]:
     """GSM8K (arXiv:2110.14168): the answer is the number after ``####``, without commas.
 
-    `path` is a hub name, a folder with ``train`` and ``test`` files (as `read_file` takes), or one file, of which
-    a share is then held out.
-
-    Raises:
-        UserError: the data cannot be read, or a row has no question or no answer after ``####``.
+    `path` is a hub name; a folder with ``train`` and ``test`` files (see `read_file`); or one file, of which a share is
+    held out. Raises UserError if it cannot be read, or for a row without question or answer.
     """
     return _questions("gsm8k", path, "main" if path == GSM8K else None, _gsm8k_row)
 
 
 def math(path: str = MATH) -> tuple[list[Row], list[Row] | None]:
-    r"""MATH (arXiv:2103.03874): the answer is what stands in the solution's last ``\boxed{}``.
+    r"""MATH (arXiv:2103.03874): the answer is the content of the solution's last ``\boxed{}``.
 
-    `path` as for `gsm8k`; the files have the columns ``problem`` and ``solution``.
-
-    Raises:
-        UserError: the data cannot be read, or a row has no problem or no boxed answer.
+    `path` and errors are as for `gsm8k`; files have the columns ``problem`` and ``solution``.
     """
     return _questions("math", path, None, _math_row)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{...}`` (or ``\fbox{...}``, or after ``\boxed 5``); None where there is none.
-
-    Braces are balanced; ``\{`` and ``\}`` do not count.
-    """
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = text[start:].partition("box")[2].removeprefix("ed")
-    if rest[:1] != "{":
-        words = rest.split("$")[0].split()
-        return words[0] if words else None
-    depth = 0
-    for part in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(part[0], 0)
-        if depth == 0 and part[0] == "}":
-            return rest[1 : part.start()].strip()
-    return None
 
 
 def _gsm8k_row(row: Row) -> Row:
@@ -73,11 +48,11 @@ def _gsm8k_row(row: Row) -> Row:
 
 def _math_row(row: Row) -> Row:
     question, solution = _column(row, "problem"), _column(row, "solution")
-    answer = last_boxed(solution)
-    if answer is None:
+    found = boxes(solution)
+    if not found:
         raise UserError(f"no \\boxed{{}} in the solution that ends in {solution[-60:]!r}")
     others = {name: value for name, value in row.items() if name != "problem"}
-    return {**others, "question": question, "answer": answer, "solution": solution}
+    return {**others, "question": question, "answer": found[-1][2].strip(), "solution": solution}
 
 
 def _column(row: Row, name: str) -> str:
@@ -89,9 +64,8 @@ def _column(row: Row, name: str) -> str:
 def _questions(
     task: str, path: str, hub_config: str | None, convert: Callable[[Row], Row]
 ) -> tuple[list[Row], list[Row] | None]:
-    splits = _read(task, path, hub_config)
     made = []
-    for split, rows in splits.items():
+    for split, rows in _read(task, path, hub_config).items():
         made.append([])
         for number, row in enumerate(rows, 1):
             try:
@@ -102,23 +76,21 @@ def _questions(
 
 
 def _read(task: str, path: str, hub_config: str | None) -> dict[str, list[Row]]:
-    """The training rows and, where there are some, the test rows."""
+    """The training rows and, if there are any, the test rows."""
     folder = user_path(path)
     if is_file(path):
         return {"train": read_file(path)}
-    if not folder.is_dir():
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if is_file(file.name))
+        found = ", ".join(file.name for file in files) or f"no {DATA_FILE}"
+        parts = {name: [f for f in files if re.split(r"[-.]", f.name)[0] == name] for name in ("train", "test")}
+        splits = {name: [row for file in some for row in read_file(str(file))] for name, some in parts.items() if some}
+    else:
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise UserError(f"{task}: path={path!r} is neither a folder, a file nor a hub name")
         loaded = load_hub(path, hub_config, f"{task}: path")
-        splits = {name: list(loaded[name]) for name in ("train", "test") if name in loaded}
         found = ", ".join(loaded)
-    else:
-        files = sorted(file for file in folder.iterdir() if is_file(file.name))
-        splits = {}
-        for name in ("train", "test"):
-            if parts := [file for file in files if re.split(r"[-.]", file.name, maxsplit=1)[0] == name]:
-                splits[name] = [row for file in parts for row in read_file(str(file))]
-        found = ", ".join(file.name for file in files) or f"no {DATA_FILE}"
+        splits = {name: list(loaded[name]) for name in ("train", "test") if name in loaded}
     if "train" not in splits:
-        raise UserError(f"{task}: {path} has no split 'train'; there is {found}")
+        raise UserError(f"{task}: {path} has no split 'train'; it has {found}")
     return splits

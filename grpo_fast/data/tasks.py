@@ -1,4 +1,4 @@
-"""Generated tasks: each gives its training and its held-out rows, the same ones for the same seed."""
+"""Generated tasks: each returns training rows and held-out rows, always the same for the same seed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Splits = tuple[list[Row], list[Row]]
 
 
 def sort_digits(length: int = 4, test_size: int = 500, seed: int = 0) -> Splits:
-    """Prompts ``3142>`` that ask for ``1234``: all tuples of `length` digits, of which about `test_size` are held out.
+    """Prompts ``3142>`` with the answer ``1234``: all tuples of `length` digits, about `test_size` held out.
 
-    Whole multisets are held out, so that no other order of the same digits is trained on.
+    Whole multisets are held out, so that training has no other order of the same digits.
     """
     _check("sort_digits", "length", length, 1, 6)
     _check("sort_digits", "test_size", test_size, 1, 10**length - 1)
@@ -32,14 +32,14 @@ def sort_digits(length: int = 4, test_size: int = 500, seed: int = 0) -> Splits:
 
 
 def addition(test_share: float = 0.2, seed: int = 0) -> Splits:
-    """Questions ``What is 3 + 4?`` for all pairs of digits: `arithmetic` with its smallest numbers, in their order."""
+    """Questions ``What is 3 + 4?`` for all pairs of digits: `arithmetic` with its defaults, sorted by question."""
     splits = arithmetic(test_share=test_share, seed=seed)
     for rows in splits:
         rows.sort(key=lambda row: row["prompt"][0]["content"])
     return splits
 
 
-# What is asked and what is right, for two operands; a division always comes out even.
+# The question and the answer for two operands; divisions have no remainder.
 OPERATORS = {
     "+": lambda a, b: (f"{a} + {b}", a + b),
     "-": lambda a, b: (f"{a} - {b}", a - b),
@@ -53,9 +53,9 @@ def arithmetic(
 ) -> Splits:
     """Questions ``What is 12 - 34? Reply with only the number.`` as a chat, with their ``answer``.
 
-    There are at most `num_pairs` pairs of operands of up to `digits` digits, in both orders, each with all the
-    `operators` out of ``+-*/`` (of a division, the operands are quotient and divisor). A share of the unordered pairs
-    is held out, so that 4 + 3 is not trained on where 3 + 4 is tested.
+    There are at most `num_pairs` pairs of operands of up to `digits` digits, in both orders, with all of the
+    `operators` (some of ``+-*/``; the operands of a division are its quotient and divisor). The share `test_share` of
+    the unordered pairs is held out, so that 4 + 3 is not in the training rows if 3 + 4 is held out.
     """
     if not operators or len(set(operators)) != len(operators) or not set(operators) <= set(OPERATORS):
         allowed = "".join(OPERATORS)
@@ -101,9 +101,9 @@ def countdown(
 ) -> Splits:
     """Countdown problems: make ``target`` from ``nums``, using every number once, with + - * / and parentheses.
 
-    Every target can be reached: it is the value of an expression that was drawn at random, whose intermediate results
-    are positive integers. `nums` are from 1 to `max_number`, targets from 1 to `max_target`. The same numbers, in
-    whatever order, never come twice, so that a held-out problem is not trained on with another target.
+    Every target can be reached: it is the value of a random expression whose intermediate results are positive
+    integers. `nums` are from 1 to `max_number`, targets from 1 to `max_target`. No two problems have the same numbers
+    in any order, so that no training row is a held-out problem with another target.
     """
     _check("countdown", "train_size", train_size, 1, 1_000_000)
     _check("countdown", "test_size", test_size, 1, 1_000_000)
@@ -113,7 +113,7 @@ def countdown(
     _check("countdown", "max_target", max_target, 1, 1_000_000)
     generator, wanted = random.Random(seed), train_size + test_size
     problems: dict[tuple[int, ...], int] = {}
-    # A draw fails where its numbers are taken or none of its values is a target; many in a row mean that few are left.
+    # A draw fails if its numbers are taken or give no target; many failures in a row mean that few problems are left.
     failures = 0
     while len(problems) < wanted:
         count = generator.randint(min_numbers, max_numbers)
@@ -133,7 +133,7 @@ def countdown(
 
 
 def _random_value(values: list[int], generator: random.Random) -> int | None:
-    """The value of a random expression of all `values`, or None where a step gives no positive integer."""
+    """The value of a random expression of all `values`, or None if a step does not give a positive integer."""
     while len(values) > 1:
         a, b = (values.pop(int(generator.random() * len(values))) for _ in range(2))
         sign = generator.choice("+-*/")

@@ -1,1 +1,1 @@
-"""The processes of a run, what each holds of the model, and their random numbers."""
+"""The processes of a run, their shards of the model, and their random numbers."""

@@ -1,9 +1,8 @@
-"""The processes of a run, as `torchrun` or `accelerate launch` started them; without these, one.
+"""The processes of a run, as started by `torchrun` or `accelerate launch`; otherwise one.
 
-Every process goes through the same steps on the same completions. What is not computed by all of them alike is done by
-the first one (`on_main`), or by each for its share (`gather`, `total`); an error of one is an error of all, so that
-none waits for another that has given up. Random numbers are the same everywhere, but where each process draws its own
-(`own_random_numbers`).
+Every process takes the same steps on the same completions. What not all of them compute is done by the first one
+(`on_main`), or by each for its share (`gather`, `total`); an error in one is raised in all, so that no process waits
+for another that has stopped. Random numbers are the same everywhere, except inside `own_random_numbers`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from grpo_fast.errors import UserError, one_line
 
 T = TypeVar("T")
-# For what the first process does alone: scoring a batch may take long.
+# How long processes wait for the first one: scoring a batch may take long.
 PATIENCE = timedelta(days=1)
 
 
@@ -34,7 +33,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and lines."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
@@ -44,7 +43,7 @@ def launched() -> int:
 
 
 def connect(use_cpu: bool) -> None:
-    """Connect the processes of a launcher; without one nothing is to be done."""
+    """Connect the processes of a launcher; without one, do nothing."""
     if launched() > 1:
         PartialState(cpu=use_cpu)
 
@@ -56,30 +55,29 @@ def disconnect() -> None:
 
 
 def new_group() -> Any:
-    """For objects, on the CPU: waiting neither keeps a GPU busy nor ends after NCCL's ten minutes."""
+    """A group for objects on the CPU: waiting neither keeps a GPU busy nor ends after NCCL's ten minutes."""
     return dist.new_group(backend="gloo", timeout=PATIENCE) if size() > 1 else None
 
 
-@cache
-def _control_group() -> Any:
-    return new_group()
+# Created on first use.
+_control_group = cache(new_group)
 
 
 def on_main(call: Callable[[], T], group: Any = None) -> T:
-    """What `call` returns in the first process, in every process; what it raises there is raised everywhere.
+    """Call `call` in the first process, and return its result, or raise its error, in every process.
 
-    In another thread it needs a `group` of its own, of :func:`new_group`.
+    Another thread needs another `group`, from :func:`new_group`.
     """
     if size() == 1:
         return call()
     value, error = _attempt(call) if is_main() else (None, None)
-    outcome = [(value, _told(error))]
+    outcome = [(value, _sendable(error))]
     dist.broadcast_object_list(outcome, src=0, group=group or _control_group())
     return _agree([outcome[0]], error)[0]
 
 
 def gather(call: Callable[[], T], group: Any = None) -> list[T]:
-    """What `call` returns in each process, by rank, in every process; what it raises in one is raised everywhere.
+    """Call `call` in each process, and return all results by rank, or raise the first error, in every process.
 
     `group` as for :func:`on_main`.
     """
@@ -87,7 +85,7 @@ def gather(call: Callable[[], T], group: Any = None) -> list[T]:
         return [call()]
     value, error = _attempt(call)
     outcomes: list[Any] = [None] * size()
-    dist.all_gather_object(outcomes, (value, _told(error)), group=group or _control_group())
+    dist.all_gather_object(outcomes, (value, _sendable(error)), group=group or _control_group())
     return _agree(outcomes, error)
 
 
@@ -98,8 +96,8 @@ def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, error
 
 
-def _told(error: BaseException | None) -> BaseException | None:
-    """What the other processes are told of an error: those of a program may not survive the way."""
+def _sendable(error: BaseException | None) -> BaseException | None:
+    """The error for the other processes: exceptions of other types may not survive pickling."""
     if error is None or isinstance(error, (UserError, OSError, KeyboardInterrupt)):
         return error
     return UserError(f"process {rank()} failed: {type(error).__name__}: {one_line(error)}")
@@ -113,7 +111,7 @@ def _agree(outcomes: list[tuple[T, BaseException | None]], own: BaseException | 
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of the processes' tensors, in each of them."""
+    """The sum of the processes' tensors, in each of them and in place."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -125,12 +123,12 @@ def largest(value: int) -> int:
 
 
 def share(items: list[T]) -> list[T]:
-    """The items of this process; neighbours go to different ones."""
+    """The items of this process; adjacent items belong to different processes."""
     return items[rank() :: size()]
 
 
 def join(shares: list[list[T]]) -> list[T]:
-    """What `share` cut apart, in its order."""
+    """The items that `share` distributed, in their original order."""
     items: list[Any] = [None] * sum(map(len, shares))
     for place, part in enumerate(shares):
         items[place :: len(shares)] = part

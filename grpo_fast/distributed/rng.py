@@ -1,4 +1,4 @@
-"""Random state: read, restored, and kept apart."""
+"""Random state: reading it, restoring it, and separate random numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rng_state() -> dict[str, Tensor]:
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(python),
-        # A normal number kept for the next call, or NaN.
+        # A normal number stored for the next call, or NaN.
         "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
         "numpy": torch.from_numpy(keys.astype("int64")),
         "numpy_rest": torch.tensor(numpy_rest, dtype=torch.float64),
@@ -32,7 +32,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Put the generators where `rng_state` found them."""
+    """Restore the states that `rng_state` returned."""
     gauss = state["python_gauss"].item()
     random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(gauss) else gauss))
     position, has_gauss, cached = state["numpy_rest"].tolist()
@@ -43,23 +43,32 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """Other random numbers in each process within it; after it all go on with the same ones.
+def kept_torch_generators() -> Iterator[None]:
+    """torch's random generators, of the CPU and of the GPU in use, are where they were after it.
 
-    A single process goes on with those that it has.
+    `torch.random.fork_rng` by itself takes every GPU of the machine, and makes a context on each.
     """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Within it, each process draws other random numbers; afterwards all draw the same ones again.
+
+    A single process keeps its generators.
+    """
     if size() == 1:
         yield
         return
-    seed = int(torch.randint(2**31, ()))
-    with own_generators(seed + rank()):
+    with own_generators(int(torch.randint(2**31, ())) + rank()):
         yield
 
 
 @contextmanager
 def own_generators(seed: int) -> Iterator[None]:
-    """Random numbers by `seed` within it; after it, all generators are where they were."""
+    """Within it, all generators are seeded with `seed`; afterwards they have their former states."""
     kept = rng_state()
     try:
         torch.manual_seed(seed)

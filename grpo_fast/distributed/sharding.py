@@ -1,9 +1,9 @@
-"""A policy over several processes: whole in each (DDP), or a share of every weight in each (FSDP2).
+"""A policy over several processes: whole in each (DDP), or a shard of every weight in each (FSDP2).
 
 Gradients are summed over the processes, not averaged, since the tokens' weights are those of the whole step. With FSDP2
-each layer is gathered for its own forward and backward; what is left over (embeddings, last norm, output head) is
-gathered once for a microbatch, in the policy's forward, and kept until its backward. Gradients are scattered after each
-microbatch, so that none is ever whole for longer; DDP sums them after the last one.
+each layer is gathered for its own forward and backward; the other weights (embeddings, last norm, output head) are
+gathered once per microbatch, in the policy's forward, and kept until its backward. Gradients are scattered after each
+microbatch, so that none stays whole for longer; DDP sums them after the last one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from grpo_fast.distributed import processes
 from grpo_fast.errors import UserError
 from grpo_fast.model.packing import empty_microbatch
 
-# Other engines of accelerate's, and fields that go with weights of which each process has a share, or do not.
+# accelerate's engines that are supported, and the only values of fields that sharded weights support.
 _ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-_WHOLE_ONLY = {"load_in_4bit": False, "optim": "adamw_torch_fused", "optim_offload": False}
+_SHARDED_ONLY = {"load_in_4bit": False, "optim": "adamw_torch_fused", "optim_offload": False}
 
 
 def is_sharded(config: GRPOConfig) -> bool:
-    """Whether every process has a share of each weight: by the configuration, or by accelerate's."""
+    """Whether every process holds a shard of each weight, according to the configuration or to accelerate's."""
     return processes.size() > 1 and (config.fsdp or _launched_sharded())
 
 
@@ -42,25 +42,21 @@ def _launched_sharded() -> bool:
 
 
 def check_processes(config: GRPOConfig, accelerator: Accelerator) -> None:
-    """Refuse, before anything is loaded, what does not work over several processes.
-
-    Raises:
-        UserError: it names the field and what is allowed.
-    """
+    """Raise a UserError, before anything is loaded, for a field that several processes do not support."""
     if processes.size() == 1:
         return
     if accelerator.distributed_type not in _ENGINES:
         raise UserError(
-            f"accelerate's {accelerator.distributed_type.value} is not supported; there are DDP (MULTI_GPU) and FSDP "
-            "with fsdp_version: 2"
+            f"accelerate's {accelerator.distributed_type.value} is not supported; use DDP (MULTI_GPU), or FSDP with "
+            "fsdp_version: 2"
         )
     if config.use_vllm and config.vllm_mode == "colocate":
-        raise UserError("vllm_mode='colocate' is for one process; several sample from a server: vllm_mode='server'")
+        raise UserError("vllm_mode='colocate' supports one process only; several require vllm_mode='server'")
     if not is_sharded(config):
         return
-    for name, allowed in _WHOLE_ONLY.items():
+    for name, allowed in _SHARDED_ONLY.items():
         if getattr(config, name) != allowed:
-            raise UserError(f"{name}={getattr(config, name)!r} does not go with FSDP: it must be {allowed!r}")
+            raise UserError(f"{name}={getattr(config, name)!r} is not supported with FSDP: it must be {allowed!r}")
     plugin = fsdp_plugin()
     if plugin.fsdp_version != 2:
         raise UserError(f"fsdp_version: {plugin.fsdp_version} is not supported in accelerate's file; set it to 2")
@@ -68,36 +64,36 @@ def check_processes(config: GRPOConfig, accelerator: Accelerator) -> None:
         raise UserError("fsdp_offload_params: true is not supported in accelerate's file; set it to false")
     if plugin.activation_checkpointing:
         raise UserError("instead of fsdp_activation_checkpointing in accelerate's file, set gradient_checkpointing")
-    # transformers would read weights in the first process alone; here each reads them and keeps its share.
+    # transformers would read weights in the first process only; here each reads them and keeps its shard.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin:
-    """What accelerate's file says, or the defaults."""
+    """The settings of accelerate's file, or the defaults."""
     return FullyShardedDataParallelPlugin(**({} if _launched_sharded() else {"fsdp_version": 2}))
 
 
 def ddp_arguments() -> DistributedDataParallelKwargs:
-    """For accelerate's DDP."""
+    """Options of accelerate's DDP."""
     return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
 
 
 def sum_gradients(policy: nn.Module) -> None:
-    """Let DDP sum the processes' gradients; it would average them."""
+    """Make DDP sum the processes' gradients instead of averaging them."""
     if isinstance(policy, DistributedDataParallel):
         policy.register_comm_hook(None, _sum_bucket)
 
 
-# Without annotations, which would be strings here: DDP compares them with its classes.
+# Not annotated: DDP compares annotations with its classes, but here they would be strings.
 def _sum_bucket(state, bucket):
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def shard(policy: nn.Module, config: GRPOConfig, device: torch.device) -> None:
-    """Leave this process its share of the weights of `policy` (a FusedPolicy on the CPU), in place.
+    """Replace the weights of `policy` (a FusedPolicy on the CPU) by this process's shards, in place.
 
     Raises:
-        UserError: the model's layers are not known.
+        UserError: the model does not name its layers.
     """
     model, plugin = policy.model, fsdp_plugin()
     names = set(plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ())
@@ -111,7 +107,7 @@ def shard(policy: nn.Module, config: GRPOConfig, device: torch.device) -> None:
     half = config.bf16 or model.dtype == torch.bfloat16
     options = {
         "mesh": init_device_mesh(device.type, (processes.size(),)),
-        # The loss's arguments stay as exact as they are.
+        # The loss's arguments keep their precision.
         "mp_policy": MixedPrecisionPolicy(low, torch.float32 if half else None, cast_forward_inputs=False),
     }
     for layer in layers:
@@ -120,9 +116,9 @@ def shard(policy: nn.Module, config: GRPOConfig, device: torch.device) -> None:
     for module in _shards(policy):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    # It is sampled with whole weights; by this mark transformers would let the processes wait for each other's tokens.
+    # Sampling uses whole weights; with this mark, transformers would make the processes wait for each other's tokens.
     model._is_fsdp_managed_module = False
-    # The first forward decides which module is the outermost one, and what of the weights is trained.
+    # The first forward determines which module is the outermost one, and which weights are trained.
     with torch.no_grad():
         policy(empty_microbatch(0, packed=False).to(device))
     release(policy)
@@ -134,7 +130,7 @@ def _shards(policy: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def whole_weights(policy: nn.Module) -> Iterator[None]:
-    """Within it every process has all weights of the policy, to sample from them or to send them; not to train."""
+    """Within it, every process holds all weights of the policy, for sampling or sending, not for training."""
     shards, reshard = _shards(policy), fsdp_plugin().reshard_after_forward
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
@@ -149,7 +145,7 @@ def whole_weights(policy: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def outer_weights(policy: nn.Module) -> Iterator[None]:
-    """Within it, the weights outside of the layers are whole, for forwards of the model inside of the policy."""
+    """Within it, the weights outside the layers are whole, for forwards of the model inside the policy."""
     if isinstance(policy, FSDPModule):
         policy.unshard()
     try:
@@ -159,48 +155,47 @@ def outer_weights(policy: nn.Module) -> Iterator[None]:
 
 
 def release(policy: nn.Module) -> None:
-    """Let go of the weights that a forward without a backward has left gathered: a step would not reach them."""
+    """Reshard the weights that a forward without a backward has left gathered: an update would not reach them."""
     if isinstance(policy, FSDPModule):
         policy.reshard()
 
 
 def without_sync(policy: nn.Module, last: bool) -> AbstractContextManager:
-    """Around a microbatch: DDP sums the gradients after the last one."""
+    """Around a microbatch: DDP sums the gradients only after the last one."""
     waits = isinstance(policy, DistributedDataParallel) and not last
     return policy.no_sync() if waits else nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process has a share, put together in every process; any other one as it is."""
+    """The whole tensor, in every process, if each holds a shard of it; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
-    """The state dict of a sharded model with whole tensors, on the CPU; in all but the first process it is empty.
+    """The state dict of a sharded model with whole tensors on the CPU; empty in all but the first process.
 
-    Tied weights are one tensor. With `trained_only`, only what is trained.
+    Tied weights are one tensor. With `trained_only`, it holds only trained weights.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[int, Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
         own = parameters.get(name, tensor)
-        if trained_only and not own.requires_grad:
-            continue
-        if id(own) not in found:
-            found[id(own)] = to_main(tensor)
-        state[name] = found[id(own)]
+        if own.requires_grad or not trained_only:
+            if id(own) not in found:
+                found[id(own)] = to_main(tensor)
+            state[name] = found[id(own)]
     return state if processes.is_main() else {}
 
 
 def to_main(tensor: Tensor) -> Tensor | None:
-    """The whole tensor on the CPU, in the first process; every process has to take part."""
+    """The whole tensor on the CPU, in the first process; every process must call it."""
     tensor = whole(tensor.detach())
     return tensor.cpu().contiguous() if processes.is_main() else None
 
 
 def cut_like(tensor: Tensor, own: Tensor) -> Tensor:
-    """This process' share of a whole tensor that every process has, where `own` is one; else the tensor as it is."""
+    """This process's shard of a whole tensor that every process holds, if `own` is sharded; else the tensor itself."""
     if not isinstance(own, DTensor):
         return tensor
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

@@ -57,6 +57,7 @@ class EvalOptions:
         output: the folder to write (default: runs/eval-NAME-TIME).
         resume: continue an interrupted evaluation in that folder.
         compare: the folder of another evaluation of the same prompts, to estimate the difference of the means.
+        thinking_budgets: thinking budgets at which to evaluate (`evaluation.budgets`); empty for the configuration's.
     """
 
     greedy: bool = False
@@ -66,6 +67,7 @@ class EvalOptions:
     output: Path | None = None
     resume: bool = False
     compare: Path | None = None
+    thinking_budgets: tuple[int, ...] = ()
 
 
 class EvalRun:
@@ -78,6 +80,8 @@ class EvalRun:
     def __init__(self, config: GRPOConfig, options: EvalOptions):
         self.config, self.options = config, options
         self.folder: Path | None = None
+        # What continues an interrupted evaluation: this one, or the curve that it is part of.
+        self.whole = self
         try:
             self.prepare()
         except BaseException:
@@ -135,9 +139,14 @@ class EvalRun:
             "batch_size": options.batch_size,
             **asdict(self.sampling),
         }
-        if options.resume:
-            check_settings(self.folder, self.settings)
+        self.resume(options.resume)
         self.others = read_scores(options.compare, self.settings["prompts"]) if options.compare else {}
+
+    def resume(self, resumes: bool) -> None:
+        """Continue the evaluation in the folder, which must have the same settings; or begin a new one there."""
+        self.resumes = resumes
+        if resumes:
+            check_settings(self.folder, self.settings)
 
     def probe(self, model: nn.Module) -> None:
         """Check that the engine has the weights of `model`; see `rollout.probe`."""
@@ -163,7 +172,7 @@ class EvalRun:
     def measure(self) -> dict[str, Any]:
         """Run the evaluation in its folder, to which no other process writes."""
         claim(self.folder, "--output")
-        if not self.options.resume:
+        if not self.resumes:
             refuse_other_evaluation(self.folder)
         write_config(self.folder / "config.yaml", self.config)
         remember_own(self.folder, self.config)
@@ -173,6 +182,8 @@ class EvalRun:
         count, temperature = self.sampling.num_generations, self.sampling.temperature
         how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
         title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
+        if (budget := self.sampling.thinking_budget) is not None:
+            title += f", thinking budget {budget}"
         progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
         for note in self.rewards.notes:
             progress.console.print(note, soft_wrap=True)
@@ -216,6 +227,7 @@ class EvalRun:
         for index, (response, text) in enumerate(zip(responses, texts, strict=True)):
             place = index // self.sampling.num_generations
             values = [None if value != value else value for value in scored.each[index].tolist()]
+            closed = {} if response.mask is None else {"thinking_closed": not all(response.mask)}
             yield {
                 "index": first + place,
                 "prompt": rows[place]["prompt"],
@@ -223,13 +235,16 @@ class EvalRun:
                 "rewards": dict(zip(self.rewards.names, values, strict=True)),
                 "finish_reason": response.finish_reason,
                 "length": len(response.token_ids),
+                **closed,
             }
 
     def resume_command(self) -> str:
         """The command that continues this evaluation."""
-        options = self.options
-        words = ["eval", str(self.folder / "config.yaml"), "--output", str(self.folder), "--resume"]
-        words += ["--greedy"] * options.greedy + (["--k", ",".join(map(str, options.k))] if options.k else [])
+        options, folder = self.options, self.whole.folder
+        words = ["eval", str(folder / "config.yaml"), "--output", str(folder), "--resume"]
+        words += ["--greedy"] * options.greedy
+        for name in ("k", "thinking_budgets"):
+            words += [f"--{name}", ",".join(map(str, getattr(options, name)))] if getattr(options, name) else []
         for name in ("threshold", "batch_size", "compare"):
             if (value := getattr(options, name)) != getattr(EvalOptions, name):
                 words += [f"--{name}", str(value)]
@@ -260,10 +275,12 @@ class EvalRun:
                 # Paired by prompt, so that the difficulty of each prompt cancels out.
                 found["difference"] = estimate(values.nanmean(1) - self.others[name].nanmean(1), seed, shares=False)
             metrics[name] = {label: one._asdict() for label, one in found.items()}
+        closed = [line["thinking_closed"] for line in lines if "thinking_closed" in line]
         return {
             "metrics": metrics,
             "mean_length": sum(line["length"] for line in lines) / len(lines),
             "clipped_ratio": sum(line["finish_reason"] == "length" for line in lines) / len(lines),
+            **({"thinking_closed_ratio": sum(closed) / len(lines)} if closed else {}),
         }
 
 
@@ -343,7 +360,7 @@ def refuse_other_evaluation(folder: Path) -> None:
     Raises:
         UserError: `folder` holds an evaluation.
     """
-    if (folder / SAMPLES).exists():
+    if (folder / SAMPLES).exists() or any(folder.glob("budget-*")):
         raise UserError(f"--output={str(folder)!r} already holds an evaluation; choose another, or --resume it")
 
 

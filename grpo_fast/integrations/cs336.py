@@ -1,279 +1,78 @@
-"""The functions of Stanford CS336's assignment 5 (Alignment and Reasoning RL, spring 2025), on the fused operations.
+"""Stanford CS336's assignment 5 (Alignment and Reasoning RL, spring 2025), on the fused operations.
 
-Names, arguments and results are the assignment's, so that its tests pass with these in `tests/adapters.py`.
-Log-probabilities come from `linear_logprob`, without logits, and per-token losses from `grpo_kernels`' objectives.
+Names, arguments and results are the assignment's, so its tests pass with these functions in `tests/adapters.py`. The
+two reward functions are here, too (`r1_zero_reward_fn`, `question_only_reward_fn`), and the loops: `sft_train_loop`,
+`expert_iteration` and `grpo_train_loop`. Each loop validates at intervals, keeps sampled texts over time and draws the
+curves. Log-probabilities come from `linear_logprob`, without logits, and in the loops for the responses' tokens alone.
 """
 
 from __future__ import annotations
 
-import math
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.data.encoding import completion_text
 from grpo_fast.errors import UserError
-from grpo_fast.model.microbatch_policy import MicrobatchPolicy
-from grpo_fast.model.packing import Microbatch
-from grpo_fast.rollout import Sampling, TransformersRollout
-from grpo_kernels import PRESETS, PolicyObjective
-from grpo_kernels import masked_mean as fused_masked_mean
-from grpo_kernels._policy_terms import TOKEN_LOSSES
+from grpo_fast.integrations.cs336_functions import (
+    NEEDED,
+    LossType,
+    RewardFunction,
+    compute_entropy,
+    compute_group_normalized_rewards,
+    compute_grpo_clip_loss,
+    compute_naive_policy_gradient_loss,
+    compute_policy_gradient_loss,
+    encode,
+    get_response_log_probs,
+    grpo_microbatch_train_step,
+    masked_normalize,
+    question_only_reward_fn,
+    r1_zero_reward_fn,
+    sft_microbatch_train_step,
+    tokenize_prompt_and_output,
+)
+from grpo_fast.integrations.cs336_record import Record
+from grpo_fast.integrations.cs336_sampling import (
+    Sampler,
+    base_model,
+    check_divides,
+    check_pairs,
+    log_generations,
+    make_batch,
+    make_optimizer,
+    make_validation,
+    means,
+    mode,
+    take_step,
+)
+from grpo_kernels import masked_mean
 
-LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip"]
-RewardFunction = Callable[[str, str], dict[str, float]]
-# What each loss type needs besides the policy's log-probabilities.
-NEEDED = {
-    "no_baseline": ("raw_rewards",),
-    "reinforce_with_baseline": ("advantages",),
-    "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
-}
-REWARDS = ("reward", "format_reward", "answer_reward")
-
-
-def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], tokenizer: Any) -> dict[str, Tensor]:
-    """Tokens of each prompt followed by those of its output, padded on the right; no special tokens are added.
-
-    Returns:
-        ``input_ids`` and ``labels``, ``[B, T]`` int64 with T = longest sequence - 1: the tokens without the last one
-        and without the first one; and ``response_mask``, ``[B, T]`` bool: where the label belongs to the output.
-
-    Raises:
-        UserError: there are not as many outputs as prompts.
-    """
-    if len(prompt_strs) != len(output_strs):
-        raise UserError(f"there are {len(prompt_strs)} prompts, but {len(output_strs)} outputs")
-    prompts, outputs = (
-        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        for texts in (prompt_strs, output_strs)
-    )
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = [prompt + output for prompt, output in zip(prompts, outputs, strict=True)]
-    tokens = torch.full((len(rows), max(map(len, rows))), pad)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    for line, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        tokens[line, : len(row)] = torch.tensor(row)
-        mask[line, len(prompt) : len(row)] = True
-    return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": mask[:, 1:]}
-
-
-def compute_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of the last dimension: ``[..., V]`` to ``[...]``."""
-    log_p = logits.log_softmax(-1)
-    # A probability of 0 adds nothing, but its logarithm is infinite.
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
-
-
-def get_response_log_probs(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False
-) -> dict[str, Tensor]:
-    """Log-probabilities of `labels`, and the entropies of their distributions, without an ``[B, T, V]`` tensor.
-
-    Args:
-        model: a transformers causal LM.
-        input_ids: ``[B, T]`` int64, padded on the right.
-        labels: ``[B, T]`` int64, the next tokens.
-        return_token_entropy: also return entropies.
-
-    Returns:
-        ``log_probs`` (and ``token_entropy``), ``[B, T]`` float32 in nats, differentiable; prompts and padding are not
-        masked out.
-    """
-    policy = MicrobatchPolicy(model)
-    rows, length = input_ids.shape
-    positions = torch.arange(length, device=input_ids.device)
-    places = torch.arange(rows * length, device=input_ids.device)
-    microbatch = Microbatch(
-        input_ids=input_ids,
-        position_ids=positions.expand(rows, -1),
-        attention_mask=torch.ones_like(input_ids),
-        sources=places,
-        targets=labels.flatten(),
-        tokens=places,
-        cu_seqlens=torch.arange(rows + 1, device=input_ids.device) * length,
-    )
-    if not return_token_entropy:
-        return {"log_probs": policy(microbatch).view(rows, length)}
-    log_probs, entropy = policy(microbatch, with_entropy=True)
-    return {"log_probs": log_probs.view(rows, length), "token_entropy": entropy.view(rows, length)}
-
-
-def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over `dim` (None: all dimensions) of the entries where `mask` is 1; NaN where there are none."""
-    return fused_masked_mean(tensor, mask, dim)
-
-
-def masked_normalize(tensor: Tensor, mask: Tensor, normalize_constant: float = 1.0, dim: int | None = None) -> Tensor:
-    """Sum over `dim` (None: all dimensions) of the entries where `mask` is 1, divided by `normalize_constant`."""
-    selected = torch.where(mask.bool(), tensor, 0.0)
-    return (selected.sum() if dim is None else selected.sum(dim)) / normalize_constant
-
-
-def sft_microbatch_train_step(
-    policy_log_probs: Tensor,
-    response_mask: Tensor,
-    gradient_accumulation_steps: int,
-    normalize_constant: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Backward of the mean over the batch of ``-sum(log p) / normalize_constant``, over `gradient_accumulation_steps`.
-
-    Args:
-        policy_log_probs: ``[B, T]``, differentiable.
-        response_mask: ``[B, T]``, 1 where the token belongs to the response.
-
-    Returns:
-        The scalar loss, detached, and ``response_tokens``, their number.
-    """
-    each = masked_normalize(-policy_log_probs, response_mask, normalize_constant, dim=-1)
-    loss = each.mean() / gradient_accumulation_steps
-    loss.backward()
-    return loss.detach(), {"response_tokens": response_mask.sum()}
-
-
-def compute_group_normalized_rewards(
-    reward_fn: RewardFunction,
-    rollout_responses: list[str],
-    repeated_ground_truths: list[str],
-    group_size: int,
-    advantage_eps: float,
-    normalize_by_std: bool,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """``r - mean``, or ``(r - mean) / (std + advantage_eps)``, within the group (std with Bessel's correction).
-
-    Args:
-        reward_fn: from a response and its ground truth to ``reward``, ``format_reward`` and ``answer_reward``.
-        rollout_responses: B responses, those of a prompt side by side.
-        repeated_ground_truths: B ground truths.
-        group_size: responses to a prompt.
-
-    Returns:
-        Advantages and raw rewards, ``[B]`` float32 each; and mean, standard deviation, least and largest reward, with
-        the means of the other two.
-
-    Raises:
-        UserError: the lengths differ, or `group_size` does not divide them.
-    """
-    count = len(rollout_responses)
-    if count != len(repeated_ground_truths):
-        raise UserError(f"there are {count} responses, but {len(repeated_ground_truths)} ground truths")
-    if group_size < 1 or count % group_size:
-        raise UserError(f"group_size={group_size} is not allowed: it must divide the {count} responses")
-    scored = [reward_fn(*pair) for pair in zip(rollout_responses, repeated_ground_truths, strict=True)]
-    rewards = torch.tensor([float(entry["reward"]) for entry in scored], dtype=torch.float64)
-    groups = rewards.view(-1, group_size)
-    advantages = groups - groups.mean(1, keepdim=True)
-    if normalize_by_std:
-        advantages = advantages / (groups.std(1, keepdim=True) + advantage_eps)
-    metadata = {
-        f"mean_{name}": sum(float(entry[name]) for entry in scored) / count for name in REWARDS if name in scored[0]
-    }
-    metadata |= {"std_reward": rewards.std().item(), "min_reward": rewards.min().item()}
-    return advantages.flatten().float(), rewards.float(), metadata | {"max_reward": rewards.max().item()}
-
-
-def _token_loss(log_probs: Tensor, factor: Tensor, objective: PolicyObjective, ratio: Tensor) -> Tensor:
-    """The objective's loss of each token, ``[B, T]``, differentiable in `log_probs`; `factor` is ``[B, 1]``."""
-    logp = log_probs.detach()
-    value, through_ratio, direct = TOKEN_LOSSES[objective.kind](ratio, logp, factor.expand_as(logp), objective)
-    slope = through_ratio if direct is None else direct
-    return value + slope * (log_probs - logp)
-
-
-def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
-    """``-A log p`` of each token, ``[B, T]``, from ``[B, 1]`` and ``[B, T]``."""
-    ratio = torch.ones_like(policy_log_probs)
-    return _token_loss(policy_log_probs, raw_rewards_or_advantages, PRESETS["reinforce"], ratio)
-
-
-def compute_grpo_clip_loss(
-    advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor, cliprange: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """``-min(r A, clip(r, 1 - cliprange, 1 + cliprange) A)`` of each token, with ``r = exp(log p - old)``.
-
-    Args:
-        advantages: ``[B, 1]``.
-        policy_log_probs: ``[B, T]``, differentiable.
-        old_log_probs: ``[B, T]``, a constant.
-
-    Returns:
-        The loss ``[B, T]``, and ``clipped`` ``[B, T]`` bool: where the clipped side of the minimum is the smaller one.
-
-    Raises:
-        UserError: `cliprange` is not above 0.
-    """
-    if not 0 < cliprange < math.inf:
-        raise UserError(f"cliprange={cliprange!r} is not allowed: it must be a finite number above 0")
-    ratio = torch.exp(policy_log_probs.detach() - old_log_probs.detach())
-    objective = PolicyObjective(epsilon=cliprange)
-    loss = _token_loss(policy_log_probs, advantages, objective, ratio)
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages < ratio * advantages
-    return loss, {"clipped": clipped}
-
-
-def compute_policy_gradient_loss(
-    policy_log_probs: Tensor,
-    loss_type: LossType,
-    raw_rewards: Tensor | None = None,
-    advantages: Tensor | None = None,
-    old_log_probs: Tensor | None = None,
-    cliprange: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The per-token loss ``[B, T]`` of a loss type, and its metadata.
-
-    Args:
-        policy_log_probs: ``[B, T]``, differentiable.
-        loss_type: ``"no_baseline"`` (with `raw_rewards`), ``"reinforce_with_baseline"`` (`advantages`) or
-            ``"grpo_clip"`` (`advantages`, `old_log_probs`, `cliprange`).
-        raw_rewards, advantages: ``[B, 1]``.
-        old_log_probs: ``[B, T]``.
-
-    Raises:
-        UserError: the loss type is unknown, or what it needs is missing.
-    """
-    if loss_type not in NEEDED:
-        raise UserError(f"loss_type={loss_type!r} is not allowed: it must be one of {', '.join(NEEDED)}")
-    given = {"raw_rewards": raw_rewards, "advantages": advantages, "old_log_probs": old_log_probs}
-    given["cliprange"] = cliprange
-    for name in NEEDED[loss_type]:
-        if given[name] is None:
-            raise UserError(f"loss_type={loss_type!r} needs {name}")
-    if loss_type == "grpo_clip":
-        return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
-    return compute_naive_policy_gradient_loss(given[NEEDED[loss_type][0]], policy_log_probs), {}
-
-
-def grpo_microbatch_train_step(
-    policy_log_probs: Tensor,
-    response_mask: Tensor,
-    gradient_accumulation_steps: int,
-    loss_type: LossType,
-    raw_rewards: Tensor | None = None,
-    advantages: Tensor | None = None,
-    old_log_probs: Tensor | None = None,
-    cliprange: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Backward of the mean over the batch of each response's mean loss, over `gradient_accumulation_steps`.
-
-    Args:
-        response_mask: ``[B, T]``, 1 where the token belongs to the response. A row without any makes the loss NaN.
-        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange: as in
-            `compute_policy_gradient_loss`.
-
-    Returns:
-        The scalar loss, detached, and the loss type's metadata, with ``clip_fraction`` for ``"grpo_clip"``.
-    """
-    each, metadata = compute_policy_gradient_loss(
-        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
-    )
-    loss = masked_mean(each, response_mask, dim=-1).mean() / gradient_accumulation_steps
-    loss.backward()
-    if "clipped" in metadata:
-        metadata = metadata | {"clip_fraction": masked_mean(metadata["clipped"].float(), response_mask)}
-    return loss.detach(), metadata
+__all__ = [
+    "NEEDED",
+    "compute_entropy",
+    "compute_group_normalized_rewards",
+    "compute_grpo_clip_loss",
+    "compute_naive_policy_gradient_loss",
+    "compute_policy_gradient_loss",
+    "expert_iteration",
+    "get_response_log_probs",
+    "grpo_microbatch_train_step",
+    "grpo_train_loop",
+    "log_generations",
+    "masked_mean",
+    "masked_normalize",
+    "question_only_reward_fn",
+    "r1_zero_reward_fn",
+    "sft_microbatch_train_step",
+    "sft_train_loop",
+    "tokenize_prompt_and_output",
+]
 
 
 def grpo_train_loop(
@@ -301,6 +100,11 @@ def grpo_train_loop(
     stop: str | None = "</answer>",
     max_tokens_per_generation_batch: int = 65536,
     seed: int = 0,
+    val_prompts: list[str] | None = None,
+    val_ground_truths: list[str] | None = None,
+    eval_steps: int = 10,
+    num_logged_samples: int = 8,
+    output_dir: str | Path | None = None,
     log: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """The assignment's GRPO loop with its hyperparameters; `policy` is trained in place, on its own device.
@@ -314,91 +118,91 @@ def grpo_train_loop(
         tokenizer: its tokenizer, with a padding token.
         prompts, ground_truths: the training set.
         reward_fn: as in `compute_group_normalized_rewards`.
-        stop: responses end with this text, if they hold it.
-        log: called with the figures of each step.
+        stop: sampling ends with this text, unless it ends within the first `sampling_min_tokens` tokens (as in vLLM).
+        val_prompts, val_ground_truths: the validation set. It is measured by `log_generations`, with the same sampling
+            settings and random numbers each time.
+        eval_steps: steps from one validation to the next; there is also one before the first step and after the last.
+        num_logged_samples: texts that are kept of each validation, of the same prompts each time; without a validation
+            set, of the step's rollouts.
+        output_dir: a folder for ``metrics.jsonl`` (a line for each step), ``samples.jsonl`` (the texts, with their
+            rewards) and ``curves.png`` (the validation's reward with its 95% interval, and the training's metrics).
+        log: called with the metrics of each step.
 
     Returns:
-        The figures of all steps: the rewards' metadata, ``loss``, ``grad_norm``, ``token_entropy`` and
-        ``response_tokens`` (means over the optimizer steps and the responses), and ``clip_fraction`` for grpo_clip.
+        The metrics of all steps: the rewards' metadata, ``loss``, ``grad_norm``, ``token_entropy`` and
+        ``response_tokens`` (means over the optimizer steps and the responses), and ``clip_fraction`` for grpo_clip. A
+        validation adds its metrics, as in ``val_reward``, ``val_reward_low`` and ``val_reward_high``, and step 0 has
+        only these.
 
     Raises:
-        UserError: sizes do not divide each other, or a response is empty.
+        UserError: sizes do not divide each other, a response is empty, or `output_dir` already has a run.
     """
-    sizes = {
-        "group_size": (group_size, "rollout_batch_size", rollout_batch_size),
-        "train_batch_size": (train_batch_size, "rollout_batch_size", rollout_batch_size),
-        "gradient_accumulation_steps": (gradient_accumulation_steps, "train_batch_size", train_batch_size),
-    }
-    for name, (part, of, whole) in sizes.items():
-        if part < 1 or whole % part:
-            raise UserError(f"{name}={part} is not allowed: it must divide {of}={whole}")
-    if len(prompts) != len(ground_truths):
-        raise UserError(f"there are {len(prompts)} prompts, but {len(ground_truths)} ground truths")
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    rollout = TransformersRollout(model, tokenizer, max_tokens_per_generation_batch)
-    sampling = Sampling(
-        group_size, sampling_max_tokens, sampling_temperature,
-        generation_kwargs={"min_new_tokens": min(sampling_min_tokens, sampling_max_tokens)},
+    check_divides(
+        group_size=(group_size, "rollout_batch_size", rollout_batch_size),
+        train_batch_size=(train_batch_size, "rollout_batch_size", rollout_batch_size),
+        gradient_accumulation_steps=(gradient_accumulation_steps, "train_batch_size", train_batch_size),
+    )
+    check_pairs(prompts, ground_truths, "ground truths")
+    sample = Sampler(
+        policy, tokenizer, sampling_temperature, sampling_min_tokens, sampling_max_tokens, stop,
+        max_tokens_per_generation_batch,
     )  # fmt: skip
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))
-    order, history = random.Random(seed), []
-    micro = train_batch_size // gradient_accumulation_steps
+    validate = make_validation(sample, val_prompts, val_ground_truths, reward_fn, seed)
+    optimizer, order = make_optimizer(policy, learning_rate), random.Random(seed)
+    model, micro = base_model(policy), train_batch_size // gradient_accumulation_steps
 
-    for step in range(1, n_grpo_steps + 1):
-        chosen = order.choices(range(len(prompts)), k=rollout_batch_size // group_size)
-        prompt_ids = [tokenizer(prompts[index], add_special_tokens=False)["input_ids"] for index in chosen]
-        responses = [
-            _up_to(completion_text(tokenizer, response.token_ids, response.finish_reason == "stop"), stop)
-            for response in rollout.generate(prompt_ids, sampling)
-        ]
-        chosen = [index for index in chosen for _ in range(group_size)]
-        advantages, rewards, figures = compute_group_normalized_rewards(
-            reward_fn, responses, [ground_truths[index] for index in chosen], group_size, advantage_eps,
-            use_std_normalization,
-        )  # fmt: skip
-        microbatches = []
-        for first in range(0, rollout_batch_size, micro):
-            rows = slice(first, first + micro)
-            batch = tokenize_prompt_and_output([prompts[i] for i in chosen[rows]], responses[rows], tokenizer)
-            if not batch["response_mask"].any(1).all():
-                raise UserError(f"step {step}: a response is empty; raise sampling_min_tokens={sampling_min_tokens}")
-            batch |= {"raw_rewards": rewards[rows, None], "advantages": advantages[rows, None], "old_log_probs": None}
-            microbatches.append({name: None if v is None else v.to(model.device) for name, v in batch.items()})
-        if loss_type == "grpo_clip":
-            with torch.no_grad():
-                for batch in microbatches:
-                    scored = get_response_log_probs(model, batch["input_ids"], batch["labels"])
-                    batch["old_log_probs"] = scored["log_probs"]
+    with Record(validate, n_grpo_steps, eval_steps, num_logged_samples, output_dir, log) as record:
+        for step in range(1, n_grpo_steps + 1):
+            chosen = order.choices(range(len(prompts)), k=rollout_batch_size // group_size)
+            responses = sample([prompts[index] for index in chosen], group_size)
+            chosen = [index for index in chosen for _ in range(group_size)]
+            advantages, rewards, figures = compute_group_normalized_rewards(
+                reward_fn, responses, [ground_truths[index] for index in chosen], group_size, advantage_eps,
+                use_std_normalization,
+            )  # fmt: skip
+            microbatches = []
+            for first in range(0, rollout_batch_size, micro):
+                rows = slice(first, first + micro)
+                batch = make_batch([prompts[i] for i in chosen[rows]], responses[rows], tokenizer, policy)
+                if not batch["response_mask"].any(1).all():
+                    raise UserError(f"step {step}: a response is empty; raise {sampling_min_tokens=}")
+                signals = {"raw_rewards": rewards[rows, None], "advantages": advantages[rows, None]}
+                signals = {name: value.to(model.device) for name, value in signals.items()}
+                microbatches.append((batch, signals | {"old_log_probs": None}))
+            if loss_type == "grpo_clip":
+                with torch.no_grad():
+                    for batch, signals in microbatches:
+                        signals["old_log_probs"] = get_response_log_probs(model, **batch)["log_probs"]
 
-        policy.train()
-        updates = []
-        for _ in range(epochs_per_rollout_batch):
-            for first in range(0, len(microbatches), gradient_accumulation_steps):
-                minibatch = microbatches[first : first + gradient_accumulation_steps]
-                updates.append(_accumulate_gradients(model, minibatch, loss_type, cliprange))
-                updates[-1]["grad_norm"] = nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-        history.append({"step": step, **figures, **means})
-        if log is not None:
-            log(history[-1])
-    return history
+            updates = []
+            with mode(policy, training=True):
+                for _ in range(epochs_per_rollout_batch):
+                    for first in range(0, len(microbatches), gradient_accumulation_steps):
+                        minibatch = microbatches[first : first + gradient_accumulation_steps]
+                        updates.append(_accumulate_gradients(model, minibatch, loss_type, cliprange))
+                        updates[-1]["grad_norm"] = take_step(optimizer, max_grad_norm)
+            texts = [
+                {"prompt": prompts[i], "response": response, "ground_truth": ground_truths[i], "reward": reward}
+                for i, response, reward in zip(chosen, responses, rewards.tolist(), strict=True)
+            ]
+            record.add(step, figures | means(updates), texts)
+    return record.history
 
 
 def _accumulate_gradients(
-    model: nn.Module, microbatches: list[dict[str, Tensor]], loss_type: LossType, cliprange: float
+    model: nn.Module,
+    microbatches: list[tuple[dict[str, Tensor], dict[str, Tensor | None]]],
+    loss_type: LossType,
+    cliprange: float,
 ) -> dict[str, float]:
-    """Forward and backward of one optimizer step's microbatches, and its figures."""
+    """Forward and backward of one optimizer step's microbatches, and its metrics."""
     count, figures = len(microbatches), defaultdict(float)
-    for batch in microbatches:
+    for batch, signals in microbatches:
         mask = batch["response_mask"]
-        scored = get_response_log_probs(model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+        scored = get_response_log_probs(model, **batch, return_token_entropy=True)
         loss, metadata = grpo_microbatch_train_step(
-            scored["log_probs"], mask, count, loss_type, batch["raw_rewards"], batch["advantages"],
-            batch["old_log_probs"], cliprange,
-        )  # fmt: skip
+            scored["log_probs"], mask, count, loss_type, **signals, cliprange=cliprange
+        )
         figures["loss"] += loss.item()
         figures["token_entropy"] += masked_mean(scored["token_entropy"].detach(), mask).item() / count
         figures["response_tokens"] += mask.sum().item() / len(mask) / count
@@ -407,7 +211,199 @@ def _accumulate_gradients(
     return figures
 
 
-def _up_to(text: str, stop: str | None) -> str:
-    """`text` up to the end of the first `stop` in it."""
-    end = text.find(stop) if stop else -1
-    return text if end < 0 else text[: end + len(stop)]
+def sft_train_loop(
+    policy: nn.Module,
+    tokenizer: Any,
+    prompts: list[str],
+    responses: list[str],
+    *,
+    n_epochs: int = 1,
+    learning_rate: float = 1e-5,
+    train_batch_size: int = 64,
+    gradient_accumulation_steps: int = 32,
+    normalize_constant: float = 1.0,
+    max_grad_norm: float = 1.0,
+    reward_fn: RewardFunction | None = None,
+    val_prompts: list[str] | None = None,
+    val_ground_truths: list[str] | None = None,
+    eval_steps: int = 10,
+    num_logged_samples: int = 8,
+    sampling_temperature: float = 1.0,
+    sampling_min_tokens: int = 4,
+    sampling_max_tokens: int = 1024,
+    stop: str | None = "</answer>",
+    max_tokens_per_generation_batch: int = 65536,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    log: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """The assignment's supervised fine-tuning: `policy` learns the responses, in place, on its own device.
+
+    The loss is that of `sft_microbatch_train_step`, over batches in a new random order in each epoch. A step is an
+    optimizer step (AdamW as in `grpo_train_loop`); the last batch of an epoch may be smaller.
+
+    Args:
+        prompts, responses: the training set.
+        n_epochs: passes over it.
+        train_batch_size: responses of an optimizer step.
+        gradient_accumulation_steps: microbatches in which they are computed; must divide `train_batch_size`.
+        normalize_constant: divides the sum over a response's tokens.
+        reward_fn: scores the validation's responses.
+        policy, tokenizer, val_prompts, val_ground_truths, eval_steps, num_logged_samples, output_dir, log: as in
+            `grpo_train_loop`; without a validation set, the texts that are kept are those of the batch.
+        sampling_temperature, sampling_min_tokens, sampling_max_tokens, stop: for the validation.
+
+    Returns:
+        The metrics of all steps: ``loss``, ``grad_norm``, ``token_entropy`` (the mean over the responses' tokens) and
+        ``response_tokens``, and those of the validations as in `grpo_train_loop`.
+
+    Raises:
+        UserError: sizes do not fit each other, a response is empty, or `output_dir` already has a run.
+    """
+    check_divides(gradient_accumulation_steps=(gradient_accumulation_steps, "train_batch_size", train_batch_size))
+    check_pairs(prompts, responses, "responses")
+    for index, response in enumerate(responses):
+        if not encode(tokenizer, response):
+            raise UserError(f"the response to the prompt {prompts[index][:60]!r} is empty")
+    sampler = Sampler(
+        policy, tokenizer, sampling_temperature, sampling_min_tokens, sampling_max_tokens, stop,
+        max_tokens_per_generation_batch,
+    )  # fmt: skip
+    validate = make_validation(sampler, val_prompts, val_ground_truths, reward_fn, seed)
+    optimizer, order, step = make_optimizer(policy, learning_rate), random.Random(seed), 0
+    steps = n_epochs * -(-len(prompts) // train_batch_size)
+    with Record(validate, steps, eval_steps, num_logged_samples, output_dir, log) as record:
+        for _ in range(n_epochs):
+            for chosen in _shuffled(len(prompts), train_batch_size, order):
+                step += 1
+                pairs = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+                figures = _sft_update(
+                    policy, tokenizer, optimizer, *pairs, train_batch_size // gradient_accumulation_steps,
+                    normalize_constant, max_grad_norm,
+                )  # fmt: skip
+                texts = [{"prompt": prompts[i], "response": responses[i]} for i in chosen]
+                record.add(step, figures, texts)
+    return record.history
+
+
+def _shuffled(count: int, size: int, order: random.Random) -> list[list[int]]:
+    """The numbers below `count` in a random order, in lists of `size`; the last one may be shorter."""
+    indices = list(range(count))
+    order.shuffle(indices)
+    return [indices[first : first + size] for first in range(0, count, size)]
+
+
+def _sft_update(
+    policy: nn.Module,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[str],
+    responses: list[str],
+    micro: int,
+    normalize_constant: float,
+    max_grad_norm: float,
+) -> dict[str, float]:
+    """One optimizer step on a batch, in microbatches of `micro` rows, and its metrics."""
+    count, figures, tokens = len(prompts), defaultdict(float), 0
+    with mode(policy, training=True):
+        for first in range(0, count, micro):
+            rows = slice(first, first + micro)
+            batch = make_batch(prompts[rows], responses[rows], tokenizer, policy)
+            mask = batch["response_mask"]
+            scored = get_response_log_probs(base_model(policy), **batch, return_token_entropy=True)
+            # Each microbatch counts by its rows, because the last one may have fewer.
+            constant = normalize_constant * count / len(mask)
+            loss, _ = sft_microbatch_train_step(scored["log_probs"], mask, 1, constant)
+            figures["loss"] += loss.item()
+            figures["token_entropy"] += scored["token_entropy"].detach().sum().item()
+            tokens += int(mask.sum())
+    figures["token_entropy"] /= tokens
+    return {**figures, "response_tokens": tokens / count, "grad_norm": take_step(optimizer, max_grad_norm)}
+
+
+def expert_iteration(
+    policy: nn.Module,
+    tokenizer: Any,
+    prompts: list[str],
+    ground_truths: list[str],
+    reward_fn: RewardFunction,
+    *,
+    n_ei_steps: int = 5,
+    ei_batch_size: int = 512,
+    n_rollouts: int = 8,
+    n_epochs: int = 1,
+    learning_rate: float = 1e-5,
+    train_batch_size: int = 64,
+    gradient_accumulation_steps: int = 32,
+    normalize_constant: float = 1.0,
+    max_grad_norm: float = 1.0,
+    sampling_temperature: float = 1.0,
+    sampling_min_tokens: int = 4,
+    sampling_max_tokens: int = 1024,
+    stop: str | None = "</answer>",
+    max_tokens_per_generation_batch: int = 65536,
+    seed: int = 0,
+    val_prompts: list[str] | None = None,
+    val_ground_truths: list[str] | None = None,
+    eval_steps: int = 1,
+    num_logged_samples: int = 8,
+    output_dir: str | Path | None = None,
+    log: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """The assignment's expert iteration: `policy` learns its own right responses, in place, on its own device.
+
+    Each step samples `n_rollouts` responses to `ei_batch_size` random prompts, keeps those whose reward is at least 1,
+    and takes `n_epochs` passes of supervised fine-tuning over them, as `sft_train_loop` does. A step without a right
+    response changes nothing, and a warning says so.
+
+    Args:
+        n_ei_steps: steps.
+        ei_batch_size: prompts of a step; all of them, if there are fewer.
+        n_rollouts: responses to a prompt, the assignment's G.
+        policy, tokenizer, prompts, ground_truths, reward_fn, val_prompts, val_ground_truths, eval_steps,
+            num_logged_samples, output_dir, log: as in `grpo_train_loop`.
+        n_epochs, train_batch_size, gradient_accumulation_steps, normalize_constant: as in `sft_train_loop`.
+
+    Returns:
+        The metrics of all steps: the means over the responses, as in ``mean_reward``; ``num_correct``, how many were
+        kept; where there are any, the means over the optimizer steps of what `sft_train_loop` returns; and the
+        validations as in `grpo_train_loop`.
+
+    Raises:
+        UserError: sizes do not fit each other, or `output_dir` already has a run.
+    """
+    check_divides(gradient_accumulation_steps=(gradient_accumulation_steps, "train_batch_size", train_batch_size))
+    check_pairs(prompts, ground_truths, "ground truths")
+    sample = Sampler(
+        policy, tokenizer, sampling_temperature, sampling_min_tokens, sampling_max_tokens, stop,
+        max_tokens_per_generation_batch,
+    )  # fmt: skip
+    validate = make_validation(sample, val_prompts, val_ground_truths, reward_fn, seed)
+    optimizer, order = make_optimizer(policy, learning_rate), random.Random(seed)
+    with Record(validate, n_ei_steps, eval_steps, num_logged_samples, output_dir, log) as record:
+        for step in range(1, n_ei_steps + 1):
+            chosen = order.sample(range(len(prompts)), min(ei_batch_size, len(prompts)))
+            responses = sample([prompts[i] for i in chosen], n_rollouts)
+            texts = []
+            for index, response in zip([i for i in chosen for _ in range(n_rollouts)], responses, strict=True):
+                text = {"prompt": prompts[index], "response": response, "ground_truth": ground_truths[index]}
+                texts.append(text | reward_fn(response, ground_truths[index]))
+            names = [name for name in ("reward", "format_reward", "answer_reward") if name in texts[0]]
+            figures = {f"mean_{name}": sum(float(text[name]) for text in texts) / len(texts) for name in names}
+            # An empty response has nothing to learn from.
+            kept = [text for text in texts if text["reward"] >= 1 and encode(tokenizer, text["response"])]
+            figures["num_correct"] = float(len(kept))
+            if not kept:
+                warnings.warn(f"step {step}: no response is right, so nothing is learned", stacklevel=2)
+            updates = []
+            for _ in range(n_epochs if kept else 0):
+                for rows in _shuffled(len(kept), train_batch_size, order):
+                    pairs = ([kept[i][name] for i in rows] for name in ("prompt", "response"))
+                    updates.append(
+                        _sft_update(
+                            policy, tokenizer, optimizer, *pairs, train_batch_size // gradient_accumulation_steps,
+                            normalize_constant, max_grad_norm,
+                        )
+                    )  # fmt: skip
+            record.add(step, figures | (means(updates) if updates else {}), texts)
+    return record.history

@@ -1,10 +1,10 @@
-"""The call of Liger's fused GRPO loss, answered by `linear_policy_loss`.
+"""Liger's fused GRPO loss, computed by `linear_policy_loss`.
 
     from grpo_fast.integrations.liger import FusedLinearGRPOLoss as LigerFusedLinearGRPOLoss
 
 Same arguments, values, gradients and metrics as liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss (0.8.5), at 3U for
-a trainable head and 2U for a frozen one (U = 2 N H V flops), where Liger recomputes for 4U. Positions outside of the
-mask cost nothing. The gradients are made in the forward, so the loss can be backpropagated once.
+a trainable head and 2U for a frozen one (U = 2 N H V flops), where Liger recomputes for 4U. Masked positions cost
+nothing. The gradients are computed in the forward, so the loss can be backpropagated once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpo_fast.model.inputs import check_tensors
 from grpo_kernels import PRESETS, PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, token_weights
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-# Those that share one normaliser over all processes.
+# Loss types with one normaliser for all processes.
 GLOBAL = ("dapo", "cispo", "vespo")
 
 
@@ -27,7 +27,7 @@ class FusedLinearGRPOLoss(nn.Module):
 
     Args:
         beta: weight of the KL term (k3).
-        compiled, chunk_size: accepted, and without effect.
+        compiled, chunk_size: accepted, without effect.
         use_ref_model: whether there is a reference; without one the KL term is zero.
         epsilon_low, epsilon_high: clip distances; for "cispo", `epsilon_high` bounds the ratio itself.
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo" or "vespo".
@@ -37,9 +37,9 @@ class FusedLinearGRPOLoss(nn.Module):
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: as in TRL's GRPOConfig.
 
     Raises:
-        ValueError: an option is unknown or out of range (`temperature`: 1e-6 to 1e6), or one of those that are
-            refused: a `delta` below 1 + epsilon_high; "luspo" with token ratios or with a KL term, where Liger counts
-            padding; "vespo" with `use_bias_correction_kl`.
+        ValueError: an option is unknown or out of range (`temperature`: 1e-6 to 1e6), or not supported: a `delta`
+            below 1 + epsilon_high; "luspo" with token ratios or with a KL term, for which Liger counts padding;
+            "vespo" with `use_bias_correction_kl`.
     """
 
     def __init__(
@@ -64,43 +64,30 @@ class FusedLinearGRPOLoss(nn.Module):
         vespo_lambda_neg: float = 2.0,
     ):
         super().__init__()
-        per_sequence = importance_sampling_level == "sequence"
+        level, per_sequence = importance_sampling_level, importance_sampling_level == "sequence"
         _require(loss_type in LOSS_TYPES, f"loss_type={loss_type!r} is unknown; choose one of {LOSS_TYPES}")
-        _require(
-            importance_sampling_level in ("token", "sequence"),
-            f"importance_sampling_level={importance_sampling_level!r} is unknown; choose 'token' or 'sequence'",
-        )
-        _require(
-            not (per_sequence and loss_type in ("cispo", "sapo", "vespo")),
-            f"loss_type={loss_type!r} needs importance_sampling_level='token'",
-        )
-        _require(
-            loss_type != "dr_grpo" or max_completion_length is not None,
-            "loss_type='dr_grpo' needs max_completion_length",
-        )
-        _require(
-            loss_type != "luspo" or (per_sequence and beta == 0.0),
-            "loss_type='luspo' is supported with importance_sampling_level='sequence' and beta=0 alone",
-        )
-        _require(
-            loss_type != "vespo" or not (use_bias_correction_kl and beta != 0.0),
-            "loss_type='vespo' is not supported with use_bias_correction_kl=True",
-        )
-        self.loss_type, self.use_ref_model = loss_type, use_ref_model
+        known = level in ("token", "sequence")
+        _require(known, f"importance_sampling_level={level!r} is unknown; choose 'token' or 'sequence'")
+        allowed = not per_sequence or loss_type not in ("cispo", "sapo", "vespo")
+        _require(allowed, f"loss_type={loss_type!r} needs importance_sampling_level='token'")
+        allowed = loss_type != "dr_grpo" or max_completion_length is not None
+        _require(allowed, "loss_type='dr_grpo' needs max_completion_length")
+        allowed = loss_type != "luspo" or (per_sequence and beta == 0.0)
+        _require(allowed, "loss_type='luspo' is only supported with importance_sampling_level='sequence' and beta=0")
+        allowed = loss_type != "vespo" or not use_bias_correction_kl or beta == 0.0
+        _require(allowed, "loss_type='vespo' is not supported with use_bias_correction_kl=True")
+        self.loss_type, self.beta, self.max_completion_length = loss_type, beta, max_completion_length
         self.temperature = require_temperature(temperature)
-        self.beta, self.max_completion_length = beta, max_completion_length
         preset = PRESETS[loss_type]
         bounds = {
             "clip": {"epsilon": epsilon_low, "epsilon_high": epsilon_high, "delta": delta},
             "cispo": {"epsilon_high": epsilon_high},
             "sapo": {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg},
             "vespo": {
-                "vespo_k_pos": vespo_k_pos,
-                "vespo_lambda_pos": vespo_lambda_pos,
-                "vespo_k_neg": vespo_k_neg,
-                "vespo_lambda_neg": vespo_lambda_neg,
+                "vespo_k_pos": vespo_k_pos, "vespo_lambda_pos": vespo_lambda_pos,
+                "vespo_k_neg": vespo_k_neg, "vespo_lambda_neg": vespo_lambda_neg,
             },
-        }
+        }  # fmt: skip
         self.objective = PolicyObjective(
             kind=preset.kind,
             aggregation=preset.aggregation,
@@ -133,8 +120,9 @@ class FusedLinearGRPOLoss(nn.Module):
             _input: ``[B, T, H]`` hidden states that predict the selected tokens.
             lin_weight, bias: ``[V, H]`` and ``[V]``, the output head.
             selected_token_ids, attention_mask: ``[B, T]``; the mask is 0 where a token does not count.
-            advantages: ``[B]``, or ``[B, T]`` for one a token.
-            ref_per_token_logps: ``[B, T]``, or made from `ref_input` ``[B, T, H]``, `ref_weight` and `ref_bias`.
+            advantages: ``[B]``, or ``[B, T]`` for each token.
+            ref_per_token_logps: ``[B, T]``; by default computed from `ref_input` ``[B, T, H]``, `ref_weight` and
+                `ref_bias`.
             old_per_token_logps: ``[B, T]``; None: the present ones.
             vllm_is_ratio: ``[B, T]``, ``[B, 1]`` or ``[B]``: the sampler's correction.
             num_items_in_batch: counted tokens of the step over all processes ("dapo", "cispo", "vespo"); None: those
@@ -240,7 +228,7 @@ class FusedLinearGRPOLoss(nn.Module):
 
 
 def _fold(old: Tensor, ratio: Tensor, mask: Tensor) -> Tensor:
-    """Old log-probabilities whose product of ratios has the sampler's correction in it, at each first counted token."""
+    """Old log-probabilities with the sampler's correction of each sequence folded into its first counted token."""
     log_ratio = ratio.float().clamp(min=1e-8).log().clamp(max=20.0).sum(1)
     first = mask & (mask.cumsum(1) == 1)
     return old - first * log_ratio[:, None]

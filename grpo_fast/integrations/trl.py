@@ -3,10 +3,10 @@
     from grpo_fast.integrations.trl import FusedGRPOTrainer
     FusedGRPOTrainer(model=..., reward_funcs=..., args=trl.GRPOConfig(...), train_dataset=...).train()
 
-TRL's own code still samples, rewards, batches and logs. The log-probabilities of the old and of the reference policy
-cost 1U, and the loss of a microbatch with its gradients 3U, or 2U with a frozen head (U = 2 N H V flops). Where an
-option needs the log-probabilities before the loss (see `one_pass_objective`), TRL computes its loss from ours: 1U + 3U.
-TRL's metrics come from TRL's code, which gets our log-probabilities and entropies.
+TRL's own code still samples, rewards, batches and logs; its metrics use our log-probabilities and entropies. The
+log-probabilities of the old and of the reference policy cost 1U, and a microbatch's loss with its gradients 3U, or 2U
+with a frozen head (U = 2 N H V flops). If an option needs the log-probabilities before the loss (see
+`one_pass_objective`), TRL computes its loss from ours: 1U + 3U.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from grpo_fast.model.heads import (
     require_no_skipped_hooks,
     require_temperature,
     require_values,
+    router_loss,
 )
 from grpo_fast.model.inputs import check_keywords
 from grpo_fast.model.policy import FusedPolicy
@@ -43,11 +44,11 @@ LEVELS = ("token", "sequence")
 
 
 class FusedGRPOTrainer(_trl.GRPOTrainer):
-    """TRL's `GRPOTrainer` with the same arguments; log-probabilities and losses are made without logits.
+    """TRL's `GRPOTrainer` with the same arguments, which computes log-probabilities and losses without logits.
 
     Raises:
-        UserError: `loss_type`, `importance_sampling_level` or `temperature` is not allowed, the model's head or its
-            logits are of a kind that is not supported, or the run uses DeepSpeed ZeRO-3, FSDP, context parallelism or
+        UserError: `loss_type`, `importance_sampling_level` or `temperature` is not allowed, the model's head or the
+            transform of its logits is not supported, or the run uses DeepSpeed ZeRO-3, FSDP, context parallelism or
             torch.compile.
     """
 
@@ -56,11 +57,10 @@ class FusedGRPOTrainer(_trl.GRPOTrainer):
             check_arguments(args)
         super().__init__(model, reward_funcs, args, *others, **named)
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        add_head(model, self.temperature, self.args.cast_lm_head_to_fp32)
-        if self.ref_model is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            add_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
-        # Any tokens do.
+        for each in (model, None if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)):
+            if each is not None:
+                add_head(each, self.temperature, self.args.cast_lm_head_to_fp32)
+        # Any tokens will do.
         FusedPolicy(model, self.temperature).check_head(list(range(min(16, model.config.get_text_config().vocab_size))))
         self._objective = one_pass_objective(self)
 
@@ -75,13 +75,10 @@ class FusedGRPOTrainer(_trl.GRPOTrainer):
             aux_loss = None if output.aux_loss is None else output.aux_loss.detach()
             return _utils.FusedCausalLMOutput(log_probs=output.log_probs, entropy=output.entropy, aux_loss=aux_loss)
 
-        # For its metrics. Where the mask is 0 our log-probabilities are 0, so the others must not be far away.
+        # TRL's code computes the metrics. Our log-probabilities are 0 where the mask is 0, so the others must be, too.
         mask = _loss_mask(inputs)
-        near = {
-            name: inputs[name].masked_fill(mask == 0, 0.0)
-            for name in ("old_per_token_logps", "ref_per_token_logps")
-            if inputs.get(name) is not None
-        }
+        logps = {name: inputs.get(name) for name in ("old_per_token_logps", "ref_per_token_logps")}
+        near = {name: x.masked_fill(mask == 0, 0.0) for name, x in logps.items() if x is not None}
         super()._compute_loss(forward, {**inputs, **near})
         loss, aux_loss = outputs[0]
         if self.aux_loss_enabled:
@@ -108,7 +105,7 @@ class FusedGRPOTrainer(_trl.GRPOTrainer):
         """Mask and normaliser ``[B, T]``: TRL's loss of this microbatch is the sum of weights times token losses."""
         aggregation, accumulation = self._objective.aggregation, self._accumulation()
         if self.loss_type in ("dapo", "cispo"):
-            # The tokens of the generation batch, of which a step of the optimizer takes a part.
+            # The tokens of the generation batch; an optimizer step uses a part of them.
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             if self.model.training:
                 tokens = tokens * accumulation / self.args.steps_per_generation
@@ -126,7 +123,7 @@ def _loss_mask(inputs: dict[str, Any]) -> Tensor:
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse what cannot work, before the model is loaded.
+    """Refuse arguments that cannot work, before the model is loaded.
 
     Raises:
         UserError: see `FusedGRPOTrainer`.
@@ -139,7 +136,7 @@ def check_arguments(args: Any) -> None:
     plugin, parallel = args.deepspeed_plugin, getattr(args, "parallelism_config", None)
     refused = {
         "DeepSpeed ZeRO-3": plugin is not None and plugin.zero_stage == 3,
-        # By the arguments, or by accelerate launch.
+        # Set in the arguments or by accelerate launch.
         "FSDP": bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
         "context parallelism": parallel is not None and (parallel.cp_enabled or parallel.sp_enabled),
     }
@@ -151,57 +148,50 @@ def check_arguments(args: Any) -> None:
 
 
 def one_pass_objective(trainer: Any) -> PolicyObjective | None:
-    """What the trainer minimises, where one pass over the head can make its gradient; None where it cannot.
+    """What the trainer minimises, if one pass over the head can compute its gradient; otherwise None.
 
-    None stands for options whose loss is not a sum over tokens of a function of their own (or their sequence's)
-    ratio: "vespo", `off_policy_mask_threshold`, `top_entropy_quantile`, an entropy bonus, and clip bounds outside
-    `PolicyObjective`'s, such as a `delta` below 1 + epsilon_high.
+    It cannot where the loss is not a sum over tokens of a function of their own (or their sequence's) ratio: "vespo",
+    `off_policy_mask_threshold`, `top_entropy_quantile`, an entropy bonus, and clip bounds outside `PolicyObjective`'s,
+    such as a `delta` below 1 + epsilon_high.
     """
     args, preset = trainer.args, PRESETS[trainer.loss_type]
-    needs_logprobs_first = (
+    if (
         preset.kind == "vespo"
         or trainer.off_policy_mask_threshold is not None
         or trainer.top_entropy_quantile < 1.0
         or trainer._entropy_bonus_enabled
-    )
-    if needs_logprobs_first:
+    ):
         return None
     bounds = {
         "clip": {"epsilon": trainer.epsilon_low, "epsilon_high": trainer.epsilon_high, "delta": args.delta},
         "cispo": {"epsilon_high": trainer.epsilon_high},
         "sapo": {name: getattr(args, name) for name in ("sapo_temperature_pos", "sapo_temperature_neg")},
     }
+    options = {"level": trainer.importance_sampling_level, "beta": trainer.beta, **bounds[preset.kind]}
     try:
         return PolicyObjective(
-            kind=preset.kind,
-            aggregation=preset.aggregation,
-            level=trainer.importance_sampling_level,
-            beta=trainer.beta,
-            kl_bias_correction=args.use_bias_correction_kl,
-            **bounds[preset.kind],
+            kind=preset.kind, aggregation=preset.aggregation, kl_bias_correction=args.use_bias_correction_kl, **options
         )
     except ValueError:
         return None
 
 
 def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> None:
-    """Let ``model(..., labels=labels, fused_lm_head=True)`` compute with our head; other calls stay what they are.
+    """Let ``model(..., labels=labels, fused_lm_head=True)`` compute with our head; other calls stay as they are.
 
     The call returns TRL's `FusedCausalLMOutput` with log-probabilities (and entropies, ``with_entropy=True``)
     ``[B, L - 1]``, or with ``policy_loss=`` (arguments of `linear_policy_loss` for the last T tokens, ``[B, T]``) the
-    loss and the detached log-probabilities and entropies ``[B, T]``.
+    loss and the detached log-probabilities and entropies ``[B, T]``. It raises a UserError for keywords that the
+    model's forward does not name, and for a head that has received an adapter or a hook.
 
     Args:
         model: a transformers causal LM, not wrapped by peft.
         temperature: divides the logits.
-        in_float32: run the head in float32 outside of autocast (TRL's `cast_lm_head_to_fp32`).
-
-    The call raises a UserError for keywords that the model's forward does not name, and for a head that has got an
-    adapter or a hook.
+        in_float32: run the head in float32 outside autocast (TRL's `cast_lm_head_to_fp32`).
 
     Raises:
-        UserError: the model has no linear output head, or the head carries an adapter or a hook, or is quantised; the
-            model cannot be run without it.
+        UserError: the model has no linear output head, or the head carries an adapter or a hook, or is quantised; or
+            the model cannot be run without its head.
     """
     output_head(model)
     body(model)
@@ -211,24 +201,19 @@ def add_head(model: nn.Module, temperature: float, in_float32: bool = False) -> 
     def forward(self, *args, fused_lm_head=False, labels=None, policy_loss=None, with_entropy=False, **kwargs):
         if not fused_lm_head:
             return others(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-        if getattr(config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
         layer, inner = output_head(self), body(self)
         require_values(layer)
         require_no_skipped_hooks(self)
-        # TRL asks for router logits, which make the auxiliary loss.
-        check_keywords({name: x for name, x in kwargs.items() if name != "output_router_logits"}, self, inner)
-        output = inner(*args, use_cache=False, **kwargs)
-        weight, bias, group = head_tensors(layer)
-        hidden, labels = output.last_hidden_state.to(weight.device), labels.to(weight.device)
+        # TRL asks for router logits, from which the auxiliary loss is computed.
+        routed = kwargs.pop("output_router_logits", getattr(config, "output_router_logits", False))
+        check_keywords(kwargs, self, inner)
+        output = inner(*args, use_cache=False, **kwargs, **({"output_router_logits": True} if routed else {}))
+        head = {**head_tensors(layer), "temperature": temperature, **logit_transform(self.config)}
+        hidden, labels = (x.to(head["weight"].device) for x in (output.last_hidden_state, labels))
         enabled = torch.is_autocast_enabled(hidden.device.type) and not in_float32
         with torch.autocast(hidden.device.type, enabled=enabled):
-            head = {"weight": weight, "bias": bias, "process_group": group, "temperature": temperature}
-            head |= logit_transform(self.config)
             found = _run_head(hidden.float() if in_float32 else hidden, labels, policy_loss, with_entropy, head)
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            aux_loss = _balance(output.router_logits, config, kwargs.get("attention_mask"))
+        aux_loss = router_loss(self, output.router_logits, kwargs.get("attention_mask")) if routed else None
         return _utils.FusedCausalLMOutput(**found, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
@@ -247,11 +232,3 @@ def _run_head(
         hidden[:, -length - 1 : -1], targets=labels[:, -length:], return_entropy=True, **given, **head
     )
     return {"loss": found.loss, "log_probs": found.logprobs, "entropy": found.entropy}
-
-
-def _balance(router_logits: tuple[Tensor, ...], config: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss of a mixture of experts, as in the model's own forward."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)

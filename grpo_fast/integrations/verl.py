@@ -1,11 +1,11 @@
-"""verl's fused linear log-probability, answered by `linear_logprob`.
+"""verl's fused linear log-probability, computed by `linear_logprob`.
 
     from grpo_fast.integrations.verl import install
     install()  # in every worker, before the models are built
 
 `linear_cross_entropy` has the arguments and the results of verl.utils.kernel.linear_cross_entropy (verl 0.9). Its
-gradient costs 3U for the tokens that have one (U = 2 N H V flops) and nothing for the others; hidden sizes that are not
-multiples of 128, CPUs and frozen heads work too.
+gradient costs 3U for the tokens that have one (U = 2 N H V flops) and nothing for the others. It also supports hidden
+sizes that are not multiples of 128, CPUs and frozen heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo_fast.model.inputs import check_tensors
 from grpo_kernels import linear_logprob
 
 REDUCTIONS = {"none": lambda values: values, "sum": torch.sum, "mean": torch.mean}
-# Where verl looks the function up; Megatron's modules keep a name of their own.
+# Where verl looks the function up; Megatron's modules import it by name.
 OWNER = "verl.utils.kernel.linear_cross_entropy"
 IMPORTERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 
@@ -41,16 +41,16 @@ def linear_cross_entropy(
         hidden: ``[..., H]``.
         weight: ``[V, H]``, or this rank's rows ``[V_local, H]`` with a process group, in rank order.
         labels: ``[...]`` ids in ``[0, V)``; -100 gives log-probability and entropy 0.
-        temperature: divides the logits; one number from 1e-6 to 1e6, or one a token ``[...]``.
+        temperature: divides the logits; one number from 1e-6 to 1e6, or one per token ``[...]``.
         reduction: "none", or "sum" or "mean" of the log-probabilities over all tokens.
         dist_process_group: the ranks that hold the vocabulary in shards. As in verl, the gradients of `hidden` add up
-            over them to the whole one, which Megatron's sequence-parallel gather does.
+            over the ranks to the whole one, which Megatron's sequence-parallel gather does.
 
     Returns:
         ``(logprobs [N], entropy [N])``, float32, flattened as verl's are; ``logprobs`` is a scalar with a reduction.
 
     Raises:
-        ValueError: an argument is no tensor, shapes do not fit, the weight is quantised, an id is outside of the
+        ValueError: an argument is no tensor, shapes do not fit, the weight is quantised, an id is outside the
             vocabulary, or `reduction` is unknown.
     """
     check_tensors(hidden=hidden, weight=weight, labels=labels)
@@ -74,7 +74,7 @@ def linear_cross_entropy(
 
 
 def install() -> None:
-    """Put `linear_cross_entropy` in the place of verl's own, in this process.
+    """Replace verl's `linear_cross_entropy` by ours, in this process.
 
     Raises:
         UserError: verl is not installed.

@@ -214,13 +214,14 @@ class _Planner:
         (host if offloads else fixed)["optimizer state"] = weights.optimizer
         training = {**fixed, "gradients": weights.gradients}
         workspace = self.head_workspace(setup.predicted)
+        copy = {"16-bit copy of the head": self.head_copy()}
         moments = {
-            "head": {**training, **self.named(traced.head, tokens, host), "head workspace": workspace},
-            "backward": {**training, **self.named(traced.peak, tokens, host)},
+            "head": {**training, **copy, **self.named(traced.head, tokens, host), "head workspace": workspace},
+            "backward": {**training, **copy, **self.named(traced.peak, tokens, host)},
         }
         if config.uses_reference and not config.use_peft:
             host["reference"] = weights.bytes
-            scored = {"reference": weights.bytes, "head workspace": workspace}
+            scored = {"reference": weights.bytes, **copy, "head workspace": workspace}
             forward = trace(replace(setup, training=False)).peak
             moments["reference"] = {**fixed, **scored, **self.named(forward, tokens)}
         if config.use_vllm:
@@ -304,6 +305,11 @@ class _Planner:
             # One chunk: the copies are gone before the weight's gradient is allocated.
             copies = max(copies - 4 * vocab * self.text.hidden_size, 0)
         return row * rows + copies
+
+    def head_copy(self) -> int:
+        """What a GPU multiplies by under autocast in place of a float32 head; it is kept for the whole step."""
+        copies = self.config.bf16 and not self.config.use_cpu and self.dtype.itemsize == 4
+        return 2 * self.text.vocab_size * self.text.hidden_size if copies else 0
 
     def padded(self, answer: int) -> tuple[int, int]:
         """Rows and columns of a batch of `generate`: as many whole groups as the token budget holds, at least one."""

@@ -1,17 +1,18 @@
-"""Attention over sequences that lie side by side in one row, without padding and without a [T, T] mask.
+"""Attention over sequences that are packed in one row, without padding and without a [T, T] mask.
 
-A packed row holds every prompt once and its completions behind it. `Segments` says which positions make up each
-sequence (a prompt's may belong to several). A kernel for sequences of any length gets them gathered, each whole, with
-plain causal attention; each position's own output is put back. Where there is no such kernel (on a CPU, in float32)
-sequences of similar length are attended together, and so are short groups, under a mask in which a completion sees its
-prompt and itself. Everything else in a layer works on the packed row as it is.
+A packed row holds every prompt once, followed by its completions. `Segments` holds the positions of each sequence (a
+prompt's may belong to several). A kernel for sequences of any length gets them gathered, each whole, with plain causal
+attention; each position's own output is put back. Without such a kernel (on a CPU, in float32), sequences of similar
+length are attended together, and so are short groups, under a mask in which a completion sees its prompt and itself.
+Everything else in a layer works on the packed row directly.
 
-`install` wraps the attention that a transformers model has: with `segments` among the model's keyword arguments packed
-rows are attended here, without them (in sampling, say) the model's own attention works as before.
+`install` wraps a transformers model's attention: with `segments` among the model's keyword arguments packed rows are
+attended here, without them (in sampling, say) the model's own attention works as before.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -31,16 +32,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo_fast.errors import UserError
 
 PREFIX = "packed_"
-# Sequences at least this share as long as the longest of a bucket are padded to it, shorter than SHORT all are.
+# Sequences are padded to the longest of a bucket if they have at least this share of its length, or if it is SHORT.
 LEAST_FILL = 0.75
 SHORT = 16
-# A group is attended under a mask where that has at most so many times the scores of its sequences one by one, and the
-# mask is small.
+# A group is attended under a mask if it is at most this long, and computes at most MASK_WASTE times the scores of its
+# sequences one by one.
 MASK_WASTE = 2
 LONGEST_MASKED = 4096
-# In the place of `segments`: the model's own attention, which must not look ahead.
+# Passed instead of `segments`: the model's own attention, which must not look ahead.
 REQUIRE_CAUSAL = "causal"
-# What some models add to the scores, and packed attention does not know.
+# What some models add to the scores; packed attention does not support it.
 UNKNOWN = ("s_aux", "position_bias")
 
 Kernel = Callable[..., Tensor]
@@ -74,7 +75,7 @@ class Bucket:
                 causal = causal & ((key == 0) | (key == query)) & (key >= 0)
                 if window is not None:
                     causal &= self.places[:, :, None] - self.places[:, None, :] < window
-                # Padding sees itself, lest it be NaN.
+                # Padding sees itself, or it would be NaN.
                 causal |= torch.eye(width, dtype=torch.bool, device=causal.device)
                 self.masks[window] = causal[:, None]
             else:
@@ -83,7 +84,7 @@ class Bucket:
 
 
 class Group(NamedTuple):
-    """A prompt and its completions in a row, one behind another: where it starts, and their numbers of positions."""
+    """A prompt followed by its completions in a row: where it starts, and their numbers of positions."""
 
     start: int
     prompt: int
@@ -95,7 +96,7 @@ class Group(NamedTuple):
 
     @property
     def masked(self) -> bool:
-        """Whether it is attended as a whole under a mask rather than a sequence at a time."""
+        """Whether it is attended as a whole under a mask rather than one sequence at a time."""
         apart = sum((self.prompt + completion) ** 2 for completion in self.completions)
         short = self.length <= LONGEST_MASKED and self.length**2 <= MASK_WASTE * apart
         return short and len(self.completions) > 1
@@ -106,9 +107,6 @@ class Group(NamedTuple):
         prompt = list(range(self.start, self.start + self.prompt))
         return [[*prompt, *range(a, b)] for a, b in pairwise(ends)]
 
-    def positions(self) -> list[int]:
-        return list(range(self.start, self.start + self.length))
-
     def pieces(self) -> list[int]:
         """For each position 0 in the prompt, or the number of its completion."""
         counts = (self.prompt, *self.completions)
@@ -116,28 +114,12 @@ class Group(NamedTuple):
 
     def places(self) -> list[int]:
         """For each position its place in its sequence."""
-        own = (place for count in self.completions for place in range(self.prompt, self.prompt + count))
-        return [*range(self.prompt), *own]
-
-
-class Varlen(NamedTuple):
-    """The sequences one after another, as kernels for sequences of any length take them; L is the sum of their lengths.
-
-    Attributes:
-        positions: ``[L]`` int64, positions in the row; None where that is every position once, in order.
-        cu_seqlens: ``[S + 1]`` int32, offsets of the sequences.
-        longest: length of the longest one.
-        outputs: ``[T]`` int64, where in the L each position of the row has its output.
-    """
-
-    positions: Tensor | None
-    cu_seqlens: Tensor
-    longest: int
-    outputs: Tensor
+        own = [range(self.prompt, self.prompt + count) for count in self.completions]
+        return [place for places in (range(self.prompt), *own) for place in places]
 
 
 class Segments:
-    """The sequences of a packed row, which is made of `groups`, one behind another; indices are on `device`."""
+    """The sequences of a packed row, which consists of `groups`, one after another; indices are on `device`."""
 
     def __init__(self, groups: list[Group], device: torch.device | str = "cpu"):
         self.groups, self.device = groups, torch.device(device)
@@ -146,23 +128,26 @@ class Segments:
         return Segments(self.groups, device)
 
     @cached_property
-    def varlen(self) -> Varlen:
+    def varlen(self) -> tuple[Tensor | None, Tensor, int, Tensor]:
+        """The sequences one after another, for kernels that take any lengths; L is the sum of their lengths.
+
+        Returns:
+            ``[L]`` int64 positions in the row (None if that is every position once, in order); ``[S + 1]`` int32
+            offsets of the sequences; the longest length; and ``[T]`` int64, which of the L entries is the output of
+            each position of the row.
+        """
         sequences = [sequence for group in self.groups for sequence in group.sequences()]
         positions = [position for sequence in sequences for position in sequence]
         ends = list(accumulate(map(len, sequences), initial=0))
+        offsets = torch.tensor(ends, dtype=torch.int32, device=self.device)
         outputs = self._first(positions)
-        shared = len(positions) != len(outputs)
-        return Varlen(
-            torch.tensor(positions, device=self.device) if shared else None,
-            torch.tensor(ends, dtype=torch.int32, device=self.device),
-            max(map(len, sequences)),
-            outputs,
-        )
+        gathered = None if len(positions) == len(outputs) else torch.tensor(positions, device=self.device)
+        return gathered, offsets, max(map(len, sequences)), outputs
 
     @cached_property
     def buckets(self) -> tuple[list[Bucket], Tensor]:
-        """The sequences for attention without such a kernel, and where in all buckets' entries, one after another,
-        each position has its output, ``[T]``."""
+        """The sequences for attention without such a kernel; and which entry of all buckets, one after another, is the
+        output of each position, ``[T]``."""
         buckets, entries = [], []
         whole = [group for group in self.groups if group.masked]
         alone = [sequence for group in self.groups if not group.masked for sequence in group.sequences()]
@@ -170,14 +155,14 @@ class Segments:
             entries += (rows := _padded(alike))
             buckets.append(Bucket(torch.tensor(rows, device=self.device)))
         for alike in _alike(whole, lambda group: group.length):
-            entries += (rows := _padded([group.positions() for group in alike]))
+            entries += (rows := _padded([list(range(group.start, group.start + group.length)) for group in alike]))
             pieces, places = _padded([g.pieces() for g in alike], -1), _padded([g.places() for g in alike])
             buckets.append(Bucket(*(torch.tensor(x, device=self.device) for x in (rows, pieces, places))))
-        # Padding repeats a position behind its real entry, so the first one is real.
+        # Padding repeats a position after its real entry, so the first one is real.
         return buckets, self._first([position for row in entries for position in row])
 
     def _first(self, positions: list[int]) -> Tensor:
-        """``[T]``: for each position of the row where it stands first in `positions`."""
+        """``[T]``: the first index of each of the row's positions in `positions`."""
         found = torch.full((sum(group.length for group in self.groups),), len(positions))
         found.scatter_reduce_(0, torch.tensor(positions), torch.arange(len(positions)), "amin")
         return found.to(self.device)
@@ -243,7 +228,7 @@ def _attend(
     q, k, v = gather(query), gather(key), gather(value)
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    # What is repeated at a sequence's end is seen by nothing before it, so causal attention needs no mask.
+    # Nothing before a sequence's end sees the positions repeated there, so causal attention needs no mask.
     mask = bucket.mask(window, needed=softcap is not None)
     if softcap is None:
         out = F.scaled_dot_product_attention(
@@ -258,7 +243,7 @@ def _attend(
 
 
 def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Kernel | None:
-    """The fastest installed kernel that takes sequences of any length as they are; None where there is none.
+    """The fastest installed kernel that takes sequences of any length; None if there is none.
 
     flash-attn 3 and 2, then torch's own, flex attention for softcapped scores; on CUDA in 16 bits. Called as
     ``kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout)``.
@@ -272,32 +257,18 @@ def varlen_kernel(query: Tensor, softcap: float | None, dropout: float) -> Kerne
 
 
 @cache
-def _flash3() -> Kernel | None:
-    if find_spec("flash_attn_interface") is None or torch.cuda.get_device_capability()[0] != 9:
+def _flash(module: str) -> Kernel | None:
+    if find_spec(module) is None or (module == FLASH_3 and torch.cuda.get_device_capability()[0] != 9):
         return None
-    from flash_attn_interface import flash_attn_varlen_func
+    function = importlib.import_module(module).flash_attn_varlen_func
 
     def call(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout):
-        out = flash_attn_varlen_func(
+        out = function(
             query, key, value, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True,
             window_size=(window - 1 if window else -1, -1), softcap=softcap or 0.0,
+            **({"dropout_p": dropout} if dropout else {}),
         )  # fmt: skip
         return out[0] if isinstance(out, tuple) else out
-
-    return call
-
-
-@cache
-def _flash2() -> Kernel | None:
-    if find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_varlen_func
-
-    def call(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout):
-        return flash_attn_varlen_func(
-            query, key, value, cu_seqlens, cu_seqlens, longest, longest, dropout_p=dropout, softmax_scale=scale,
-            causal=True, window_size=(window - 1 if window else -1, -1), softcap=softcap or 0.0,
-        )  # fmt: skip
 
     return call
 
@@ -306,10 +277,8 @@ def _flash2() -> Kernel | None:
 def _torch_varlen() -> Kernel | None:
     if torch.version.hip is not None or torch.cuda.get_device_capability()[0] < 8:
         return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+    from torch.nn.attention.varlen import varlen_attn
+
     known = inspect.signature(varlen_attn).parameters
     if "window_size" not in known or "scale" not in known:
         return None
@@ -354,19 +323,20 @@ def _flex() -> Kernel:
     return call
 
 
-# Kernels in the order of preference, whether they know a softcap, and whether dropout.
+FLASH_3 = "flash_attn_interface"
+# Kernels in the order of preference, whether they support a softcap, and whether dropout.
 _KERNELS = (
-    (_flash3, True, False),
-    (_flash2, True, True),
+    (partial(_flash, FLASH_3), True, False),
+    (partial(_flash, "flash_attn"), True, True),
     (_torch_varlen, False, False),
     (_flex, True, False),
 )
 
 
 def install(model: nn.Module) -> bool:
-    """Let `model` take ``segments`` among its keyword arguments; False where its attention cannot be replaced.
+    """Let `model` take ``segments`` among its keyword arguments; False if its attention cannot be replaced.
 
-    Only causal attention is known: full, or in a sliding window.
+    Only causal attention is supported: full, or in a sliding window.
     """
     config = model.config.get_text_config()
     own = config._attn_implementation
@@ -391,15 +361,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """transformers' attention function: packed rows here, others by the model's `own` implementation.
 
-    Vision towers, whose attention is not causal, may be handed the text's segments; they have sequences of their own.
+    Vision towers, whose attention is not causal, may receive the text's segments, which do not apply to them.
     """
     if segments is None or segments is REQUIRE_CAUSAL or not getattr(module, "is_causal", True):
         if segments is REQUIRE_CAUSAL and _looks_ahead(attention_mask):
             raise UserError(f"{type(module).__name__} looks ahead within images, which packed attention does not")
-        if own == "eager":
-            attend = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS[own]
+        eager = own == "eager"
+        attend = sys.modules[type(module).__module__].eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[own]
         # Some implementations look themselves up by the name in the configuration.
         name, module.config._attn_implementation_internal = module.config._attn_implementation, own
         try:
@@ -408,7 +376,9 @@ def _forward(
             module.config._attn_implementation_internal = name
     for name in UNKNOWN:
         if options.get(name) is not None:
-            raise UserError(f"{type(module).__name__} adds {name} to its scores, which packed attention does not know")
+            raise UserError(
+                f"{type(module).__name__} adds {name} to its scores, which packed attention does not support"
+            )
     out = packed_attention(
         *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)), segments, scale=options.get("scaling"),
         window=options.get("sliding_window"), dropout=options.get("dropout", 0.0),
@@ -419,7 +389,7 @@ def _forward(
 
 
 def _looks_ahead(mask: Tensor | None) -> bool:
-    """Whether an attention mask ``[..., T, T]``, True or 0 where a query sees a key, has a later key seen."""
+    """Whether a query sees a later key by an attention mask ``[..., T, T]``, in which True or 0 means that it does."""
     if mask is None or mask.dim() != 4 or mask.shape[-2] != mask.shape[-1]:
         return False
     return bool((mask if mask.dtype == torch.bool else mask == 0).triu(1).any())

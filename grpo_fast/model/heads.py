@@ -1,11 +1,11 @@
-"""What a transformers model does to its hidden states on the way to the loss: its head, its wrappers, its router."""
+"""From a transformers model's last hidden states to the loss: its output head, its wrappers and its router."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,18 @@ from grpo_fast.errors import UserError
 
 T = TypeVar("T")
 
-# A module's hooks, which run when the module is called; the output head and what lies around the model's body are not.
+# Hooks run when their module is called; the output head and the modules around the model's body are not called.
 HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
     "_forward_hooks": "forward hook",
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-# Whose hooks may be there all the same: FSDP2 and tensor parallelism (`head_tensors` follows them), and TRL's float32
+# Owners of hooks that are allowed: FSDP2 and tensor parallelism, which `head_tensors` supports, and TRL's float32
 # product, which is exact here anyway.
 FOLLOWED = ("torch.distributed.", "trl.")
 
-# What a model's config calls the factor of its logits, and how it becomes one.
+# Names of the logits' factor in the models' configs, and how to compute it from the value.
 LOGIT_SCALES: dict[str, Callable[[float, Any], float]] = {
     "logit_scale": lambda value, config: value,  # Cohere
     "logits_scaling": lambda value, config: 1 / value,  # Granite
@@ -39,14 +39,14 @@ LOGIT_SCALES: dict[str, Callable[[float, Any], float]] = {
     # MiniCPM, on the hidden states; MiniCPM3 calls its inverse logits_scaling as well.
     "dim_model_base": lambda value, config: 1.0 if hasattr(config, "logits_scaling") else value / config.hidden_size,
 }
-# What it calls the bound c of ``c * tanh(logits / c)``: Gemma and others, RecurrentGemma, xLSTM.
+# Names of the bound c in ``c * tanh(logits / c)``: Gemma and others, RecurrentGemma, xLSTM.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def logit_transform(config: Any) -> dict[str, float | None]:
-    """The head's `logit_scale` and `softcap` by a model's config; a multimodal one's text config counts."""
+    """The head's `logit_scale` and `softcap` from a model's config, or from the text config of a multimodal model."""
     config = config.get_text_config()
     scale = 1.0
     for name, factor in LOGIT_SCALES.items():
@@ -57,11 +57,7 @@ def logit_transform(config: Any) -> dict[str, float | None]:
 
 
 def require_temperature(temperature: Any) -> float:
-    """The temperature as a number.
-
-    Raises:
-        UserError: it is no number, or outside of 1e-6 to 1e6, where logits divided by it mean nothing in float32.
-    """
+    """The temperature as a number; a UserError if it is none, or outside 1e-6 to 1e6, as float32 logits require."""
     value = temperature.item() if isinstance(temperature, Tensor) and temperature.numel() == 1 else temperature
     if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
         raise UserError(f"temperature must be a number from 1e-6 to 1e6, got {value!r:.60}")
@@ -69,11 +65,11 @@ def require_temperature(temperature: Any) -> float:
 
 
 def output_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes a transformers model's logits; cheap enough to be called in every forward.
+    """The linear layer that computes a transformers model's logits; cheap enough to be called in every forward.
 
     Raises:
-        UserError: there is none, or it does more than multiply by its weight: it carries an adapter or a hook, has a
-            forward of its own, or is quantised.
+        UserError: there is none, or it does more than multiply by its weight: it carries an adapter or a hook, has
+            its own forward, or is quantised.
     """
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
@@ -94,7 +90,7 @@ def output_head(model: nn.Module) -> nn.Linear:
     elif not is_parametrized(head, "weight"):
         raise UserError(f"the weight of {name}'s output head is no parameter; make it one, or use torch's parametrize")
     if type(head).forward is not nn.Linear.forward or not _is_linear(vars(head).get("forward"), head):
-        raise UserError(f"the output head of {name} has a forward of its own, which would not run; restore nn.Linear's")
+        raise UserError(f"the output head of {name} has its own forward, which would not run; restore nn.Linear's")
     _require_no_hooks(head, f"the output head of {name}")
     return head
 
@@ -125,23 +121,15 @@ def _require_no_hooks(module: nn.Module, name: str) -> None:
 
 
 def require_no_skipped_hooks(model: nn.Module) -> None:
-    """Refuse hooks on what lies around the model's body, which is called without it; see :func:`wrappers`.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Raise a UserError if a module around the model's body, which is called alone, has a hook; see `wrappers`."""
     for module in wrappers(model):
         _require_no_hooks(module, type(module).__name__)
 
 
 def body(model: nn.Module) -> nn.Module:
-    """What makes the last hidden states of a transformers model.
-
-    Raises:
-        UserError: it cannot be told from the rest.
-    """
+    """The module that computes a transformers model's last hidden states; a UserError if there is none."""
     inner = model.base_model
-    # Llama 4's prefix is that of its multimodal form.
+    # Llama 4's text model has the prefix of its multimodal form.
     inner = getattr(model, "model", model) if inner is model else inner
     if inner is model:
         raise UserError(f"{type(model).__name__} has no base_model whose hidden states its head would multiply")
@@ -149,10 +137,9 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` and what it wraps (compiled module, DDP, PeftModel), down to the transformers model, which comes last.
+    """`model` and the modules that it wraps (compiled module, DDP, PeftModel); the transformers model comes last.
 
-    Raises:
-        UserError: a wrapper whose forward cannot be replaced.
+    Raises a UserError at a wrapper whose forward cannot be replaced.
     """
     while True:
         yield model
@@ -171,8 +158,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _require_layers_alone(model: nn.Module) -> None:
-    """Refuse peft's methods that need the forward of the PeftModel, which is not called, and not only that of its
-    layers."""
+    """Refuse peft's methods that need the forward of the PeftModel, which is not called, besides that of its layers."""
     kind = getattr(model, "active_peft_config", None)
     if getattr(kind, "is_prompt_learning", False):
         raise UserError(f"{kind.peft_type.value} adds virtual tokens to the input, which is not supported")
@@ -180,7 +166,7 @@ def _require_layers_alone(model: nn.Module) -> None:
         raise UserError("an activated LoRA (alora_invocation_tokens) is not supported; use a LoRA without them")
     tuner = type(model.base_model)
     own = next(kind for kind in tuner.__mro__ if "forward" in vars(kind)).__name__
-    # AdaLoRA's adds a term to the loss that a model makes of labels, which is no part of its logits.
+    # AdaLoRA's only adds a term to the loss that a model computes from labels.
     if own not in ("BaseTuner", "AdaLoraModel"):
         raise UserError(f"{tuner.__name__} does more than its layers do, which is not supported; use LoRA")
 
@@ -212,8 +198,7 @@ def within(model: nn.Module, compute: Callable[[], T]) -> T:
 
 
 def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-    """A mixture of experts' load-balancing loss (arXiv 2101.03961, eq. 4 to 6) by the model's own function, times its
-    `router_aux_loss_coef`: the term that transformers' forward adds to its loss.
+    """A mixture of experts' load-balancing loss (arXiv 2101.03961, eq. 4 to 6), computed by the model's own function.
 
     Args:
         model: a transformers model with `output_router_logits` in its config.
@@ -221,60 +206,44 @@ def router_loss(model: nn.Module, router_logits: tuple[Tensor, ...], attention_m
         attention_mask: ``[B, T]``, or None where every position counts.
 
     Raises:
-        UserError: the model has no such function or coefficient, or gives no router logits.
+        UserError: the model has no such function, no `router_aux_loss_coef` or no router logits.
     """
     config, name = model.config.get_text_config(), type(model).__name__
-    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    if balance is None:
-        # FSDP2 gives a model's class another name, in another module.
-        modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
-        balance = next((m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")), None)
-    coefficient = getattr(config, "router_aux_loss_coef", None)
-    if balance is None or coefficient is None:
+    # FSDP2 puts a subclass of the model's class into another module.
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    balance = next((m.load_balancing_loss_func for m in modules if hasattr(m, "load_balancing_loss_func")), None)
+    if balance is None or getattr(config, "router_aux_loss_coef", None) is None:
         missing = "router_aux_loss_coef" if balance else "load_balancing_loss_func"
         raise UserError(f"output_router_logits is on, but {name} has no {missing}; switch it off in the config")
     if not router_logits:
-        # In transformers 5.17 Granite's mixtures give none, and their router loss is silently 0.
+        # In transformers 5.17 Granite's mixtures return none, and their router loss is silently 0.
         raise UserError(f"output_router_logits is on, but {name} gives no router logits; switch it off in the config")
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return coefficient * balance(router_logits, experts, config.num_experts_per_tok, attention_mask)
+    return balance(router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
-class HeadTensors(NamedTuple):
-    """Of an output head, differentiable.
+def head_tensors(head: nn.Linear) -> dict[str, Any]:
+    """The differentiable tensors of an output head, as arguments of the operations.
 
-    Attributes:
-        weight: ``[V, H]``; of a head that tensor parallelism has cut along the vocabulary, the rows of this process.
-        bias: ``[V]``, or None.
-        group: the processes that have a part of the vocabulary each, for the operations' `process_group`; None for a
-            whole head. All of them work on the same tokens.
-    """
+    Call it inside the wrapped module's forward, and only once: each access computes a parametrization again.
 
-    weight: Tensor
-    bias: Tensor | None
-    group: Any
-
-
-def head_tensors(head: nn.Linear) -> HeadTensors:
-    """To be called inside the wrapped module's forward, and once: a parametrization is computed at each access.
+    Returns:
+        ``weight [V, H]`` and ``bias [V]`` or None; if tensor parallelism shards the vocabulary, this process's rows,
+        and as `process_group` the processes that hold the other shards and work on the same tokens.
 
     Raises:
-        UserError: FSDP2 has sharded the head by itself, so that it is not gathered in that forward; it is cut
-            otherwise; or its weight is quantised.
+        UserError: FSDP2 has sharded the head by itself, so that it is not gathered in that forward; the head is
+            sharded along another dimension than the vocabulary; or its weight is quantised.
     """
     weight, bias = head.weight, head.bias
     group = weight.device_mesh.get_group() if isinstance(weight, DTensor) else None
     weight, bias = _local(head, weight), None if bias is None else _local(head, bias)
     require_plain("the output head", weight)
-    return HeadTensors(weight, bias, group)
+    return {"weight": weight, "bias": bias, "process_group": group}
 
 
 def require_plain(name: str, weight: Tensor) -> None:
-    """Refuse weights that a matrix product does not take as they are.
-
-    Raises:
-        UserError: `weight` is not of 16, 32 or 64 bits.
-    """
+    """Raise a UserError if `weight` is not of 16, 32 or 64 bits, as a matrix product requires."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     if wrapped or weight.dtype not in DTYPES:
         kind = type(weight).__name__ if wrapped else weight.dtype
@@ -282,11 +251,7 @@ def require_plain(name: str, weight: Tensor) -> None:
 
 
 def require_values(head: nn.Linear) -> None:
-    """Refuse a head that is still, or again, on the meta device.
-
-    Raises:
-        UserError: it is.
-    """
+    """Raise a UserError if the head is on the meta device."""
     if next(head.parameters()).is_meta:
         raise UserError("the output head is on the meta device, without values; load or move the model before the call")
 
@@ -300,5 +265,5 @@ def _local(head: nn.Module, tensor: Tensor) -> Tensor:
             "or to the group of the last norm: fully_shard([model.model.norm, model.lm_head])"
         )
     if tensor.placements != (Shard(0),):
-        raise UserError(f"the output head is cut as {tensor.placements}; only the vocabulary may be, as (Shard(0),)")
+        raise UserError(f"the output head is sharded as {tensor.placements}; only (Shard(0),) is supported")
     return tensor.to_local()

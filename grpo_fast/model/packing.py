@@ -1,30 +1,30 @@
 """From completions of unequal length to microbatches under a token budget.
 
-A step's completions are numbered, and so are their tokens, one after another: everything that belongs to a token
-(weight, advantage, old log-probability) lies in flat ``[N]`` tensors of the step, and a microbatch holds the indices of
-its tokens in them. Any split into microbatches therefore computes the same sum.
+The tokens of a step's completions are numbered consecutively. What belongs to a token (weight, advantage, old
+log-probability) is stored in flat ``[N]`` tensors of the step, and a microbatch holds the indices of its tokens in
+them, so any split into microbatches computes the same sum.
 
-Sequences lie side by side in one packed row without padding (`attention.Segments` says which positions make up each),
-and completions of a group share their prompt:
+Sequences are packed side by side in one row without padding (`attention.Segments` holds the positions of each), and
+completions of a group share their prompt:
 
     prompt | completion 1 | completion 2 | ... | prompt | completion | ...
 
-Each completion sees its prompt and itself, and its positions continue the prompt's, so the hidden states equal those of
-separate rows while the prompt is computed once. A completion's last token predicts nothing and is not computed at all.
-Where a model's attention knows no segments, rows hold a sequence each and are padded.
+Each completion attends to its prompt and itself, and its positions continue the prompt's, so the hidden states equal
+those of separate rows while the prompt is computed once. A completion's last token predicts nothing and is left out.
+If the model's attention does not support segments, each row holds one sequence and is padded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.model.attention import Group, Segments
+from grpo_fast.model.layout import Microbatch
 
 
 class Sample(NamedTuple):
@@ -36,37 +36,10 @@ class Sample(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Indices of samples that share one prompt, or of a single one, and the number of their positions."""
+    """Indices of samples that share one prompt, or of a single sample, and the number of their positions."""
 
     samples: list[int]
     length: int
-
-
-@dataclass
-class Microbatch:
-    """Inputs of one forward.
-
-    Attributes:
-        input_ids, position_ids: ``[B, T]`` int64; B is 1 in a packed row.
-        segments: the sequences of a packed row.
-        attention_mask: ``[B, T]`` int64 of padded rows.
-        sources: ``[n]`` int64, index into ``B * T`` of the position whose hidden state predicts each target.
-        targets: ``[n]`` int64, the completion tokens.
-        tokens: ``[n]`` int64, their indices among the step's tokens.
-        cu_seqlens: ``[S + 1]`` int64, offsets of the completions in the three above.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    sources: Tensor
-    targets: Tensor
-    tokens: Tensor
-    cu_seqlens: Tensor
-    segments: Segments | None = None
-    attention_mask: Tensor | None = None
-
-    def to(self, device: torch.device) -> Microbatch:
-        return Microbatch(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 def token_offsets(samples: list[Sample]) -> Tensor:
@@ -92,9 +65,9 @@ def plan_rows(samples: list[Sample], chosen: list[int], longest_shared_row: int)
 
 
 def fill_microbatches(rows: list[Row], max_tokens: int, packed: bool) -> list[list[Row]]:
-    """Rows whose positions, padding included, stay within `max_tokens`; a longer row has a microbatch of its own.
+    """Rows grouped so that their positions, padding included, stay within `max_tokens`; a longer row stays alone.
 
-    Packed rows go, longest first, where they leave the least room; padded ones beside rows of similar length.
+    Packed rows are placed, longest first, where they leave the least room; padded rows with rows of similar length.
     """
     microbatches: list[list[Row]] = []
     taken: list[int] = []
@@ -115,10 +88,10 @@ def fill_microbatches(rows: list[Row], max_tokens: int, packed: bool) -> list[li
 
 
 def deal_microbatches(rows: list[Row], max_tokens: int, packed: bool, ranks: int) -> list[list[list[Row]]]:
-    """Microbatches for each of several processes, in which they take about as many tokens; some may be empty.
+    """Microbatches for each of several processes, with about as many tokens for each; some may be empty.
 
-    Every process has the same number of them, and the n-th ones are of similar size, so that none waits long for
-    another. Packed rows go, longest first, to the microbatch with the fewest tokens.
+    Every process gets the same number of them, and the n-th ones are of similar size, so that no process waits long
+    for another. Packed rows are placed, longest first, in the microbatch with the fewest tokens.
 
     Returns:
         For each process the rows of its microbatches.
@@ -132,13 +105,13 @@ def deal_microbatches(rows: list[Row], max_tokens: int, packed: bool, ranks: int
     filled = sorted(filled, key=lambda rows: -sum(row.length for row in rows))
     filled += [[] for _ in range(count * ranks - len(filled))]
     rounds = [filled[first : first + ranks] for first in range(0, len(filled), ranks)]
-    # Back and forth, or one process would have the largest of every round.
+    # Every second round is dealt backwards, or one process would get the largest microbatch of every round.
     rounds = [row if index % 2 == 0 else row[::-1] for index, row in enumerate(rounds)]
     return [[row[rank] for row in rounds] for rank in range(ranks)]
 
 
 def _spread(rows: list[Row], count: int, max_tokens: int) -> list[list[Row]] | None:
-    """`count` microbatches of about as many tokens; None where one had more than `max_tokens` in several rows."""
+    """`count` microbatches of about as many tokens; None if one of several rows would exceed `max_tokens`."""
     microbatches: list[list[Row]] = [[] for _ in range(count)]
     taken = [0] * count
     for row in sorted(rows, key=lambda row: -row.length):
@@ -151,22 +124,26 @@ def _spread(rows: list[Row], count: int, max_tokens: int) -> list[list[Row]] | N
 
 
 def fair_share(rows: list[Row], ranks: int) -> int:
-    """Tokens of each process, if all have as many."""
+    """Tokens per process if all processes get the same number."""
     return math.ceil(sum(row.length for row in rows) / ranks)
 
 
 def empty_microbatch(token_id: int, packed: bool) -> Microbatch:
-    """One position and no target: its gradient is zero, for a process that has less to do than the others."""
+    """One position and no target: its gradient is zero, for a process with fewer microbatches than the others."""
     sample = Sample([token_id], [token_id], 0)
     whole = build_microbatch([sample], [Row([0], 1)], token_offsets([sample]), token_id, packed)
-    parts = {name: getattr(whole, name)[:0] for name in ("sources", "targets", "tokens")}
-    return dataclasses.replace(whole, **parts, cu_seqlens=whole.cu_seqlens[:1])
+    nothing = whole.targets[:0]
+    return dataclasses.replace(whole, sources=nothing, targets=nothing, tokens=nothing, cu_seqlens=torch.tensor([0]))
 
 
 def build_microbatch(
     samples: list[Sample], rows: list[Row], offsets: Tensor, pad_token_id: int, packed: bool
 ) -> Microbatch:
-    """Tensors of one microbatch; `offsets` are those of :func:`token_offsets`. A padded row holds one sample."""
+    """The microbatch of `rows`, whose targets ``[n]`` are their samples' completions.
+
+    `samples` are all of the step, and `offsets` those of :func:`token_offsets` for them. Without `packed`, each row
+    holds one sample and is padded.
+    """
     if not packed and any(len(row.samples) > 1 for row in rows):
         raise ValueError("build_microbatch: a padded row holds one sample, but one holds several")
     ids, positions, sources, targets, tokens, lengths, groups = [], [], [], [], [], [0], []
@@ -184,25 +161,22 @@ def build_microbatch(
             targets += completion
             tokens += range(int(offsets[index]), int(offsets[index + 1]))
             lengths.append(len(completion))
-    layout = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-    layout["sources"] = torch.tensor(sources)
-    if packed:
-        layout["segments"] = Segments(groups)
-    else:
-        layout = _padded(layout, [row.length for row in rows], pad_token_id)
-    return Microbatch(
-        **layout, targets=torch.tensor(targets), tokens=torch.tensor(tokens),
-        cu_seqlens=torch.tensor(lengths).cumsum(0),
+    microbatch = Microbatch(
+        input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), segments=Segments(groups),
+        targets=torch.tensor(targets), sources=torch.tensor(sources), cu_seqlens=torch.tensor(lengths).cumsum(0),
+        complete=True, tokens=torch.tensor(tokens),
     )  # fmt: skip
+    return microbatch if packed else _padded(microbatch, [row.length for row in rows], pad_token_id)
 
 
-def _padded(layout: dict[str, Tensor], lengths: list[int], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of one sequence each, ``[B, T]``, from the same rows one after another."""
+def _padded(packed: Microbatch, lengths: list[int], pad_token_id: int) -> Microbatch:
+    """The sequences of a packed row, of these lengths, in separate rows, padded on the right."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    places = mask.flatten().nonzero().squeeze(1)
-    return {
-        "input_ids": torch.full(mask.shape, pad_token_id).masked_scatter(mask, layout["input_ids"]),
-        "position_ids": torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, layout["position_ids"]),
-        "sources": places[layout["sources"]],
-        "attention_mask": mask.long(),
-    }
+    return dataclasses.replace(
+        packed,
+        input_ids=torch.full(mask.shape, pad_token_id).masked_scatter(mask, packed.input_ids),
+        position_ids=torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, packed.position_ids),
+        attention_mask=mask.long(),
+        segments=None,
+        sources=mask.flatten().nonzero().squeeze(1)[packed.sources],
+    )

@@ -1,51 +1,50 @@
-"""Small charts: figures of a run as the paths of an SVG."""
+"""The charts of the report page: metrics of a run as SVG paths."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from grpo_fast.report.curves import column, smooth
+from grpo_fast.report.curves import column, held_out_points, known, mean, smooth
 
-# The drawing and the space for its axes, in units of the SVG.
+# The size of a chart and the margins for its axes, in SVG units.
 WIDTH, HEIGHT = 340, 172
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 22
-# Points of a line at most; of longer runs several steps are averaged.
-MOST_POINTS = 1000
-# Charts of a page; more figures than any run writes are left out.
-MOST_CHARTS = 200
+# The most points of a line, each of which is the mean of several steps in longer runs, and charts on a page.
+MOST_POINTS, MOST_CHARTS = 1000, 200
 
-# title, metric, colour; a band of (lowest, highest) around it. In the order of the page.
-CHARTS = [
-    ("reward", "reward", "blue", None),
-    ("reward spread (std)", "reward_std", "amber", None),
-    ("groups with equal rewards", "frac_reward_zero_std", "amber", None),
-    (
-        "response length (tokens)", "completions/mean_length", "violet",
-        ("completions/min_length", "completions/max_length"),
+# Metric -> title, colour and, for a band, the metrics of its two edges; in the order of the page.
+CHARTS = {
+    "reward": ("reward", "blue", ()),
+    "reward_std": ("reward spread (std)", "amber", ()),
+    "frac_reward_zero_std": ("groups with equal rewards", "amber", ()),
+    "completions/mean_length": (
+        "response length (tokens)", "violet", ("completions/min_length", "completions/max_length"),
     ),
-    ("responses cut off", "completions/clipped_ratio", "violet", None),
-    ("loss", "loss", "red", None),
-    ("KL to the initial policy", "kl", "red", None),
-    ("entropy (nats per token)", "entropy", "teal", None),
-    ("clipped ratios", "clip_ratio/region_mean", "teal", None),
-    ("gradient norm", "grad_norm", "grey", None),
-    ("learning rate", "learning_rate", "grey", None),
-    ("tokens per second", "tokens_per_second", "grey", None),
-    ("peak memory (GiB)", "memory/peak_allocated_gib", "grey", None),
-    ("peak memory of the process (GiB)", "memory/peak_rss_gib", "grey", None),
-]  # fmt: skip
-# Parts of what is drawn, or of no interest over time.
+    "completions/clipped_ratio": ("truncated responses", "violet", ()),
+    "loss": ("loss", "red", ()),
+    "kl": ("KL to the reference policy", "red", ()),
+    "entropy": ("entropy (nats per token)", "teal", ()),
+    "clip_ratio/region_mean": ("clipped ratios", "teal", ()),
+    "grad_norm": ("gradient norm", "grey", ()),
+    "learning_rate": ("learning rate", "grey", ()),
+    "tokens_per_second": ("tokens per second", "grey", ()),
+    "memory/peak_allocated_gib": ("peak memory (GiB)", "grey", ()),
+    "memory/peak_rss_gib": ("peak memory of the process (GiB)", "grey", ()),
+}  # fmt: skip
+# Metrics without a chart: they are part of another one, or their course says nothing.
 UNDRAWN = {
     "step", "num_tokens", "step_time", "completions/min_length", "completions/max_length", "clip_ratio/low_mean",
     "clip_ratio/high_mean",
 }  # fmt: skip
 
+Points = list[tuple[float, float] | None]
+
 
 @dataclass(frozen=True)
 class Chart:
-    """Paths and labels in units of the SVG; `values` are the figures at the drawn steps, None where there are none."""
+    """SVG paths and labels in SVG units; `values` are the metric at the drawn steps, None where it is missing."""
 
     title: str
     color: str
@@ -62,61 +61,51 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curves:
-    """The charts of a run, with one point for `width` logged steps each."""
+    """The charts of a run. Each point is the mean of `width` logged steps; `left_out` charts were too many."""
 
-    steps: list[float] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    width: int = 1
-    left_out: int = 0
+    steps: list[float]
+    charts: list[Chart]
+    width: int
+    left_out: int
 
 
 def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curves:
-    """A chart of every figure of `history` that has a finite value, the known ones first.
+    """A chart for every metric in `history` that has a finite value, those of CHARTS first.
 
-    What was measured on held-out prompts, ``eval/NAME``, is marked on the chart of NAME; the score also at both ends.
+    Held-out measurements, ``eval/NAME``, are dots on the chart of NAME; the score also has dots before and after
+    training.
     """
     if not history:
-        return Curves()
-    steps = thin(column(history, "step"))
-    known = {metric for _, metric, _, _ in CHARTS}
-    names = {name: None for entry in history for name in entry}
+        return Curves([], [], 1, 0)
+    steps, width = column(history, "step"), max(math.ceil(len(history) / MOST_POINTS), 1)
+    names = dict.fromkeys(name for entry in history for name in entry)
     rewards = [name for name in names if name.startswith("rewards/") and name.endswith("/mean")]
-    other = [
-        name for name in names
-        if name not in known | UNDRAWN | set(rewards)
-        and not name.startswith(("rewards/", "eval/")) and "terminated" not in name
-    ]  # fmt: skip
-    table = [
-        CHARTS[0],
-        *((name.removeprefix("rewards/").removesuffix("/mean"), name, "green", None) for name in rewards),
-        *CHARTS[1:],
-        *((name, name, "grey", None) for name in other),
-    ]
-    charts = []
-    for title, metric, color, band in table[:MOST_CHARTS]:
+    other = [n for n in names if n not in UNDRAWN and not n.startswith(("rewards/", "eval/")) and "terminated" not in n]
+    metrics = list(dict.fromkeys(["reward", *rewards, *CHARTS, *other]))
+    drawn, charts = thin(steps, width), []
+    for metric in metrics[:MOST_CHARTS]:
         values = column(history, metric)
-        if any(value == value for value in values):
-            held_out = [
-                (f"step {step:g}", step, score)
-                for step, score in zip(column(history, "step"), column(history, f"eval/{metric}"), strict=True)
-                if score == score
-            ]
-            if metric == f"rewards/{summary.get('metric')}/mean":
-                if not held_out or held_out[-1][1] != history[-1]["step"]:
-                    held_out.append(("after", steps[-1], summary.get("after")))
-                held_out.insert(0, ("before", steps[0], summary.get("before")))
-            lines = [values, smooth(values), *(column(history, name) for name in band or ())]
-            charts.append(_chart(title[:100], color, steps, [thin(line) for line in lines], held_out))
-    return Curves(steps, charts, width_of(len(history)), max(len(table) - MOST_CHARTS, 0))
+        if not known(values):
+            continue
+        name = metric.removeprefix("rewards/").removesuffix("/mean")
+        title, color, band = CHARTS.get(metric, (name, "green" if metric in rewards else "grey", ()))
+        held_out = [(f"step {step:g}", step, score) for step, score in held_out_points(history, metric)]
+        if metric == f"rewards/{summary.get('metric')}/mean":
+            last = [("after", drawn[-1], summary.get("after"))] * (not held_out or held_out[-1][1] != steps[-1])
+            held_out = [("before", drawn[0], summary.get("before")), *held_out, *last]
+            held_out = [dot for dot in held_out if isinstance(dot[2], (int, float))]
+        lines = [values, smooth(values), *(column(history, edge) for edge in band)]
+        charts.append(_chart(title[:100], color, drawn, [thin(line, width) for line in lines], held_out))
+    return Curves(drawn, charts, width, max(len(metrics) - MOST_CHARTS, 0))
 
 
-def _chart(title: str, color: str, steps: list[float], lines: list[list[float]], held_out: list[tuple]) -> Chart:
+def _chart(
+    title: str, color: str, steps: list[float], lines: list[list[float]], held_out: list[tuple[str, float, float]]
+) -> Chart:
     values, smoothed, *band = lines
-    held_out = [(label, step, score) for label, step, score in held_out if isinstance(score, (int, float))]
-    finite = [v for line in (values, *band) for v in line if v == v] + [score for _, _, score in held_out]
+    finite = [value for line in (values, *band) for value in known(line)] + [score for _, _, score in held_out]
     y_ticks = ticks(min(finite), max(finite))
-    low, high = y_ticks[0], y_ticks[-1]
-    first, last = steps[0], max(steps[-1], steps[0] + 1)
+    low, high, first, last = y_ticks[0], y_ticks[-1], steps[0], max(steps[-1], steps[0] + 1)
 
     def x(step: float) -> float:
         return round(LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)
@@ -124,56 +113,47 @@ def _chart(title: str, color: str, steps: list[float], lines: list[list[float]],
     def y(value: float) -> float:
         return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    def points(line: list[float]) -> list[tuple[float, float] | None]:
-        return [(x(step), y(value)) if value == value else None for step, value in zip(steps, line, strict=True)]
+    def points(line: list[float]) -> Points:
+        return [None if math.isnan(value) else (x(step), y(value)) for step, value in zip(steps, line, strict=True)]
 
-    known = [value for value in values if value == value]
+    edge: Points = [point for point in (points(band[1]) + points(band[0])[::-1] if band else []) if point]
     return Chart(
-        title, color, figure(known[-1]), path(points(values)), path(points(smoothed)),
-        area(*map(points, band)) if band else "",
+        title, color, figure(known(values)[-1]), path(points(values)), path(points(smoothed)),
+        path(edge) + "Z" if edge else "",
         [(x(step), figure(step)) for step in ticks(first, last, whole=True) if first <= step <= last],
         [(y(value), figure(value)) for value in y_ticks],
         [(x(step), y(score), f"held out, {label}: {figure(score)}") for label, step, score in held_out],
         path([(x(step), y(score)) for _, step, score in held_out]) if len(held_out) > 2 else "",
-        [float(f"{value:.5g}") if value == value else None for value in values],
+        [None if math.isnan(value) else float(f"{value:.5g}") for value in values],
     )  # fmt: skip
 
 
-def width_of(steps: int) -> int:
-    """How many steps a point stands for."""
-    return max(math.ceil(steps / MOST_POINTS), 1)
-
-
-def thin(values: list[float]) -> list[float]:
-    """At most MOST_POINTS values: means of as many neighbours as that takes."""
-    width = width_of(len(values))
-    if width == 1:
-        return values
-    chunks = [[v for v in values[start : start + width] if v == v] for start in range(0, len(values), width)]
-    return [sum(chunk) / len(chunk) if chunk else math.nan for chunk in chunks]
+def thin(values: list[float], width: int) -> list[float]:
+    """The means of every `width` neighbours."""
+    return [mean(values[start : start + width]) for start in range(0, len(values), width)]
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """A few round numbers that hold `low` to `high` between them."""
+    """A few round numbers, the first at most `low` and the last at least `high`."""
     from matplotlib.ticker import MaxNLocator
 
     if low == high:
         pad = abs(low) / 2 or 1.0
-        # A constant of no negative kind keeps to zero and above.
+        # A constant 0 gets an axis from 0 upwards.
         low, high = (low - pad, high + pad) if low else (0.0, pad)
     return [float(value) for value in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)]
 
 
 def figure(value: float) -> str:
-    """A figure in a few characters: ``0.25``, ``12.3k``, ``1e-05``."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+    """A number in a few characters: ``0.25``, ``12.3k``, ``1e-05``."""
+    for least, unit, suffix in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / unit:.3g}{suffix}"
     return f"{value:.4g}" if abs(value) >= 1e-4 or not value else f"{value:.2g}"
 
 
-def path(points: list[tuple[float, float] | None]) -> str:
-    """SVG path through the points, with a gap at every None. A point alone becomes a dot."""
+def path(points: Points) -> str:
+    """The SVG path through the points, interrupted at every None. A single point becomes a dot."""
     parts: list[str] = []
     for before, point, after in zip([None, *points], points, [*points[1:], None], strict=False):
         if point is not None:
@@ -181,9 +161,3 @@ def path(points: list[tuple[float, float] | None]) -> str:
             if before is None and after is None:
                 parts.append("h.01")
     return "".join(parts)
-
-
-def area(low: list[tuple[float, float] | None], high: list[tuple[float, float] | None]) -> str:
-    """SVG path around the band between two lines."""
-    edge = [point for point in high if point] + [point for point in reversed(low) if point]
-    return path(edge) + "Z" if edge else ""

@@ -1,4 +1,4 @@
-"""A terminal on which text from elsewhere stays text."""
+"""A rich console that prints text from outside as plain text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from grpo_fast.errors import printable
 
 
 class Terminal(Console):
-    """A console that takes neither markup nor emoji names from a text, and shows control characters as escapes.
+    """A console that interprets no markup or emoji names and prints control characters as escapes.
 
-    Columns, completions, file names and answers of a server are printed, and none of them may command the terminal.
+    Column names, completions, file names and server replies reach the terminal, and none of them may control it.
     """
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        # Before its width is taken, for a table's columns.
+        # Escaped before rich measures it, so that the columns of a table are wide enough.
         return super().render_str(printable(text), **options)
 
     def render(self, *arguments: Any, **options: Any) -> Iterable[Segment]:
         for segment in super().render(*arguments, **options):
-            # Rich's own commands are marked as such.
+            # Rich marks its own control sequences.
             yield segment if segment.control else segment._replace(text=printable(segment.text))

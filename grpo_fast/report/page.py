@@ -1,4 +1,4 @@
-"""``report.html``: a run on one page that needs nothing beside it."""
+"""``report.html``: a run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import one_line, printable, writing
 from grpo_fast.report import charts
 from grpo_fast.report.charts import draw_curves, figure
-from grpo_fast.report.curves import column, number
+from grpo_fast.report.curves import column, known, number
 from grpo_fast.report.run import Run, read_completions, read_run
 from grpo_fast.report.summary import clock, is_share, show
 
 HERE = Path(__file__).parent
 COLORS = ("blue", "amber", "green", "violet", "red", "teal", "pink", "olive", "grey")
-# Longer texts are folded.
+# Characters beyond which a text is folded.
 FOLD_AFTER = 600
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the page of the run in `folder` to `output` (default: ``report.html`` in it), and return its path.
+    """Write the page of the run in `folder` to `output` (default: ``report.html`` in `folder`) and return its path.
 
-    Everything that comes from the model, the data or the configuration is escaped: the templates do it by default,
-    control characters are shown as escapes, and the page's policy allows no script but its own.
+    Everything that comes from the model, the data or the configuration is escaped: the templates escape by default,
+    control characters are printed as escapes, and the page's content policy allows no script but its own.
 
     Raises:
         UserError: the folder holds no run, or the page cannot be written.
@@ -37,8 +37,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     from markupsafe import Markup
 
     run = read_run(folder)
-    damaged = list(run.damaged)
-    completions = read_completions(folder, damaged)
+    completions = read_completions(folder, run.damaged)
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -50,7 +49,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
         curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
-        warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=damaged,
+        warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=run.damaged,
     )  # fmt: skip
     output = output or folder / "report.html"
     with writing(output):
@@ -58,89 +57,75 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     return output
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
-    """What was trained on what."""
-    config, last = run.config, run.history[-1]["step"] if run.history else 0
-    steps, rewards = config.get("max_steps"), config.get("reward_funcs") or []
-    state = (
-        f"finished after {run.summary.get('steps')} steps" if run.summary else f"not finished: step {last} of {steps}"
-    )
-    return [
-        ("model", str(config.get("model_name_or_path"))),
-        ("data", str(config.get("dataset_name"))),
-        ("rewards", ", ".join(map(str, rewards if isinstance(rewards, list) else [rewards]))),
-        ("loss", str(config.get("loss_type"))),
-        ("state", state),
-    ]
+def facts(run: Run) -> dict[str, str]:
+    """What was trained, on what, and how far."""
+    config, rewards = run.config, run.config.get("reward_funcs") or []
+    last = run.history[-1]["step"] if run.history else 0
+    running = f"not finished: step {last} of {config.get('max_steps')}"
+    return {
+        "model": str(config.get("model_name_or_path")),
+        "data": str(config.get("dataset_name")),
+        "rewards": ", ".join(map(str, rewards if isinstance(rewards, list) else [rewards])),
+        "loss": str(config.get("loss_type")),
+        "state": f"finished after {run.summary.get('steps')} steps" if run.summary else running,
+    }
 
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The figures at the head of the page: (label, value, note)."""
-    made = []
-    if run.summary:
-        scores = [run.summary.get(name) for name in ("before", "after")]
-        share = is_share(*(score for score in scores if score is not None))
-        before, after = ("n/a" if score is None else show(score, share) for score in scores)
-        made.append((f"{run.summary.get('metric')} on held-out prompts", f"{before} → {after}", "before → after"))
-        if run.summary.get("best_score") is not None:
-            score, checkpoint = run.summary["best_score"], run.summary.get("best_checkpoint")
-            made.append(("best on held-out prompts", show(score, is_share(score)), f"kept: {checkpoint}"))
+    """The main results at the top of the page: (label, value, note)."""
+    made, summary = [], run.summary
+    if summary:
+        scores = {name: summary[name] for name in ("before", "after", "best_score") if name in summary}
+        shown = {name: show(score, is_share(*scores.values())) for name, score in scores.items()}
+        change = f"{shown.get('before', 'n/a')} → {shown.get('after', 'n/a')}"
+        made.append((f"{summary.get('metric')} on held-out prompts", change, "before → after"))
+        if "best_score" in shown:
+            made.append(("best on held-out prompts", shown["best_score"], f"kept: {summary.get('best_checkpoint')}"))
     if not run.history:
         return made
-    last = run.history[-1]
-    made.append(("optimizer steps", f"{last['step']:,}", f"of {run.config.get('max_steps')}"))
-    times = _known(run, "step_time")
-    if run.summary.get("train_seconds") is not None:
-        made.append(("training time", clock(run.summary["train_seconds"]), "without evaluation and loading"))
+    last = run.history[-1]["step"]
+    made.append(("optimizer steps", f"{last:,}", f"of {run.config.get('max_steps')}"))
+    times, speeds = (known(column(run.history, name)) for name in ("step_time", "tokens_per_second"))
+    if summary.get("train_seconds") is not None:
+        made.append(("training time", clock(summary["train_seconds"]), "without evaluation and loading"))
     elif times:
-        # Metrics may be written every few steps only.
-        made.append(("training time so far", clock(sum(times) / len(times) * last["step"]), "by the mean step"))
-    if speeds := _known(run, "tokens_per_second"):
+        # Not every step may be logged.
+        made.append(("training time so far", clock(sum(times) / len(times) * last), "from the mean step time"))
+    if speeds:
         made.append(("tokens per second", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "median of the steps"))
     for name, note in (("memory/peak_allocated_gib", "tensors on the GPU"), ("memory/peak_rss_gib", "the process")):
-        if peaks := _known(run, name):
+        if peaks := known(column(run.history, name)):
             made.append(("peak memory", f"{max(peaks):.3g} GiB", note))
     return made
 
 
-def _known(run: Run, name: str) -> list[float]:
-    return [value for value in column(run.history, name) if value == value]
-
-
 def plan_bars(run: Run) -> dict[str, Any]:
-    """The planned parts of memory beside the measured peak, as shares of the widest bar; empty without a plan."""
+    """The planned memory by part and the measured peak, as shares of the widest bar; empty without a plan."""
     phases = {
         phase: {part: size for part, size in parts.items() if (number(size) or 0) > 0}
         for phase, parts in run.plan.items()
         if isinstance(parts, dict)
     }
-    phases = {phase: parts for phase, parts in phases.items() if parts}
-    if not phases:
+    bars = [(f"planned, {phase}", parts) for phase, parts in phases.items() if parts]
+    if not bars:
         return {}
-    measured = [peak * 2**30 for peak in _known(run, "memory/peak_allocated_gib")]
-    widest = max([sum(parts.values()) for parts in phases.values()] + measured)
-    names = list(dict.fromkeys(part for parts in phases.values() for part in parts))
+    names = list(dict.fromkeys(part for _, parts in bars for part in parts))
     colors = {part: COLORS[i % len(COLORS)] + " faded" * (i // len(COLORS)) for i, part in enumerate(names)}
-    bars = [
-        (
-            f"planned, {phase}",
-            sum(parts.values()),
-            [(part, size, size / widest, colors[part]) for part, size in parts.items()],
-        )
-        for phase, parts in phases.items()
-    ]
-    if measured:
-        bars.append(("measured peak", max(measured), [("measured", max(measured), max(measured) / widest, "ink")]))
-    return {"bars": bars, "colors": colors}
+    if peaks := known(column(run.history, "memory/peak_allocated_gib")):
+        bars.append(("measured peak", {"measured": max(peaks) * 2**30}))
+    widest = max(sum(parts.values()) for _, parts in bars)
+    drawn = []
+    for label, parts in bars:
+        shares = [(part, size, size / widest, colors.get(part, "ink")) for part, size in parts.items()]
+        drawn.append((label, sum(parts.values()), shares))
+    return {"bars": drawn, "colors": colors}
 
 
 def split_config(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The fields as (name, value): those that differ from the defaults, and the others."""
-    required = (dataclasses.MISSING, dataclasses.MISSING)
+    """The fields as (name, value): those that differ from their defaults, and the others."""
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(GRPOConfig)
-        if (field.default, field.default_factory) != required
     }
     sides: tuple[list, list] = ([], [])
     for name, value in config.items():
@@ -150,12 +135,12 @@ def split_config(config: dict[str, Any]) -> tuple[list[tuple[str, str]], list[tu
 
 
 def shown_figure(value: Any) -> str:
-    """A figure of a completion; what is no number is shown as such."""
+    """A number of a completion; anything else is printed and marked."""
     if value is None:
         return "n/a"
     return figure(value) if number(value) is not None else f"{one_line(reprlib.repr(value), 40)} (not a number)"
 
 
 def compact(size: float) -> str:
-    """Bytes in GiB, or MiB where that is little."""
+    """Bytes in GiB, or in MiB below 512 MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""``summary.json`` and ``config.yaml``, and how scores are shown."""
+"""``summary.json`` and ``config.yaml``, and how scores and times are printed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grpo_fast.files import json_ready, replace_text
 
 @dataclass(frozen=True)
 class Summary:
-    """``summary.json``: the mean of `metric` on held-out prompts before and after `steps` steps.
+    """``summary.json``: the mean of `metric` on held-out prompts before and after `steps` steps of training.
 
-    With `keep_best` also the best score that was measured while training, and the checkpoint that has it.
+    With `keep_best`, also the best score measured during training and the checkpoint that reached it.
     """
 
     metric: str
@@ -33,14 +33,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_config(path: Path, config: GRPOConfig) -> None:
-    """The configuration as resolved, to be given to ``grpo-fast train`` again."""
+    """The resolved configuration, which ``grpo-fast train`` accepts again."""
     import yaml
 
     replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def is_share(*values: float) -> bool:
-    """Whether figures can be shown as percentages."""
+    """Whether all values lie between 0 and 1, so that they can be printed as percentages."""
     return all(0 <= value <= 1 for value in values)
 
 
@@ -49,6 +49,6 @@ def show(value: float, share: bool) -> str:
 
 
 def clock(seconds: float) -> str:
-    """``1:05``, minutes and seconds; from an hour on ``1:01:05``."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    return f"{hours}:{minutes % 60:02d}:{int(seconds % 60):02d}" if hours else f"{minutes}:{int(seconds % 60):02d}"
+    """``1:05`` for minutes and seconds; ``1:01:05`` from one hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

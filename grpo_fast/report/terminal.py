@@ -1,4 +1,4 @@
-"""A run outlives its terminal: output that goes nowhere any more is dropped, and the run goes on."""
+"""A run outlives its terminal: output that can no longer be written is dropped, and the run continues."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ NAMES = ("stdout", "stderr")
 
 
 def open_standard_streams() -> None:
-    """Give a program that was started without some of its standard streams ``/dev/null`` in their places.
+    """Open ``/dev/null`` in the place of every standard stream that the program was started without.
 
-    Otherwise the next file that it opens would take the number 1 or 2, and get what is printed.
+    Otherwise the next file that it opens would get descriptor 1 or 2, and receive what is printed.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is this one.
+            # `open` returns the lowest free descriptor, which is this one.
             os.open(os.devnull, os.O_RDWR)
     for name in NAMES:
         if getattr(sys, name) is None:
@@ -30,7 +30,7 @@ def open_standard_streams() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what is written to `stream` from now on, and what it still holds, to ``/dev/null``."""
+    """Redirect `stream`, and what it has buffered, to ``/dev/null``."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -38,13 +38,13 @@ def silence(stream: TextIO) -> None:
 
 
 def print_error(text: str) -> None:
-    """A line on standard error, where there still is one."""
+    """Print a line on standard error, if it can still be written."""
     with suppress(OSError, ValueError):
         say(text, sys.stderr)
 
 
 class Outlet:
-    """A text stream that is silenced at its first error, with a note on the other stream."""
+    """A text stream that is silenced at its first error, which is reported on the other standard stream."""
 
     def __init__(self, stream: TextIO, name: str):
         self.stream, self.name = stream, name
@@ -53,7 +53,7 @@ class Outlet:
         try:
             return self.stream.write(text)
         except UnicodeEncodeError as error:
-            # A path or a prompt may hold what an ASCII terminal cannot show.
+            # An ASCII terminal cannot show every path or prompt.
             return self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self.lose(error)
@@ -70,7 +70,7 @@ class Outlet:
         other = next(name for name in NAMES if name != self.name)
         reason = error.strerror or one_line(error)
         with suppress(OSError, ValueError):
-            say(f"grpo-fast: {self.name} takes no more output ({reason}); going on without it", getattr(sys, other))
+            say(f"grpo-fast: {self.name} takes no more output ({reason}); continuing without it", getattr(sys, other))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -78,8 +78,8 @@ class Outlet:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within it, a closed pipe, a full disk or a terminal that is gone end no run; see :class:`Outlet`."""
-    # A program without a console has None.
+    """Within this context a closed pipe, a full disk or a closed terminal does not end the run; see :class:`Outlet`."""
+    # A stream is None in a program without a console.
     before = {name: getattr(sys, name) for name in NAMES if getattr(sys, name) is not None}
     for name, stream in before.items():
         setattr(sys, name, Outlet(stream, name))
@@ -87,6 +87,6 @@ def lasting_output() -> Iterator[None]:
         yield
     finally:
         for name, stream in before.items():
-            # Here, not when the interpreter ends, where an error would change the exit status.
+            # Flushed here, because an error at interpreter exit would change the exit status.
             getattr(sys, name).flush()
             setattr(sys, name, stream)

@@ -1,4 +1,4 @@
-"""Trackers beside the run folder: tensorboard, wandb and trackio, through accelerate."""
+"""Experiment trackers through accelerate: tensorboard, wandb and trackio."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from accelerate.utils import ProjectConfiguration
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, import_extra, one_line
 
-PROJECT = "grpo-fast"
-
 
 def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
-    """Accelerator's arguments for the trackers of `report_to`; event files go into the run folder.
+    """Keyword arguments of Accelerator for the trackers in `report_to`, whose files go into the run folder `folder`.
 
     Raises:
         UserError: a tracker's package is not installed.
@@ -32,17 +31,16 @@ def tracker_arguments(config: GRPOConfig, folder: Path) -> dict[str, Any]:
 
 
 def hyperparameters(config: GRPOConfig) -> dict[str, bool | int | float | str]:
-    """The configuration, flat and of simple types: lists and mappings become JSON."""
-    values = dataclasses.asdict(config)
-    return {name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-            for name, value in values.items()}  # fmt: skip
+    """The configuration as trackers accept it: lists, mappings and None become JSON."""
+    values = dataclasses.asdict(config).items()
+    return {name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value) for name, value in values}
 
 
-class Trackers:
-    """The trackers of a run; use as a context manager around it.
+class Trackers(AbstractContextManager):
+    """The trackers of a run. Use it as a context manager around the run.
 
-    A tracker that fails while the run goes on, for want of a network say, is left out from then on: `warn` gets one
-    line, and the run goes on. WANDB_PROJECT names another project than ``grpo-fast``.
+    A tracker that fails during the run, for example without a network, gets no more metrics; `warn` is called once,
+    and the run continues. The project is ``grpo-fast`` unless WANDB_PROJECT names another one.
 
     Raises:
         UserError: a tracker could not be started.
@@ -53,7 +51,7 @@ class Trackers:
         name = config.run_name or folder.name
         arguments = {"wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
         try:
-            accelerator.init_trackers(os.environ.get("WANDB_PROJECT", PROJECT), hyperparameters(config), arguments)
+            accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "grpo-fast"), hyperparameters(config), arguments)
         except Exception as error:
             raise UserError(f"report_to={config.report_to} could not be started: {one_line(error)}") from None
 
@@ -67,11 +65,8 @@ class Trackers:
                 getattr(tracker, method)(*args, **kwargs)
                 working.append(tracker)
             except Exception as error:
-                self.warn(f"{tracker.name} failed and gets no more figures: {one_line(error)}")
+                self.warn(f"{tracker.name} failed and gets no more metrics: {one_line(error)}")
         self.accelerator.trackers = working
-
-    def __enter__(self) -> Trackers:
-        return self
 
     def __exit__(self, *_) -> None:
         self._each("finish")

@@ -1,4 +1,4 @@
-"""What every reward function shares: its signature, the text of a message, and the mark for a process of its own."""
+"""Helpers that all reward functions share: their signature, a message's text, and the mark for worker processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def text_of(message: str | list[dict[str, str]]) -> str:
-    """The text of a completion, whether it is a string or a list of chat messages."""
+    """The text of a prompt or completion, which is a string or a list of chat messages."""
     return message if isinstance(message, str) else "".join(part["content"] for part in message)
 
 
@@ -20,23 +20,22 @@ def isolated(
     prepare: Callable[..., object] | None = None,
     check_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Callable[[RewardFunction], RewardFunction]:
-    """Mark a reward function for worker processes, which score a sample at a time and are killed at the time limit.
+    """Mark a reward function for worker processes, which score one sample at a time and are killed at the time limit.
 
-    The function must be found by its name in another process: at the top level of a module or file.
+    Another process must find the function by its name: define it at the top level of a module or file.
 
     Args:
-        over_limit: reward of a sample that takes more than ``reward_timeout`` seconds or all memory; None where that
-            is an error.
-        check: called once before a run, with those of the run's settings that it names (``reward_timeout``,
-            ``code_isolation``); raises UserError where the function cannot work here. It may return settings to use
+        over_limit: reward of a sample that takes more than ``reward_timeout`` seconds or too much memory; None makes
+            that an error.
+        check: called once before a run with the settings it has parameters for (``reward_timeout``,
+            ``code_isolation``); raises UserError if the function cannot work here. It may return settings to use
             instead, and a ``note`` for the log.
-        prepare: called once in each worker, with settings as `check`, before the limit of its first sample counts.
-        check_row: called with every row of the data before a run; raises ValueError where a column is at fault.
+        prepare: called once in each worker, with settings like `check`, before the first sample's time starts.
+        check_row: called with every row of the data before a run; raises ValueError if a column is wrong.
     """
 
     def mark(function: RewardFunction) -> RewardFunction:
-        function.isolated, function.over_limit, function.check, function.prepare = True, over_limit, check, prepare
-        function.check_row = check_row
+        vars(function).update(isolated=True, over_limit=over_limit, check=check, prepare=prepare, check_row=check_row)
         return function
 
     return mark
@@ -49,9 +48,7 @@ def settings_of(function: Callable, settings: Mapping[str, Any]) -> dict[str, An
 
 
 def between(text: str, opening: str, closing: str) -> str | None:
-    """The text inside the last complete pair of tags; None where there is none."""
-    before, found, _ = text.rpartition(closing)
-    if not found:
-        return None
-    _, found, inside = before.rpartition(opening)
-    return inside if found else None
+    """The text inside the last complete pair of tags; None without one."""
+    before, closed, _ = text.rpartition(closing)
+    _, opened, inside = before.rpartition(opening)
+    return inside if closed and opened else None

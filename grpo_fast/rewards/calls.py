@@ -1,4 +1,4 @@
-"""One call of a reward function: what it returned, and for which samples it failed. Needs no torch."""
+"""Calling a reward function: with which arguments, what it returned, where it failed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import asyncio
 import copy
 import inspect
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_fast.errors import one_line
-from grpo_fast.rewards.base import RewardFunction
+from grpo_fast.errors import UserError, one_line
+from grpo_fast.rewards.base import RewardFunction, text_of
+from grpo_fast.rewards.registry import REWARDS
 
+# The trainer passes the reserved names to every function, beside the dataset's columns, the offered ones to functions
+# that take them, and the judged ones to functions with a judge: whether a completion is right, and its group's number.
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
+OFFERED_COLUMNS = ("rendered_prompts",)
+JUDGED_COLUMNS = ("correct", "groups")
 _IMMUTABLE = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 class Outcome(NamedTuple):
-    """A function's values ``[B]`` as it returned them, and by the index of a sample, whose value is None, what failed.
+    """A function's values ``[B]`` as it returned them, and an error message for each index whose value is missing.
 
-    An error reads on from "reward function 'name'".
+    The messages complete the sentence "reward function 'name' ...".
     """
 
     values: list[Any]
@@ -27,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class WrongReturn(Exception):
-    """A function could not be called, or returned something other than a value for each sample."""
+    """A function could not be called, or did not return one value per sample."""
 
 
 def failed(size: int, message: str) -> Outcome:
@@ -37,41 +43,38 @@ def failed(size: int, message: str) -> Outcome:
 def call(function: RewardFunction, arguments: dict[str, list], size: int, timeout: float) -> Outcome:
     """Call `function` on the whole batch.
 
-    Where that raises, it is called on each sample alone to find those at fault, and once more on all the others
-    together, since it may compare them.
+    If that raises, each sample is tried alone to find those at fault. Then the others are scored together, because the
+    function may compare them.
 
     Args:
         function: sync or async.
         arguments: lists of `size` values, by name; each call gets deep copies of them.
-        timeout: seconds after which an async call is cancelled.
+        timeout: seconds until an async call is cancelled.
     """
-    try:
-        return Outcome(_values(function, arguments, range(size), timeout), {})
-    except (Exception, SystemExit) as error:
-        outcome = failed(size, _reason(error))
-    if size == 1:
-        return outcome
-    errors = {}
-    for index in range(size):
+
+    def attempt(indices: Sequence[int]) -> tuple[list, str]:
         try:
-            _values(function, arguments, [index], timeout)
+            return _values(function, arguments, indices, timeout), ""
         except (Exception, SystemExit) as error:
-            errors[index] = _reason(error)
+            return [], _reason(error)
+
+    values, reason = attempt(range(size))
+    if not reason:
+        return Outcome(values, {})
+    errors = {index: error for index in range(size) if (error := attempt([index])[1])} if size > 1 else {}
     rest = [index for index in range(size) if index not in errors]
-    if not errors or not rest:
-        return outcome
-    try:
-        found = dict(zip(rest, _values(function, arguments, rest, timeout), strict=True))
-    except (Exception, SystemExit):
-        return outcome
-    return Outcome([found.get(index) for index in range(size)], errors)
+    if errors and rest:
+        found, error = attempt(rest)
+        if not error:
+            by_index = dict(zip(rest, found, strict=True))
+            return Outcome([by_index.get(index) for index in range(size)], errors)
+    return failed(size, reason)
 
 
 def _values(function: RewardFunction, arguments: dict[str, list], indices: Sequence[int], timeout: float) -> list:
-    chosen = {name: _copies(name, values, indices) for name, values in arguments.items()}
-    values = function(**chosen)
+    values = function(**{name: _copies(name, column, indices) for name, column in arguments.items()})
     if inspect.isawaitable(values):
-        values = asyncio.run(_within(values, timeout))
+        values = asyncio.run(asyncio.wait_for(values, timeout))
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise WrongReturn(f"must return a list of numbers, got {type(values).__name__}")
@@ -80,12 +83,8 @@ def _values(function: RewardFunction, arguments: dict[str, list], indices: Seque
     return list(values)
 
 
-async def _within(values: Any, timeout: float) -> Any:
-    return await asyncio.wait_for(values, timeout)
-
-
 def _copies(name: str, values: list, indices: Sequence[int]) -> list:
-    """Copies that a function may change at any depth: samples of a group share the values of their row."""
+    """Copies that a function may change at any depth: the samples of a group share the values of their row."""
     try:
         return [copied(values[index]) for index in indices]
     except Exception as error:
@@ -93,7 +92,7 @@ def _copies(name: str, values: list, indices: Sequence[int]) -> list:
 
 
 def copied(value: Any) -> Any:
-    """A deep copy, much faster than `copy.deepcopy` for what JSON holds, and for long lists of numbers above all."""
+    """A deep copy; much faster than `copy.deepcopy` for JSON values, above all for long lists of numbers."""
     kind = type(value)
     if kind in _IMMUTABLE:
         return value
@@ -109,3 +108,57 @@ def _reason(error: BaseException) -> str:
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"raised {type(error).__name__}: {one_line(error)} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def unreachable(function: RewardFunction) -> set[str]:
+    """Names that a dataset column cannot have for `function`, because the trainer or Python fills these arguments."""
+    judged = JUDGED_COLUMNS if hasattr(function, "judge") else ()
+    return {*RESERVED_COLUMNS, *OFFERED_COLUMNS, *judged, *_filled_by_call(function)}
+
+
+def chosen(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `function` is called with."""
+    parameters = _parameters(function)
+    takes_all = not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    dropped = {name for name in OFFERED_COLUMNS if not takes_all and name not in parameters}
+    dropped |= _filled_by_call(function)
+    return {name: values for name, values in arguments.items() if name not in dropped}
+
+
+def check_values(functions: Iterable[RewardFunction], rows: list[dict[str, Any]]) -> None:
+    """Raise UserError for a row without a value in a column that a built-in function requires.
+
+    The user's own functions may return None for such a row.
+    """
+    for function in functions:
+        if REWARDS.get(getattr(function, "__name__", "")) is not function:
+            continue
+        for name, parameter in _parameters(function).items():
+            if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            for row in rows if name not in RESERVED_COLUMNS else ():
+                value = row.get(name)
+                if value is None or value != value:
+                    raise UserError(
+                        f"the row with the prompt {one_line(text_of(row['prompt']), 60)!r} has no {name!r}, which the "
+                        f"reward function {function.__name__!r} needs; add it, or leave the row out"
+                    )
+
+
+def _parameters(function: RewardFunction) -> dict[str, inspect.Parameter]:
+    """The parameters by name; empty for a function without an inspectable signature."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except ValueError:
+        return {}
+
+
+def _filled_by_call(function: RewardFunction) -> set[str]:
+    """Arguments that the call itself fills: a method's object (``self``), and a worker's ``reward_timeout``."""
+    names = {"reward_timeout"} & set(_parameters(function)) if hasattr(function, "isolated") else set()
+    method = function if inspect.ismethod(function) else function.__call__
+    if inspect.ismethod(method):
+        first = next(iter(inspect.signature(method.__func__).parameters.values()), None)
+        if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD:
+            names.add(first.name)
+    return names

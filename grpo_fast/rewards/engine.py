@@ -1,9 +1,10 @@
-"""Calls the configured reward functions, checks what they return, and adds it up."""
+"""Calls the configured reward functions, checks what they return, and adds up the rewards."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import operator
 import sys
 import threading
 import time
@@ -15,26 +16,30 @@ import torch
 from grpo_fast.config import LARGEST_REWARD
 from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.rewards.base import RewardFunction, settings_of, text_of
-from grpo_fast.rewards.calls import Outcome, call, failed
-from grpo_fast.rewards.columns import (
+from grpo_fast.rewards.calls import (
     JUDGED_COLUMNS,
     OFFERED_COLUMNS,
     RESERVED_COLUMNS,
+    Outcome,
+    call,
     check_values,
     chosen,
+    failed,
     unreachable,
 )
-from grpo_fast.rewards.pool import WorkerPool, check_workers
 from grpo_fast.rewards.registry import load_reward, metric_names
-from grpo_fast.rewards.steps import Steps, mean_reward, read_steps
+from grpo_fast.rewards.workers import WorkerPool, check_workers
+
+# For each step of a completion, its end in characters and its reward.
+Steps = list[tuple[int, float]]
 
 
 class Rewards(NamedTuple):
-    """Rewards of a batch, float64: the weighted sum ``[B]``, and each function's own values ``[B, F]`` (NaN for None).
+    """Rewards of a batch, float64.
 
-    A completion for which every function returned None has the sum NaN. Where a function rewarded steps, its value is
-    their mean, and `steps` holds them: for each completion, by the function's index. `errors` ``[B, F]`` is true where
-    a function failed, which counts as None.
+    `total` ``[B]`` is the weighted sum; NaN if every function returned None. `each` ``[B, F]`` has the functions' own
+    values; NaN for None, and the mean for rewards of steps. `steps` has those rewards, for each completion by the
+    function's index. `errors` ``[B, F]`` is true where a function failed, which counts as None.
     """
 
     total: torch.Tensor
@@ -46,23 +51,21 @@ class Rewards(NamedTuple):
 class RewardModel:
     """The configured reward functions and their weights.
 
-    All functions are called at once: those marked `isolated` sample by sample in worker processes, which are killed at
-    the time limit; the others on the whole batch, each in a thread of its own. A thread cannot be killed: a function
-    that hangs there loses its batch after `timeout` seconds for each sample, and is not called again before it is done.
+    All functions run concurrently. Those marked `isolated` score one sample at a time in worker processes, which are
+    killed at the time limit. The others score the whole batch, each in its own thread. A thread cannot be killed: a
+    function that hangs loses its batch after `timeout` seconds per sample, and is not called again until it returns.
 
     Args:
         names: see :func:`load_reward`.
-        weights: one for each function (default: 1 each).
-        timeout: seconds for a sample.
-        on_error: ``"none"``: a sample for which a function raises, takes too long or returns no number has no reward
-            from it, with a warning the first time; ``"raise"``: a UserError. One that fails for all samples of its
-            first batch is a mistake, and raises in any case.
-        code_isolation: how generated code must be contained, see :func:`grpo_fast.rewards.isolation.choose`.
-
-    `notes` holds lines for the log: how generated code is run.
+        weights: one per function (default: 1 each).
+        timeout: seconds per sample.
+        on_error: what happens to a sample for which a function raises, takes too long or does not return a number.
+            ``"none"``: no reward from that function, with a warning the first time; ``"raise"``: a UserError, which a
+            function that fails for its whole first batch raises in any case.
+        code_isolation: how generated code must be contained, see :func:`grpo_fast.rewards.sandbox.isolation.choose`.
 
     Raises:
-        UserError: a function cannot be loaded or cannot work here, or is there twice.
+        UserError: a function cannot be loaded, cannot work here, or is listed twice.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class RewardModel:
         self.weights = torch.tensor(weights or [1.0] * len(names), dtype=torch.float64)
         self.timeout, self.on_error = timeout, on_error
         self.settings: dict[str, Any] = {"reward_timeout": timeout, "code_isolation": code_isolation}
+        # Lines for the log about how generated code runs.
         self.notes: list[str] = []
         self.pool = WorkerPool()
         self.threads: dict[str, threading.Thread] = {}
@@ -108,17 +112,14 @@ class RewardModel:
         return self.names.index(metric)
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Every function must accept the data's columns by name; a column whose name is taken does not reach it.
-
-        Raises:
-            UserError: a signature does not fit.
-        """
+        """Raise UserError if a function does not accept the columns; warn of columns that are not passed to it."""
         columns = list(columns)
         for name, function in zip(self.names, self.functions, strict=True):
             for column in unreachable(function) & set(columns):
                 self._warn_once(
+                    f"{name}, {column}",
                     f"the dataset's column {column!r} does not reach the reward function {name!r}, whose argument of "
-                    "that name is filled otherwise; rename the column where the function should see it"
+                    "that name has another meaning; rename the column if the function should see it",
                 )
             judged = JUDGED_COLUMNS if hasattr(function, "judge") else ()
             arguments = chosen(function, dict.fromkeys([*columns, *RESERVED_COLUMNS, *OFFERED_COLUMNS, *judged]))
@@ -135,23 +136,16 @@ class RewardModel:
                 ) from None
 
     def check_rows(self, rows: list[dict[str, Any]], source: str) -> None:
-        """`check_columns` for rows with their prompts; every row must also hold what the functions need.
-
-        Args:
-            source: what error messages call the rows.
+        """Check the columns of rows with prompts, and the values that the functions need.
 
         Raises:
-            UserError: a signature does not fit; or a row lacks a value or holds a wrong one, with its prompt.
+            UserError: a signature does not fit; or a value is missing or wrong, with the `source` of the rows.
         """
         self.check_columns(name for name in rows[0] if name != "prompt")
         check_values(self.functions, rows)
-        checks = [
-            (name, check)
-            for name, function in zip(self.names, self.functions, strict=True)
-            if (check := getattr(function, "check_row", None))
-        ]
-        for number, row in enumerate(rows, 1) if checks else ():
-            for name, check in checks:
+        for name, function in zip(self.names, self.functions, strict=True):
+            check = getattr(function, "check_row", None)
+            for number, row in enumerate(rows, 1) if check else ():
                 try:
                     check(row)
                 except ValueError as error:
@@ -164,11 +158,11 @@ class RewardModel:
         """Score a batch.
 
         Args:
-            prompts: B texts or lists of chat messages.
-            completions: B texts or lists of chat messages.
-            columns: B values by name.
-            num_generations: size of the groups, which lie side by side. Functions with a judge need it, since equal
-                prompts may belong to different groups.
+            prompts: B strings or lists of chat messages.
+            completions: B strings or lists of chat messages.
+            columns: B values for each name.
+            num_generations: size of the groups, whose completions are adjacent. Functions with a judge need it, because
+                different groups may have equal prompts.
 
         Raises:
             UserError: a function failed, and `on_error` is ``"raise"`` or it failed for all of its first batch.
@@ -182,21 +176,23 @@ class RewardModel:
         texts = [text_of(completion) for completion in completions]
         read = {index: self._read(index, outcome, texts) for index, outcome in outcomes.items()}
         for index in judged:
-            # One after the other: a judge has no judge, and these need no time.
+            # One after the other: they are fast, and a judge has no judge itself.
             values = read[self.names.index(self.functions[index].judge)].values
-            correct = [None if math.isnan(value := _mean(each)) else value >= 1 for each in values]
+            correct = [None if math.isnan(value := mean_reward(each)) else value >= 1 for each in values]
             groups = [sample // num_generations for sample in range(len(prompts))]
             outcome = self._call_all([index], {**arguments, "correct": correct, "groups": groups})[index]
             read[index] = self._read(index, outcome, texts)
         for index in indices:
             self._report(index, read[index].errors, prompts)
-        means = [[_mean(value) for value in read[index].values] for index in indices]
-        each = torch.tensor(means, dtype=torch.float64).T.contiguous()
+        samples, values = range(len(prompts)), [read[index].values for index in indices]
+        each = torch.tensor(
+            [[mean_reward(value) for value in row] for row in values], dtype=torch.float64
+        ).T.contiguous()
         steps = [
-            {index: read[index].values[sample] for index in indices if isinstance(read[index].values[sample], list)}
-            for sample in range(len(prompts))
+            {index: values[index][sample] for index in indices if isinstance(values[index][sample], list)}
+            for sample in samples
         ]
-        errors = torch.tensor([[sample in read[index].errors for index in indices] for sample in range(len(prompts))])
+        errors = torch.tensor([[sample in read[index].errors for index in indices] for sample in samples])
         total = (each.nan_to_num(nan=0.0) * self.weights).sum(1)
         return Rewards(total.masked_fill(each.isnan().all(1), math.nan), each, steps, errors)
 
@@ -211,7 +207,7 @@ class RewardModel:
             thread = threading.Thread(target=self._call, args=(index, function, taken, size, outcomes), daemon=True)
             thread.start()
             self.threads[name] = thread
-            # The workers keep to the limit by themselves, once they have started.
+            # The pool enforces the limit itself, from the moment a worker has started.
             limit = None if hasattr(function, "isolated") else time.monotonic() + self.timeout * size
             started.append((index, thread, limit))
         for index, thread, limit in started:
@@ -223,23 +219,21 @@ class RewardModel:
         return outcomes
 
     def _call(self, index: int, function: RewardFunction, arguments: dict, size: int, outcomes: dict) -> None:
-        """The body of a thread; what comes in too late is not looked at."""
-        if hasattr(function, "isolated"):
-            try:
-                found = self.pool.run(
-                    self.sources[index], arguments, size, self.timeout, function.over_limit, self.settings
-                )
-            except Exception as error:
-                found = failed(size, f"could not be run in worker processes: {one_line(error)}")
-        else:
-            try:
+        """The body of a thread; a result after the time limit is ignored."""
+        try:
+            if hasattr(function, "isolated"):
+                source = self.sources[index]
+                found = self.pool.run(source, arguments, size, self.timeout, function.over_limit, self.settings)
+            else:
                 found = call(function, arguments, size, self.timeout * size)
-            except KeyboardInterrupt as error:
-                found = error
+        except Exception as error:
+            found = failed(size, f"could not be run in worker processes: {one_line(error)}")
+        except KeyboardInterrupt as error:
+            found = error
         outcomes.setdefault(index, found)
 
     def _read(self, index: int, outcome: Outcome, texts: list[str]) -> Outcome:
-        """The values as floats (NaN for None) or lists of steps; what is neither becomes an error."""
+        """The values as floats (NaN for None) or lists of steps; any other value becomes an error."""
         values, errors = [], dict(outcome.errors)
         has_steps = any(isinstance(value, (list, tuple)) for value in outcome.values)
         for sample, (value, text) in enumerate(zip(outcome.values, texts, strict=True)):
@@ -255,7 +249,6 @@ class RewardModel:
 
     def _report(self, index: int, errors: dict[int, str], prompts: list) -> None:
         name = self.names[index]
-        hopeless = len(errors) == len(prompts) and name not in self.worked
         if len(errors) < len(prompts):
             self.worked.add(name)
         if not errors:
@@ -263,24 +256,18 @@ class RewardModel:
         sample = min(errors)
         others = f" and for {len(errors) - 1} more of {len(prompts)} samples" * (len(errors) > 1)
         text = f"reward function {name!r} {errors[sample]} for the prompt {_shortened(prompts[sample])}{others}"
-        if hopeless or self.on_error == "raise":
+        if self.on_error == "raise" or name not in self.worked:
             raise UserError(text)
-        if name not in self.warned:
-            self.warned.add(name)
-            self.warn(f"{text}; such samples get no reward from it, see rewards/{name}/errors")
+        self._warn_once(name, f"{text}; such samples get no reward from it, see rewards/{name}/errors")
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self.warned:
-            self.warned.add(text)
+    def _warn_once(self, subject: str, text: str) -> None:
+        if subject not in self.warned:
+            self.warned.add(subject)
             self.warn(text)
 
 
 def _shortened(prompt: Any) -> str:
     return repr(one_line(text_of(prompt) or "(empty)", 80))
-
-
-def _mean(value: float | Steps) -> float:
-    return mean_reward(value) if isinstance(value, list) else value
 
 
 def _number(value: object, index: int) -> float:
@@ -295,3 +282,39 @@ def _number(value: object, index: int) -> float:
             f"returned {value!r:.80} for completion {index}; it must be a number within +-{LARGEST_REWARD:.1e}, or None"
         )
     return number
+
+
+def read_steps(name: str, value: object, index: int, text: str) -> Steps | float:
+    """Check what function `name` returned for the steps of completion `index`, whose text is `text`; NaN for None.
+
+    Raises:
+        UserError: `value` is not a list of pairs, the ends do not rise within the text, or a reward is not finite.
+    """
+    if value is None:
+        return math.nan
+    place = f"reward function {name!r}, completion {index}"
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{place}: {value!r:.80} beside lists of steps; every completion needs a list, or None")
+    steps: Steps = []
+    for pair in value:
+        try:
+            end, reward = pair
+            end, reward = operator.index(end), float(reward)
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{place}: {pair!r:.80} must be a pair of a step's end and its reward") from None
+        if not abs(reward) <= LARGEST_REWARD:
+            raise UserError(f"{place}: the reward in {pair!r:.80} must be a number within +-{LARGEST_REWARD:.1e}")
+        lowest = steps[-1][0] + 1 if steps else 1
+        if not lowest <= end <= len(text):
+            raise UserError(
+                f"{place}: the end in {pair!r:.80} must be from {lowest} to {len(text)}, in the completion's characters"
+            )
+        steps.append((end, reward))
+    return steps
+
+
+def mean_reward(steps: Steps | float) -> float:
+    """A completion's reward itself, or the mean over its steps; NaN without steps."""
+    if not isinstance(steps, list):
+        return steps
+    return sum(reward for _, reward in steps) / len(steps) if steps else math.nan

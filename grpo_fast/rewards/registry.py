@@ -14,13 +14,17 @@ from types import ModuleType
 
 from grpo_fast.errors import UserError, nearest, one_line
 from grpo_fast.files import user_path
-from grpo_fast.rewards.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
 from grpo_fast.rewards.base import RewardFunction
-from grpo_fast.rewards.code import unit_tests
-from grpo_fast.rewards.countdown import countdown_equation
-from grpo_fast.rewards.format import answer_format, soft_answer_format, think_format
-from grpo_fast.rewards.length import kimi_length, soft_overlong
-from grpo_fast.rewards.sorting import digits_included, digits_ordered
+from grpo_fast.rewards.functions.answers import boxed_answer, exact_answer, final_number, gsm8k_answer, math_answer
+from grpo_fast.rewards.functions.code import unit_tests
+from grpo_fast.rewards.functions.format import (
+    answer_format,
+    kimi_length,
+    soft_answer_format,
+    soft_overlong,
+    think_format,
+)
+from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
 
 REWARDS: dict[str, RewardFunction] = {
     function.__name__: function
@@ -40,43 +44,51 @@ REWARDS: dict[str, RewardFunction] = {
     )
 }
 
-# Those that are made with arguments.
+# What other trainers call these functions.
+ALIASES = {
+    "accuracy": "math_answer",
+    "accuracy_reward": "math_answer",
+    "format": "answer_format",
+    "format_reward": "answer_format",
+    "think_format_reward": "think_format",
+}
+
+# Functions that return a reward function.
 MAKERS: dict[str, Callable[..., RewardFunction]] = {"kimi_length": kimi_length, "soft_overlong": soft_overlong}
 
-# Those of the reward files that were loaded.
+# Folders of the reward files loaded so far.
 _FOLDERS: set[Path] = set()
 
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 
 def is_built_in(name: str) -> bool:
-    """Whether `load_reward` would find `name` in this package."""
+    """Whether `name` is a reward function of this package."""
+    name = ALIASES.get(name, name)
     call = _CALL.fullmatch(name)
     return name in REWARDS or bool(call and call[1] in MAKERS)
 
 
 def load_reward(name: str) -> RewardFunction:
-    """A built-in by name, one with arguments (``soft_overlong(4096, 819)``), ``package.module.function``, or
-    ``path/to/file.py:function``.
+    """Load a reward function by name.
 
-    Modules may lie in the present folder, and a file may import its neighbours.
+    Args:
+        name: a built-in function, possibly with arguments (``soft_overlong(4096, 819)``); ``package.module.function``,
+            also from the current folder; or ``path/to/file.py:function``, where the file may import its neighbours.
 
     Raises:
         UserError: there is no such function, or its arguments do not fit.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    call = _CALL.fullmatch(name)
-    if call and call[1] in MAKERS:
-        return _make(call[1], call[2] or "")
-    path, colon, attribute = name.rpartition(":")
+    name = ALIASES.get(name, name)
+    if is_built_in(name):
+        return REWARDS[name] if name in REWARDS else _make(name)
+    path, _, attribute = name.rpartition(":" if ":" in name else ".")
     try:
-        module = _load_file(path) if colon else _import_module(name)
+        module = _load_file(path) if ":" in name else _import_module(path, name)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"reward_funcs: {name!r} cannot be loaded: {type(error).__name__}: {one_line(error)}") from None
-    attribute = attribute if colon else name.rpartition(".")[2]
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(f"reward_funcs: {name!r} names no function: {module.__name__} has no callable {attribute!r}")
@@ -84,48 +96,45 @@ def load_reward(name: str) -> RewardFunction:
 
 
 def metric_names(functions: list[RewardFunction], sources: list[str]) -> list[str]:
-    """A name for each function's metrics: its own, or where several share that one, as in two files, the shortest end
-    of what `load_reward` got that tells them apart: ``maths.score`` and ``code.score``.
-
-    Raises:
-        UserError: a function is there twice.
+    """A name for each function's metrics: its own name, or if several functions share it, the shortest distinct end of
+    what `load_reward` got: ``maths.score`` and ``code.score``. UserError for a function that is listed twice.
     """
     for source, count in Counter(sources).items():
         if count > 1:
-            raise UserError(f"reward_funcs: {source!r} is there {count} times; its weight is in reward_weights")
+            raise UserError(f"reward_funcs: {source!r} is listed {count} times; set its weight in reward_weights")
     names = {source: getattr(function, "__name__", source) for function, source in zip(functions, sources, strict=True)}
     for name, count in Counter(names.values()).items():
         if count > 1:
             alike = [source for source in sources if names[source] == name]
-            names |= _shortest_ends(alike, taken=set(names.values()) - {name})
+            taken = set(names.values()) - {name}
+            parts = {source: _parts(source) for source in alike}
+            for length in range(1, max(map(len, parts.values())) + 1):
+                ends = {source: ".".join(found[-length:]) for source, found in parts.items()}
+                if len(taken.union(ends.values())) == len(taken) + len(ends):
+                    break
+            else:
+                ends = dict(zip(alike, alike, strict=True))
+            names |= ends
     return [names[source] for source in sources]
 
 
-def _shortest_ends(sources: list[str], taken: set[str]) -> dict[str, str]:
-    """By source, as many of its last parts as tell all of them, and what is `taken`, apart."""
-    parts = {source: _parts(source) for source in sources}
-    for length in range(1, max(map(len, parts.values())) + 1):
-        ends = {source: ".".join(found[-length:]) for source, found in parts.items()}
-        if len(taken.union(ends.values())) == len(taken) + len(ends):
-            return ends
-    return {source: source for source in sources}
-
-
 def _parts(source: str) -> list[str]:
-    """Folders, module and attribute. One with arguments is a single part."""
+    """Folders, module and attribute; a call with arguments is a single part."""
     path, colon, attribute = source.rpartition(":")
     if colon:
         return [*Path(path).with_suffix("").parts, attribute]
     return [source] if "(" in source else source.split(".")
 
 
-def _make(name: str, text: str) -> RewardFunction:
+def _make(call: str) -> RewardFunction:
+    name, text = call.removesuffix(")").partition("(")[::2]
     arguments = [int(word) if word.isdecimal() else word for word in re.split(r"[\s,]+", text.strip()) if word]
     parameters = inspect.signature(MAKERS[name], eval_str=True).parameters
-    wanted = {parameter: kind.annotation for parameter, kind in parameters.items()}
-    if len(arguments) != len(wanted) or not all(map(isinstance, arguments, wanted.values())):
-        example = ", ".join(wanted)
-        raise UserError(f"reward_funcs: {name}({text}) is not allowed: write {name}({example})")
+    fits = len(arguments) == len(parameters) and all(
+        isinstance(value, parameter.annotation) for value, parameter in zip(arguments, parameters.values(), strict=True)
+    )
+    if not fits:
+        raise UserError(f"reward_funcs: {name}({text}) is not allowed: write {name}({', '.join(parameters)})")
     function = MAKERS[name](*arguments)
     function.__name__ = name
     return function
@@ -146,21 +155,20 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _check_neighbours(folder: Path) -> None:
-    """Python imports one module of a name only; a second file would silently get the first one's neighbour."""
+    """Python imports one module per name: a second file would silently get the first one's neighbour."""
     _FOLDERS.add(folder)
     for path in folder.iterdir():
         loaded = Path(getattr(sys.modules.get(path.stem), "__file__", None) or path).resolve()
         if loaded.parent != folder and loaded.parent in _FOLDERS:
-            raise UserError(f"reward_funcs: {loaded} and {path} are modules of one name; rename one of them")
+            raise UserError(f"reward_funcs: {loaded} and {path} are modules of the same name; rename one of them")
 
 
-def _import_module(name: str) -> ModuleType:
-    module_name = name.rpartition(".")[0]
-    if not module_name:
+def _import_module(module: str, name: str) -> ModuleType:
+    if not module:
         names = [*REWARDS, *MAKERS]
         raise UserError(f"reward_funcs: {name!r} is unknown{nearest(name, names)}; built in: {', '.join(names)}")
     _extend_path(Path.cwd())
-    return importlib.import_module(module_name)
+    return importlib.import_module(module)
 
 
 def _extend_path(folder: Path) -> None:

@@ -17,7 +17,8 @@ class Sampling:
     """How to sample: `num_generations` completions of each prompt, of at most `max_completion_length` tokens.
 
     A temperature of 0 takes the most likely token. Engines with their own random generators seed them with `seed`, or
-    with a number drawn from torch's default generator if it is None.
+    with a number drawn from torch's default generator if it is None. After `thinking_budget` tokens within
+    ``<think>``, the thinking is closed (see `rollout.thinking`).
     """
 
     num_generations: int
@@ -28,10 +29,11 @@ class Sampling:
     min_p: float | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
+    thinking_budget: int | None = None
 
     @classmethod
     def from_config(cls, config: GRPOConfig, num_generations: int) -> Sampling:
-        names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p")
+        names = ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "thinking_budget")
         given = {name: getattr(config, name) for name in names}
         return cls(num_generations, **given, generation_kwargs=config.generation_kwargs or {})
 
@@ -41,7 +43,7 @@ class Sampling:
         return replace(self, num_generations=1, max_completion_length=1, generation_kwargs=filters, seed=self.seed or 0)
 
     def check_generation_kwargs(self, allowed: Iterable[str], engine: str = "") -> None:
-        """Refuse `generation_kwargs` that are not `allowed`, and a `min_new_tokens` out of range.
+        """Refuse `generation_kwargs` that are not `allowed`, a `min_new_tokens` out of range, and an empty `stop`.
 
         Args:
             engine: follows "is not allowed" in the message, such as " with vLLM".
@@ -60,17 +62,43 @@ class Sampling:
             raise UserError(
                 f"generation_kwargs: min_new_tokens={shortest!r} is not allowed: it must be from 0 to {longest}"
             )
+        stop = self.generation_kwargs.get("stop", "text")
+        texts = [stop] if isinstance(stop, str) else stop
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) and t for t in texts):
+            raise UserError(f"generation_kwargs: stop={stop!r} is not allowed: it must be a text or a list of texts")
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """`generation_kwargs` without ``stop``: what changes the sampled distribution."""
+        return {name: value for name, value in self.generation_kwargs.items() if name != "stop"}
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts that end a completion; those that end within the first `min_new_tokens` tokens do not count."""
+        stop = self.generation_kwargs.get("stop", ())
+        return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 class Response(NamedTuple):
-    """A completion's tokens, with its end-of-text token, and whether it stopped there or reached the length limit.
+    """A completion's tokens, and whether it stopped at an end-of-text token or a stop text or reached the length limit.
+
+    The end-of-text token, or the one that completes the stop text, is the last of the tokens.
 
     `logprobs` are log-probabilities of the tokens under the sampled distribution: after temperature and filters.
+    `past` is set where a stop text ended the completion: how many characters its last token has after that text.
+    `mask` is False where a token was not sampled but forced, to close the thinking; None if all were sampled.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[float] | None = None
+    past: int | None = None
+    mask: list[bool] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last token is an end-of-text token, which is no part of the text."""
+        return self.finish_reason == "stop" and self.past is None
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:

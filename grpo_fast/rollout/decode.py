@@ -14,6 +14,8 @@ from transformers import DynamicCache
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Response
 from grpo_fast.rollout.rows import RowsCache, cache_argument, plain_layers
+from grpo_fast.rollout.stops import StopTexts
+from grpo_fast.rollout.thinking import Thinking, ThinkingBudget
 
 Filters = Callable[[int], Callable[[Tensor, Tensor], Tensor]]
 
@@ -35,6 +37,7 @@ class Sequence:
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    thinking: Thinking | None = None
 
     @property
     def last(self) -> int:
@@ -63,15 +66,18 @@ class Decoder:
         filters: returns the logits processors for a prompt length.
         reads_tokens: whether the processors need the tokens of the sequence.
         greedy: take the most likely token.
+        stops: finds texts that end a completion.
+        budget: closes the thinking.
     """
 
     def __init__(
         self, model: nn.Module, max_tokens: int, max_new_tokens: int, eos_token_ids: set[int], filters: Filters,
-        reads_tokens: bool, greedy: bool,
+        reads_tokens: bool, greedy: bool, stops: StopTexts | None = None, budget: ThinkingBudget | None = None,
     ):  # fmt: skip
         self.model, self.device = model, model.device
         self.max_tokens, self.max_new_tokens, self.eos_token_ids = max_tokens, max_new_tokens, eos_token_ids
         self.filters, self.reads_tokens, self.greedy = filters, reads_tokens, greedy
+        self.stops, self.budget = stops, budget
         vocab = model.config.get_text_config().vocab_size
         self.max_rows = max(STEP_LOGITS // vocab, 1)
         self.chunk_rows = max(CHUNK_LOGITS // vocab, 1)
@@ -89,6 +95,9 @@ class Decoder:
             for index in order
             for number in range(num_generations)
         )
+        if self.budget is not None:
+            for sequence in self.waiting:
+                sequence.thinking = self.budget.begin(sequence.prompt)
         self.responses: list[Response | None] = [None] * len(self.waiting)
         while self.waiting or self.live:
             if self.waiting and len(self.live) <= 0.75 * self.most and (count := self.joining()):
@@ -199,15 +208,28 @@ class Decoder:
         tokens, logprobs = self.choose(logits)
         done = []
         for row, (sequence, token, logprob) in enumerate(zip(self.live, tokens, logprobs, strict=True)):
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
-            ended = token in self.eos_token_ids
-            if ended or len(sequence.tokens) == self.max_new_tokens:
-                reason = "stop" if ended else "length"
-                self.responses[sequence.place] = Response(sequence.tokens, reason, sequence.logprobs)
+            if (response := self.add(sequence, token, logprob)) is not None:
+                self.responses[sequence.place] = response
                 done.append(row)
         if done:
             self.drop(done)
+
+    def add(self, sequence: Sequence, token: int, logprob: float) -> Response | None:
+        """Add a sampled token to its sequence, or the one that is forced instead; the response if that ends it."""
+        thinking, past = sequence.thinking, None
+        if thinking is not None and (forced := thinking.forced()) is not None:
+            token, logprob = forced, 0.0
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        if thinking is not None:
+            thinking.add(sequence.tokens)
+        ended = token in self.eos_token_ids
+        if not ended and self.stops is not None:
+            past = self.stops.past(sequence.tokens)
+        if not ended and past is None and len(sequence.tokens) < self.max_new_tokens:
+            return None
+        reason, mask = "stop" if ended or past is not None else "length", None if thinking is None else thinking.mask
+        return Response(sequence.tokens, reason, sequence.logprobs, past, mask)
 
     def choose(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """A token for every row of ``[rows, vocab]``, and its log-probability after the filters."""

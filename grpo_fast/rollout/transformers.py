@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
+from grpo_fast.distributed.rng import kept_torch_generators
 from grpo_fast.errors import UserError, one_line
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.decode import Decoder, left_padded, not_finite
 from grpo_fast.rollout.rows import cache_argument, forward_arguments, plain_layers
+from grpo_fast.rollout.stops import StopCriterion, StopTexts, ending, stop_texts
+from grpo_fast.rollout.thinking import ForcedTokens, ThinkingBudget
 
-# The allowed generation_kwargs, which change the sampled distribution, and whether they depend on earlier tokens.
+# The allowed generation_kwargs besides ``stop``, which change the sampled distribution, and whether they depend on
+# earlier tokens.
 FILTERS = {
     "repetition_penalty": True,
     "no_repeat_ngram_size": True,
@@ -28,6 +32,7 @@ FILTERS = {
     "suppress_tokens": False,
     "begin_suppress_tokens": True,
 }
+ALLOWED = (*FILTERS, "stop")
 
 
 class TransformersRollout(Rollout):
@@ -73,13 +78,14 @@ class TransformersRollout(Rollout):
 
         decoder = Decoder(
             self.model, self.max_tokens, sampling.max_completion_length, self.eos_token_ids, filters,
-            any(FILTERS[name] for name in sampling.generation_kwargs), sampling.temperature == 0,
+            any(FILTERS[name] for name in sampling.filters), sampling.temperature == 0,
+            stop_texts(self.tokenizer, sampling), thinking_budget(self.tokenizer, sampling),
         )  # fmt: skip
         return decoder(prompt_ids, sampling.num_generations)
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
-        sampling.check_generation_kwargs(FILTERS)
-        with torch.random.fork_rng():
+        sampling.check_generation_kwargs(ALLOWED)
+        with kept_torch_generators():
             try:
                 super().check(prompt_ids, sampling)
             except UserError:
@@ -91,7 +97,7 @@ class TransformersRollout(Rollout):
     def _padded(self, prompt_ids: list[list[int]], sampling: Sampling, config: GenerationConfig) -> list[Response]:
         groups: dict[int, list[Response]] = {}
         for batch in self._batches(prompt_ids, sampling):
-            sampled = iter(self._sample([prompt_ids[index] for index in batch], sampling.num_generations, config))
+            sampled = iter(self._sample([prompt_ids[index] for index in batch], sampling, config))
             groups |= {index: list(islice(sampled, sampling.num_generations)) for index in batch}
         return [response for index in range(len(prompt_ids)) for response in groups[index]]
 
@@ -106,22 +112,32 @@ class TransformersRollout(Rollout):
             batch.append(index)
         yield batch
 
-    def _sample(self, prompt_ids: list[list[int]], repeats: int, config: GenerationConfig) -> list[Response]:
-        """`repeats` responses to each prompt of one padded batch, with the loop of transformers."""
+    def _sample(self, prompt_ids: list[list[int]], sampling: Sampling, config: GenerationConfig) -> list[Response]:
+        """Responses to each prompt of one padded batch, with the loop of transformers."""
+        repeats = sampling.num_generations
         ids, mask = left_padded(prompt_ids, self.tokenizer.pad_token_id, self.model.device)
-        recorder = Recorder()
+        stops, budget = stop_texts(self.tokenizer, sampling), thinking_budget(self.tokenizer, sampling)
+        forced = None
+        if budget is not None:
+            forced = ForcedTokens([budget.begin(prompt) for prompt in prompt_ids for _ in range(repeats)])
+        recorder = Recorder([forced] if forced else [])
+        criteria = StoppingCriteriaList([StopCriterion(stops, len(ids) * repeats)] if stops else [])
         try:
             output = self.model.generate(
                 input_ids=ids.repeat_interleave(repeats, 0), attention_mask=mask.repeat_interleave(repeats, 0),
-                generation_config=config, custom_generate=recorder.generate,
+                generation_config=config, custom_generate=recorder.generate, stopping_criteria=criteria,
             )  # fmt: skip
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
             raise not_finite() from None
-        logprobs = recorder.logprobs(output)
+        logprobs = recorder.logprobs(output).tolist()
         completions = output[:, ids.shape[1] :].tolist()
-        return [self._response(*pair) for pair in zip(completions, logprobs.tolist(), strict=True)]
+        masks: list[list[bool] | None] = [None] * len(completions)
+        if forced is not None:
+            forced.add(output)
+            masks = [state.mask for state in forced.states]
+        return [self._response(*each, stops) for each in zip(completions, logprobs, masks, strict=True)]
 
     def generation_config(self, sampling: Sampling) -> GenerationConfig:
         """The arguments of `generate`.
@@ -129,7 +145,7 @@ class TransformersRollout(Rollout):
         Raises:
             UserError: `generation_kwargs` are refused.
         """
-        sampling.check_generation_kwargs(FILTERS)
+        sampling.check_generation_kwargs(ALLOWED)
         chosen = {"do_sample": False}
         if sampling.temperature > 0:
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -139,14 +155,21 @@ class TransformersRollout(Rollout):
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=sorted(self.eos_token_ids) or None,
             **chosen,
-            **sampling.generation_kwargs,
+            **sampling.filters,
         )
 
-    def _response(self, tokens: list[int], logprobs: list[float]) -> Response:
-        for index, token in enumerate(tokens):
-            if token in self.eos_token_ids:
-                return Response(tokens[: index + 1], "stop", logprobs[: index + 1])
-        return Response(tokens, "length", logprobs)
+    def _response(
+        self, tokens: list[int], logprobs: list[float], mask: list[bool] | None, stops: StopTexts | None
+    ) -> Response:
+        """The response up to its first end-of-text token or stop text; padding may follow these."""
+        count, past = ending(tokens, self.eos_token_ids, stops) or (None, None)
+        mask = mask and mask[:count]
+        return Response(tokens[:count], "stop" if count else "length", logprobs[:count], past, mask)
+
+
+def thinking_budget(tokenizer: Any, sampling: Sampling) -> ThinkingBudget | None:
+    budget = sampling.thinking_budget
+    return None if budget is None else ThinkingBudget(tokenizer, budget)
 
 
 def not_continuous(model: nn.Module) -> str | None:
@@ -182,14 +205,19 @@ def processors(model: nn.Module, input_ids: Tensor, logits_processor: LogitsProc
 
 
 class Recorder:
-    """The decoding loop of `generate`, which also records the log-probabilities of the sampled tokens."""
+    """The decoding loop of `generate`, which also records the log-probabilities of the sampled tokens.
 
-    def __init__(self):
+    `last` are logits processors to apply after those of `generate`.
+    """
+
+    def __init__(self, last: Sequence[LogitsProcessor] = ()):
+        self.last = last
         self.before: Tensor | None = None
         self.chosen: list[Tensor] = []
 
     def generate(self, model: nn.Module, input_ids: Tensor, logits_processor: LogitsProcessorList, **others) -> Tensor:
-        return model._sample(input_ids, logits_processor=LogitsProcessorList([*logits_processor, self]), **others)
+        processors = LogitsProcessorList([*logits_processor, *self.last, self])
+        return model._sample(input_ids, logits_processor=processors, **others)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logprobs(input_ids)

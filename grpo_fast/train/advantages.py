@@ -13,27 +13,23 @@ from torch import Tensor
 
 from grpo_fast.config import UNCENTRED, GRPOConfig
 from grpo_fast.data.encoding import completion_text
-from grpo_fast.rewards.engine import Rewards
-from grpo_fast.rewards.steps import Steps
+from grpo_fast.rewards.engine import Rewards, Steps
 
 EPSILON = 1e-4
 
 
 class Advantages(NamedTuple):
-    """Per-completion advantages ``[B]``, and whether all rewards of a completion's group are equal ``[B]``."""
+    """Advantages ``[B]`` of completions, and whether all rewards of each one's group are equal ``[B]``."""
 
     values: Tensor
     equal: Tensor
 
 
-def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Standard deviation (Bessel's correction) of the entries that are not NaN; 0 where there are fewer than two."""
-    values = values.flatten() if dim is None else values
-    dim = 0 if dim is None else dim
+def nanstd(values: Tensor, dim: int = 0) -> Tensor:
+    """Standard deviation (Bessel's correction) along `dim`, which is kept, without NaN; 0 of fewer than two numbers."""
     count = (~values.isnan()).sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    std = torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
-    return std if keepdim else std.squeeze(dim)
+    return torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt()
 
 
 def group_advantages(
@@ -41,10 +37,10 @@ def group_advantages(
 ) -> Advantages:
     """``(r - baseline of the group) / (std + 1e-4)``, as in TRL (DeepSeekMath, arXiv 2402.03300, section 4.1.2).
 
-    Computed in float64: the square of a reward of 1e20 is no number of float32.
+    Computed in float64, since the square of a reward of 1e20 overflows float32.
 
     Args:
-        rewards: ``[B]`` float, the completions of a prompt side by side; NaN for a completion without a reward, which
+        rewards: ``[B]`` float, the completions of a prompt in a row; NaN for a completion without a reward, which
             counts in no mean and gets advantage 0.
         num_generations: G, which divides B and is at least 2.
         scale_rewards: standard deviation to divide by (with Bessel's correction): of the ``"group"``, of the
@@ -52,8 +48,8 @@ def group_advantages(
         baseline: one of `BASELINES`, see there.
 
     Returns:
-        :class:`Advantages` in the dtype of `rewards`. A group of equal rewards has advantages of exactly 0, but with
-        the baselines ``"none"`` and ``"best_only"``.
+        :class:`Advantages` in the dtype of `rewards`. A group of equal rewards has advantages of exactly 0, except
+        with the baselines ``"none"`` and ``"best_only"``.
 
     Raises:
         ValueError: G does not divide B or is below 2, a reward is infinite, or `scale_rewards` or `baseline` is
@@ -66,27 +62,27 @@ def group_advantages(
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r} is unknown; choose one of {', '.join(BASELINES)}")
     groups = rewards.double().view(-1, num_generations)
-    equal = _equal(groups)
-    # The mean of equal numbers may differ from them by rounding, which the division would blow up.
+    equal = _highest(groups) <= groups.nan_to_num(nan=math.inf).amin(1, keepdim=True)
+    # The mean of equal numbers may differ from them by rounding, which the division would amplify.
     nothing = groups.isnan() | (equal if baseline not in UNCENTRED else False)
     values = BASELINES[baseline](groups).masked_fill(nothing, 0.0)
     if scale_rewards == "group":
-        values = values / (nanstd(groups, 1, keepdim=True) + EPSILON)
+        values = values / (nanstd(groups, 1) + EPSILON)
     elif scale_rewards == "batch":
-        values = values / (nanstd(groups) + EPSILON)
+        values = values / (nanstd(groups.flatten()) + EPSILON)
     elif scale_rewards != "none":
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; choose 'group', 'batch' or 'none'")
     return Advantages(values.flatten().to(rewards.dtype), equal.expand_as(groups).flatten())
 
 
 def apart_advantages(each: Tensor, weights: Tensor, num_generations: int) -> Advantages:
-    """Several rewards, each normalised in its group, then summed and normalised over the batch, as in TRL.
+    """Normalise each of several rewards in its group, then their sum over the batch, as in TRL.
 
     GDPO, arXiv 2601.05242; TRL's `multi_objective_aggregation="normalize_then_sum"`. A reward of small spread keeps its
-    voice beside one of large spread.
+    influence beside a reward of large spread.
 
     Args:
-        each: ``[B, F]`` float, the rewards of F functions, NaN where one has none.
+        each: ``[B, F]`` float, the rewards from F functions, NaN where a function gave none.
         weights: ``[F]``, their weights in the sum.
         num_generations: G, which divides B and is at least 2.
 
@@ -101,11 +97,6 @@ def apart_advantages(each: Tensor, weights: Tensor, num_generations: int) -> Adv
     return Advantages(values.masked_fill(equal | total.isnan(), 0.0).to(each.dtype), equal)
 
 
-def _equal(groups: Tensor) -> Tensor:
-    lowest = groups.nan_to_num(nan=float("inf")).amin(1, keepdim=True)
-    return _highest(groups) <= lowest
-
-
 def _centred(groups: Tensor) -> Tensor:
     return groups - groups.nanmean(1, keepdim=True)
 
@@ -116,15 +107,15 @@ def _leave_one_out(groups: Tensor) -> Tensor:
 
 
 def _highest(groups: Tensor) -> Tensor:
-    return groups.nan_to_num(nan=-float("inf")).amax(1, keepdim=True)
+    return groups.nan_to_num(nan=-math.inf).amax(1, keepdim=True)
 
 
-# What is left of the rewards ``[P, G]`` of P groups:
+# From the rewards ``[P, G]`` of P groups:
 #   mean           r - mean of the group
-#   leave_one_out  r - mean of the others, G / (G - 1) times the former (RLOO, arXiv 2402.14740)
+#   leave_one_out  r - mean of the others, which is G / (G - 1) times the former (RLOO, arXiv 2402.14740)
 #   max            r - highest of the group
 #   none           r itself
-#   best_only      r where it is the group's highest, else 0 (the "max rewards" of Stanford's CS336, lecture 17)
+#   best_only      r if it is the group's highest, else 0 (the "max rewards" of Stanford's CS336, lecture 17)
 BASELINES = {
     "mean": _centred,
     "leave_one_out": _leave_one_out,
@@ -135,10 +126,10 @@ BASELINES = {
 
 
 def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int], ended: bool) -> list[int]:
-    """How many tokens belong to a step or to one before it, for each of the steps' `ends` (characters, rising).
+    """For each step's end (in characters, rising), how many tokens belong to that step or to an earlier one.
 
-    A token across the end of a step belongs to that step. So does one without characters of its own right after the
-    end: one that completes a character, or the one that `ended` the completion.
+    A token across the end of a step belongs to that step. So does a token right after the end that has no characters:
+    one that completes a character, or the one that `ended` the completion.
     """
 
     def characters(index: int) -> int:
@@ -153,16 +144,11 @@ def step_tokens(tokenizer: Any, token_ids: list[int], ends: Sequence[int], ended
 
 
 def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str, baseline: str) -> Advantages:
-    """Normalised rewards of the steps of B completions, those of a prompt side by side; all of a prompt are one group.
+    """Normalised rewards of the steps of B completions; all steps of a prompt's completions form one group.
 
-    Args:
-        steps: each completion's steps, none where it has none.
-        num_generations: G, which divides B.
-        scale_rewards, baseline: see :func:`grpo_fast.train.advantages.group_advantages`.
-
-    Returns:
-        ``[B, M]`` float64 values for at most M steps, 0 where there is none, and ``[B]`` whether all steps of a
-        completion's group have the same reward.
+    Each completion has any number of steps; the completions of a prompt are in a row. `num_generations`,
+    `scale_rewards` and `baseline` are those of `group_advantages`. The values are ``[B, M]`` float64 for at most M
+    steps, 0 where there is no step; ``[B]`` says whether all steps of a completion's group have the same reward.
     """
     longest = max(1, *map(len, steps))
     rewards = torch.full((len(steps), longest), math.nan, dtype=torch.float64)
@@ -172,15 +158,9 @@ def normalise_steps(steps: list[Steps], num_generations: int, scale_rewards: str
     return Advantages(found.values.view(-1, longest), found.equal.view(-1, longest)[:, 0])
 
 
-def spread_steps(advantages: Tensor, counts: list[int], values: Sequence[float]) -> None:
-    """Add to a completion's token `advantages` ``[T]`` each step's value, on the `step_tokens` up to the step's end."""
-    for count, value in zip(counts, values, strict=False):
-        advantages[:count] += value
-
-
 @dataclass
 class RewardAdvantages:
-    """Advantages of completions ``[B]``, those of their steps by reward function, and whether a group has none."""
+    """Advantages of completions ``[B]`` and of their steps by reward function, and whether all of a group are 0."""
 
     outcome: Tensor
     equal: Tensor
@@ -190,21 +170,20 @@ class RewardAdvantages:
 def reward_advantages(
     rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None
 ) -> RewardAdvantages:
-    """Advantages as `config` says, before they are spread over the tokens.
+    """Advantages of completions and steps, before they are spread over the tokens.
 
-    Functions that rewarded whole completions make up the outcome; those that rewarded steps are normalised each by
-    itself.
+    The functions that rewarded whole completions make up the outcome; the steps that a function rewarded are normalised
+    separately.
 
     Args:
-        rewards: of B completions, those of a prompt side by side.
+        rewards: of B completions, those of a prompt in a row.
         weights: ``[F]``, the functions' weights.
-        config: how rewards are normalised.
-        penalty: ``[B]``, taken from the outcome's reward.
+        penalty: ``[B]``, subtracted from the outcome's reward.
     """
     size, scale, baseline = config.num_generations, config.scale_rewards, config.reward_baseline
     process = sorted({index for found in rewards.steps for index in found})
     each = rewards.each.clone()
-    # A completion whose steps were rewarded is not without a reward.
+    # A completion whose steps were rewarded counts as rewarded.
     nothing = each[:, process].isnan() | (len(process) < each.shape[1])
     each[:, process] = torch.zeros_like(each[:, process]).masked_fill(nothing, torch.nan)
     if config.multi_objective_aggregation == "normalize_then_sum":

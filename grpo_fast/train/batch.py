@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,12 @@ from grpo_kernels import PolicyObjective, token_weights
 
 @dataclass
 class StepBatch:
-    """Everything of one generation that the updates need. Token tensors are flat ``[N]`` over all completions.
+    """What the updates on one generation batch need. Token tensors are flat ``[N]`` over all completions.
 
-    `counted` says of each completion whether it is in the loss at all; `active` lists the samples that are computed;
+    `counted` is ``[S]``, whether a completion is in the loss at all; `active` lists the samples that are computed;
     `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
-    `sampling_logprobs` are the sampler's own, where the loss corrects for their difference by `correction`.
+    `sampling_logprobs` are the sampler's, whose difference from the trainer's `correction` accounts for; `mask` is 0
+    for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well.
     """
 
     samples: list[Sample]
@@ -34,13 +34,10 @@ class StepBatch:
     high_entropy: Tensor | None = None
     sampling_logprobs: Tensor | None = None
     correction: Tensor | None = None
-
-    def to(self, device: torch.device) -> StepBatch:
-        """The token tensors on the device of the microbatches; the plan of rows stays on the CPU."""
-        return dataclasses.replace(self, advantages=self.advantages.to(device), weights=self.weights.to(device))
+    mask: Tensor | None = None
 
     def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
-        """Give every token its advantage ``[N]``, and leave out the samples that cannot move the policy."""
+        """Set the advantage of every token ``[N]``, and leave out the samples that cannot move the policy."""
         self.advantages = advantages.to(self.weights.device)
         moves = self.counted
         if objective.advantage_alone:
@@ -48,25 +45,28 @@ class StepBatch:
         self.active = moves.nonzero().squeeze(1).tolist()
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sums ``[S]`` over each completion's tokens."""
+        """Sums ``[S]`` over each completion's sampled tokens."""
+        values = values if self.mask is None else values * self.mask.to(values)
         samples = torch.arange(len(self.samples)).repeat_interleave(self.offsets.diff()).to(values.device)
         return values.new_zeros(len(self.samples)).index_add(0, samples, values)
 
 
 def build_step_batch(
-    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig
+    samples: list[Sample], counted: Tensor, objective: PolicyObjective, config: GRPOConfig, mask: Tensor | None = None
 ) -> StepBatch:
     """Flat token tensors of a step, with one set of weights for all its microbatches and no advantages yet.
 
-    `counted` is ``[S]``, whether a completion is in the loss at all. Active is what has to be scored: all completions
-    where the KL is part of their reward, else those in the loss.
+    `counted` is ``[S]``, whether a completion is in the loss at all; `mask` is ``[N]``, 0 where a token was forced
+    (None: all were sampled). The active completions are those to be scored: all of them with the KL in their reward,
+    otherwise those in the loss.
     """
     offsets = token_offsets(samples)
+    tokens = counted.repeat_interleave(offsets.diff())
     weights = token_weights(
-        counted.repeat_interleave(offsets.diff()), objective.aggregation, cu_seqlens=offsets,
+        tokens if mask is None else tokens & (mask != 0), objective.aggregation, cu_seqlens=offsets,
         constant_length=config.max_completion_length,
     )  # fmt: skip
     scored = torch.ones_like(counted) if config.kl_in_reward else counted
     return StepBatch(
-        samples, offsets, counted, torch.zeros_like(weights), weights, scored.nonzero().squeeze(1).tolist()
+        samples, offsets, counted, torch.zeros_like(weights), weights, scored.nonzero().squeeze(1).tolist(), mask=mask
     )

@@ -1,10 +1,10 @@
-"""Checkpoints: everything that decides the rest of a run, in a folder that appears only when it is whole.
+"""Checkpoints: everything that decides the rest of a run, in a folder that appears only when it is complete.
 
-``checkpoint-N/`` holds what `from_pretrained` loads (the model and its tokenizer; of an adapted model the adapter
-alone) and beside it ``trainer_state.json``, ``optimizer.safetensors`` and ``rng.safetensors``, and with
-`sync_ref_model` the reference policy's weights, ``reference.safetensors``. The state is written last and lists every
-other file with its length and checksum. The folder is written under another name, synced to the disk and renamed. A
-learning rate follows from the step and needs no state.
+``checkpoint-N/`` holds what `from_pretrained` loads (the model and its tokenizer, or only the adapter of an adapted
+model) and beside it ``trainer_state.json``, ``optimizer.safetensors``, ``rng.safetensors`` and, with `sync_ref_model`,
+the weights of the reference policy, ``reference.safetensors``. The state is written last and lists the other files with
+their lengths and checksums. The folder is written under another name, synced to the disk and renamed. The learning rate
+follows from the step and needs no state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import math
 import shutil
 import zlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,49 +28,35 @@ from torch import Tensor, nn
 
 from grpo_fast.config import FREE_FIELDS, GRPOConfig
 from grpo_fast.distributed.sharding import cut_like
-from grpo_fast.errors import CheckpointError, UserError, one_line
-from grpo_fast.files import discard, json_ready, sha256_sums, sync
+from grpo_fast.errors import CheckpointError, UserError, one_line, shown
+from grpo_fast.files import discard, json_ready, parse_json, sha256_sums, sync
 
 STATE_FILE = "trainer_state.json"
-# Of trainer_state.json: 1 had no checksums. A higher one is that of a newer version.
+# The format of trainer_state.json; format 1 had no checksums.
 FORMAT = 2
-# What a run needs to go on, and a model does not.
+# Files that a run needs to continue, but a model does not.
 RUN_FILES = frozenset({"optimizer.safetensors", "rng.safetensors", "reference.safetensors"})
 
 
 @dataclass
 class TrainerState:
-    """``trainer_state.json``.
+    """``trainer_state.json``."""
 
-    Args:
-        step: optimizer steps that were taken.
-        num_tokens: tokens of prompts and completions that were trained on.
-        num_prompts: prompts that were drawn from the training rows.
-        train_seconds: time of the steps, seconds.
-        before: score on the held-out prompts before training, None where it is not a number.
-        fixed: what the resumed run must have in common with this one.
-        best_step: the step with the best score on the held-out prompts so far, 0 for none.
-        best_score: its score, None for none.
-        files: bytes of every other file of the checkpoint.
-        sha256: and their checksums.
-        format: version of this file.
-    """
-
-    step: int
-    num_tokens: int
-    num_prompts: int
-    train_seconds: float
-    before: float | None
-    fixed: dict[str, Any]
-    best_step: int = 0
-    best_score: float | None = None
-    files: dict[str, int] = field(default_factory=dict)
-    sha256: dict[str, str] = field(default_factory=dict)
+    step: int  # optimizer steps so far
+    num_tokens: int  # of the prompts and completions that were trained on
+    num_prompts: int  # drawn from the training rows
+    train_seconds: float  # time of the steps
+    before: float  # score on the held-out prompts before training; NaN (null in the file) without one
+    fixed: dict[str, Any]  # what a resumed run must have in common with this one
+    best_step: int = 0  # the step with the best score on the held-out prompts so far, 0 for none
+    best_score: float = -math.inf  # its score; null in the file without one
+    files: dict[str, int] = field(default_factory=dict)  # lengths of the checkpoint's other files, bytes
+    sha256: dict[str, str] = field(default_factory=dict)  # their checksums
     format: int = FORMAT
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """The run's checkpoints, by their steps."""
+    """The run's checkpoints, ordered by step."""
     found = [path for path in run_folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
@@ -81,30 +69,29 @@ def save_checkpoint(
     tensors: dict[str, dict[str, Tensor]],
     weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `model` (a PeftModel: its adapter), `tokenizer`, each of `tensors` as ``NAME.safetensors``, and `state`.
+    """Write `model` (for a PeftModel its adapter), `tokenizer`, `state`, and each of `tensors` as ``NAME.safetensors``.
 
-    A sharded model's `weights` are given, whole.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written to; other checkpoints are as they were.
+    `weights` are those of a sharded model, whole. A CheckpointError, if the disk is full or cannot be written to,
+    leaves the other checkpoints untouched.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if hasattr(model, "get_base_model"):
-            # Otherwise peft asks the hub whether the embeddings were resized.
-            options = {"save_embedding_layers": False, "selected_adapters": ["default"]}
-            model.save_pretrained(partial, state_dict=weights, **options)
-        else:
-            model.save_pretrained(partial, state_dict=weights)
+        # Without the option, peft asks the hub whether the embeddings were resized.
+        adapter = {"save_embedding_layers": False, "selected_adapters": ["default"]}
+        model.save_pretrained(partial, state_dict=weights, **(adapter if hasattr(model, "get_base_model") else {}))
         tokenizer.save_pretrained(partial)
         for name, content in tensors.items():
             save_file(content, partial / f"{name}.safetensors")
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         names = [path.relative_to(partial).as_posix() for path in paths]
-        files = {name: path.stat().st_size for name, path in zip(names, paths, strict=True)}
-        sums = dict(zip(names, sha256_sums(paths), strict=True))
-        content = json_ready(dataclasses.asdict(dataclasses.replace(state, files=files, sha256=sums)))
+        state = dataclasses.replace(
+            state,
+            files={name: path.stat().st_size for name, path in zip(names, paths, strict=True)},
+            sha256=dict(zip(names, sha256_sums(paths), strict=True)),
+            format=FORMAT,
+        )
+        content = json_ready(dataclasses.asdict(state))
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=2)
         (partial / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         for path in (*partial.rglob("*"), partial):
@@ -119,7 +106,7 @@ def save_checkpoint(
 
 
 def keep_newest(run_folder: Path, limit: int, best_step: int = 0) -> None:
-    """Remove all checkpoints but the newest `limit` and that of `best_step`."""
+    """Remove all checkpoints except the newest `limit` and that of `best_step`."""
     for folder in checkpoints(run_folder)[:-limit]:
         if folder.name != f"checkpoint-{best_step}":
             discard(folder)
@@ -129,30 +116,37 @@ class _Damage(Exception):
     """What is wrong with a checkpoint."""
 
 
-def read_state(folder: Path) -> TrainerState:
-    """The state of a checkpoint whose files are all there, as long as they were written.
-
-    Raises:
-        UserError: they are not, the state was changed since, or a newer version wrote it.
-    """
+@contextmanager
+def _reading(folder: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Report damage, and errors of these `kinds`, in one line that says which older checkpoint remains."""
     try:
+        yield
+    except (_Damage, *kinds) as error:
+        older = [path.name for path in checkpoints(folder.parent) if path != folder]
+        raise UserError(
+            f"the checkpoint {folder} is damaged ({one_line(error)}); remove that folder to "
+            + (f"continue from {older[-1]}" if older else "start from the beginning")
+        ) from None
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The state of a checkpoint; a UserError if it was changed, or files are missing or have other lengths."""
+    with _reading(folder):
         state = _parse_state(folder)
         _check_files(folder, state, list(state.files), sums=False)
-    except _Damage as damage:
-        raise damaged(folder, str(damage)) from None
     return state
 
 
 def _parse_state(folder: Path) -> TrainerState:
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        content = parse_json((folder / STATE_FILE).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise _Damage(f"{STATE_FILE} holds no state")
         version = content.get("format", 1)
         if type(version) is int and version > FORMAT:
             raise UserError(
-                f"the checkpoint {folder} is of a newer version of grpo-fast (format {version}, this one reads up to "
-                f"{FORMAT}); install that version"
+                f"the checkpoint {folder} is of a newer version of grpo-fast (format {shown(version)}, this one reads "
+                f"up to {FORMAT}); install that version"
             )
         checksum = content.pop("checksum", None)
         if version != 1 and checksum != _checksum(content):
@@ -160,47 +154,44 @@ def _parse_state(folder: Path) -> TrainerState:
         state = TrainerState(**{"format": 1, **content})
     except UserError:
         raise
-    except OSError as error:
-        raise _Damage(f"{STATE_FILE}: {error.strerror}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _Damage(f"{STATE_FILE}: {one_line(error)}") from None
-    reason = _wrong_field(state)
-    if reason:
-        raise _Damage(f"{STATE_FILE}: {reason}")
+    except (OSError, ValueError, TypeError) as error:
+        raise _Damage(f"{STATE_FILE}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+    _check_fields(state)
+    state.before = math.nan if state.before is None else state.before
+    state.best_score = -math.inf if state.best_score is None else state.best_score
     return state
 
 
-def _wrong_field(state: TrainerState) -> str | None:
-    """A value of the state that cannot be; those who change it by hand may also mend the checksum."""
+def _check_fields(state: TrainerState) -> None:
+    """Refuse impossible values: whoever edits the file by hand may also update the checksum."""
     for name in ("step", "num_tokens", "num_prompts", "best_step"):
         value = getattr(state, name)
         if type(value) is not int or value < 0:
-            return f"{name}={value!r} is not a number from 0 on"
+            raise _Damage(f"{STATE_FILE}: {name}={shown(value)} is not a number from 0 on")
     for name in ("train_seconds", "before", "best_score"):
         value = getattr(state, name)
         if not (isinstance(value, (int, float)) or (value is None and name != "train_seconds")):
-            return f"{name}={value!r} is not a number"
+            raise _Damage(f"{STATE_FILE}: {name}={shown(value)} is not a number")
     for name, kind in (("fixed", object), ("files", int), ("sha256", str)):
         value = getattr(state, name)
         if not isinstance(value, dict) or not all(isinstance(each, kind) for each in value.values()):
-            return f"{name} is not what a run writes"
-    return None
+            raise _Damage(f"{STATE_FILE}: {name} has the wrong type")
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    """Of the state without it, however it is laid out."""
+    """The checksum of a state, whatever the file's whitespace."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_files(folder: Path, state: TrainerState, names: list[str], sums: bool) -> None:
-    """Whether files of the checkpoint are as they were written; with `sums`, by reading them."""
+    """Check that files of the checkpoint have their lengths and, with `sums`, their checksums."""
     for name in names:
         path, size = folder / name, state.files[name]
         if not path.is_file():
             raise _Damage(f"{name} is missing")
         if path.stat().st_size != size:
             raise _Damage(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
-    # A checkpoint of format 1 has none.
+    # Format 1 has no checksums.
     names = [name for name in names if name in state.sha256] if sums else []
     try:
         found = sha256_sums(folder / name for name in names)
@@ -212,11 +203,7 @@ def _check_files(folder: Path, state: TrainerState, names: list[str], sums: bool
 
 
 def verify_model(folder: Path) -> None:
-    """Check the weights of a checkpoint that serves as a model; of any other folder there is nothing to compare.
-
-    Raises:
-        UserError: a file is not as it was written, or a newer version wrote the checkpoint.
-    """
+    """Raise a UserError if `folder` is a checkpoint whose weights were changed, or which a newer version wrote."""
     if not (folder / STATE_FILE).is_file():
         return
     try:
@@ -228,11 +215,7 @@ def verify_model(folder: Path) -> None:
 
 
 def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, TrainerState] | None:
-    """The newest checkpoint, whose files are as they were written, and its state; None where there is none.
-
-    Raises:
-        UserError: it is damaged, or the configuration is that of another run.
-    """
+    """The newest checkpoint and its state, or None; a UserError if it is damaged, or that of another run."""
     found = checkpoints(run_folder)
     if not found:
         return None
@@ -240,30 +223,19 @@ def find_checkpoint(run_folder: Path, config: GRPOConfig) -> tuple[Path, Trainer
     check_same(found[-1], state.fixed, fixed_fields(config))
     if state.step > config.max_steps:
         raise UserError(f"max_steps={config.max_steps} is less than the {state.step} steps of {found[-1]}")
-    try:
+    with _reading(found[-1]):
         _check_files(found[-1], state, list(state.files), sums=True)
-    except _Damage as damage:
-        raise damaged(found[-1], str(damage)) from None
     return found[-1], state
 
 
-def damaged(folder: Path, reason: str) -> UserError:
-    """The error for a checkpoint that cannot be read; it says what remains."""
-    older = [path.name for path in checkpoints(folder.parent) if path != folder]
-    return UserError(
-        f"the checkpoint {folder} is damaged ({reason}); remove that folder to "
-        + (f"go on from {older[-1]}" if older else "start from the beginning")
-    )
-
-
 def fixed_fields(config: GRPOConfig) -> dict[str, Any]:
-    """The fields that a resumed run must not change, as JSON gives them back."""
+    """The fields that a resumed run must not change, as they are read back from JSON."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
     return json.loads(json.dumps(values))
 
 
 def fingerprint(encoded: list[list[int]]) -> str:
-    """Number of prompts and a checksum of their tokens."""
+    """The number of prompts and a checksum of their tokens."""
     checksum = 0
     for ids in encoded:
         checksum = zlib.crc32(array("q", [len(ids), *ids]).tobytes(), checksum)
@@ -271,48 +243,35 @@ def fingerprint(encoded: list[list[int]]) -> str:
 
 
 def check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """What a resumed run has in common with the one that wrote the checkpoint; its learning_rate may be smaller.
+    """Raise a UserError for the first value in which a resumed run differs from the one that wrote the checkpoint.
 
-    Raises:
-        UserError: a value differs; the line names it, and both values.
+    Only its learning_rate may be smaller.
     """
     for name, value in now.items():
         if name not in saved or saved[name] == value or (name == "learning_rate" and value < saved[name]):
             continue
         allowed = "that value or a smaller one" if name == "learning_rate" else "that value"
         raise UserError(
-            f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run goes on as it began; "
+            f"{name}={value!r} is not that of {folder}, {saved[name]!r}: a resumed run keeps its settings; "
             f"take {allowed}, or another output_dir for a new run"
         )
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of ``NAME.safetensors``.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
+    """The tensors of ``NAME.safetensors``; a UserError if the file cannot be read."""
+    with _reading(folder, OSError, SafetensorError):
         return load_file(folder / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise damaged(folder, f"{name}.safetensors: {one_line(error)}") from None
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Give `model` (a PeftModel: its adapter) the checkpoint's weights, bit for bit.
-
-    Raises:
-        UserError: they cannot be read, or are those of another model.
-    """
+    """Load the weights into `model` (for a PeftModel into its adapter), bit for bit; a UserError if they do not fit."""
     load = _load_adapter if hasattr(model, "get_base_model") else _load_model
-    try:
+    with _reading(folder, OSError, ValueError, RuntimeError, SafetensorError):
         load(folder, model)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise damaged(folder, one_line(error)) from None
 
 
 def _load_model(folder: Path, model: nn.Module) -> None:
-    # Not the file's tensors by their names: transformers may name or join them otherwise than the model does.
+    # By from_pretrained, since transformers may name or join the tensors in the file differently from the model.
     loaded, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"it lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
@@ -331,25 +290,18 @@ def _load_adapter(folder: Path, model: nn.Module) -> None:
 
 
 def checkpoint_bytes(model: nn.Module, config: GRPOConfig) -> int:
-    """Bytes of one checkpoint: the weights, or the trained ones where they are an adapter, and AdamW's two moments.
-
-    A reference policy that is refreshed is one more model.
-    """
+    """Bytes of one checkpoint: the weights (or only the adapter's), two moments, and a reference policy that moves."""
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if config.use_peft else list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in saved)
-    # float32 moments and, offloaded, float32 weights; 8-bit ones come with a float32 scale for 256 of them.
+    # float32 moments and, offloaded, float32 weights; 8-bit moments have a float32 scale for every 256 of them.
     each = {"adamw_torch_fused": 12 if config.optim_offload else 8}.get(config.optim, 2 * (1 + 4 / 256))
     reference = weights if config.sync_ref_model else 0
     return weights + reference + math.ceil(each * sum(p.numel() for p in trained))
 
 
 def check_space(model: nn.Module, folder: Path, config: GRPOConfig) -> None:
-    """The disk must have room for the checkpoints that are there at once: those kept, and the one being written.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise a UserError unless the disk has room for the checkpoints to keep and the one being written."""
     saves = math.ceil(config.max_steps / config.save_steps) if config.save_steps else 1
     saves += math.ceil(config.max_steps / config.eval_steps) if config.keep_best else 0
     count, size = min(config.save_total_limit + 1 + config.keep_best, saves), checkpoint_bytes(model, config)

@@ -17,8 +17,8 @@ SHOWN = 3
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every floating-point number of `tensors` is finite, in every process of the run.
 
-    Of sharded tensors each process looks at its share. Reads them once, for their norm, which NaN and the infinities
-    survive, and takes a few bytes for each; where the norm of finite numbers overflows, they are looked at one by one.
+    Each process checks its own shards. The tensors are read once, for their norm, in which NaN and infinities survive;
+    only if that is not finite, which it also is when it overflows, they are checked one by one.
     """
     own = list(_own(tensors))
     if not largest(int(not get_total_norm(own).isfinite())):
@@ -29,7 +29,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     """The names of the tensors that hold NaN or an infinity, in any process: the first three, and how many more.
 
-    It waits for the device once for each tensor, so it is for errors.
+    It waits for the device once per tensor, so it is only for error messages.
     """
     found = gather(lambda: [name for name, tensor in named if not all(t.isfinite().all() for t in _own([tensor]))])
     names = list(dict.fromkeys(name.removeprefix("module.").removeprefix("model.") for part in found for name in part))
@@ -38,15 +38,7 @@ def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def check_finite(named: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """Refuse to train weights that are not finite.
-
-    Args:
-        named: names and tensors.
-        source: where they come from, for the error.
-
-    Raises:
-        UserError: it names them.
-    """
+    """Raise a UserError that names the tensors that are not finite, and their `source`."""
     named = list(named)
     if not all_finite(tensor for _, tensor in named):
         raise UserError(f"{source} holds weights that are not finite: {not_finite(named)}")

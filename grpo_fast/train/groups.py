@@ -19,13 +19,13 @@ from grpo_fast.rewards import Rewards
 from grpo_fast.rewards.engine import RewardModel
 from grpo_fast.rollout import Response
 from grpo_fast.rollout.base import Rollout, Sampling
-from grpo_fast.train.advantages import RewardAdvantages, reward_advantages, spread_steps, step_tokens
+from grpo_fast.train.advantages import RewardAdvantages, reward_advantages, step_tokens
 from grpo_fast.train.batch import StepBatch
 
 
 @dataclass
 class Groups:
-    """P prompts and their completions, G of each prompt side by side."""
+    """P prompts and their completions, the G completions of a prompt in a row."""
 
     rows: list[dict[str, Any]]
     prompts: list[list[int]]
@@ -40,13 +40,19 @@ class Groups:
             for index, response in enumerate(self.responses)
         ]
 
+    def mask(self) -> Tensor | None:
+        """Whether each token was sampled ``[N]``; None if none was forced."""
+        if all(response.mask is None or all(response.mask) for response in self.responses):
+            return None
+        return torch.tensor([kept for r in self.responses for kept in r.mask or [True] * len(r.token_ids)])
+
     def counted(self, config: GRPOConfig) -> Tensor:
         """Whether each completion is in the loss ``[B]``."""
         ended = torch.tensor([response.finish_reason == "stop" for response in self.responses])
         return ended | (not config.mask_truncated_completions)
 
     def lines(self, step: int, names: list[str], batch: StepBatch) -> Iterator[dict[str, Any]]:
-        """For the log: every completion with its rewards and the advantage of its first token."""
+        """Every completion with its rewards and the advantage of its first token, for the log."""
         firsts = batch.advantages[batch.offsets[:-1].to(batch.advantages.device)].tolist()
         size = len(self.responses) // len(self.prompts)
         for index, (text, advantage) in enumerate(zip(self.texts, firsts, strict=True)):
@@ -56,7 +62,7 @@ class Groups:
             yield {**entry, "rewards": rewards, "advantage": advantage}
 
     def replaced(self, places: list[int], others: Groups) -> Groups:
-        """These groups, but at `places` those of `others`."""
+        """These groups, with those of `others` at `places`."""
         size = len(self.responses) // len(self.prompts)
         inside = [place * size + index for place in places for index in range(size)]
         rewards = {"steps": _put(self.rewards.steps, inside, others.rewards.steps)}
@@ -80,18 +86,17 @@ def _put(items: list, places: list[int], others: list) -> list:
 
 
 def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: Any) -> Tensor:
-    """The advantage of every token ``[N]`` float32: the outcome's, and those of the steps that end at or after it.
+    """The advantage of every token ``[N]`` float32: the outcome's plus those of the steps that end at or after it.
 
-    Raises:
-        UserError: one is beyond float32.
+    A UserError refuses an advantage beyond float32.
     """
     tokens = []
     for place, (response, steps) in enumerate(zip(groups.responses, groups.rewards.steps, strict=True)):
         values = torch.full((len(response.token_ids),), advantages.outcome[place].item(), dtype=torch.float64)
         for index, pairs in steps.items():
-            ends, ended = [end for end, _ in pairs], response.finish_reason == "stop"
-            counts = step_tokens(tokenizer, response.token_ids, ends, ended)
-            spread_steps(values, counts, advantages.steps[index][place].tolist())
+            counts = step_tokens(tokenizer, response.token_ids, [end for end, _ in pairs], response.ended)
+            for count, value in zip(counts, advantages.steps[index][place].tolist(), strict=False):
+                values[:count] += value
         tokens.append(values)
     advantage = torch.cat(tokens).float()
     if not bool(advantage.isfinite().all()):
@@ -104,21 +109,16 @@ def token_advantages(groups: Groups, advantages: RewardAdvantages, tokenizer: An
 def sample_groups(
     sample: Callable[[int], Groups], weights: Tensor, config: GRPOConfig
 ) -> tuple[Groups, int, dict[str, float]]:
-    """The groups of a step; with `dynamic_sampling`, others in place of those without variance.
+    """The groups of a step; with `dynamic_sampling`, groups without variance are replaced.
 
-    As in DAPO (arXiv 2503.14476, section 3.2): a prompt whose completions all have the same reward teaches nothing.
-    Just as many prompts as such groups are sampled anew, until there is none or `max_num_gen_batches` batches were
-    sampled; groups without variance that are left then stay, so that a batch always has its full size.
+    As in DAPO (arXiv 2503.14476, section 3.2), since a prompt whose completions all have the same reward teaches
+    nothing: as many prompts as there are such groups are sampled, until there is none or `max_num_gen_batches` batches
+    were sampled. Groups without variance that remain then stay, so that a batch always has its full size.
 
-    Args:
-        sample: samples and scores so many further prompts.
-        weights: ``[F]``, weights of the reward functions.
-        config: the run.
+    `sample` samples and scores that many further prompts; `weights` are those of the reward functions, ``[F]``.
 
-    Returns:
-        The groups, the number of prompts that were drawn, and the figures of the refilling: batches that were sampled,
-        the share of groups that were refilled, and the mean reward of everything that was sampled, which, other than
-        that of the batch, does not depend on what was kept.
+    Returns the groups, the number of prompts that were drawn, and metrics of the resampling. The mean reward of
+    everything that was sampled, unlike the batch's, does not depend on what was kept.
     """
     groups = sample(config.prompts_per_step)
     if not config.dynamic_sampling:
@@ -138,7 +138,7 @@ def sample_groups(
 
 
 def without_variance(rewards: Rewards, weights: Tensor, config: GRPOConfig) -> list[int]:
-    """Places of the groups whose rewards are all equal."""
+    """The places of the groups whose rewards are all equal."""
     equal = reward_advantages(rewards, weights, config).equal
     return equal[:: config.num_generations].nonzero().squeeze(1).tolist()
 
@@ -158,9 +158,9 @@ def sample_and_score(
 def score_responses(
     rewards: RewardModel, tokenizer: Any, rows: list[Row], prompt_ids: list[list[int]], responses: list[Response]
 ) -> tuple[list[Response], list[str], Rewards]:
-    """The same for responses that are there, those of a row side by side."""
+    """As `sample_and_score`, for given responses, those of a row next to each other."""
     ids = [list(response.token_ids) for response in responses]
-    texts = [completion_text(tokenizer, r.token_ids, r.finish_reason == "stop") for r in responses]
+    texts = [completion_text(tokenizer, r.token_ids, r.ended, r.past or 0) for r in responses]
     size = len(responses) // len(rows)
     repeated = [row for row in rows for _ in range(size)]
     rendered = [rendered_prompt(tokenizer, i, row["prompt"]) for i, row in zip(prompt_ids, rows, strict=True)]
@@ -168,5 +168,5 @@ def score_responses(
     prompts, completions = map(list, zip(*turns, strict=True))
     columns = {name: [row.get(name) for row in repeated] for name in repeated[0] if name != "prompt"}
     columns |= {"completion_ids": ids, "rendered_prompts": [text for text in rendered for _ in range(size)]}
-    # Once, wherever there are several processes: a reward function may count, or cost.
+    # In one process only: a reward function may have state or cost money.
     return responses, texts, on_main(lambda: rewards(prompts, completions, columns, size))

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP while a run goes on: the first asks it to stop, a second one ends it."""
+"""SIGINT, SIGTERM and SIGHUP during a run: the first signal asks it to stop, a second one ends it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from grpo_fast.distributed.processes import is_main, largest, size
 
-# A terminal that goes away sends SIGHUP, often twice; Windows has none.
+# A terminal that closes sends SIGHUP, often twice; Windows has no such signal.
 HANGUP = getattr(signal, "SIGHUP", None)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([HANGUP] if HANGUP else []))
 NOTE = b"\nstopping after this generation batch, with a checkpoint"
@@ -19,11 +19,11 @@ _RESTORED = object()
 
 
 class Interrupt:
-    """Within it, the first signal is only kept in ``signal``; after that SIGINT and SIGTERM do again what they did.
+    """A context in which the first signal is only stored in ``signal``; after it, SIGINT and SIGTERM act as before.
 
-    A further SIGHUP changes nothing, and a signal that was ignored before, as SIGHUP is under nohup, is still ignored.
-    Of several processes, whose launcher passes on what it gets itself, each keeps all signals. Outside of the main
-    thread, where Python takes no signals, nothing changes.
+    Further SIGHUPs have no effect, and a signal that was ignored before (SIGHUP under nohup) stays ignored. If there
+    are several processes, each keeps storing signals, since their launcher forwards its own. Outside of the main
+    thread, which alone receives signals in Python, nothing changes.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Interrupt:
 
     def _restore(self, numbers: Iterable[int]) -> None:
         for number in list(numbers):
-            # Another signal may come, and restore them, in the middle of this.
+            # Another signal may arrive here and restore the handlers first.
             handler = self._handlers.pop(number, _RESTORED)
             if handler is not _RESTORED:
                 # A handler that was not set from Python reads as None.
@@ -52,22 +52,17 @@ class Interrupt:
         if size() == 1:
             self._restore(self._handlers.keys() - {HANGUP})
         if first and is_main():
-            # Not print: the handler may run in the middle of one. There may be nobody left to read it.
+            # Not print, which may be interrupted by this handler; and stderr may be closed.
             with suppress(OSError):
                 os.write(2, NOTE + (b"; a second signal stops at once\n" if size() == 1 else b"\n"))
 
     def agree(self) -> int | None:
-        """The signal that any process of the run has kept; asked by all of them at the same point."""
+        """The signal that any process of the run has stored; all of them call this at the same point."""
         self.signal = largest(self.signal or 0) or None
         return self.signal
 
     def exit(self) -> None:
-        """End as a program that was stopped by the signal does: with status 130, 143 or 129.
-
-        Raises:
-            KeyboardInterrupt: after SIGINT.
-            SystemExit: after SIGTERM or SIGHUP.
-        """
+        """End as the signal would: a KeyboardInterrupt after SIGINT, otherwise a SystemExit with status 143 or 129."""
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signal)

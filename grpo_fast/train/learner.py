@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,34 +16,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.distributed import sharding
 from grpo_fast.distributed.processes import rank, size, total
 from grpo_fast.distributed.rng import own_random_numbers
-from grpo_fast.distributed.sharding import (
-    is_sharded,
-    outer_weights,
-    release,
-    shard,
-    sum_gradients,
-    whole,
-    whole_state,
-    without_sync,
-)
 from grpo_fast.errors import NotFiniteError, UserError
+from grpo_fast.model import packing
 from grpo_fast.model.activations import prepare_activations
 from grpo_fast.model.attention import install
+from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.loading import REFERENCE, train_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
-from grpo_fast.model.packing import (
-    Microbatch,
-    Sample,
-    build_microbatch,
-    deal_microbatches,
-    empty_microbatch,
-    fair_share,
-    fill_microbatches,
-    plan_rows,
-    token_offsets,
-)
+from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
 from grpo_fast.model.policy import LossInputs
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
@@ -51,45 +34,39 @@ from grpo_fast.train.finite import all_finite, not_finite
 from grpo_fast.train.metrics import loss_metrics, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
-from grpo_kernels import high_entropy_mask, sampling_ratio
-
-T = TypeVar("T")
+from grpo_kernels import high_entropy_mask, masked_mean, sampling_ratio
+from grpo_kernels.weight_copies import kept_weight_copies
 
 
 class Learner:
     """Trains a policy on generation batches.
 
-    Args:
-        model: a transformers causal LM; with `use_peft` it gets its adapters here.
-        config: the run.
-        accelerator: where it runs.
-        prompt_ids: any prompt, to compare the fused head and packed rows with the model's own.
-        pad_token_id: for padded rows.
-
-    Raises:
-        UserError: the model cannot be trained as `config` says.
+    `model` is a transformers causal LM, which gets its adapters here; `prompt_ids` is any prompt, with which the fused
+    head and packed rows are compared with the model's own. A UserError refuses a model that cannot be trained.
     """
 
     def __init__(
         self, model: nn.Module, config: GRPOConfig, accelerator: Accelerator, prompt_ids: list[int], pad_token_id: int
     ):
         self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
-        self.objective, self.sharded = config.objective(), is_sharded(config)
+        self.objective, self.sharded = config.objective(), sharding.is_sharded(config)
         self.adapter = train_adapter(model, config) if config.use_peft else None
         prepare_activations(model, config)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
         policy.eval()
-        # Parked on the CPU, where it is not sharded: scoring takes it to the device and back.
+        # Unless it is sharded, it waits on the CPU and is on the device only while it scores.
         self.reference = None
         if config.uses_reference and self.adapter is None:
             self.reference = copy.deepcopy(policy).requires_grad_(False)
-        for one in (policy, self.reference) if self.sharded else ():
-            if one is not None:
-                shard(one, config, accelerator.device)
-        if not self.sharded:
+        if self.sharded:
+            for one in filter(None, (policy, self.reference)):
+                sharding.shard(one, config, accelerator.device)
+        else:
             policy.to(accelerator.device)
-        with outer_weights(policy):
-            policy.check_head(prompt_ids)
+        with sharding.outer_weights(policy):
+            # As in the steps.
+            with accelerator.autocast():
+                policy.check_head(prompt_ids)
             self.packed = policy.check_packing(prompt_ids, config.padding_free)
         if self.packed and self.reference is not None:
             install(self.reference.model)
@@ -98,22 +75,22 @@ class Learner:
         self.policy, self.optimizer = policy, build_optimizer(policy, config)
         if not self.sharded:
             self.policy, self.optimizer = accelerator.prepare(policy, self.optimizer)
-            sum_gradients(self.policy)
+            sharding.sum_gradients(self.policy)
         self.scheduler = build_scheduler(self.optimizer, config)
 
     def weights(self) -> dict[str, Tensor] | None:
-        """For a checkpoint, the weights of a sharded model in the first process; None where the model has them."""
-        return whole_state(self.adapter or self.model, self.adapter is not None) if self.sharded else None
+        """For a checkpoint: a sharded model's whole weights, in the first process; None if it is not sharded."""
+        return sharding.whole_state(self.adapter or self.model, self.adapter is not None) if self.sharded else None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """For a checkpoint, beside the weights: the optimizer's state, and the reference policy where it moves."""
+        """For a checkpoint: the optimizer's state, and the reference policy if it moves."""
         tensors = {"optimizer": optimizer_tensors(self.optimizer)}
         if self.config.sync_ref_model:
             tensors["reference"] = reference_tensors(self.reference.model)
         return tensors
 
     def restore(self, folder: Path, step: int) -> None:
-        """Go on from a checkpoint of `step`; an unrefreshed reference policy is the one that the run began with."""
+        """Continue from a checkpoint of `step`; a reference policy that does not move is the initial one."""
         load_weights(folder, self.adapter or self.model)
         load_optimizer_tensors(self.optimizer, load_tensors(folder, "optimizer"))
         if self.config.sync_ref_model:
@@ -124,11 +101,11 @@ class Learner:
         self.scheduler.step()
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The weights that the optimizer moves, with their names."""
+        """The trained weights with their names."""
         return [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
 
     def refresh_reference(self, step: int) -> None:
-        """Move the reference policy towards the trained one, if `step` is one of those that do."""
+        """Move the reference policy towards the trained one, every `ref_model_sync_steps`."""
         if self.config.sync_ref_model and step % self.config.ref_model_sync_steps == 0:
             move_towards(self.reference.model, self.model, self.config.ref_model_mixup_alpha)
 
@@ -137,26 +114,27 @@ class Learner:
         self.policy.eval()
         k1 = self.score(self.policy, batch) - batch.ref_logprobs
         batch.ref_logprobs = None
-        return self.config.beta * batch.sums(k1).cpu(), k1.mean().item()
+        mean = k1.mean() if batch.mask is None else masked_mean(k1, batch.mask.to(k1.device))
+        return self.config.beta * batch.sums(k1).cpu(), mean.item()
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch.
 
         Raises:
-            NotFiniteError: the gradient is not finite, and the weights are as they were; or the new weights are not.
+            NotFiniteError: the gradient is not finite, and the weights are unchanged; or the new weights are not.
         """
         if self.config.top_entropy_quantile < 1:
             batch.high_entropy = self.high_entropy(batch)
         metrics = self.accumulate_gradients(batch, keep_logprobs)
-        # torchao's optimizers keep it in a tensor.
+        # A tensor in torchao's optimizers.
         learning_rate = float(self.scheduler.get_last_lr()[0])
         trained = self.trained()
         parameters = [p for _, p in trained]
         norm = get_total_norm([p.grad for p in parameters])
-        grad_norm = whole(norm).item()
+        grad_norm = sharding.whole(norm).item()
         if not grad_norm < float("inf"):
             names = not_finite((name, p.grad) for name, p in trained)
-            where = f"in {names}" if names else "its norm is too large a number"
+            where = f"in {names}" if names else "its norm is too large"
             found = f"norm {grad_norm}, loss {metrics['loss']:g}"
             raise NotFiniteError(f"the gradient is not finite ({found}): {where}", weights_lost=False)
         if self.config.max_grad_norm:
@@ -174,19 +152,22 @@ class Learner:
         return metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
     def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
-        """Forward and backward of every microbatch; the gradients add up to those of the whole step.
+        """Forward and backward of all microbatches; their gradients add up to that of the whole step.
 
-        Returns the loss's figures. With `keep_logprobs`, the batch also gets the log-probabilities as its old ones.
+        Returns the metrics of the loss. `keep_logprobs` stores the log-probabilities in the batch as its old ones.
         """
         self.policy.train()
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects else None
         rows = self.known_rows(batch)
-        with own_random_numbers():
-            for microbatch, last in with_last(self.microbatches(batch)):
+        with own_random_numbers(), kept_weight_copies():
+            rest = iter(self.microbatches(batch))
+            following = next(rest, None)
+            while following is not None:
+                microbatch, following = following, next(rest, None)
                 inputs = self.loss_inputs(batch, microbatch.tokens, rows)
-                with without_sync(self.policy, last):
+                with sharding.without_sync(self.policy, following is None):
                     result = self.policy(microbatch, inputs)
                     self.accelerator.backward(result.loss)
                 loss += result.loss.detach()
@@ -195,7 +176,10 @@ class Learner:
                     seen[microbatch.tokens] = result.logprobs.float()
                 # Its graph would stay in memory beside the next microbatch's forward.
                 del result
-        loss, stats = sum_figures(loss, stats)
+        if size() > 1 and stats is not None:
+            # All processes have the same number of microbatches.
+            loss, *sums = total(torch.stack([loss.double(), *(value.double() for value in stats.values())]))
+            stats = dict(zip(stats, sums, strict=True))
         if seen is not None:
             total(seen)
         # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
@@ -206,7 +190,8 @@ class Learner:
             batch.old_logprobs = seen
         metrics = loss_metrics(loss, stats, self.objective)
         if corrects:
-            batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, batch.offsets.to(seen.device))
+            offsets = batch.offsets.to(seen.device)
+            batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
         return metrics
 
@@ -215,6 +200,7 @@ class Learner:
         mode = self.config.vllm_importance_sampling_mode
         if batch.sampling_logprobs is not None and batch.correction is None and "mask" in mode:
             return None
+        # Forced tokens have no weight.
         moves = batch.weights != 0
         if self.objective.advantage_alone:
             for factor in (batch.advantages, batch.high_entropy, batch.correction):
@@ -222,43 +208,45 @@ class Learner:
         return "all" if int(moves.sum()) == int(batch.offsets.diff()[batch.active].sum()) else None
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor, rows: Literal["all"] | None = None) -> LossInputs:
-        advantages = batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
-        fields = (advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs, batch.correction)
-        corrects = batch.sampling_logprobs is not None and batch.correction is None
-        correct = None
-        if corrects:
-            correct = partial(self.sampling_ratio, sampling_logprobs=batch.sampling_logprobs[tokens])
+        """What the loss needs of the step's `tokens`."""
+        names = ("advantages", "weights", "old_logprobs", "ref_logprobs", "correction")
+        fields = {name: value[tokens] for name in names if (value := getattr(batch, name)) is not None}
+        if batch.high_entropy is not None:
+            fields["advantages"] = fields["advantages"] * batch.high_entropy[tokens]
+        if batch.sampling_logprobs is not None and batch.correction is None:
+            sampled, mask = batch.sampling_logprobs[tokens], batch.weights[tokens]
+            fields["correct"] = partial(self.sampling_ratio, sampling_logprobs=sampled, mask=mask)
         share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
-        tensors = (None if field is None else field[tokens] for field in fields)
-        return LossInputs(self.objective, *tensors, correct, share, rows)
+        return LossInputs(objective=self.objective, share=share, rows=rows, **fields)
 
-    def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """``rho_t`` of the run's mode, for the tokens of whole sequences."""
+    def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
+        """``rho_t`` for the tokens of whole sequences; 1 for those without weight, which were forced."""
         config = self.config
         return sampling_ratio(
-            logprobs, sampling_logprobs, config.vllm_importance_sampling_mode, cu_seqlens=cu_seqlens,
+            logprobs, sampling_logprobs, config.vllm_importance_sampling_mode, cu_seqlens=cu_seqlens, mask=mask,
             clip_max=config.vllm_importance_sampling_clip_max, clip_min=config.vllm_importance_sampling_clip_min,
         )  # fmt: skip
 
     def microbatches(self, batch: StepBatch) -> Iterator[Microbatch]:
+        """This process's microbatches of the active samples, on the device."""
         config, device = self.config, self.accelerator.device
         budget, pad = config.max_tokens_per_microbatch, self.pad_token_id
         shares = self.packed and config.share_prompts != "never"
         rows = plan_rows(batch.samples, batch.active, budget if shares else 0)
         if size() == 1:
-            dealt = fill_microbatches(rows, budget, self.packed)
+            dealt = packing.fill_microbatches(rows, budget, self.packed)
         else:
-            rows = plan_rows(batch.samples, batch.active, min(budget, fair_share(rows, size())) if shares else 0)
-            dealt = deal_microbatches(rows, budget, self.packed, size())[rank()]
+            fair = min(budget, packing.fair_share(rows, size())) if shares else 0
+            rows = plan_rows(batch.samples, batch.active, fair)
+            dealt = packing.deal_microbatches(rows, budget, self.packed, size())[rank()]
         for chosen in dealt:
             if chosen:
                 yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
             else:
-                yield empty_microbatch(pad, self.packed).to(device)
+                yield packing.empty_microbatch(pad, self.packed).to(device)
 
     def score_reference(self, batch: StepBatch) -> Tensor:
-        """Log-probabilities ``[N]`` under the initial policy: a copy parked on the CPU; with an adapter, the model
-        without it, or with the adapter that the run went on from."""
+        """Log-probabilities ``[N]`` under the reference policy."""
         if self.adapter is not None:
             self.policy.eval()
             with self.initial_adapter():
@@ -272,7 +260,7 @@ class Learner:
 
     @contextmanager
     def initial_adapter(self) -> Iterator[None]:
-        """Within it the policy has the adapter that the run began with: a frozen copy, or none."""
+        """A context in which the policy has the adapter that the run began with: a frozen copy, or none."""
         if REFERENCE not in self.adapter.peft_config:
             with self.adapter.disable_adapter():
                 yield
@@ -286,52 +274,31 @@ class Learner:
             self.adapter.set_adapter(trained)
 
     @torch.no_grad()
-    def score(self, policy: nn.Module, batch: StepBatch) -> Tensor:
-        """Log-probabilities ``[N]`` of the step's tokens under `policy` (1U in the head)."""
-        logprobs = torch.zeros_like(batch.weights)
-        for microbatch in self.microbatches(batch):
-            logprobs[microbatch.tokens] = policy(microbatch).float()
-        release(policy)
-        return total(logprobs)
+    def score(self, policy: nn.Module, batch: StepBatch, entropy: bool = False) -> Tensor:
+        """Log-probabilities ``[N]`` of the step's tokens under `policy`, or their entropies (1U in the head)."""
+        scores = torch.zeros_like(batch.weights)
+        with kept_weight_copies():
+            for microbatch in self.microbatches(batch):
+                found = policy(microbatch, with_entropy=True)[1] if entropy else policy(microbatch)
+                scores[microbatch.tokens] = found.float()
+        sharding.release(policy)
+        return total(scores)
 
     @torch.no_grad()
     def score_completion(self, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
-        """Log-probabilities of one completion's tokens under the policy as it is."""
+        """Log-probabilities of one completion's tokens under the current policy."""
         samples = [Sample(prompt_ids, completion_ids, 0)]
         rows, offsets = plan_rows(samples, [0], 0), token_offsets(samples)
         microbatch = build_microbatch(samples, rows, offsets, self.pad_token_id, self.packed)
         self.policy.eval()
         logprobs = self.policy(microbatch.to(self.accelerator.device)).float()
-        release(self.policy)
+        sharding.release(self.policy)
         return logprobs
 
-    @torch.no_grad()
     def high_entropy(self, batch: StepBatch) -> Tensor:
-        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the present policy."""
+        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the current policy."""
         counted = batch.weights != 0
-        samples = counted[batch.offsets[:-1].to(counted.device)].nonzero().squeeze(1).tolist()
-        entropy = torch.zeros_like(batch.weights)
+        samples = batch.counted.nonzero().squeeze(1).tolist()
         self.policy.eval()
-        for microbatch in self.microbatches(dataclasses.replace(batch, active=samples)):
-            entropy[microbatch.tokens] = self.policy(microbatch, with_entropy=True)[1].float()
-        release(self.policy)
-        total(entropy)
+        entropy = self.score(self.policy, dataclasses.replace(batch, active=samples), entropy=True)
         return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
-
-
-def with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Each item, and whether it is the last one."""
-    items = iter(items)
-    for item in items:
-        for following in items:
-            yield item, False
-            item = following
-        yield item, True
-
-
-def sum_figures(loss: Tensor, stats: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """The loss and its statistics over all processes, which had the same number of microbatches."""
-    if size() == 1 or stats is None:
-        return loss, stats
-    sums = total(torch.stack([loss.double(), *(value.double() for value in stats.values())]))
-    return sums[0], dict(zip(stats, sums[1:], strict=True))

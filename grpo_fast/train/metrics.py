@@ -1,9 +1,8 @@
-"""The figures of a step, under TRL's names."""
+"""The metrics of a step, under TRL's names."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,13 +10,8 @@ from torch import Tensor
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_fast.train.advantages import nanstd
+from grpo_fast.train.batch import StepBatch
 from grpo_kernels import PolicyObjective
-
-if TYPE_CHECKING:
-    from grpo_fast.train.batch import StepBatch
-
-# Figures that depend on the machine: the same run gives others elsewhere, or a second time.
-MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})
 
 
 def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[str, float]:
@@ -35,27 +29,30 @@ def reward_metrics(names: list[str], rewards: Rewards, equal: Tensor) -> dict[st
 
 
 def completion_metrics(responses: list[Response]) -> dict[str, float]:
-    """Lengths of all completions and of those that ended by themselves, and the share that was cut off."""
+    """Lengths of all completions and of those that ended by themselves, and the share that was truncated.
+
+    With a thinking budget, also the share of the completions in which it closed the thinking.
+    """
     lengths = torch.tensor([float(len(response.token_ids)) for response in responses])
     ended = torch.tensor([response.finish_reason == "stop" for response in responses])
-    metrics = {
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": 1 - ended.float().mean().item(),
-    }
-    terminated = lengths[ended] if ended.any() else torch.zeros(1)
-    metrics["completions/mean_terminated_length"] = terminated.mean().item()
-    metrics["completions/min_terminated_length"] = terminated.min().item()
-    metrics["completions/max_terminated_length"] = terminated.max().item()
+    metrics = {"completions/clipped_ratio": 1 - ended.float().mean().item()}
+    masks = [response.mask for response in responses if response.mask is not None]
+    if masks:
+        metrics["completions/thinking_closed_ratio"] = sum(not all(mask) for mask in masks) / len(responses)
+    for name, counted in (
+        ("length", lengths),
+        ("terminated_length", lengths[ended] if ended.any() else torch.zeros(1)),
+    ):
+        for statistic in ("mean", "min", "max"):
+            metrics[f"completions/{statistic}_{name}"] = getattr(counted, statistic)().item()
     return metrics
 
 
 def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: PolicyObjective) -> dict[str, float]:
-    """From the sums that `linear_policy_loss` returned, added up over the microbatches of a step.
+    """From the sums of `linear_policy_loss`, added up over the microbatches of a step; `stats` is None without any.
 
-    Entropy, KL and clip ratios are means over the tokens (sequences, where ratios are theirs) that were computed:
-    groups dropped for want of variance are not among them. `stats` is None where all were dropped.
+    Entropy, KL and clip ratios are means over the tokens (sequences, if a ratio belongs to a sequence) that were
+    computed, which leaves out groups dropped for lack of variance.
     """
     if stats is None:
         return {"loss": loss.item()}
@@ -73,18 +70,23 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
 
 
 def sampling_metrics(batch: StepBatch, logprobs: Tensor, by_token: bool) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the trainer's ``[N]``, and the ratios that correct for it.
+    """The difference of the sampler's log-probabilities from the trainer's ``[N]``, and the ratios that correct for it.
 
-    Over the tokens (of ratios that are the sequence's: the sequences) that were computed, as in TRL over all.
+    Means and extremes are over the tokens (sequences, if a ratio belongs to a sequence) that were computed; in TRL over
+    all of them.
     """
-    if not batch.active:
+    if not batch.active or not bool((batch.weights != 0).any()):
         return {}
     active = torch.zeros(len(batch.samples), dtype=torch.bool)
     active[batch.active] = True
-    computed = active.repeat_interleave(batch.offsets.diff()).to(logprobs.device)
+    samples = torch.arange(len(active)).repeat_interleave(batch.offsets.diff()).to(logprobs.device)
+    # A token without weight was forced, not sampled.
+    computed = active.to(logprobs.device)[samples] & (batch.weights != 0)
     difference = (logprobs - batch.sampling_logprobs).abs()[computed].nan_to_num(nan=0.0)
-    firsts = batch.offsets[:-1][active].to(logprobs.device)
-    ratio = batch.correction[computed] if by_token else batch.correction[firsts]
+    ratio, samples = batch.correction[computed], samples[computed]
+    if not by_token:
+        # All tokens of a sequence have its ratio.
+        ratio = ratio[samples.diff(prepend=samples.new_full((1,), -1)) != 0]
     return {
         "sampling/sampling_logp_difference/mean": difference.mean().item(),
         "sampling/sampling_logp_difference/max": difference.max().item(),
@@ -95,7 +97,7 @@ def sampling_metrics(batch: StepBatch, logprobs: Tensor, by_token: bool) -> dict
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in GiB: on a GPU what tensors took since the last call, else the process' largest resident size."""
+    """Peak memory in GiB: of tensors on a GPU since the last call, or the largest resident size of the process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,12 +106,12 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def _peak_rss() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The largest resident size of this process so far, bytes."""
     try:
         import resource
     except ImportError:
         import psutil
 
         return psutil.Process().memory_info().peak_wset
-    # In KiB, but on a Mac in bytes.
+    # In bytes on a Mac, otherwise in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

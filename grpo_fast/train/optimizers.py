@@ -1,8 +1,7 @@
-"""AdamW in the forms that fit: fused, with 8-bit moments, on the CPU; and its state as plain tensors for checkpoints.
+"""AdamW in forms that save memory: fused, with 8-bit moments, on the CPU; and its state as plain tensors.
 
-bfloat16 has 8 bits of precision, so an update below 1/512 of a weight is lost when it is rounded to nearest. Weights
-that are trained in bfloat16 are therefore rounded stochastically or have float32 masters, and their moments are never
-bfloat16.
+bfloat16 has 8 bits of precision, so rounding to nearest loses an update below 1/512 of a weight. Weights that are
+trained in bfloat16 are therefore rounded stochastically or have float32 masters, and their moments are never bfloat16.
 """
 
 from __future__ import annotations
@@ -27,37 +26,35 @@ from grpo_fast.distributed.sharding import cut_like, to_main
 from grpo_fast.errors import UserError, import_extra, one_line
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-# Weights that are rounded at once: a bound on the temporary memory, 20 bytes each.
+# Weights that are rounded at once, which bounds the temporary memory of 20 bytes each.
 _CHUNK = 1 << 24
 
 
 def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
-    """Refuse, before anything is loaded, an optimizer that this device or installation does not have.
-
-    Raises:
-        UserError: it names the field and what is allowed.
-    """
+    """Raise a UserError, before anything is loaded, if this device or installation lacks the optimizer."""
     on_cpu = device.type == "cpu"
     if config.optim_offload and config.optim != "adamw_torch_fused":
-        raise UserError(f"optim_offload goes with optim='adamw_torch_fused' only, not with optim={config.optim!r}")
+        raise UserError(f"optim_offload requires optim='adamw_torch_fused', not {config.optim!r}")
     if config.optim_offload and on_cpu:
-        raise UserError("optim_offload=True needs a GPU: on the CPU the optimizer's state is in host memory already")
+        raise UserError("optim_offload=True needs a GPU: without one, the optimizer's state is already in host memory")
+    if config.optim in _BITSANDBYTES and on_cpu:
+        raise UserError(f"optim={config.optim!r} needs a GPU; on the CPU use 'adamw_torch_fused' or 'adamw_torch_8bit'")
     if config.optim in _BITSANDBYTES:
-        if on_cpu:
-            raise UserError(
-                f"optim={config.optim!r} needs a GPU; on the CPU use 'adamw_torch_fused' or 'adamw_torch_8bit'"
-            )
         import_extra("bitsandbytes", "lowbit")
     if config.optim == "adamw_torch_8bit":
-        _check_compiler(device)
+        # torchao compiles its step.
+        compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+        if on_cpu and not any(map(shutil.which, compilers)):
+            raise UserError(
+                f"torchao's optimizers need a C++ compiler on the CPU, and {' or '.join(compilers)} was not found"
+            )
         import_extra("torchao", "lowbit")
 
 
 def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
-    """AdamW as `optim` and `optim_offload` say; weight decay on matrices, not on norms and biases.
+    """AdamW according to `optim` and `optim_offload`, with weight decay on matrices but not on norms and biases.
 
-    Raises:
-        UserError: the weights are trained in 16 bits, and this optimizer would lose their small updates.
+    A UserError refuses weights in 16 bits whose small updates the optimizer would lose.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
@@ -65,11 +62,8 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
+    betas = (config.adam_beta1, config.adam_beta2)
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
     low = {p.dtype for p in trained} - {torch.float32, torch.float64}
     if low - {torch.bfloat16}:
         raise UserError(f"weights of {', '.join(map(str, low))} are not trained; use dtype float32 or bfloat16")
@@ -89,16 +83,8 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-def _check_compiler(device: torch.device) -> None:
-    """torchao compiles its step, on a CPU with the C++ compiler."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    if device.type == "cpu" and not any(map(shutil.which, names)):
-        raise UserError(f"torchao's optimizers need a C++ compiler on the CPU, and {' or '.join(names)} was not found")
-
-
 class _ExactState:
-    """Loads state as it was saved; torch's own loading casts it to the dtype, and moves it to the device, of the
-    weights."""
+    """Loads state exactly as it was saved, whereas torch casts and moves it to the dtype and device of the weights."""
 
     def place(self, parameter: Tensor, key: str) -> torch.device:
         return parameter.device
@@ -112,14 +98,14 @@ class _ExactState:
 
 
 @cache
-def _adamw_8bit() -> type[Optimizer]:
+def _adamw_8bit() -> Any:
     base = import_extra("torchao.optim", "lowbit").AdamW8bit
 
     class AdamW8bit(_ExactState, base):
-        """torchao's AdamW with 8-bit moments, and float32 ones where a tensor is too small to be quantised.
+        """torchao's AdamW with 8-bit moments, or float32 moments for tensors that are too small to be quantised.
 
-        Its own small ones have the weights' dtype. In bfloat16 the second moment stops at a quarter of its value,
-        since its updates of one in a thousand are rounded away, and every step would be twice too long.
+        torchao keeps those small moments in the weights' dtype. In bfloat16 the second moment would stop at a quarter
+        of its value, since its updates of one in a thousand are rounded away, and every step would be twice too long.
         """
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
@@ -132,34 +118,18 @@ def _adamw_8bit() -> type[Optimizer]:
     return AdamW8bit
 
 
-class _AdamW(_ExactState, Optimizer):
-    """AdamW's hyperparameters; the step is a subclass's.
+class _AdamW(_ExactState, torch.optim.AdamW):
+    """AdamW without a default weight decay; a subclass defines the step."""
 
-    Args:
-        params: parameters or groups.
-        lr, betas, eps, weight_decay: AdamW's.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **{"weight_decay": 0.0, **options})
 
 
 class StochasticAdamW(_AdamW):
     """AdamW for bfloat16 weights: float32 moments, and new weights rounded up or down at random.
 
-    The probabilities are such that the mean is the unrounded weight, so updates far below a weight's precision count
-    (as in torchao's ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded.
-
-    Args:
-        params: parameters or groups.
-        lr, betas, eps, weight_decay: AdamW's.
+    The expected rounded weight is the unrounded one, so updates far below a weight's precision count (as with torchao's
+    ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded.
     """
 
     @torch.no_grad()
@@ -175,12 +145,13 @@ class StochasticAdamW(_AdamW):
             state["step"] = torch.zeros((), device=p.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(p, dtype=torch.float32)
-        # Of a sharded weight, the share of this process.
-        weight, grad, mean, square = map(_local, (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]))
+        # For a sharded weight, this process's shard.
+        tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
+        weight, grad, mean, square = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
         tensors = (weight.view(-1), grad.reshape(-1), mean.view(-1), square.view(-1))
         for weight, grad, mean, square in zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True):
             master = weight.float()
-            # A copy of the count, since every call adds one to it.
+            # A copy of the count, since every call increments it.
             _fused_step(master, grad.float(), mean, square, state["step"].clone(), group)
             if p.dtype == torch.bfloat16:
                 weight.copy_(round_stochastically(master))
@@ -189,15 +160,11 @@ class StochasticAdamW(_AdamW):
         state["step"] += 1
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def round_stochastically(values: Tensor) -> Tensor:
-    """bfloat16 of float32 `values`, up or down with a mean of `values`. Overwrites `values`.
+    """Round float32 `values`, which are overwritten, up or down to bfloat16, so that the mean is `values`.
 
     bfloat16 is the upper half of float32: adding a random number below 2**16 to the lower half carries into the upper
-    one with exactly the right probability, away from zero for either sign.
+    half with the right probability, away from zero for either sign.
     """
     bits = values.view(torch.int32)
     bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
@@ -216,16 +183,13 @@ def _fused_step(
 
 
 class OffloadedAdamW(_AdamW):
-    """AdamW whose float32 weights and moments stay in host memory and whose step runs there, fused.
+    """AdamW whose float32 weights and moments stay in host memory, where its fused step runs.
 
-    Takes 12 bytes of host memory a weight, and on the device nothing but the weights (of any dtype) and gradients.
-    Unlike torchao's `CPUOffloadOptimizer`, which copies gradients out during the backward, it reads them at the step:
-    clipping counts, and the masters are float32 where the weights are bfloat16. While the CPU steps one tensor, the
-    next gradient is on its way; two pinned buffers as long as the longest tensor serve all of them.
-
-    Args:
-        params: parameters or groups, on one device.
-        lr, betas, eps, weight_decay: AdamW's.
+    It takes 12 bytes of host memory per weight, and on the device only the weights (of any dtype) and gradients.
+    Unlike torchao's `CPUOffloadOptimizer`, which copies gradients out during the backward, it reads them at the step,
+    so clipping has an effect, and the masters of bfloat16 weights are float32. While the CPU updates one tensor, the
+    next gradient is copied; two pinned buffers as long as the longest tensor serve all of them. All parameters must be
+    on one device.
     """
 
     def __init__(self, params: Any, **options: Any):
@@ -271,11 +235,10 @@ class OffloadedAdamW(_AdamW):
             self.stream.wait_stream(torch.cuda.current_stream())
 
     def _fetch(self, p: Tensor, index: int) -> tuple[Tensor, torch.Event | None]:
-        """Start the copy of a gradient into its staging buffer, behind that buffer's last way back."""
-        grad = p.grad
+        """Start the copy of a gradient into its staging buffer, after the buffer's previous copy back."""
         buffer = self.staging[index % 2][: p.numel() * p.element_size()].view(p.dtype).view(p.shape)
         with self._beside():
-            buffer.copy_(grad, non_blocking=True)
+            buffer.copy_(p.grad, non_blocking=True)
             return buffer, None if self.stream is None else self.stream.record_event()
 
     def _beside(self):
@@ -287,8 +250,8 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
     Names are ``<parameter index>.<key>``; the parts of a quantised moment are ``<index>.<key>.codes``, ``.scale`` and
     ``.qmap``, a plain integer is ``<index>.<key>.int``, and ``lr.<group>`` is a group's learning rate (float64).
-    Parameters are numbered as in `state_dict`. Other hyperparameters belong to the configuration and are left out.
-    Sharded tensors are put together in the first process, and the other ones return nothing.
+    Parameters are numbered as in `state_dict`. Other hyperparameters are part of the configuration and are left out.
+    The first process gathers sharded tensors; the other processes return nothing.
     """
     saved = optimizer.state_dict()
     tensors = {
@@ -296,7 +259,9 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
         for index, group in enumerate(saved["param_groups"])
     }
     for index, values in saved["state"].items():
-        for key, value in _flat(values).items():
+        # bitsandbytes nests some of its tensors one level deeper.
+        nested = [value if isinstance(value, dict) else {key: value} for key, value in values.items()]
+        for key, value in (item for part in nested for item in part.items()):
             name = f"{index}.{key}"
             if hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
                 tensors |= {f"{name}.{part}": _plain(getattr(value, part)) for part in value.__tensor_flatten__()[0]}
@@ -310,11 +275,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give a new optimizer the state that `optimizer_tensors` took from one like it, bit for bit.
-
-    Raises:
-        UserError: the state belongs to other parameters.
-    """
+    """Load what `optimizer_tensors` took from a like optimizer, bit for bit; a UserError for other parameters."""
     parameters = _parameters(optimizer)
     state: dict[int, dict[str, Any]] = {}
     quantised: dict[int, dict[str, dict[str, Tensor]]] = {}
@@ -330,14 +291,13 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
             values[key] = int(tensor)
         elif part:
             quantised.setdefault(index, {}).setdefault(key, {})[part[0]] = tensor.clone()
-        elif tensor.shape == parameters[index].shape:
-            values[key] = cut_like(tensor, parameters[index]).clone()
         else:
-            values[key] = tensor.clone()
+            like = parameters[index] if tensor.shape == parameters[index].shape else tensor
+            values[key] = cut_like(tensor, like).clone()
     for index, moments in quantised.items():
         kind = import_extra("torchao.optim.subclass_8bit", "lowbit").OptimState8bit
         for key, pieces in moments.items():
-            # The map of a signed moment begins below 0, that of a squared one at 0.
+            # The map of a signed moment begins below 0, that of a squared moment at 0.
             signed = bool(pieces["qmap"][0] < 0)
             state[index][key] = kind(**pieces, signed=signed, dtype=parameters[index].dtype)
     for index, values in state.items():
@@ -356,16 +316,8 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    """In the order of their numbers in `state_dict`."""
+    """The optimizer's parameters in the order of their numbers in `state_dict`."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """bitsandbytes nests some of its tensors one level deeper."""
-    flat = {}
-    for key, value in values.items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -373,7 +325,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def build_scheduler(optimizer: Optimizer, config: GRPOConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule; like there, `warmup_steps` below 1 is a share of the steps, rounded up."""
+    """transformers' schedule; as in transformers, `warmup_steps` below 1 is a share of the steps, rounded up."""
     warmup = config.warmup_steps
     warmup = math.ceil(warmup * config.max_steps) if warmup < 1 else int(warmup)
     try:

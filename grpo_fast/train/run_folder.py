@@ -1,4 +1,4 @@
-"""Who writes to a run folder: one process at a time, by a lock that ends with the process."""
+"""Run folders: a lock, which ends with its process, lets only one process at a time write to each."""
 
 from __future__ import annotations
 
@@ -15,26 +15,19 @@ from grpo_fast.errors import UserError, one_line
 from grpo_fast.train.checkpoint import TrainerState, checkpoints, find_checkpoint
 
 LOCK_FILE = ".lock"
-# The locks that this process holds, and whether it created the folder.
+# The locks that this process holds, and whether it created their folders.
 _held: dict[Path, tuple[FileLock, bool]] = {}
 
 
 def claim(folder: Path, field: str = "output_dir", created: bool = False) -> None:
-    """Make this process the only one that writes to `folder`, which is created where it is missing.
+    """Make this process the only one that writes to `folder`, which is created if it is missing.
 
-    It stays so until :func:`release`, or until the process ends, however it ends. Claiming a folder twice in one
-    process changes nothing.
-
-    Args:
-        folder: the folder of a run or an evaluation.
-        field: the option that names it, for errors.
-        created: whether the caller has just created it.
-
-    Raises:
-        UserError: another process has it, or it cannot be written to.
+    The claim lasts until :func:`release` or the end of the process, however it ends. Claiming a folder twice in one
+    process changes nothing. `field` is the option that names the folder, for errors; `created` says whether the caller
+    has just created it. A UserError refuses a folder that another process has, or that cannot be written to.
     """
     place = folder.resolve()
-    # A child of this process has its table, but not its locks.
+    # A forked child has its parent's table, but not its locks.
     if place in _held and _held[place][0].is_locked:
         return
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
@@ -42,7 +35,10 @@ def claim(folder: Path, field: str = "output_dir", created: bool = False) -> Non
         raise UserError(f"{field}={str(folder)!r} cannot be created: {there} is not a folder")
     lock = FileLock(place / LOCK_FILE, timeout=0, thread_local=False)
     try:
-        created = _make(folder) or created
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            created = True
         lock.acquire()
     except Timeout:
         raise UserError(
@@ -55,11 +51,7 @@ def claim(folder: Path, field: str = "output_dir", created: bool = False) -> Non
 
 
 def claim_new(name: str) -> Path:
-    """Create ``runs/NAME-TIME`` and claim it; where there is one of that name, even of this moment, ``-2`` follows.
-
-    Raises:
-        UserError: it cannot be created.
-    """
+    """Create and claim ``runs/NAME-TIME``, or ``runs/NAME-TIME-2`` and so on if that name is taken."""
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -77,34 +69,23 @@ def claim_new(name: str) -> Path:
 
 
 def release(folder: Path) -> None:
-    """Let other processes write to `folder`. Where nothing was written, it is as it was: empty, or not there."""
+    """Let other processes write to `folder`. If nothing was written, it is empty or missing again, as it was before."""
     lock, created = _held.pop(folder.resolve(), (None, False))
     if lock is None:
         return
     with suppress(OSError):
         if os.listdir(folder) == [LOCK_FILE]:
-            # While the lock is held: a process that has opened the removed file finds out, and does not own the folder.
+            # While the lock is held: a process that has just opened this file will notice that it was removed.
             (folder / LOCK_FILE).unlink()
             if created:
                 folder.rmdir()
     lock.release()
 
 
-def _make(folder: Path) -> bool:
-    """Create `folder`; whether it was this call that did."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
-
-
 def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerState] | None]:
-    """The run folder, claimed for this process, and the checkpoint to go on from.
+    """The run folder, claimed for this process, and the checkpoint to continue from.
 
-    Raises:
-        UserError: another process has the folder, or it holds another run than one to resume.
+    A UserError refuses a folder that another process has, or that holds a run which is not to be resumed.
     """
     if config.output_dir is None:
         if config.resume_from_checkpoint:
@@ -112,7 +93,7 @@ def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerStat
         return claim_new(config.run_name or config.dataset_name.replace("/", "-")), None
     folder = Path(config.output_dir)
     if not config.resume_from_checkpoint:
-        # Before the claim, which would leave its file there.
+        # Also before the claim, which would leave its file there.
         refuse_other_run(folder)
     claim(folder)
     try:
@@ -126,10 +107,6 @@ def choose_run_folder(config: GRPOConfig) -> tuple[Path, tuple[Path, TrainerStat
 
 
 def refuse_other_run(folder: Path) -> None:
-    """A new run never goes into the folder of another one.
-
-    Raises:
-        UserError: `folder` holds a run.
-    """
+    """Raise a UserError if `folder` holds a run: a new run never writes into another one's folder."""
     if (folder / "metrics.jsonl").exists() or checkpoints(folder):
         raise UserError(f"output_dir={str(folder)!r} already holds a run; choose another one, or --resume that run")

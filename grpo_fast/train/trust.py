@@ -1,8 +1,8 @@
-"""Whose Python a run executes: a configuration inside a run's folder is data, which may come from anywhere.
+"""Which Python code a configuration may run: inside a run's folder it is data, which may come from anywhere.
 
-Its fields can name Python: reward functions of one's own, a model's code, kernels from the hub. They are followed only
-where the command line names them again, or where this user started that run in that folder on this machine: then a file
-in the user's own state folder says so.
+Its fields can name Python code: the user's reward functions, a model's code, kernels from the hub. Such fields are
+accepted only if the command line repeats them, or if this user started that run in that folder on this machine, which
+is recorded in a file in the user's own state folder.
 """
 
 from __future__ import annotations
@@ -23,34 +23,25 @@ from grpo_fast.rewards.registry import is_built_in
 # Arguments of `from_pretrained` that fetch or run code.
 _CODE_ARGUMENTS = {"trust_remote_code", "code_revision", "attn_implementation", "allow_all_kernels", "use_kernels"}
 _CODE_ARGUMENTS |= {"kernel_config"}
-# By what a folder shows that a run or an evaluation wrote it.
+# Files that show that a run or an evaluation wrote the folder.
 _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "settings.json", "summary.json", "trainer_state.json", "checkpoint-*")
 
 
 def named_code(config: GRPOConfig) -> dict[str, Any]:
-    """The fields that make a run execute Python beside this package's and the libraries' own."""
-    code: dict[str, Any] = {}
-    if not all(map(is_built_in, config.reward_funcs)):
-        code["reward_funcs"] = config.reward_funcs
-    if config.trust_remote_code:
-        code["trust_remote_code"] = True
-    if "/" in (config.attn_implementation or ""):
-        code["attn_implementation"] = config.attn_implementation
-    if _CODE_ARGUMENTS & set(config.model_init_kwargs or {}):
-        code["model_init_kwargs"] = config.model_init_kwargs
-    return code
+    """The fields that make a run execute Python code other than that of this package and the libraries."""
+    names_code = {
+        "reward_funcs": not all(map(is_built_in, config.reward_funcs)),
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": "/" in (config.attn_implementation or ""),
+        "model_init_kwargs": bool(_CODE_ARGUMENTS & set(config.model_init_kwargs or {})),
+    }
+    return {name: getattr(config, name) for name, does in names_code.items() if does}
 
 
 def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None:
-    """Refuse Python that is named by a configuration inside a run's folder, and by nobody else.
+    """Refuse Python code that only a configuration inside a run's folder names; the UserError says how to allow it.
 
-    Args:
-        path: the configuration's file.
-        config: as resolved.
-        allowed: fields that the command line names, or that nothing comes of.
-
-    Raises:
-        UserError: it says which options would allow it.
+    Fields in `allowed`, which the command line names or the command does not use, need no permission.
     """
     folder = path.resolve().parent
     if not any(any(place.glob(name)) for place in (folder, folder.parent) for name in _RUN_FILES):
@@ -66,9 +57,9 @@ def check_code(path: Path, config: GRPOConfig, allowed: Collection[str]) -> None
 
 
 def remember_own(folder: Path, config: GRPOConfig) -> None:
-    """Record that this user runs, in `folder`, the Python that `config` names."""
+    """Record that this user runs, in `folder`, the Python code that `config` names."""
     for name, value in named_code(config).items():
-        # Without a home, the next command has to name it again.
+        # Without a home folder, the next command has to name the code again.
         with suppress(OSError, RuntimeError):
             record = _record(folder, name, value)
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +73,12 @@ def _is_own(folder: Path, name: str, value: Any) -> bool:
 
 
 def _record(folder: Path, name: str, value: Any) -> Path:
-    """The file that says so; its name stands for the folder, the field and its value, with full paths of files."""
+    """The file of the record; its name hashes the folder, the field and its value, with absolute paths of files."""
     if name == "reward_funcs":
         parts = [reward.rpartition(":") for reward in value]
         value = [[str(Path(file).expanduser().resolve()) if colon else "", last] for file, colon, last in parts]
     content = json.dumps([str(folder.resolve()), name, value])
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    # A relative one would be looked for in the present folder, which may come from elsewhere.
+    # A relative path would lead into the current folder, which may come from elsewhere.
     state = state if state.is_absolute() else Path.home() / ".local" / "state"
     return state / "grpo-fast" / "own-runs" / hashlib.sha256(content.encode()).hexdigest()

@@ -8,7 +8,8 @@ For a chunk of C rows, in float32 whatever the inputs' dtype,
     dW += d.T @ (row_scale * H)     one product (1U)
 
 `TorchHead` and `TritonHead` implement the first two; the last two are the same products for both. They take bfloat16
-operands for a bfloat16 head, a block of the vocabulary at a time, and their results are added up in float32.
+operands for a bfloat16 head, a block of the vocabulary at a time, and their results are added up in float32. For a
+float16 head only dH can, where d is within float16's range: the row scale of dW, about 1 / tokens, is not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from grpo_kernels.budget import (
     row_slices,
     wave_rows,
 )
+from grpo_kernels.weight_copies import copied
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -171,11 +175,8 @@ class Head(ABC):
 
     @property
     def mixed_products(self) -> bool:
-        """Whether the device multiplies operands as they are into float32 (bfloat16 on a GPU).
-
-        float16 is widened everywhere: the row scale, about 1 / tokens, would underflow in it.
-        """
-        return not self.on_cpu and self.operand_dtype == torch.bfloat16
+        """Whether the device multiplies 16-bit operands as they are into float32; of torch's devices only CUDA does."""
+        return self.weight.device.type == "cuda" and self.operand_dtype in HALF
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -184,16 +185,24 @@ class Head(ABC):
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """The dtype in which operands enter the products that make the gradients."""
+        """The dtype in which operands enter the products that make the gradients (`grad_hidden` may take float16)."""
         return self.operand_dtype if self.operand_dtype == torch.bfloat16 else self.dtype
 
     def prepared(self) -> Self:
-        """This head for one forward or backward: on a GPU the weight is cast once, if half the budget holds it."""
-        copied = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
-        if self.weight.dtype == self.product_dtype or self.on_cpu or 2 * copied > self.max_buffer_bytes:
+        """This head for one forward or backward: on a GPU the weight is cast once.
+
+        A 16-bit copy is always made, on top of the byte budget: a kernel that casts pieces of a float32 weight needs
+        more shared memory than a GPU has. A wider copy is made if half the budget holds it.
+        """
+        if self.weight.dtype == self.product_dtype or self.on_cpu:
+            return self
+        if self.product_dtype.itemsize == 2:
+            return replace(self, weight=copied(self.weight, self.product_dtype))
+        size = self.sizing_vocab * self.weight.shape[1] * self.product_dtype.itemsize
+        if 2 * size > self.max_buffer_bytes:
             return self
         cast = self.weight.to(self.operand_dtype).to(self.product_dtype)
-        return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - copied)
+        return replace(self, weight=cast, max_buffer_bytes=self.max_buffer_bytes - size)
 
     def narrow_bytes(self) -> int:
         """Memory for a row, without its logits."""
@@ -206,7 +215,8 @@ class Head(ABC):
 
     def rows_per_chunk(self, copies: int = 1) -> int:
         """Rows of which `copies` fit the byte budget, the same on every rank of the group."""
-        blocks = 2 * self.block_bytes if self.on_cpu or self.weight.dtype != self.product_dtype else 0
+        cast = not self.weight.dtype == self.product_dtype == self.gradient_dtype
+        blocks = 2 * self.block_bytes if self.on_cpu or cast else 0
         row_bytes = self.sizing_vocab * self.buffer_dtype.itemsize + self.narrow_bytes()
         return max((int(self.max_buffer_bytes) - blocks) // row_bytes // copies, 1)
 
@@ -232,7 +242,10 @@ class Head(ABC):
         Args:
             trained: the weight's gradient is summed up over the chunks, so fewer are better.
         """
-        rows = self.chunk_rows(num_rows, copies, trained)
+        return self.allocate(self.chunk_rows(num_rows, copies, trained))
+
+    def allocate(self, rows: int) -> Tensor:
+        """A buffer ``[rows, V]``."""
         width = -(-self.vocab_size // self.buffer_alignment) * self.buffer_alignment
         return torch.empty(rows, width, dtype=self.buffer_dtype, device=self.weight.device)[:, : self.vocab_size]
 
@@ -276,7 +289,9 @@ class Head(ABC):
 
     def grad_hidden(self, d: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
         """Write ``row_scale * (d @ weight)`` over all shards into ``out [C, H]``, rounded once to its dtype."""
-        blocks = list(self.vocab_blocks(self.gradient_dtype, d.shape[0]))
+        # float16 that already is the gradient at unit scale loses nothing.
+        dtype = d.dtype if d.dtype == torch.float16 and self.mixed_products else self.gradient_dtype
+        blocks = list(self.vocab_blocks(dtype, d.shape[0]))
         rounded_by_product = (
             self.mixed_products
             and out.dtype == self.gradient_dtype
@@ -289,7 +304,7 @@ class Head(ABC):
         if not blocks:
             product.zero_()
         for index, block in enumerate(blocks):
-            self.multiply(d[:, block], self.weight[block].to(self.operand_dtype), product, add=index > 0)
+            self.multiply(d[:, block], self.weight[block].to(self.operand_dtype), product, add=index > 0, dtype=dtype)
         if row_scale is not None:
             product *= row_scale[:, None]
         self.all_reduce(product)
@@ -307,21 +322,22 @@ class Head(ABC):
         if row_scale is None:
             grad_bias.add_(d.sum(0, dtype=self.dtype), alpha=1 / self.logit_scale)
         else:
-            grad_bias.addmv_(d.t(), row_scale / self.logit_scale)
+            for block in self.vocab_blocks(self.dtype, d.shape[0]):
+                grad_bias[block].addmv_(d[:, block].t().to(self.dtype), row_scale / self.logit_scale)
 
-    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-        """``out = a @ b``, or ``out += a @ b``, with the operands in the gradients' dtype.
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, dtype: torch.dtype) -> None:
+        """``out = a @ b``, or ``out += a @ b``, with the operands in `dtype`.
 
         `out` has the accumulation dtype; without `add` it may have that of the operands, and is rounded once.
         """
-        a, b = a.to(self.gradient_dtype), b.to(self.gradient_dtype)
-        if self.gradient_dtype != self.dtype and out.dtype == self.gradient_dtype:
+        a, b = a.to(dtype), b.to(dtype)
+        if dtype != self.dtype and out.dtype == dtype:
             with float32_sums():
                 torch.mm(a, b, out=out)
             return
-        if self.gradient_dtype != self.dtype and not self.mixed_products:
+        if dtype != self.dtype and not self.mixed_products:
             product = torch.mm(a, b)
             out.add_(product) if add else out.copy_(product)
             return
-        options = {"out_dtype": self.dtype} if self.mixed_products else {}
+        options = {"out_dtype": self.dtype} if dtype != self.dtype else {}
         torch.addmm(out, a, b, out=out, **options) if add else torch.mm(a, b, out=out, **options)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from grpo_kernels import _checks as checks
 from grpo_kernels._backend import choose_backend
@@ -12,6 +16,9 @@ from grpo_kernels._head import Head
 from grpo_kernels._passes import Pass
 from grpo_kernels._torch_head import TorchHead
 from grpo_kernels.budget import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+
+# For memory, offset and length of a shard: the group of its last call, and the lengths of all its shards.
+_SHARDS: dict[tuple[int, int, int], tuple[StorageWeakRef, Callable[[], dist.ProcessGroup | None], list[int]]] = {}
 
 
 def make_pass(
@@ -53,7 +60,7 @@ def make_pass(
     dtype = checks.accumulation_dtype(hidden, weight)
     temperatures = _flat_temperatures(op, temperature, targets, dtype)
     backend = choose_backend(op, backend, hidden.device, dtype)
-    shards = [weight.shape[0]] if process_group is None else _gather_sizes(weight, process_group)
+    shards = [weight.shape[0]] if process_group is None else _shard_sizes(weight, process_group)
     checks.require_targets(op, targets, sum(shards))
     head = make_head(
         weight, bias, hidden_dtype=hidden.dtype, logit_scale=logit_scale, softcap=softcap,
@@ -132,8 +139,24 @@ def _flat_temperatures(op: str, temperature: float | Tensor, targets: Tensor, dt
     return flat
 
 
+def _shard_sizes(weight: Tensor, process_group: dist.ProcessGroup) -> list[int]:
+    """The vocabulary of every rank's shard, in rank order; gathered once for each weight, which waits for a GPU.
+
+    Ranks exchange their weights for others together, so that all of them gather or none does. A weight is known by its
+    memory, to which the cache holds a weak reference: another one does not get its address as long as that exists.
+    """
+    storage = weight.untyped_storage()
+    key = storage._cdata, weight.storage_offset(), weight.shape[0]
+    reference, group, sizes = _SHARDS.get(key, (None, None, []))
+    if reference is None or reference.expired() or group() is not process_group:
+        for old in [old for old, (reference, *_) in _SHARDS.items() if reference.expired()]:
+            del _SHARDS[old]
+        sizes = _gather_sizes(weight, process_group)
+        _SHARDS[key] = StorageWeakRef(storage), weakref.ref(process_group), sizes
+    return sizes
+
+
 def _gather_sizes(weight: Tensor, process_group: dist.ProcessGroup) -> list[int]:
-    """The vocabulary of every rank's shard, in rank order."""
     size = torch.tensor([weight.shape[0]], device=weight.device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(sizes, size, group=process_group)

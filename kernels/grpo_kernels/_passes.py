@@ -89,7 +89,7 @@ class Pass:
         head = self.head
         # The entropy's slope overwrites a copy of e.
         buffer = head.buffer(rows.numel(), copies=len(slopes))
-        copy = torch.empty_like(buffer) if len(slopes) > 1 else None
+        copy = head.allocate(buffer.shape[0]) if len(slopes) > 1 else None
         for chunk in self.chunks(rows, buffer, scores.entropy is not None):
             scores.write(chunk)
             if copy is not None:

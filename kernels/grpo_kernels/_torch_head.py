@@ -109,7 +109,7 @@ class TorchHead(Head):
             weight = self.operand(self.weight[block])
             if self.mixed_products:
                 torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out[:, block])
-            elif self.operand_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+            elif self.on_cpu and self.operand_dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
                 # oneDNN's float32 product. torch.mm takes MKL's, which is half as fast on an AMD processor.
                 out[:, block] = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
             else:

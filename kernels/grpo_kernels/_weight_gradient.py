@@ -42,7 +42,7 @@ class WeightGradient:
         for start, sums in self.sums:
             for block in chunks(sums.shape[0], width):
                 rows = slice(start + block.start, start + block.stop)
-                head.multiply(d[:, rows].t(), scaled, sums[block], add)
+                head.multiply(d[:, rows].t(), scaled, sums[block], add, head.gradient_dtype)
                 if last and sums.dtype != self.dtype:
                     self._round(rows, sums[block])
         if last:

@@ -85,9 +85,11 @@ def linear_logprob(
             ``-100`` or without an incoming gradient too, so their hidden states must be finite.
         max_buffer_bytes: budget for temporary memory beyond inputs, outputs and gradients (default: 256 MiB on a
             CPU; on a GPU 1 GiB, half of it with a frozen head, or a quarter of the free memory where that is more and
-            there is no process group). At least one row of float32 logits is always held.
+            there is no process group). At least one row of float32 logits is always held. On a GPU, autocast to 16
+            bits adds a 16-bit copy of a float32 weight (see `weight_copies`).
         process_group: ranks that hold the vocabulary in shards, in rank order; hidden states and targets are the
-            same on all of them, and so are the results and hidden's gradient.
+            same on all of them, and so are the results and hidden's gradient. The shards' sizes are exchanged once
+            for each weight, so ranks must replace a weight by another together.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:

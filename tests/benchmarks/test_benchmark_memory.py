@@ -1,4 +1,4 @@
-"""The memory benchmarks: plans beside real steps, and the search for the longest answer, on a CPU."""
+"""The memory benchmarks on a CPU: plans compared with real steps, and the search for the longest answer."""
 
 import sys
 
@@ -8,10 +8,11 @@ import torch
 from benchmarks import longest, plan
 from benchmarks.harness import measure, trainers
 from benchmarks.harness.measure import Deadline, Run
+from benchmarks.harness.process import OutOfTime
 from benchmarks.longest import Bounds, Contender, search
 from benchmarks.step import OURS, TRL
 from benchmarks.trial import Job, Trials, planned
-from benchmarks.worker import OutOfTime, Worker
+from benchmarks.worker import Worker
 from grpo_fast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ SMALL = plan.SMALL
 pytestmark = pytest.mark.slow  # the fixture `steps` takes 15 s
 
 
-def test_a_search_ends_within_five_percent():
+def test_search_ends_within_five_percent():
     for limit, begin, growth in ((97, 1024, 2.0), (30_000, 28_000, 1.15), (30_000, 40_000, 1.15), (1 << 21, 64, 2.0)):
         bounds, tried = Bounds(), []
 
@@ -34,7 +35,7 @@ def test_a_search_ends_within_five_percent():
         else:
             assert limit / 1.05 < bounds.fits <= limit < bounds.fails
         assert len(tried) == len(set(tried)) <= 16
-    # Nothing fits, or fails for another reason than memory.
+    # Nothing fits; a trial fails for another reason than memory.
     bounds = Bounds()
     search(lambda _: {"fits": False, "memory": True, "detail": ""}, bounds, 1024, 2.0, lambda reply: None)
     assert bounds.fits == 0
@@ -55,7 +56,7 @@ def steps():
     return {setting.name: plan.measure_setting(run, setting) for setting in plan.ON_CPU}
 
 
-def test_plans_hold_on_the_cpu(steps):
+def test_plan_agrees_with_real_steps_on_the_cpu(steps):
     for row in steps.values():
         assert row["status"] == "ok", row
         assert row["ratio"] == pytest.approx(1, abs=0.05), row
@@ -66,12 +67,12 @@ def test_peak_grows_linearly_with_the_answer(steps):
     assert (peaks[2] - peaks[1]) / (peaks[1] - peaks[0]) == pytest.approx(2, rel=0.02)
 
 
-def test_a_group_in_one_microbatch_costs_what_the_plan_says(steps):
+def test_plan_of_a_group_in_one_microbatch(steps):
     apart, together = steps["8x300-apart"], steps["8x300-together"]
     measured = together["measured_bytes"] - apart["measured_bytes"]
     assert measured > 2 * (apart["measured_bytes"] - held("qwen3-tiny"))
     assert together["planned_bytes"] - apart["planned_bytes"] == pytest.approx(measured, rel=0.05)
-    # One answer of eight in a microbatch takes what one of two does.
+    # A microbatch with one answer of eight takes as much as with one of two.
     assert apart["measured_bytes"] == pytest.approx(steps["300"]["measured_bytes"], rel=0.02)
 
 
@@ -80,7 +81,7 @@ def held(model):
     return sum(parts[name] for name in ("weights", "adapters", "optimizer state", "gradients"))
 
 
-def test_a_plan_that_is_off_is_refused(monkeypatch, tmp_path):
+def test_run_plan_wrong_plan_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "measured_step", lambda *_: {"fits": True, "peak_bytes": 1 << 20, "seconds": 1.0})
     run = Run(CPU, output=tmp_path, commit="abc")
     with pytest.raises(UserError, match=r"does not hold within 10%.*: 300"):
@@ -90,22 +91,22 @@ def test_a_plan_that_is_off_is_refused(monkeypatch, tmp_path):
     assert float(row["ratio"]) > 1.1
 
 
-def test_one_microbatch_takes_as_much_as_a_step():
+def test_trial_of_one_microbatch_takes_as_much_as_a_step():
     trials = Trials(Job(OURS, "qwen3-tiny", "cpu", {**SMALL, "max_buffer_mib": 8}, group=3))
-    # The head is the fullest moment here, when the microbatch before is gone; the next one's ids are there already.
+    # The head is the fullest moment here: the previous microbatch is freed, the next one's ids are allocated already.
     some, every = trials.trial(400), trials.trial(400, whole=True)
     assert some["peak_bytes"] == pytest.approx(every["peak_bytes"], rel=0.003)
     assert some["seconds"] < every["seconds"]
     trials.stop()
 
 
-def test_weights_in_four_bits():
+def test_trial_with_weights_in_four_bits():
     pytest.importorskip("bitsandbytes")
     job = Job(OURS, "qwen3-tiny", "cpu", {**SMALL, "load_in_4bit": True}, group=2)
     trials = Trials(job)
     held = trials.held_bytes()
     parts = planned(job, 300).training
-    # What beside the weights' codes counts as parameters is there; scales belong to no parameter.
+    # Apart from the 4-bit codes, these are parameters; the scales are not.
     expected = parts["weights"] + parts["adapters"] + parts["optimizer state"]
     assert held == pytest.approx(expected, rel=0.02)
     reply = trials.trial(300)
@@ -115,11 +116,11 @@ def test_weights_in_four_bits():
 
 
 @pytest.mark.long
-def test_longest_on_the_cpu(tmp_path, capsys):
+def test_longest_on_the_cpu_continues_a_stopped_search(tmp_path, capsys):
     run = Run(CPU, quick=True, output=tmp_path, commit="abc")
     ours = longest.CONTENDERS[0]
     path = run.folder / "longest.csv"
-    # Out of time after the first trials: the row holds the bounds so far.
+    # A search that ran out of time: the row holds its bounds.
     table = run.table("longest", longest.KEY)
     table.add({
         "model": "qwen3-tiny", "contender": ours.name, "cap_gib": 0.01, "status": "stopped", "answer_tokens": 200,
@@ -139,7 +140,7 @@ def test_longest_on_the_cpu(tmp_path, capsys):
     assert measure.read_csv(path) == [row]
 
 
-def test_a_worker_ends_in_one_line():
+def test_worker_failure_is_one_line():
     with pytest.raises(OutOfTime):
         Worker(Job(OURS, "qwen3-tiny", "cpu", SMALL), Deadline(0.0)).trial(8)
     worker = Worker(Job(OURS, "qwen3-tiny", "abacus", SMALL), Deadline())
@@ -148,7 +149,7 @@ def test_a_worker_ends_in_one_line():
     assert worker.process is None
 
 
-def test_trl_has_no_more_than_its_microbatch():
+def test_trial_of_trl_holds_one_microbatch():
     if reason := trainers.missing_trl():
         pytest.skip(reason)
     job = Contender(TRL, TRL, options=longest.TRL_LEAN).job("qwen3-tiny", CPU, 0)
@@ -161,7 +162,7 @@ def test_trl_has_no_more_than_its_microbatch():
     trials.stop()
 
 
-def test_ours_is_named_beside_the_best_of_trl():
+def test_summary_compares_the_longest_answers():
     rows = [
         {"cap_gib": "80", "contender": name, "status": status, "answer_tokens": str(tokens)}
         for name, status, tokens in (
@@ -178,11 +179,11 @@ def test_ours_is_named_beside_the_best_of_trl():
     [
         (longest, ["--caps", "much"], "'much' is not a list of GiB"),
         (longest, ["--caps", "0"], "must be above 0"),
-        (longest, ["--contenders", "verl"], "'verl' is unknown; there are grpo-fast, "),
-        (plan, ["--settings", "9b"], "'9b' is unknown; there are "),
+        (longest, ["--contenders", "verl"], "'verl' is unknown; use one of grpo-fast, "),
+        (plan, ["--settings", "9b"], "'9b' is unknown; use one of "),
     ],
 )
-def test_wrong_arguments_end_in_one_line(module, arguments, message, monkeypatch, capsys):
+def test_wrong_option_ends_in_one_line(module, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__name__, "--device", "cpu", *arguments])
     with pytest.raises(SystemExit) as end:
         measure.main(module.body)

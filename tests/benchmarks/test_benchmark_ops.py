@@ -1,4 +1,4 @@
-"""Micro-benchmarks of each operation, for tracking regressions: python -m pytest tests/test_benchmark_ops.py."""
+"""Micro-benchmarks of each operation against regressions: python -m pytest tests/benchmarks/test_benchmark_ops.py."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Filling uninitialised memory would be timed too."""
+    """Replaces the fixture that fills uninitialised memory, which would be timed too."""
 
 
 def head(dtype, trainable):

@@ -1,3 +1,5 @@
+"""The sampling benchmark."""
+
 import csv
 
 import pytest
@@ -20,7 +22,7 @@ def run(tmp_path):
     return Run(torch.device("cpu"), quick=True, repeats=1, output=tmp_path)
 
 
-def test_rows_of_all_ways_to_sample(run, tmp_path):
+def test_run_rollout_rows_of_all_contenders(run, tmp_path):
     rollout.run_rollout(run, ["llama-tiny"], contenders=[rollout.OURS, rollout.PADDED])
     measured = rows(tmp_path)
     assert {row["status"] for row in measured.values()} == {"ok"}
@@ -35,7 +37,7 @@ def test_rows_of_all_ways_to_sample(run, tmp_path):
         assert rollout.SHORTEST < float(row["mean_tokens"]) <= 32
 
 
-def test_wrong_log_probabilities_are_not_timed(run, tmp_path, monkeypatch):
+def test_run_rollout_wrong_logprobs_are_not_timed(run, tmp_path, monkeypatch):
     sampled = rollout.ours
 
     def wrong(case):

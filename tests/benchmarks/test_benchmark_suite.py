@@ -1,9 +1,10 @@
-"""The benchmarks' own parts: the truth, the gate, the clock and its table, and what the figures are made from."""
+"""The parts of the benchmarks: problems, contenders, timing, result tables, trainers, figures and options."""
 
 import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import head, plots, race, step
-from benchmarks.growth import accumulated, with_one_buffer
+from benchmarks.growth import with_one_buffer
 from benchmarks.harness import measure, trainers
 from benchmarks.harness.contenders import BY_NAME, FLOOR, OURS, Contender, choose, floor_call, forward_backward
 from benchmarks.harness.measure import Deadline, Run, Times, fit_exponent, format_value, interleave, slug
@@ -29,8 +30,8 @@ def problem_of(shape=PLAIN, tokens=80, dtype=torch.float32, mode="trainable"):
 
 
 @pytest.mark.parametrize("shape", [PLAIN, CAPPED], ids=lambda shape: shape.model)
-def test_truth_is_what_autograd_gives(shape, monkeypatch):
-    # Several chunks of the vocabulary.
+def test_truth_equals_float64_autograd(shape, monkeypatch):
+    # The vocabulary in two chunks.
     whole = [slice(0, 100), slice(100, 307)]
     monkeypatch.setattr("benchmarks.harness.problem._vocabulary_chunks", lambda *_: whole)
     problem, truth = problem_of(shape)
@@ -45,7 +46,7 @@ def test_truth_is_what_autograd_gives(shape, monkeypatch):
     found = errors(truth, loss, logprobs, leaf["hidden"].grad, leaf["weight"].grad)
     assert set(found) == {"error_loss", "error_logprob", "error_logprob_median", "error_hidden", "error_weight"}
     assert max(found.values()) < 1e-12
-    # Clipped and unclipped tokens of both signs are there, and the log-probabilities are a language model's.
+    # There are clipped and unclipped tokens of both signs, and the log-probabilities are like a language model's.
     assert 0 < (truth.grad_hidden.norm(dim=1) == 0).sum() < truth.rows.numel()
     assert problem.batch.advantages.min() < 0 < problem.batch.advantages.max()
     if shape.softcap is None:
@@ -55,7 +56,7 @@ def test_truth_is_what_autograd_gives(shape, monkeypatch):
 @pytest.mark.parametrize("mode", ["trainable", "frozen", "scoring"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [OURS, "full logits"])
-def test_gate_lets_the_right_ones_pass(name, dtype, mode):
+def test_gate_correct_contender_passes(name, dtype, mode):
     problem, truth = problem_of(CAPPED, dtype=dtype, mode=mode)
     call, status = head.gate(BY_NAME[name], problem, truth)
     assert status["status"] == "ok", status
@@ -65,7 +66,7 @@ def test_gate_lets_the_right_ones_pass(name, dtype, mode):
 
 
 def spoiled(part, factor):
-    """Full logits with one gradient scaled."""
+    """Full logits with one gradient, or the loss, scaled."""
 
     def make(batch):
         loss = BY_NAME["full logits"].make(batch)
@@ -84,7 +85,7 @@ def spoiled(part, factor):
 
 
 @pytest.mark.parametrize("part", ["hidden", "weight", "loss"])
-def test_gate_stops_the_wrong_ones(part):
+def test_gate_wrong_contender_is_not_timed(part):
     problem, truth = problem_of()
     assert head.gate(spoiled(part, 1.0), problem, truth)[1]["status"] == "ok"
     call, status = head.gate(spoiled(part, 1.01), problem, truth)
@@ -94,14 +95,14 @@ def test_gate_stops_the_wrong_ones(part):
     assert head.gate(spoiled(part, math.nan), problem, truth)[1]["status"] == "wrong"
 
 
-def test_gate_names_what_to_install():
+def test_gate_missing_package_names_the_pip_command():
     absent = Contender("absent", lambda _: None, package="no-such-package", module="no_such_module")
     problem, truth = problem_of()
     call, status = head.gate(absent, problem, truth)
     assert call is None
     assert status == {
         "status": "left out",
-        "detail": "no_such_module is not installed; it comes with: pip install no-such-package",
+        "detail": "no_such_module is not installed; install it with: pip install no-such-package",
     }
     assert "softcap" in head.gate(BY_NAME["Liger"], *problem_of(CAPPED))[1]["detail"] or not trl_and_liger()
 
@@ -110,7 +111,7 @@ def trl_and_liger():
     return not (BY_NAME["Liger"].missing() or BY_NAME["TRL"].missing())
 
 
-def test_a_broken_gpu_ends_the_run():
+def test_gate_cuda_error_ends_the_run():
     def make(batch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -118,14 +119,14 @@ def test_a_broken_gpu_ends_the_run():
         head.gate(Contender("rude", make), *problem_of())
 
 
-def test_a_contender_that_would_not_fit_is_left_out(monkeypatch):
+def test_gate_contender_too_large_for_memory_is_left_out(monkeypatch):
     monkeypatch.setattr("benchmarks.harness.contenders.available_bytes", lambda _: 1000)
     problem, truth = problem_of()
     assert "needs about" in head.gate(BY_NAME["full logits"], problem, truth)[1]["detail"]
     assert head.gate(BY_NAME[OURS], problem, truth)[1]["status"] == "ok"
 
 
-def test_a_contender_that_raises_does_not_end_the_run(tmp_path):
+def test_measure_problem_failed_contender_is_recorded(tmp_path):
     def make(batch):
         def loss(hidden, weight, batch):
             raise RuntimeError("no\nluck")
@@ -142,13 +143,14 @@ def test_a_contender_that_raises_does_not_end_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_microbatches_add_up(count):
+def test_forward_backward_microbatches_give_the_whole_gradient(count):
     problem, truth = problem_of()
-    for outcome in (accumulated(problem, BY_NAME[OURS].make(problem.batch), count), with_one_buffer(problem, count)):
+    problem = dataclasses.replace(problem, microbatches=count)
+    for outcome in (forward_backward(problem, BY_NAME[OURS].make(problem.batch)), with_one_buffer(problem)):
         assert verdict(errors(truth, **outcome), torch.float32) is None
 
 
-def test_floor_in_chunks_is_the_whole_product():
+def test_floor_in_chunks_computes_the_whole_product():
     problem, _ = problem_of()
     made = []
     original = torch.empty_like
@@ -163,7 +165,7 @@ def test_floor_in_chunks_is_the_whole_product():
     assert norm_error(made[1], (logits.T @ problem.hidden).double()) < 1e-6
 
 
-def test_forward_backward_starts_from_nothing():
+def test_forward_backward_repeated_keeps_no_gradient():
     problem, _ = problem_of()
     loss = BY_NAME[OURS].make(problem.batch)
     first, second = forward_backward(problem, loss), forward_backward(problem, loss)
@@ -171,7 +173,7 @@ def test_forward_backward_starts_from_nothing():
     assert problem.weight.grad is None
 
 
-def test_quantiles():
+def test_times_quantiles_are_interpolated():
     times = Times([5.0, 1.0, 2.0, 3.0, 4.0])
     assert times.columns() == {
         "seconds": 3.0, "seconds_p20": pytest.approx(1.8), "seconds_p80": pytest.approx(4.2), "repeats": 5
@@ -179,14 +181,14 @@ def test_quantiles():
     assert math.isnan(Times().median)
 
 
-def test_interleave_takes_turns():
+def test_interleave_calls_take_turns():
     calls: list[str] = []
     measured = interleave({name: lambda name=name: calls.append(name) for name in "abc"}, CPU, repeats=3)
     assert calls == list("abcbcacab")
     assert {name: len(entry.times.seconds) for name, entry in measured.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_interleave_keeps_to_the_deadline_and_goes_on_without_the_failed():
+def test_interleave_deadline_and_failed_call():
     def broken():
         raise ValueError("not\ntoday")
 
@@ -200,7 +202,7 @@ def test_interleave_keeps_to_the_deadline_and_goes_on_without_the_failed():
 
 PEAK = """
 import torch
-from benchmarks.measure import peak_memory
+from benchmarks.harness.measure import peak_memory
 with peak_memory(torch.device("cpu")) as peak:
     torch.ones(12 << 20)
     torch.ones(24 << 20)
@@ -209,15 +211,15 @@ print(int(peak.bytes))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_memory_sees_what_was_freed_again():
-    """In a process of its own: what others left of their memory may be taken up again."""
+def test_peak_memory_counts_freed_memory():
+    """In a fresh process, where no freed memory of other tests can be reused."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, env=environment, check=True)
     assert 95 << 20 <= int(done.stdout) < 112 << 20
 
 
-def test_rows_replace_those_of_the_same_key(tmp_path):
+def test_table_row_replaces_the_one_of_the_same_key(tmp_path):
     run = Run(CPU, output=tmp_path, commit="abc")
     table = run.table("t", ("case", "who"))
     table.add({"case": 1, "who": "a", "seconds": 0.123456})
@@ -231,7 +233,7 @@ def test_rows_replace_those_of_the_same_key(tmp_path):
     assert table.path.parent == tmp_path / slug(measure.device_name(CPU))
 
 
-def test_values_are_short():
+def test_format_value_is_short():
     assert [format_value(v) for v in (0.123456, 1e9, 3, None, math.nan, "x")] == [
         "0.1235",
         "1000000000",
@@ -242,7 +244,7 @@ def test_values_are_short():
     ]
 
 
-def test_device_slug_holds_hardware_alone(tmp_path, monkeypatch):
+def test_device_slug_names_only_the_hardware(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     info.write_text("processor : 0\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz\n")
     monkeypatch.setattr(measure, "Path", lambda _: info)
@@ -250,13 +252,13 @@ def test_device_slug_holds_hardware_alone(tmp_path, monkeypatch):
     assert slug(measure.device_name(CPU)) == "cpu-2-cores-intel-xeon-platinum-8481c"
 
 
-def test_fitted_exponent():
+def test_fit_exponent_of_power_laws():
     assert fit_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     assert fit_exponent([1, 2, 4], [3, 3, 3]) == pytest.approx(0)
     assert math.isnan(fit_exponent([1, 2], [1, 0]))
 
 
-def test_lengths_are_mixed():
+def test_mixed_lengths_have_the_mean_and_the_spread():
     lengths = step.mixed_lengths(64, 24)
     assert max(lengths) == 8 * 24
     assert sum(lengths) / len(lengths) == pytest.approx(24, rel=0.05)
@@ -265,27 +267,27 @@ def test_lengths_are_mixed():
 
 
 @pytest.mark.parametrize(("equal", "groups"), [(0.0, 0), (0.5, 4), (0.75, 6)])
-def test_rollouts_have_groups_of_equal_reward(equal, groups):
+def test_make_rollouts_has_groups_of_equal_reward(equal, groups):
     setting = step.Setting("x", "float32", 8, 4, 8, 6)
     rewards = [step.parity_reward([], [], group) for group in step.make_rollouts(setting, 101, equal)]
     assert [len(set(group)) == 1 for group in rewards] == [True] * groups + [False] * (8 - groups)
 
 
-def test_prompts_differ():
+def test_make_prompts_are_distinct():
     prompts = step.make_prompts(step.Setting("llama-tiny", "float32", 8, 4, 8, 6))
     assert len(set(prompts)) == 8
     assert {len(prompt.split()) for prompt in prompts} == {8}
 
 
-def test_gradient_difference():
+def test_gradient_difference_in_the_norm():
     ours = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}
     theirs = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0])}
     assert step.gradient_difference(ours, theirs) == pytest.approx(0.5 / math.hypot(3, 4.5))
     assert step.gradient_difference(ours, {"a": theirs["a"]}) == math.inf
 
 
-def test_step_runs_without_its_peer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step, "missing_trl", lambda: "trl is not installed; it comes with: pip install trl")
+def test_step_without_trl_measures_ours(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "missing_trl", lambda: "trl is not installed; install it with: pip install trl")
     run = Run(CPU, quick=True, repeats=1, output=tmp_path)
     step.run_step(run, [0.5])
     rows = {row["trainer"]: row for row in measure.read_csv(run.folder / "step.csv")}
@@ -297,7 +299,7 @@ def test_step_runs_without_its_peer(tmp_path, monkeypatch, capsys):
     assert "pip install trl" in capsys.readouterr().out
 
 
-def test_both_trainers_make_the_same_gradient(tmp_path):
+def test_step_with_trl_has_the_same_gradient(tmp_path):
     if reason := trainers.missing_trl():
         pytest.skip(reason)
     run = Run(CPU, quick=True, repeats=1, output=tmp_path)
@@ -305,11 +307,11 @@ def test_both_trainers_make_the_same_gradient(tmp_path):
     rows = {row["trainer"]: row for row in measure.read_csv(run.folder / "step.csv")}
     assert rows[OURS]["status"] == rows["TRL"]["status"] == "ok"
     assert 0 < float(rows[OURS]["gradient_difference"]) < 1e-5
-    # TRL's rows are as long as the longest, and no group is dropped.
+    # TRL pads all rows to the longest, and drops no group.
     assert float(rows["TRL"]["padded_tokens"]) == 16 * (8 + 32)
 
 
-def test_race_prompts_are_the_seeds():
+def test_race_prompts_depend_on_the_seed():
     rows = race.training_rows(1, 20)
     assert len(rows) == 20 * race.PROMPTS
     assert rows == race.training_rows(1, 20)
@@ -317,7 +319,7 @@ def test_race_prompts_are_the_seeds():
     assert all("What is" in row["prompt"][0]["content"] for row in rows)
 
 
-def test_the_race_is_won_by_three_steps_in_a_row():
+def test_reached_needs_three_consecutive_steps():
     assert not race.reached([1.0, 1.0], 0.75)
     assert not race.reached([0.9, 0.7, 0.6], 0.75)
     assert race.reached([0.1, 0.7, 0.8, 0.75], 0.75)
@@ -335,7 +337,7 @@ def small_results(folder):
     return slug(measure.device_name(CPU))
 
 
-def test_tables_hold_what_was_measured(tmp_path):
+def test_fill_tables_has_measured_rows_only(tmp_path):
     device = small_results(tmp_path)
     before = (
         f"a\n<!-- table: head {device} -->\nold\n<!-- /table -->\nb\n<!-- table: race cpu -->\nkept\n<!-- /table -->\n"
@@ -349,17 +351,64 @@ def test_tables_hold_what_was_measured(tmp_path):
     assert plots.fill_tables(after, tmp_path) == after
     memory = plots.fill_tables("<!-- table: head-memory cpu -->\n<!-- /table -->", tmp_path)
     assert "| m (8 x 99), N=64, float32, frozen | 3 MiB | 3 MiB |" in memory
-    with pytest.raises(UserError, match="'haed' is unknown"):
-        plots.fill_tables("<!-- table: haed cpu -->\n<!-- /table -->", tmp_path)
 
 
-def test_figures_are_drawn(tmp_path):
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    """A folder of documents with a place for every table, most of them in a page of docs/."""
+    (tmp_path / "docs").mkdir()
+    places = {name: f"<!-- table: {name} cpu -->\nold\n<!-- /table -->\n" for name in plots.TABLES}
+    (tmp_path / "README.md").write_text("first\n" + places.pop("head"))
+    (tmp_path / "docs" / "results.md").write_text("".join(places.values()))
+    (tmp_path / "docs" / "other.md").write_text("no table\n")
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_plots_fills_the_places_in_all_documents(documents, monkeypatch, capsys):
+    small_results(documents / "results")
+    monkeypatch.setattr(sys, "argv", ["plots", "--results", str(documents / "results")])
+    plots.body()
+    assert (documents / "README.md").read_text().startswith("first\n<!-- table: head cpu -->\n| head | bare GEMMs |")
+    page = (documents / "docs" / "results.md").read_text()
+    assert "<!-- table: head-memory cpu -->\n| head | grpo-fast | full logits |" in page
+    assert "<!-- table: race cpu -->\nold\n<!-- /table -->" in page
+    assert "no race.csv for cpu; its table race stays as it is" in capsys.readouterr().out
+    assert plots.read_documents(documents).keys() == {documents / "README.md", documents / "docs" / "results.md"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("<!-- table: race cpu -->\nold\n<!-- /table -->\n", "", "table 'race' has no place; put <!-- table: race cpu"),
+        ("table: race cpu", "table: rice cpu", r"docs/results.md: table 'rice' is unknown \(did you mean 'race'\?\)"),
+        ("table: race cpu", "table: race", "docs/results.md: a place is not <!-- table: NAME DEVICE --> to"),
+        ("old\n<!-- /table -->\n<!-- table: loss", "<!-- table: loss", "docs/results.md: a place is not"),
+    ],
+)
+def test_read_documents_wrong_place_ends_in_one_line(documents, before, after, message):
+    page = documents / "docs" / "results.md"
+    assert before in page.read_text()
+    page.write_text(page.read_text().replace(before, after))
+    with pytest.raises(UserError, match=message):
+        plots.read_documents(documents)
+
+
+def test_documents_have_a_place_for_every_table():
+    """And every place a table; see `read_documents`."""
+    names = [
+        name for page in plots.read_documents(measure.ROOT).values() for name in re.findall(r"table: ([\w-]+)", page)
+    ]
+    assert set(names) == set(plots.TABLES)
+
+
+def test_draw_makes_a_figure_per_csv(tmp_path):
     device = small_results(tmp_path)
     assert plots.draw(tmp_path / device) == [tmp_path / device / "head.png"]
     assert (tmp_path / device / "head.png").stat().st_size > 10_000
 
 
-def test_cases_are_parsed():
+def test_parse_cases_and_contenders():
     case, other = head.parse_cases("qwen3-8b:16384:bfloat16, 576x4096:33:float32")
     assert (case.shape.hidden, case.shape.vocab, case.tokens, case.dtype) == (4096, 151936, 16384, torch.bfloat16)
     assert (other.shape.hidden, other.shape.vocab, other.tokens) == (576, 4096, 33)
@@ -382,7 +431,7 @@ def test_cases_are_parsed():
         (plots, ["--results", "/no/such/folder"], "there is no folder"),
     ],
 )
-def test_wrong_arguments_end_in_one_line(module, arguments, message, monkeypatch, capsys):
+def test_wrong_option_ends_in_one_line(module, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
     with pytest.raises(SystemExit) as end:
         measure.main(module.body)
@@ -392,13 +441,13 @@ def test_wrong_arguments_end_in_one_line(module, arguments, message, monkeypatch
     assert message in lines[0]
 
 
-def test_quick_runs_stay_out_of_the_results():
+def test_quick_run_results_are_kept_apart():
     assert "runs" in Run(CPU, quick=True).folder.parts
     assert Run(CPU).folder.parent == measure.ROOT / "benchmarks" / "results"
     assert json.dumps(Run(CPU).facts())
 
 
-def test_a_race_is_written_down_unless_it_was_cut_short(tmp_path, monkeypatch):
+def test_race_cut_short_keeps_the_earlier_result(tmp_path, monkeypatch):
     run = Run(CPU, output=tmp_path, commit="abc")
     monkeypatch.setattr(race, "our_race", lambda config, run: ((2.0, reward) for reward in (0.1, 0.7, 0.8, 0.9, 1.0)))
     race.run_one(run, OURS, 1, 10, 0.75)

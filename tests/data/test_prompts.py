@@ -1,4 +1,4 @@
-"""Templates and prompt files, and how a chat that ends in the assistant's turn is encoded and scored."""
+"""Templates and prompt files; encoding and scoring of chats that end in the assistant's turn."""
 
 import copy
 import datetime
@@ -34,7 +34,7 @@ def build(row, **fields):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a character."""
+    """A tokenizer with one token per character."""
     characters = sorted({chr(i) for i in range(32, 127)} | {"\n"})
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -48,7 +48,7 @@ def text_of(ids, tokenizer):
     return "".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-def test_built_in_prompts_take_their_columns():
+def test_built_in_prompts_use_their_columns():
     assert set(PROMPTS) == {"r1_zero", "question_only", "countdown", "countdown_short"}
     assert build(QUESTION, prompt_file="question_only") == QUESTION["question"]
     r1_zero = build(QUESTION, prompt_file="r1_zero")
@@ -65,7 +65,7 @@ def test_built_in_prompts_take_their_columns():
     ]
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_prompt_file_text_and_messages(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes(b"\xef\xbb\xbfQ: {question}\r\nAnswer in \\boxed{{}}.\n")
     text = "Q: What is {1, 2}?\nAnswer in \\boxed{}."
@@ -75,7 +75,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert build(QUESTION, prompt_file=str(path), apply_chat_template=True) == chat[1:]
 
 
-def test_a_template_may_repeat_a_column_and_format_it():
+def test_template_repeats_and_formats_a_column():
     assert build(COUNTDOWN, prompt_template="{target:03d} {nums} {target}") == "017 [3, 4, 5] 17"
     row = {"the-question 2": "a", "2nd": "b", "q.text": "c", "Question (en)": "d", "self": "e", "args[0]": "f", "題": 1}
     template = "{the-question 2} {2nd} {q.text} {Question (en)} {self} {args[0]} {題:02d}"
@@ -96,7 +96,7 @@ def test_a_template_may_repeat_a_column_and_format_it():
     ],
 )
 @pytest.mark.parametrize("fields", [{}, {"system_prompt": "Be brief."}], ids=["text", "chat"])
-def test_columns_without_a_text_of_their_own_are_refused(value, kind, fields):
+def test_template_column_that_is_not_text(value, kind, fields):
     message = (
         rf"prompt_template uses column 'a', which is a {kind} here; it can be text, a number, a date or a list of n"
     )
@@ -104,7 +104,7 @@ def test_columns_without_a_text_of_their_own_are_refused(value, kind, fields):
         build({"a": value}, prompt_template="{a}", **fields)
 
 
-def test_columns_with_a_text_of_their_own_are_filled_in():
+def test_template_columns_that_read_as_text():
     day = datetime.date(2026, 11, 25)
     row = {"a": "x", "b": 2, "c": 0.5, "d": [1, 2.5], "e": day, "f": []}
     assert build(row, prompt_template="{a} {b} {c:.1%} {d} {e:%d.%m.} {f}") == "x 2 50.0% [1, 2.5] 25.11. []"
@@ -114,15 +114,18 @@ def test_columns_with_a_text_of_their_own_are_filled_in():
     ("fields", "message"),
     [
         ({"prompt_file": "r1_zer"}, "is neither a file nor one of .*did you mean 'r1_zero'"),
-        ({"prompt_file": "countdown"}, "prompt_file='countdown' uses column 'target', but there is question, answer"),
-        ({"prompt_file": "countdown", "system_prompt": "a"}, "brings its own messages; leave system_prompt out"),
+        (
+            {"prompt_file": "countdown"},
+            "prompt_file='countdown' uses column 'target', but the row has question",
+        ),
+        ({"prompt_file": "countdown", "system_prompt": "a"}, "has its own messages; leave system_prompt out"),
         ({"prompt_template": r"\boxed{}"}, r"cannot be filled: {} names no column; {{ and }} stand for braces"),
         (
             {"prompt_template": r"\frac{1}{2}"},
-            r"uses column '1', but there is .* \({{ and }} stand for braces",
+            r"uses column '1', but the row has .* \({{ and }} stand for braces",
         ),
-        ({"prompt_template": "{question.__class__}"}, "uses column 'question.__class__', but there is question"),
-        ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but there is question"),
+        ({"prompt_template": "{question.__class__}"}, "uses column 'question.__class__', but the row has question"),
+        ({"prompt_template": "{question[0]}"}, r"uses column 'question\[0\]', but the row has question"),
         ({"prompt_template": "{question!x}"}, "cannot be filled"),
         ({"prompt_template": "{question:d}"}, "cannot be filled: Unknown format code 'd'"),
         (
@@ -136,7 +139,7 @@ def test_columns_with_a_text_of_their_own_are_filled_in():
         ({}, r"no column 'prompt' \(it has question, answer, hint\); set prompt_template, as in .* or prompt_file"),
     ],
 )
-def test_wrong_templates_are_named(fields, message):
+def test_template_wrong_placeholders(fields, message):
     with pytest.raises(UserError, match=message):
         build({**QUESTION, **({} if "prompt_file" in fields else {"hint": None})}, **fields)
 
@@ -153,7 +156,7 @@ def test_wrong_templates_are_named(fields, message):
         ("yaml", b"[" * 5000, "is not valid YAML: nested too deeply"),
     ],
 )
-def test_wrong_files_are_named(tmp_path, suffix, content, message):
+def test_prompt_file_wrong_content(tmp_path, suffix, content, message):
     path = tmp_path / f"p.{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -162,22 +165,26 @@ def test_wrong_files_are_named(tmp_path, suffix, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_one_of_template_and_file():
+def test_template_and_prompt_file_exclude_each_other():
     with pytest.raises(UserError, match="prompt_template and prompt_file both make the prompt"):
         config(prompt_template="{question}", prompt_file="r1_zero")
-    with pytest.raises(UserError, match="system_prompt goes with prompt_template or prompt_file"):
-        config(system_prompt="a")
 
 
-def test_the_assistants_turn_is_opened_or_gone_on_with(tokenizer):
+@pytest.mark.parametrize("field", [{"system_prompt": "a"}, {"apply_chat_template": True}])
+def test_prompt_column_is_not_made_a_chat(field):
+    with pytest.raises(UserError, match=f"{next(iter(field))} requires prompt_template or prompt_file"):
+        build({"prompt": "Hi"}, **field)
+
+
+def test_encode_prompts_opens_or_continues_the_assistants_turn(tokenizer):
     user = {"role": "user", "content": "Hi"}
     rows = [{"prompt": [user]}, {"prompt": [user, {"role": "assistant", "content": "<think>"}]}, {"prompt": "Hi"}]
     texts = [text_of(ids, tokenizer) for ids in encode_prompts(rows, tokenizer, config())]
     assert texts == ["<|user|>Hi<|end|><|assistant|>", "<|user|>Hi<|end|><|assistant|><think>", "Hi"]
 
 
-def test_a_turn_is_scored_from_its_beginning():
-    """As in TRL, the message that is scored begins with what the prompt put into the assistant's mouth."""
+def test_as_scored_continued_turn():
+    """As in TRL, the scored message begins with the assistant's words in the prompt."""
     user, opened = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>"}
     assert as_scored("Hi <think>", "a") == ("Hi <think>", "a")
     assert as_scored([user], "a") == ([user], [{"role": "assistant", "content": "a"}])
@@ -187,7 +194,7 @@ def test_a_turn_is_scored_from_its_beginning():
 
 
 def scored(tokenizer, rows, *completions, finish_reason="length"):
-    """What the rewards are called with for these completions, one for each row."""
+    """The arguments of the reward functions for these completions, one per row."""
     responses = [Response(tokenizer.encode(text, add_special_tokens=False), finish_reason) for text in completions]
     rollout, seen = SimpleNamespace(generate=lambda prompts, sampling: responses), []
     prompts = encode_prompts(rows, tokenizer, config())
@@ -195,7 +202,7 @@ def scored(tokenizer, rows, *completions, finish_reason="length"):
     return seen
 
 
-def test_rewards_get_whole_turns(tokenizer):
+def test_scored_completions_are_whole_turns(tokenizer):
     rows = [{"prompt": build(COUNTDOWN, prompt_file="countdown"), **COUNTDOWN}]
     ((prompts, completions, columns),) = scored(tokenizer, rows, "x</think>")
     assert [message["role"] for message in prompts[0]] == ["system", "user"]
@@ -205,7 +212,7 @@ def test_rewards_get_whole_turns(tokenizer):
 
 @pytest.fixture
 def tagged(tokenizer):
-    """The same with BOS and EOS, which it puts around a text, and tags that are special tokens."""
+    """A tokenizer that adds BOS and EOS to a text, and has tags as special tokens."""
     made = copy.deepcopy(tokenizer)
     made.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     made.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<tool_call>", "<|im_end|>"]})
@@ -214,7 +221,7 @@ def tagged(tokenizer):
     return made
 
 
-def test_text_begins_with_one_bos_and_ends_with_no_eos(tagged):
+def test_encode_prompts_text_has_one_bos_and_no_eos(tagged):
     assert tagged("Hi")["input_ids"] == tagged.encode("<s>Hi</s>", add_special_tokens=False)
     prompts = ["Hi", "<s>Hi", "", "Hi</s>", "<s>", "a"]
     encoded = encode_prompts([{"prompt": prompt} for prompt in prompts], tagged, config())
@@ -224,7 +231,7 @@ def test_text_begins_with_one_bos_and_ends_with_no_eos(tagged):
     assert text_of(ids, tagged) == "<s><|user|>Hi<|end|><|assistant|>"
 
 
-def test_tags_that_are_special_tokens_reach_the_rewards(tagged):
+def test_completion_text_keeps_tags_that_are_special_tokens(tagged):
     rows = [{"prompt": "p"}] * 3
     texts = ["<think>a</think><tool_call>b</s>", "<s><pad>c</s>", "<think>d<|im_end|>"]
     ((_, completions, _),) = scored(tagged, rows, *texts, finish_reason="stop")
@@ -233,13 +240,13 @@ def test_tags_that_are_special_tokens_reach_the_rewards(tagged):
     assert completions == ["<think>a</think><tool_call>b", "c", "<think>d<|im_end|>"]
 
 
-def test_a_token_that_only_pads_is_text(tokenizer):
+def test_completion_text_keeps_the_pad_token_without_eos(tokenizer):
     made = copy.deepcopy(tokenizer)
     made.pad_token = "a"
     assert completion_text(made, made.encode("banana"), False) == "banana"
 
 
-def test_steps_of_a_text_with_tags_have_their_tokens(tagged):
+def test_step_ends_in_text_with_tags(tagged):
     ids = tagged.encode("<think>ab</think>c</s>", add_special_tokens=False)
     text = completion_text(tagged, ids, True)
     ends = [len("<think>"), len("<think>ab"), len("<think>ab</think>"), len(text)]
@@ -257,7 +264,7 @@ OPENS = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>\n")
         (OPENS, [USER], "<think>a</think> <answer>b</answer>", 0.0),
         (TEMPLATE, [USER], "<think>a</think> <answer>b</answer>", 1.0),
         (TEMPLATE, [USER], "a</think> <answer>b</answer>", 0.0),
-        # What a user writes opens nothing.
+        # A tag in the user's message opens nothing.
         (TEMPLATE, [{"role": "user", "content": "Use <think>"}], "a</think> <answer>b</answer>", 0.0),
         (TEMPLATE, [USER, {"role": "assistant", "content": "<think>\n"}], "a</think> <answer>b</answer>", 1.0),
         (OPENS, [USER, {"role": "assistant", "content": "<think>"}], "<think>a</think> <answer>b</answer>", 0.0),
@@ -265,13 +272,13 @@ OPENS = TEMPLATE.replace("<|assistant|>", "<|assistant|><think>\n")
         (TEMPLATE, "Assistant:", "a</think> <answer>b</answer>", 0.0),
     ],
 )
-def test_a_tag_that_the_template_opens_counts(tagged, reward, template, prompt, completion, value):
+def test_format_rewards_tag_opened_by_the_chat_template(tagged, reward, template, prompt, completion, value):
     tagged.chat_template = template
     ((prompts, completions, columns),) = scored(tagged, [{"prompt": prompt}], completion)
     assert reward(prompts, completions, **columns) == [value]
 
 
-def test_rendered_prompts_end_where_the_completions_begin(tagged):
+def test_rendered_prompt_ends_at_the_completion(tagged):
     tagged.chat_template = OPENS
     rows = [{"prompt": [USER]}, {"prompt": [USER, {"role": "assistant", "content": " Well. "}]}, {"prompt": "p"}]
     ((_, completions, columns),) = scored(tagged, rows, "a", "b", "c")
@@ -282,7 +289,7 @@ def test_rendered_prompts_end_where_the_completions_begin(tagged):
     ]  # fmt: skip
 
 
-def test_row_and_file_are_named(tmp_path):
+def test_load_rows_error_names_row_and_file(tmp_path):
     from grpo_fast.data import load_rows
 
     path = tmp_path / "a.jsonl"

@@ -1,6 +1,6 @@
 """Two processes train as one does: DDP and FSDP2 on the CPU, in float64, and on completions that are given.
 
-All of it runs in one pair of processes, which takes seconds to start; meanwhile this process does the same alone.
+All of it runs in one pair of processes, which take seconds to start; meanwhile this process does the same by itself.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict, list[dict], Path]:
-    """What one process finds, what each of two finds, and the folder of their runs."""
+    """The results of one process, those of each of two, and the folder of their runs."""
     folder = tmp_path_factory.mktemp("runs")
     train(folder / "half", Given, max_steps=2)
     for mode in MODES:
@@ -50,7 +50,7 @@ def runs(tmp_path_factory) -> tuple[dict, list[dict], Path]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_weights_and_figures_are_those_of_one_process(runs, mode, case):
+def test_two_processes_train_as_one_does(runs, mode, case):
     alone, found, _ = runs
     one, *two = alone[case], *(each[f"{mode} {case}"] for each in found)
     assert one["gradient"].norm() > 1e-3
@@ -63,12 +63,12 @@ def test_gradients_weights_and_figures_are_those_of_one_process(runs, mode, case
         for mine, theirs in zip(other["figures"], one["figures"], strict=True):
             # Advantages, weights and log-probabilities of the trainer are float32.
             assert case in ALLOWED or mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    # However they round, the processes never drift apart.
+    # However they round, the weights of both processes stay equal.
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(two[0]["weights"], two[1]["weights"], strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_runs_that_go_on_with_another_number_of_processes(runs, mode):
+def test_runs_resumed_with_another_number_of_processes_are_the_same(runs, mode):
     *_, folder = runs
     one_again = folder / mode / "two then one"
     train(one_again, Given, resume=True)
@@ -87,27 +87,27 @@ def assert_same_but_for_rounding(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_first_process_samples_ahead_from_a_server(runs, mode):
+def test_sampling_ahead_from_a_server_by_the_first_process(runs, mode):
     assert_same_but_for_rounding(runs[2] / mode / "served", runs[2] / "served")
     assert figures(runs[2] / mode / "served")[-1]["sampling/importance_sampling_ratio/mean"] != 1
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_of_as_many_processes_is_the_same(runs, mode):
+def test_runs_resumed_with_two_processes_are_the_same(runs, mode):
     folder = runs[2] / mode
     assert_same_run(folder / "resumed", folder / "sampled")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_signal_to_one_process_stops_both_after_the_same_step(runs, mode):
+def test_signal_to_one_process_stops_both_after_the_same_step(runs, mode):
     _, found, folder = runs
     assert [each[f"{mode} killed"] for each in found] == [128 + signal.SIGTERM] * 2
     assert [path.name for path in (folder / mode / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
     assert len(figures(folder / mode / "killed")) == 2
 
 
-def test_a_bad_step_of_one_process_stops_both(runs):
-    """Also where each has its own share of the weights, and so of the numbers that are not finite."""
+def test_step_that_is_not_finite_in_one_process_stops_both(runs):
+    """Also if each holds its shard of the weights, and so of the numbers that are not finite."""
     first, second = (each["bad steps"] for each in runs[1])
     assert first == second
     for mode in MODES:
@@ -117,7 +117,7 @@ def test_a_bad_step_of_one_process_stops_both(runs):
         assert first[f"{mode} weights"].startswith("NotFiniteError (False): the updated weights are not finite")
 
 
-def test_what_fails_in_one_process_ends_all(runs):
+def test_error_in_one_process_is_raised_in_all(runs):
     first, second = (each["errors"] for each in runs[1])
     assert first.pop("main") == "KeyError: 'a'"
     assert second.pop("main") == "UserError: process 0 failed: KeyError: 'a'"
@@ -126,24 +126,23 @@ def test_what_fails_in_one_process_ends_all(runs):
     assert first == {
         "second": "UserError: of the second",
         "sampling": "UserError: no more",
-        "optim": "UserError: optim='adamw_torch_8bit' does not go with FSDP: it must be 'adamw_torch_fused'",
-        "offload": "UserError: optim_offload=True does not go with FSDP: it must be False",
-        "quantised": "UserError: load_in_4bit=True does not go with FSDP: it must be False",
-        "colocate": "UserError: vllm_mode='colocate' is for one process; several sample from a server: "
-        "vllm_mode='server'",
+        "optim": "UserError: optim='adamw_torch_8bit' is not supported with FSDP: it must be 'adamw_torch_fused'",
+        "offload": "UserError: optim_offload=True is not supported with FSDP: it must be False",
+        "quantised": "UserError: load_in_4bit=True is not supported with FSDP: it must be False",
+        "colocate": "UserError: vllm_mode='colocate' supports one process only; several require vllm_mode='server'",
     }
 
 
-def test_the_head_is_gathered_once_for_a_microbatch(runs):
-    # Two layers, and once what lies outside of them; the backward gathers the layers again.
+def test_head_is_gathered_once_per_microbatch(runs):
+    # Two layers and once the other weights; the backward gathers the layers again.
     assert all(found["gathers"] == [3, 2] for found in runs[1])
 
 
-def test_a_head_in_parts_of_the_vocabulary_equals_the_whole_one(runs):
+def test_head_in_vocabulary_shards_equals_the_whole_head(runs):
     assert all(found["parts"] <= 1e-12 for found in runs[1])
 
 
-def test_microbatches_are_dealt_evenly():
+def test_deal_microbatches_is_even():
     lengths = torch.randint(1, 60, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Row([index], length) for index, length in enumerate(lengths)]
     for ranks in (2, 3, 8):
@@ -156,7 +155,7 @@ def test_microbatches_are_dealt_evenly():
             assert max(sizes if packed else longest) <= 100
             loads = [sum(row.length for m in own for row in m) for own in dealt]
             assert max(loads) - min(loads) <= (10 if packed else 100)
-    # A row above the budget has a microbatch of its own; where there are too few rows, some have none.
+    # A row above the budget is a microbatch by itself; if there are too few rows, some microbatches are empty.
     assert deal_microbatches([Row([0], 300), Row([1], 5), Row([2], 5)], 100, True, 2) == [
         [[Row([0], 300)]],
         [[Row([1], 5), Row([2], 5)]],
@@ -168,8 +167,8 @@ def test_microbatches_are_dealt_evenly():
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
-    """What a process computes that has less to do than the others."""
+def test_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
+    """The microbatch of a process that has fewer of them than the others."""
     hidden, nothing = torch.randn(0, 16, requires_grad=True), torch.zeros(0)
     weight = torch.randn(37, 16, requires_grad=not frozen)
     objective = dataclasses.replace(PRESETS[preset], beta=0.1, entropy_coef=0.1)
@@ -183,5 +182,5 @@ def test_a_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
     assert not any(result.stats.values())
 
 
-def test_one_process_is_not_sharded():
+def test_is_sharded_is_false_for_one_process():
     assert not is_sharded(GRPOConfig("x", dataset_name="x", reward_funcs=["x"], fsdp=True))

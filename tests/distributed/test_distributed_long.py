@@ -1,4 +1,4 @@
-"""Runs of two processes with more settings: both have the same weights at the end, and a resumed run is the same."""
+"""Runs of two processes with more settings: both end with the same weights, and a resumed run is the same."""
 
 import contextlib
 import os
@@ -56,5 +56,5 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_is_the_same(folder, mode, name):
+def test_resumed_runs_with_more_settings_are_the_same(folder, mode, name):
     assert_same_run(folder / mode / f"{name}, resumed", folder / mode / name)

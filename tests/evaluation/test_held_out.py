@@ -422,5 +422,5 @@ def test_keep_best_ignores_scores_that_are_nan(tmp_path, monkeypatch):
 
 
 def test_keep_best_requires_eval_steps(tmp_path):
-    with pytest.raises(UserError, match="keep_best goes with eval_steps"):
+    with pytest.raises(UserError, match="keep_best requires eval_steps"):
         config(tmp_path, keep_best=True)

@@ -1,4 +1,4 @@
-"""The assignment's functions against its published description, written out plainly here."""
+"""The assignment's functions compared with its published description, written out here."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_compute_entropy():
 
 @pytest.mark.parametrize("with_entropy", [False, True])
 def test_get_response_log_probs(with_entropy):
-    """As from the model's own logits, gradients of all its weights included."""
+    """As computed from the model's own logits, including the gradients of all weights."""
     model = tiny_model()
     tokens = torch.randint(0, VOCAB, (B, T + 1))
     input_ids, labels = tokens[:, :-1], tokens[:, 1:]
@@ -196,7 +196,7 @@ def test_grpo_microbatch_train_step(batch, loss_type):
         assert metadata["clip_fraction"].item() == pytest.approx((clipped.sum() / mask.sum()).item())
 
 
-def test_a_response_without_tokens_makes_the_loss_nan(batch):
+def test_grpo_microbatch_train_step_with_an_empty_response_is_nan(batch):
     batch["response_mask"][1] = False
     loss, _ = cs336.grpo_microbatch_train_step(**batch, gradient_accumulation_steps=1, loss_type="no_baseline")
     assert loss.isnan()
@@ -273,7 +273,7 @@ def test_grpo_train_loop_learns(loss_type):
         assert max(entry["clip_fraction"] for entry in history) > 0
 
 
-def test_grpo_train_loop_takes_the_same_step_in_any_microbatches():
+def test_grpo_train_loop_step_is_the_same_for_any_microbatches():
     weights = []
     for steps in (1, 8):
         torch.manual_seed(0)
@@ -288,7 +288,7 @@ def test_grpo_train_loop_takes_the_same_step_in_any_microbatches():
     assert ((weights[0] - weights[1]).abs() < 1e-5).float().mean() > 0.99
 
 
-def test_tags_that_are_special_tokens_reach_the_reward():
+def test_grpo_train_loop_keeps_special_tokens_in_responses():
     torch.manual_seed(0)
     model, tokenizer = digits_model()
     tokenizer.add_special_tokens({"additional_special_tokens": ["7"]})
@@ -302,9 +302,20 @@ def test_tags_that_are_special_tokens_reach_the_reward():
     assert not any("</s>" in response for response in seen)
 
 
-def test_responses_end_with_the_stop_text():
-    assert cs336._up_to("so <answer> 3 </answer> and on </answer>", "</answer>") == "so <answer> 3 </answer>"
-    assert cs336._up_to("no answer", "</answer>") == cs336._up_to("no answer", None) == "no answer"
+def test_grpo_train_loop_stops_sampling_at_the_text():
+    """At once, so that responses are scored, and trained on, up to the end of the text."""
+    torch.manual_seed(0)
+    model, tokenizer = digits_model()
+    seen = []
+    options = {**LOOP, "n_grpo_steps": 1, "sampling_min_tokens": 2, "sampling_max_tokens": 12, "stop": "7"}
+    (metrics,) = cs336.grpo_train_loop(
+        model, tokenizer, ["12>"], ["7"], lambda response, truth: seen.append(response) or sevens(response, truth),
+        **options,
+    )  # fmt: skip
+    # Only one within the first two tokens is ignored.
+    assert all("7" not in response[2:-1] for response in seen)
+    assert sum(response[2:].endswith("7") for response in seen) > 8
+    assert metrics["response_tokens"] == pytest.approx(sum(map(len, seen)) / len(seen))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +327,7 @@ def test_responses_end_with_the_stop_text():
         ({"ground_truths": ["7"]}, "there are 2 prompts, but 1 ground truths"),
     ],
 )
-def test_grpo_train_loop_bad_input(change, words):
+def test_grpo_train_loop_refuses_bad_input(change, words):
     arguments = {"prompts": ["1>", "2>"], "ground_truths": ["7", "7"], **LOOP, **change}
     with pytest.raises(UserError) as caught:
         cs336.grpo_train_loop(*digits_model(), reward_fn=sevens, **arguments)

@@ -28,7 +28,7 @@ def test_every_block_parses(code):
     compile(code, "drop-in.md", "exec")
 
 
-def test_any_loop():
+def test_block_of_any_loop_equals_its_logits_form():
     """The losses and their gradients with and without logits are the same."""
     names = {}
     for part in ("def loss_with_logits", "def loss_without_logits"):
@@ -46,13 +46,13 @@ def test_any_loop():
 
 
 @pytest.mark.parametrize("part", ["linear_policy_loss, token_weights", "LigerFusedLinearGRPOLoss(beta"])
-def test_blocks_that_stand_alone(part):
+def test_independent_blocks_run(part):
     names = {}
     exec(block(part), names)
     assert names["hidden"].grad.abs().sum() > 0
 
 
-def test_trl(tmp_path):
+def test_block_of_trl_trains(tmp_path):
     trl = pytest.importorskip("trl", minversion="1.16")
     from datasets import Dataset
 
@@ -75,7 +75,7 @@ def test_trl(tmp_path):
     built[1].train()
 
 
-def test_trl_that_is_not_installed(monkeypatch):
+def test_import_without_trl_names_the_extra(monkeypatch):
     monkeypatch.delitem(sys.modules, "grpo_fast.integrations.trl", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
         monkeypatch.delitem(sys.modules, name)
@@ -85,7 +85,7 @@ def test_trl_that_is_not_installed(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_links_and_tables():
+def test_links_and_tables_exist():
     for path in set(re.findall(r"\]\(([\w./-]+)\)", PAGE)):
         assert (ROOT / "docs" / path).exists(), path
     headings = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", PAGE, re.M)}

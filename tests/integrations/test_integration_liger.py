@@ -1,4 +1,4 @@
-"""FusedLinearGRPOLoss beside Liger's own class: value, gradients and metrics, called alike."""
+"""FusedLinearGRPOLoss compared with Liger's class: value, gradients and metrics of the same calls."""
 
 import inspect
 
@@ -75,7 +75,7 @@ def compare(arguments, **options):
     return got
 
 
-def test_signatures():
+def test_signatures_equal_those_of_liger():
     for name in ("__init__", "forward"):
         ours, theirs = (
             list(inspect.signature(getattr(kind, name)).parameters.items())
@@ -86,7 +86,7 @@ def test_signatures():
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("name", CASES)
-def test_cases(name, frozen):
+def test_loss_equals_liger(name, frozen):
     _, metrics, _ = compare(make(), frozen=frozen, **CASES[name])
     if CASES[name].get("loss_type") not in ("sapo", "vespo"):
         assert metrics[-1] > 0
@@ -99,7 +99,7 @@ RATIOS = [(name, ratio) for name in CORRECTED for ratio in ("tokens", "sequences
 
 @pytest.mark.parametrize(("name", "ratio"), RATIOS)
 @pytest.mark.parametrize("fresh", [False, True], ids=["", "fresh"])
-def test_sampler_correction(name, ratio, fresh):
+def test_sampler_correction_equals_liger(name, ratio, fresh):
     arguments = make()
     ratios = torch.rand(B, T) + 0.5
     arguments["vllm_is_ratio"] = {"tokens": ratios, "sequences": ratios[:, :1], "flat": ratios[:, 0]}[ratio]
@@ -110,14 +110,14 @@ def test_sampler_correction(name, ratio, fresh):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo", "grpo"])
 @pytest.mark.parametrize("items", [90, torch.tensor(90), torch.tensor(0)], ids=["number", "tensor", "none"])
-def test_items_of_the_step(loss_type, items):
+def test_num_items_in_batch_equals_liger(loss_type, items):
     compare({**make(), "num_items_in_batch": items}, loss_type=loss_type, beta=0.0)
 
 
 @pytest.mark.parametrize("items", [None, 90])
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_several_processes(loss_type, items, monkeypatch):
-    """Two processes, of which the other one has twice as many tokens."""
+def test_loss_of_several_processes_equals_liger(loss_type, items, monkeypatch):
+    """Two processes; the other one has twice as many tokens."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.mul_(3))
@@ -129,7 +129,7 @@ def test_several_processes(loss_type, items, monkeypatch):
     assert torch.equal(loss, alone) == (loss_type == "grpo")
 
 
-def test_reference_from_its_hidden_states():
+def test_reference_from_hidden_states_equals_liger():
     arguments = make()
     arguments["ref_per_token_logps"] = None
     arguments |= {
@@ -140,15 +140,15 @@ def test_reference_from_its_hidden_states():
     compare(arguments, beta=0.1, temperature=0.7)
 
 
-def test_an_empty_sequence():
+def test_empty_sequence_equals_liger():
     arguments = make()
     arguments["attention_mask"][1] = 0
     for name in ("grpo", "bnpo", "dr_grpo", "vespo"):
         compare(arguments, loss_type=name, beta=0.1)
 
 
-def test_no_bias_and_16_bits():
-    """Liger's own error is the larger one; the gradients come in the dtype of the leaves."""
+def test_loss_without_bias_in_16_bits():
+    """Liger's error is larger; the gradients have the dtype of the leaves."""
     arguments = {**make(torch.bfloat16), "bias": None}
     loss, _, grads = call(FusedLinearGRPOLoss, arguments)
     exact = {name: v.float() if v is not None and v.is_floating_point() else v for name, v in arguments.items()}
@@ -172,15 +172,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_refusals(message):
+def test_constructor_refuses_unsupported_options(message):
     with pytest.raises(ValueError, match=message) as caught:
         FusedLinearGRPOLoss(**REFUSED[message])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["dapo", "kl, grpo", "cispo", "sapo", "sequence", "vespo", "luspo"])
-def test_advantages_of_tokens(name):
-    """One advantage a token gives Liger's loss where a row's are the same."""
+def test_equal_advantages_per_token_equal_liger(name):
+    """Advantages per token give Liger's loss if those of a row are the same."""
     arguments, shape = make(), (B, T)
     per_token = {**arguments, "advantages": arguments["advantages"][:, None].expand(shape).contiguous()}
     expected, metrics, gradients = call(LigerFusedLinearGRPOLoss, arguments, **CASES[name])
@@ -191,7 +191,7 @@ def test_advantages_of_tokens(name):
         assert relative_error(ours[key], gradient) < TOLERANCE, key
 
 
-def test_other_advantages_for_each_token():
+def test_different_advantages_per_token_equal_plain_logits():
     """The clipped loss, its gradients and the fraction that is clipped, from plain logits in float64."""
     arguments = {name: x.double() if x.is_floating_point() else x for name, x in make().items()}
     arguments["advantages"] = advantages = torch.randn(B, T, dtype=torch.float64)
@@ -219,7 +219,7 @@ WRONG = {
 }
 
 
-def test_arguments_of_another_type_are_refused_in_one_line():
+def test_arguments_of_wrong_type_are_refused_in_one_line():
     wrong = [(name, *case) for name, case in WRONG.items()]
     wrong += [
         ("advantages", torch.ones(B, 1), r"advantages must have shape \[6\] or \[6, 12\], got \[6, 1\]"),
@@ -235,7 +235,7 @@ def test_arguments_of_another_type_are_refused_in_one_line():
             FusedLinearGRPOLoss(temperature=temperature)
 
 
-def test_refusals_of_a_call():
+def test_forward_refuses_wrong_shapes():
     arguments = make()
     with pytest.raises(ValueError, match=r"vllm_is_ratio must have shape \[6\]"):
         FusedLinearGRPOLoss()(**arguments, vllm_is_ratio=torch.ones(2, T))

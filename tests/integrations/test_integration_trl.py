@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer beside TRL's own trainer: same data and seed, step by step."""
+"""FusedGRPOTrainer compared with TRL's trainer: same data and seed, step by step."""
 
 import copy
 import os
@@ -31,11 +31,11 @@ from grpo_fast.errors import UserError
 from grpo_fast.integrations import trl as integration
 from grpo_fast.integrations.trl import FusedGRPOTrainer
 from grpo_fast.model.loading import digit_tokenizer
-from grpo_fast.rewards.sorting import digits_included, digits_ordered
+from grpo_fast.rewards import digits_included, digits_ordered
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 STEPS = int(os.environ.get("TRL_STEPS", "20"))
-# Seconds, and what follows from them, are the machine's.
+# Seconds, and what depends on them, differ between runs.
 UNCOMPARED = ("step_time", "runtime", "per_second", "flos", "total_")
 
 
@@ -69,7 +69,7 @@ def rewards():
 
 
 def build(kind, folder, out, peft=None, model=None, **fields):
-    # With Adam's own epsilon of 1e-8, a gradient that is rounding alone would move its weight by a whole step.
+    # With Adam's default epsilon of 1e-8, a gradient of mere rounding would move its weight by a whole step.
     args = trl.GRPOConfig(
         **{
             "output_dir": str(out), "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
@@ -105,7 +105,7 @@ def trajectory(trainer):
 
 def compare(folder, tmp_path, peft=None, one_pass=True, tolerance=1e-4, **fields):
     """Losses, metrics and weights of both trainers agree at every step; returns ours."""
-    # Each sets the seed when it is built, and both then draw the same random numbers.
+    # Each sets the seed when it is built, so both draw the same random numbers.
     theirs, their_logs = trajectory(build(trl.GRPOTrainer, folder, tmp_path / "trl", copy.deepcopy(peft), **fields))
     trainer = build(FusedGRPOTrainer, folder, tmp_path / "fused", copy.deepcopy(peft), **fields)
     assert (trainer._objective is not None) == one_pass
@@ -124,7 +124,7 @@ def compare(folder, tmp_path, peft=None, one_pass=True, tolerance=1e-4, **fields
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_trajectories(loss_type, folder, tmp_path):
+def test_trainer_trajectories_equal_trl(loss_type, folder, tmp_path):
     """Steps of the sorting task: two microbatches, two updates a generation, and for half of the types a KL term."""
     beta = 0.05 if LOSS_TYPES.index(loss_type) % 2 else 0.0
     fields = {"epsilon": 0.05, "epsilon_high": 1.05} if loss_type == "cispo" else {"epsilon": 0.05}
@@ -160,12 +160,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, folder, tmp_path):
+def test_trainer_options_equal_trl(name, folder, tmp_path):
     compare(folder, tmp_path, **{"max_steps": 4, "num_iterations": 2, **OPTIONS[name]})
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_adapter(level, folder, tmp_path):
+def test_trainer_with_an_adapter_equals_trl(level, folder, tmp_path):
     """A frozen head, and the model without its adapter as the reference."""
     # An adapter's second matrix starts at 0, so that the steps are the whole of its weights.
     peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -173,7 +173,7 @@ def test_adapter(level, folder, tmp_path):
 
 
 def batch(trainer, tools_are_far, rows=6, prompt=4, length=7):
-    """One of TRL's microbatches, with all that a loss may ask for; ratios on both sides of every bound."""
+    """One of TRL's microbatches with every field that a loss may read; ratios on both sides of every bound."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([7, 1, 5, 3, 6, 2])
     mask = (torch.arange(length) < lengths[:, None]).long()
@@ -187,7 +187,7 @@ def batch(trainer, tools_are_far, rows=6, prompt=4, length=7):
     noise = [torch.randn(rows, length, generator=generator) for _ in range(3)]
     tools = torch.ones(rows, length, dtype=torch.long)
     tools[0, 2:5] = tools[4, 3] = 0
-    # What a tool answers may be anything, to the policy that sampled as well.
+    # A tool's answer may be improbable, also under the policy that sampled.
     far = torch.where(tools == 0, -120.0, 0.0) * tools_are_far
     return {
         "prompt_ids": ids[:, :prompt], "prompt_mask": prompt_mask, "completion_ids": ids[:, prompt:],
@@ -245,7 +245,7 @@ def test_sampler_correction_and_tool_masks(loss_type, per_sequence, folder, tmp_
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_far_tokens_of_tools(level, folder, tmp_path):
+def test_improbable_tool_tokens_are_left_out(level, folder, tmp_path):
     """Tokens of tools are left out however improbable they are; TRL's own loss is NaN then."""
     fields = {"use_vllm": False, "importance_sampling_level": level}
     near, far = (loss_of(FusedGRPOTrainer, folder, tmp_path, far=far, **fields) for far in (False, True))
@@ -255,7 +255,7 @@ def test_far_tokens_of_tools(level, folder, tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_evaluation(loss_type, folder, tmp_path):
+def test_evaluation_loss_equals_trl(loss_type, folder, tmp_path):
     compare_losses(folder, tmp_path, use_vllm=False, training=False, loss_type=loss_type)
 
 
@@ -272,8 +272,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name, folder, tmp_path):
-    """What a model does to its logits, and the loss that balances its experts."""
+def test_trainer_models_equal_trl(name, folder, tmp_path):
+    """Models that transform their logits, and one with a loss that balances its experts."""
     torch.manual_seed(0)
     config, fields = MODELS[name]
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -286,7 +286,7 @@ def test_models(name, folder, tmp_path):
     assert ("aux_loss" in one_pass[0]) == (name == "experts")
 
 
-def test_no_logits_are_made(folder, tmp_path, monkeypatch):
+def test_loss_computes_no_logits(folder, tmp_path, monkeypatch):
     """Sampling calls the head's forward; the loss and the scores never do, and the loss is one pass."""
     passes = []
     one_pass = integration.linear_policy_loss
@@ -306,8 +306,8 @@ def test_no_logits_are_made(folder, tmp_path, monkeypatch):
     assert passes == [1]
 
 
-def test_mixed_precision(folder, tmp_path):
-    """Under autocast both round, ours not the logits."""
+def test_mixed_precision_is_as_exact_as_trl(folder, tmp_path):
+    """Under autocast both round, but ours does not round the logits."""
     wanted, got = (loss_of(kind, folder, tmp_path, False, bf16=True) for kind in (trl.GRPOTrainer, FusedGRPOTrainer))
     exact = loss_of(trl.GRPOTrainer, folder, tmp_path, False)
     errors = [relative_error(flat(made[1]), flat(exact[1])) for made in (got, wanted)]
@@ -327,32 +327,32 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_refusals(message, folder, tmp_path):
+def test_trainer_refuses_unsupported_arguments(message, folder, tmp_path):
     args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     for name, value in REFUSED[message].items():
         setattr(args, name, value)
-    # Before the model is loaded, of which there is none.
+    # The model does not exist, so the check must precede its loading.
     with pytest.raises(UserError, match=message) as caught:
         FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
     assert "\n" not in str(caught.value)
 
 
-def test_fsdp_by_its_launcher_is_refused(tmp_path, monkeypatch):
+def test_trainer_refuses_fsdp_from_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     with pytest.raises(UserError, match="does not support FSDP"):
         FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
 
 
-def test_a_model_with_other_logits_is_refused(folder, tmp_path):
+def test_trainer_refuses_an_unknown_logit_transform(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.config.logit_scale = 2.0
     with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):
         build(FusedGRPOTrainer, folder, tmp_path, model=model)
 
 
-def test_a_head_that_changes_is_refused_or_followed(folder, tmp_path):
-    """An adapter or a hook that comes after the trainer was built, and keywords that the model would swallow."""
+def test_changed_heads_are_refused_or_followed(folder, tmp_path):
+    """An adapter or a hook added after the trainer was built, and keywords that the model would ignore."""
     trainer = build(FusedGRPOTrainer, folder, tmp_path)
     model, ids = trainer.model, torch.randint(2, 12, (2, 7))
     call = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
@@ -373,7 +373,7 @@ def test_a_head_that_changes_is_refused_or_followed(folder, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [0.0, float("inf"), 1e-45])
-def test_odd_temperatures_are_refused_before_the_model_is_loaded(tmp_path, temperature):
+def test_temperature_is_checked_before_the_model_is_loaded(tmp_path, temperature):
     args = trl.GRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, temperature=temperature)
     with pytest.raises(UserError, match="temperature must be a number from 1e-6 to 1e6"):
         FusedGRPOTrainer(model=str(tmp_path / "none"), reward_funcs=rewards(), args=args)
@@ -391,7 +391,7 @@ def two_processes(rank, port, folder, out):
     assert torch.distributed.get_world_size() == 2
 
 
-def test_two_processes(folder, tmp_path):
+def test_trainer_on_two_processes_equals_trl(folder, tmp_path):
     """DDP: the normaliser of "dapo" spans the processes, and the gradients are reduced over them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -399,7 +399,7 @@ def test_two_processes(folder, tmp_path):
     torch.multiprocessing.spawn(two_processes, args=(port, folder, tmp_path), nprocs=2)
 
 
-def test_benchmark(tmp_path):
+def test_benchmark_of_the_trainer_runs(tmp_path):
     """The gate passes, and both trainers are timed."""
     run = Run(torch.device("cpu"), quick=True, repeats=1, output=tmp_path)
     trl_subclass.run_subclass(run, ["full"])

@@ -1,4 +1,4 @@
-"""verl's call: values and gradients beside full logits, in one process and in shards of the vocabulary."""
+"""verl's call: values and gradients compared with full logits, in one process and in vocabulary shards."""
 
 import sys
 from types import ModuleType
@@ -38,7 +38,7 @@ def backward(logprobs, entropy):
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, torch.linspace(0.5, 2, 21).view(3, 7)], ids=["1", "0.7", "tokens"])
-def test_values_and_gradients(temperature, trainable):
+def test_linear_cross_entropy_equals_full_logits(temperature, trainable):
     leaves, exact = make(trainable), make(trainable)
     got = integration.linear_cross_entropy(*leaves, temperature)
     wanted = full_logits(*exact, temperature)
@@ -55,7 +55,7 @@ def test_values_and_gradients(temperature, trainable):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "SUM"])
-def test_reductions(reduction):
+def test_linear_cross_entropy_reductions(reduction):
     leaves, exact = make(), make()
     logprobs, entropy = integration.linear_cross_entropy(*leaves, 1.0, reduction)
     wanted, wanted_entropy = full_logits(*exact, 1.0)
@@ -68,7 +68,7 @@ def test_reductions(reduction):
     assert relative_error(leaves[0].grad, exact[0].grad) < TOLERANCE
 
 
-def test_defaults_and_refusals():
+def test_linear_cross_entropy_defaults_and_refusals():
     leaves = make()
     a, b = integration.linear_cross_entropy(*leaves, None, None), integration.linear_cross_entropy(*leaves)
     assert torch.equal(a[0], b[0])
@@ -88,7 +88,7 @@ def shard(rank: int, store: str):
         weight = whole.detach()[part].clone().requires_grad_(trainable)
         got = integration.linear_cross_entropy(hidden, weight, labels, 0.7, "none", dist.group.WORLD)
         backward(*got)
-        # What the ranks hold adds up, as under Megatron's sequence-parallel gather.
+        # The ranks' gradients add up, as under Megatron's sequence-parallel gather.
         dist.all_reduce(hidden.grad)
         for a, b in [*zip(got, wanted, strict=True), (hidden.grad, exact[0].grad)]:
             assert relative_error(a, b) < TOLERANCE
@@ -97,12 +97,12 @@ def shard(rank: int, store: str):
     dist.destroy_process_group()
 
 
-def test_shards_of_the_vocabulary(tmp_path):
+def test_linear_cross_entropy_in_vocabulary_shards(tmp_path):
     mp.spawn(shard, args=(str(tmp_path / "store"),), nprocs=2)
 
 
-def test_install(monkeypatch):
-    """The places where verl keeps the name, with modules that stand in for verl's own."""
+def test_install_replaces_verls_function(monkeypatch):
+    """Every module in which verl has the name, with modules that replace verl's."""
     names = [integration.OWNER, integration.IMPORTERS[0]]
     parents = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     for name in sorted(parents | set(names)):
@@ -114,14 +114,14 @@ def test_install(monkeypatch):
     assert all(sys.modules[name].linear_cross_entropy is integration.linear_cross_entropy for name in names)
 
 
-def test_without_verl(monkeypatch):
+def test_install_without_verl_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "verl", None)
     with pytest.raises(UserError, match=r"pip install 'grpo-fast\[verl\]'"):
         integration.install()
 
 
-def test_verls_own_forward(monkeypatch):
-    """With verl installed: the forward that it gives a transformers model, ours in place of the kernel."""
+def test_install_with_verls_own_forward(monkeypatch):
+    """With verl installed: its forward of a transformers model, with our function instead of its kernel."""
     pytest.importorskip("verl")
     import verl.utils.kernel.linear_cross_entropy as owner
     from verl.models.transformers import dense_common
@@ -143,7 +143,7 @@ def test_verls_own_forward(monkeypatch):
         assert relative_error(a, b) < TOLERANCE
 
 
-def test_arguments_of_another_type_are_refused_in_one_line():
+def test_arguments_of_wrong_type_are_refused_in_one_line():
     hidden, weight, labels = make()
     wrong = [
         ((hidden, weight, labels.tolist()), "labels must be a tensor, got list"),

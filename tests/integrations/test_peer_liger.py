@@ -1,4 +1,4 @@
-"""`linear_policy_loss` against Liger's fused loss: value and gradients of the variants that both have."""
+"""`linear_policy_loss` compared with Liger's fused loss: value and gradients of the variants that both support."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def make(temperature, with_bias):
         "bias": torch.randn(V) if with_bias else None,
     }
     logprobs = linear_logprob(**arguments, temperature=temperature)
-    # Every sign of the advantage meets a sequence whose ratio is high and one whose ratio is low.
+    # For each sign of the advantage, one sequence has high ratios and another low ones.
     advantages = torch.tensor([0.7, -0.9, -1.3, 0.4, 0.0, -0.2])
     shift = 0.3 * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0])[:, None]
     old = logprobs - shift + 0.3 * torch.randn(B, T)
@@ -147,16 +147,16 @@ def compare(name, temperature=1.0, correction=False, frozen=False, with_bias=Fal
 @pytest.mark.parametrize("correction", [False, True], ids=["", "corrected"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("name", CASES)
-def test_shared_variants(name, frozen, correction):
+def test_linear_policy_loss_equals_liger(name, frozen, correction):
     compare(name, frozen=frozen, correction=correction)
 
 
 @pytest.mark.parametrize("name", ["grpo", "kl", "cispo", "sequence, grpo"])
-def test_bias_and_temperature(name):
+def test_bias_and_temperature_equal_liger(name):
     compare(name, temperature=0.8, with_bias=True, chunk_size=4)
 
 
-def test_the_comparison_can_fail():
+def test_comparison_detects_differences():
     arguments = make(1.0, False)
     right = gradients(*liger(arguments, "grpo", objective_of("grpo"), 1.0, False, False))
     for wrong, temperature, correction in [("dapo", 1.0, False), ("grpo", 0.99, False), ("grpo", 1.0, True)]:

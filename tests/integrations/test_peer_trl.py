@@ -1,4 +1,4 @@
-"""`policy_loss` with `token_weights` against TRL's own loss: value, gradient and what both count."""
+"""`policy_loss` with `token_weights` compared with TRL's loss: value, gradient and metrics."""
 
 import dataclasses
 from collections import defaultdict
@@ -30,7 +30,7 @@ def make(lengths=LENGTHS, spread=0.3):
     mask &= torch.rand(rows, T) > 0.2
     mask[:, 0] = torch.tensor(lengths) > 0
     old = torch.randn(rows, T, dtype=torch.float64) - 2
-    # Every sign of the advantage meets a sequence whose ratio is high and one whose ratio is low.
+    # For each sign of the advantage, one sequence has high ratios and another low ones.
     advantages = torch.tensor([0.7, -0.9, -1.3, 0.4, 0.0, -0.2], dtype=torch.float64)[:rows]
     shift = spread * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)[:rows, None]
     return {
@@ -161,7 +161,7 @@ def variant(loss_type, level, **changes):
 @pytest.mark.parametrize("kl", [{}, {"beta": 0.1}, {"beta": 0.1, "kl_bias_correction": True}], ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_presets(loss_type, level, kl, correction):
+def test_policy_loss_presets_equal_trl(loss_type, level, kl, correction):
     objective = variant(loss_type, level, **kl)
     metrics, stats = compare(make(), loss_type, objective, correction=correction)
     assert metrics["entropy"] == pytest.approx((stats["entropy"] / stats["tokens"]).item())
@@ -180,8 +180,8 @@ def test_presets(loss_type, level, kl, correction):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
-def test_delta(loss_type, level):
-    """The bound of the unclipped ratio matters, and matters alike."""
+def test_delta_equals_trl(loss_type, level):
+    """The bound of the unclipped ratio changes both losses equally."""
     batch = make()
     objective = variant(loss_type, level, delta={"token": 1.3, "sequence": 1.16}[level])
     compare(batch, loss_type, objective)
@@ -192,24 +192,24 @@ def test_delta(loss_type, level):
 
 @pytest.mark.parametrize("preset", TRL_NAMES)
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_presets_by_other_names(preset, beta):
-    """With their own bounds; gspo's are so narrow that only log-ratios near 0 fall between them."""
+def test_presets_with_other_names_equal_trl(preset, beta):
+    """With their default bounds; gspo's are so narrow that only log-ratios near 0 are within them."""
     spread = 3e-4 if preset == "gspo" else 0.6
     _, stats = compare(make(spread=spread), TRL_NAMES[preset], dataclasses.replace(PRESETS[preset], beta=beta))
     assert (stats["clip_low"] + stats["clip_high"] > 0) == (preset != "unclipped")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_vespo(beta):
-    """TRL takes a token's ratio for the corrected KL term, where ours is the sequence's, so it goes without."""
+def test_vespo_equals_trl(beta):
+    """Without KL correction, for which TRL uses a token's ratio, and ours the sequence's."""
     objective = dataclasses.replace(PRESETS["vespo"], beta=beta)
     compare(make(), "vespo", objective)
     compare(make(), "vespo", dataclasses.replace(objective, vespo_k_pos=1.5, vespo_lambda_neg=0.7))
-    # Ratios out of the bounds of the weight's logarithm.
+    # Ratios outside the bounds of the weight's logarithm.
     compare(make(spread=4.0), "vespo", objective)
 
 
-def test_rloo():
+def test_rloo_equals_trl():
     """TRL's RLOOTrainer: the ratio is the product of the sequence's, and its clipped loss a mean over sequences."""
     batch = make(spread=0.1)
     leaf = leaves(batch)
@@ -247,37 +247,37 @@ def test_rloo():
 @pytest.mark.parametrize("kl", [{}, {"beta": 0.1, "kl_bias_correction": True}], ids=str)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_high_entropy_tokens(loss_type, level, kl, quantile):
+def test_high_entropy_mask_equals_trl(loss_type, level, kl, quantile):
     batch, objective = make(), variant(loss_type, level, **kl)
     compare(batch, loss_type, objective, quantile=quantile)
     everything, some = (our_loss(batch, objective, quantile=q)[1]["logprobs"] for q in (1.0, quantile))
     assert relative_error(some, everything) > 0.01
 
 
-def test_sapo_temperatures():
+def test_sapo_temperatures_equal_trl():
     compare(make(), "sapo", variant("sapo", "token", sapo_temperature_pos=0.5, sapo_temperature_neg=3.0))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_first_update_on_fresh_samples(loss_type, level):
+def test_loss_without_old_logprobs_equals_trl(loss_type, level):
     compare({**make(), "old_logprobs": None}, loss_type, variant(loss_type, level))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_an_empty_sequence_counts(loss_type, level):
+def test_empty_sequences_count_as_in_trl(loss_type, level):
     compare(make([7, 0, 12, 4]), loss_type, variant(loss_type, level, beta=0.1))
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "cispo"])
-def test_entropy_bonus(loss_type):
-    """TRL takes the mean over tokens whatever the loss type; ours is weighted as the rest of the loss is."""
+def test_entropy_bonus_equals_trl(loss_type):
+    """For loss types that weight tokens equally: TRL always averages the entropy over tokens."""
     compare(make(), loss_type, variant(loss_type, "token", entropy_coef=0.1))
 
 
 @pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if name != "bnpo"])
-def test_gradient_accumulation(loss_type):
+def test_gradient_accumulation_equals_trl(loss_type):
     """Two microbatches against two of TRL's. Its bnpo takes the mean over each microbatch, so it depends on the split;
     ours does not."""
     batch, objective = make(), variant(loss_type, "token", beta=0.1)
@@ -291,8 +291,8 @@ def test_gradient_accumulation(loss_type):
         assert relative_error(our_grads["logprobs"], grads["logprobs"]) < TOLERANCE
 
 
-def test_the_comparison_can_fail():
-    """Another preset, another bound or another correction is told apart by a wide margin."""
+def test_comparison_detects_differences():
+    """Another preset, bound or correction differs by a wide margin."""
     batch, right = make(), variant("grpo", "token", beta=0.1)
     expected = trl_loss(batch, "grpo", right)[1]["logprobs"]
     for wrong in (

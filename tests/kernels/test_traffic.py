@@ -12,6 +12,7 @@ import torch
 import grpo_kernels._checks
 import grpo_kernels._weight_gradient
 from grpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss
+from grpo_kernels._head import HALF, Head
 from grpo_kernels._head_arguments import make_head
 from grpo_kernels._weight_gradient import WeightGradient
 from grpo_kernels.triton_kernels import elementwise_kernels, policy_kernels, scale_kernels, triton_head
@@ -29,6 +30,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(grpo_kernels._checks, "require_product_operands", lambda *_, **__: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    # The meta device stands for a GPU.
+    monkeypatch.setattr(Head, "mixed_products", property(lambda head: head.operand_dtype in HALF))
     for module in (triton_head, policy_kernels, elementwise_kernels, scale_kernels):
         monkeypatch.setattr(module, "run_kernel", lambda kernel, *_, **__: names.append(kernel.__name__))
     # Unlike the interpreter, a GPU stores bfloat16 as it is.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.errors import OutOfResources
 
 from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
@@ -243,6 +244,53 @@ def test_autotuning_measures_each_head_once(monkeypatch, tmp_path):
     assert len(launches) == 1
 
 
+@interpreted
+@pytest.mark.parametrize("autotune", ["0", "1"])
+def test_tiles_that_do_not_fit_are_left_out(autotune, monkeypatch, tmp_path):
+    row = ARCHITECTURES["interpreter"]
+    candidates = (*row.single, Tile(32, 64, 16, 32, 4, 2), Tile(16, 64, 16, 32, 4, 2))
+    monkeypatch.setitem(ARCHITECTURES, "interpreter", replace(row, single=candidates))
+    monkeypatch.setattr(tiles, "_refused", set())
+    monkeypatch.setenv("GRPO_KERNELS_AUTOTUNE", autotune)
+    monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path))
+    tiles.known_tiles.cache_clear()
+    original, launches, fitting = triton_head.TritonHead.launch_forward, [], {candidates[1]}
+
+    def limited(head, tile, *args):
+        launches.append(tile)
+        if tile not in fitting:
+            raise OutOfResources(311_352, 232_448, "shared memory")
+        return original(head, tile, *args)
+
+    monkeypatch.setattr(triton_head.TritonHead, "launch_forward", limited)
+    arguments = {name: value.detach() for name, value in make(9, 8, 130).items()}
+    expected = linear_logprob(**arguments, backend="torch")
+    for _ in range(2):
+        torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), expected)
+    # Each call ends with the tile that fits, and the second one does not try another.
+    assert launches[-2:] == [candidates[1]] * 2
+    assert launches.count(candidates[0]) == 1
+    fitting.clear()
+    tiles.known_tiles.cache_clear()
+    for said in ("Required: 311352, Hardware limit: 232448", "refused before"):
+        with pytest.raises(RuntimeError, match=rf"^no tile of head_forward fits interpreter .*{said}.*backend='torch'"):
+            linear_logprob(**arguments, backend="triton")
+
+
+@interpreted
+def test_padded_columns_stay_within_the_buffer():
+    head = make_pass(
+        "test", torch.zeros(3, 4), torch.zeros(50, 4), torch.zeros(3).long(), bias=None, temperature=1.0,
+        logit_scale=1.0, softcap=None, max_buffer_bytes=None, process_group=None, with_entropy=False, backend="triton",
+    )[1].head  # fmt: skip
+    buffer = head.buffer(3)
+    assert buffer.shape == (3, 50)
+    assert buffer.stride(0) == triton_head.padded_columns(buffer) == 64
+    # A row that has no room, and a last row that has none.
+    assert triton_head.padded_columns(torch.empty(3, 50)) == 50
+    assert triton_head.padded_columns(torch.empty(2 * 64 + 50).as_strided((3, 50), (64, 1))) == 50
+
+
 @pytest.mark.parametrize(
     ("name", "row"),
     [("sm_80", "sm_80"), ("sm_87", "sm_86"), ("sm_90", "sm_90"), ("sm_103", "sm_100"), ("sm_121", "sm_120"),
@@ -285,6 +333,15 @@ def test_missing_triton_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^masked_mean: .*triton is not installed; pip install triton$"):
         OPERATIONS["masked_mean"](torch.rand(3, 4))
+
+
+@interpreted
+@pytest.mark.parametrize("operation", ["linear_logprob", "linear_policy_loss"])
+def test_doctor_passes_for_float16_heads(operation):
+    from grpo_kernels import doctor
+
+    for backend in ("triton", "torch"):
+        assert doctor.worst_share(operation, torch.float16, torch.device("cpu"), backend) < 0.7
 
 
 @interpreted

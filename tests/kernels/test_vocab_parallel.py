@@ -92,9 +92,26 @@ def count_collectives(rank: int, store: str, backend: str):
     with mock.patch.multiple(dist, **{name: mock.Mock(wraps=getattr(dist, name)) for name in COLLECTIVES}):
         linear_logprob(**arguments, process_group=dist.group.WORLD, backend=backend).sum().backward()
         count = {name: getattr(dist, name).call_count for name in COLLECTIVES}
+        again = linear_logprob(**arguments, process_group=dist.group.WORLD, backend=backend)
+        gathered = dist.all_gather.call_count
+        # Other weights: this rank's shard is as long as before in the first, the other one's is not.
+        for cut in (CUT, CUT + 10):
+            whole, _ = make(False, torch.float32)
+            part = slice(0, CUT) if rank == 0 else slice(CUT, 2 * CUT - cut + V - CUT)
+            cut_off = {name: whole[name].detach()[: 2 * CUT - cut + V - CUT] for name in ("weight", "bias")}
+            expected = linear_logprob(**whole | cut_off | {"targets": whole["targets"] % CUT}, backend=backend)
+            mine = {name: whole[name].detach()[part].clone() for name in ("weight", "bias")}
+            found = linear_logprob(
+                **whole | mine | {"targets": whole["targets"] % CUT}, process_group=dist.group.WORLD, backend=backend
+            )
+            assert (found - expected).abs().max() < 1e-4
+        regathered = dist.all_gather.call_count
     dist.destroy_process_group()
     # One exchange of the shards' sizes; maxima and sums; the hidden states' gradient.
     assert count == {"all_gather": 1, "all_reduce": 3, "broadcast": 0, "all_gather_into_tensor": 0}, count
+    # The sizes of a weight's shards are exchanged once.
+    assert (gathered, regathered) == (1, 3)
+    assert again.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

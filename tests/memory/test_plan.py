@@ -17,7 +17,7 @@ from grpo_fast.model.loading import add_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
 from grpo_fast.model.policy import LossInputs
-from support.plans import ROOT, medium, read_config, settings
+from support.plans import medium, read_config, settings
 from support.tiny import SMALL
 
 FIXED = ("weights", "adapters", "optimizer state", "gradients")
@@ -64,7 +64,8 @@ def measured_peak(config: GRPOConfig, model_config, answer: int, prompt: int = P
     batch = build_microbatch(
         samples, plan_rows(samples, list(range(answers)), 1 << 20), token_offsets(samples), 0, True
     )
-    inputs = LossInputs(config.objective(), torch.ones(answers * answer), torch.full((answers * answer,), 1 / answer))
+    ones = torch.ones(answers * answer)
+    inputs = LossInputs(objective=config.objective(), advantages=ones, weights=ones / answer)
     policy.train()
     policy(batch, inputs).loss.backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -111,6 +112,21 @@ def test_plan_memory_layer_inputs_have_the_dtype_of_the_weights(dtype):
     assert plans[0]["layers' inputs"] == 5 * layer
     # The embedding output is offloaded as well; the inputs of two layers stay on the device.
     assert total(plans[0]) - total(plans[1]) == (5 + 1 - 2) * layer
+
+
+def test_plan_memory_counts_the_16_bit_copy_of_a_float32_head():
+    """What a GPU multiplies by under autocast; a 16-bit head and a CPU need none."""
+    copy = "16-bit copy of the head"
+    model = medium()
+    for fields, copies in (
+        ({"dtype": "float32", "bf16": True}, 1),
+        ({"dtype": "float32", "bf16": False}, 0),
+        ({"dtype": "bfloat16", "bf16": True}, 0),
+        ({"dtype": "float32", "bf16": True, "use_cpu": True}, 0),
+    ):
+        plan = plan_memory(settings(use_peft=True, max_completion_length=1000, **fields), model, 24)
+        expected = 2 * model.vocab_size * model.hidden_size * copies
+        assert plan.training.get(copy, 0) == expected, fields
 
 
 @pytest.mark.parametrize(("prompt", "answer"), [(200, 300), (50, 1400)], ids=["masked", "gathered"])
@@ -235,7 +251,7 @@ def test_plan_memory_vllm_has_its_own_weights_and_cache():
 
 @pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)
 def test_plan_memory_recipes_fit(recipe, model, vram):
-    config = parse_config([str(ROOT / "examples" / f"{recipe}.yaml")])
+    config = parse_config([recipe])
     model_config = read_config(model, **(config.model_init_kwargs or {}))
     plan = plan_memory(config, model_config)
     assert plan.fits(vram)
@@ -248,7 +264,7 @@ def test_plan_memory_recipes_fit(recipe, model, vram):
 
 def test_64k_recipe_extends_the_positions(tmp_path):
     """The recipe's arguments reach the rotary embedding of a model that is loaded with them."""
-    config = parse_config([str(ROOT / "examples" / "qwen3_8b_gsm8k_80gb_lora_64k.yaml")])
+    config = parse_config(["qwen3_8b_gsm8k_80gb_lora_64k"])
     small = medium(rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}, max_position_embeddings=40960)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
     plain, stretched = (

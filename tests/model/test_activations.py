@@ -1,4 +1,4 @@
-"""What is kept for the backward: gradients must not notice, and memory must."""
+"""What is kept for the backward: the gradients stay the same, and memory is saved."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ def config(**fields) -> GRPOConfig:
 
 
 def model(lora=False, seed=0, **fields):
-    """Four layers, optionally with adapters on some modules only, prepared as the configuration says."""
+    """Four layers, optionally with adapters on some modules only, prepared according to the configuration."""
     made = tiny_model(num_hidden_layers=LAYERS).train()
     if lora:
         torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def kept_bytes(made, ids):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_checkpointing(lora):
+def test_checkpointing_keeps_gradients_and_saves_memory(lora):
     plain, checkpointed = model(lora), model(lora, gradient_checkpointing=True)
     ids = batch()
     assert_same(gradients(checkpointed, ids), gradients(plain, ids))
@@ -91,26 +91,41 @@ def test_checkpointing(lora):
 
 
 def offloading_model(lora=False, min_bytes=0):
-    made = model(lora, gradient_checkpointing=True)
-    return made, offload_checkpoints(made, min_bytes)
+    """The model, its offloader, and the bytes of every tensor that it sends to host memory."""
+    made, sent = model(lora, gradient_checkpointing=True), []
+    offloader = offload_checkpoints(made, min_bytes)
+    return made, offloader, count_sent(offloader, sent)
+
+
+def count_sent(offloader, sent):
+    send = offloader._send
+
+    def counted(saved, tensor):
+        sent.append(tensor.nbytes)
+        send(saved, tensor)
+
+    offloader._send = counted
+    return sent
+
+
+def free_bytes(offloader):
+    return sum(buffer.numel() for buffer in offloader.free)
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_offloading_leaves_the_gradients(lora):
+def test_offloading_keeps_gradients(lora):
     plain = model(lora)
-    made, offloader = offloading_model(lora)
+    made, offloader, sent = offloading_model(lora)
     ids = batch()
     assert_same(gradients(made, ids), gradients(plain, ids))
     # Every layer's input but the last one's, once.
-    boundary = ids.numel() * 32 * 8
-    assert offloader.offloaded_tensors == LAYERS - 1
-    assert offloader.offloaded_bytes == (LAYERS - 1) * boundary
-    assert offloader.buffer_bytes == (LAYERS - 1) * 16384  # 12,288 bytes, in the next power of two
+    assert sent == [ids.numel() * 32 * 8] * (LAYERS - 1)
+    assert free_bytes(offloader) == (LAYERS - 1) * 16384  # 12,288 bytes, in the next power of two
 
 
 def test_offloaded_tensors_leave_the_device(monkeypatch):
-    """While the head computes, nothing but the last layer's input and output is there."""
-    made, _ = offloading_model()
+    """While the head computes, only the last layer's input and output are on the device."""
+    made, *_ = offloading_model()
     alive = []
     original = activations.ActivationOffloader._pack
 
@@ -126,15 +141,15 @@ def test_offloaded_tensors_leave_the_device(monkeypatch):
     assert all(saved.tensor is None for saved in alive[:-1])
 
 
-def test_tensors_come_back_one_layer_ahead(monkeypatch):
-    """Unpacking a layer's input sets off the copy of the one below, so that none is fetched when it is wanted."""
-    made, offloader = offloading_model()
+def test_offloaded_tensors_return_one_layer_ahead(monkeypatch):
+    """Unpacking a layer's input starts the copy of the one below, so that it is there when it is needed."""
+    made, offloader, _ = offloading_model()
     events, fetch, unpack = [], offloader._fetch, type(offloader)._unpack
 
     def log_fetch(saved):
         if saved.tensor is None:
             events.append(("fetch", saved))
-        fetch(saved)
+        return fetch(saved)
 
     def log_unpack(self, saved):
         events.append(("unpack", saved))
@@ -151,32 +166,31 @@ def test_tensors_come_back_one_layer_ahead(monkeypatch):
     assert events == expected
 
 
-def test_buffers_are_reused():
-    made, offloader = offloading_model()
+def test_offload_buffers_are_reused():
+    made, offloader, sent = offloading_model()
     gradients(made, batch())
-    held, addresses = offloader.buffer_bytes, {buffer.data_ptr() for buffer in offloader.free}
-    assert offloader.free_bytes() == held
+    addresses = {buffer.data_ptr() for buffer in offloader.free}
+    assert len(addresses) == LAYERS - 1
     gradients(made, batch(seed=1), batch(20, seed=2), batch(17, seed=3))
-    assert offloader.buffer_bytes == held
     assert {buffer.data_ptr() for buffer in offloader.free} == addresses
-    assert offloader.offloaded_tensors == 4 * (LAYERS - 1)
+    assert len(sent) == 4 * (LAYERS - 1)
 
 
-def test_a_graph_without_backward_gives_its_buffers_back():
-    made, offloader = offloading_model()
+def test_offload_buffers_are_freed_without_a_backward():
+    made, offloader, sent = offloading_model()
     hidden = made.base_model(input_ids=batch(), use_cache=False).last_hidden_state
-    assert offloader.free_bytes() == 0
+    assert not offloader.free
     del hidden
     gc.collect()
-    assert offloader.free_bytes() == offloader.buffer_bytes > 0
+    assert len(offloader.free) == LAYERS - 1
     with torch.no_grad():
         made.base_model(input_ids=batch(), use_cache=False)
-    assert offloader.offloaded_tensors == LAYERS - 1
+    assert len(sent) == LAYERS - 1
 
 
-def test_two_graphs_at_once():
-    """The second forward comes before the first backward."""
-    made, _ = offloading_model()
+def test_offloading_with_two_graphs_at_once():
+    """The second forward precedes the first backward."""
+    made, *_ = offloading_model()
     plain = model()
     for each in (plain, made):
         each.zero_grad()
@@ -187,21 +201,22 @@ def test_two_graphs_at_once():
     assert_same(got, expected)
 
 
-def test_small_and_shared_tensors():
-    made, offloader = offloading_model(min_bytes=1 << 20)
+def test_offloading_of_small_and_shared_tensors():
+    made, _, sent = offloading_model(min_bytes=1 << 20)
     gradients(made, batch())
-    assert offloader.offloaded_tensors == 0
+    assert sent == []
 
     offloader = activations.ActivationOffloader(0)
+    count_sent(offloader, sent)
     shared, weight = torch.randn(8, 8, requires_grad=True) * 1, nn.Parameter(torch.randn(8, 8))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: offloader._pack(False, t), offloader._unpack):
         loss = (shared * shared.detach() * weight).sum() + (shared.sin() + shared.cos()).sum()
     # shared (for several operations) and its product; never the parameter.
-    assert offloader.offloaded_tensors == 2
+    assert len(sent) == 2
     loss.backward()
 
 
-def test_a_changed_tensor_is_not_taken_for_the_one_before():
+def test_offloading_of_a_tensor_changed_in_place():
     offloader = activations.ActivationOffloader(0)
     tensor = torch.zeros(8)
     first = offloader._pack(False, tensor)
@@ -214,15 +229,15 @@ def test_a_changed_tensor_is_not_taken_for_the_one_before():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [False, True, ["gate_proj", "down_proj"]])
-def test_tiled_mlp_leaves_the_gradients(lora, checkpointing, monkeypatch):
-    """Over several microbatches too; with adapters on the MLPs alone, the first MLP's input needs no gradient."""
+def test_tiled_mlp_keeps_gradients(lora, checkpointing, monkeypatch):
+    """Over several microbatches too; with adapters on the MLPs only, the first MLP's input needs no gradient."""
     monkeypatch.setattr(activations.tile_mlps, "__defaults__", (7,))
     batches = [batch(seed=0), batch(20, seed=1), batch(3, rows=1, seed=2)]
     tiled = model(lora, tiled_mlp=True, gradient_checkpointing=checkpointing)
     assert_same(gradients(tiled, *batches), gradients(model(lora), *batches), rtol=1e-10, atol=1e-13)
 
 
-def test_tiles_bound_the_intermediates():
+def test_tiled_mlp_bounds_the_intermediates():
     wide = {"intermediate_size": 512, "num_hidden_layers": 2}
     plain, tiled = (tiny_model(torch.float32, **wide).train() for _ in range(2))
     assert tile_mlps(tiled, 8) == 2
@@ -269,11 +284,11 @@ def test_tiled_mlp_with_dropout_and_autocast():
     assert len(masks) == 6
     assert set(layer.mlp.dtypes) == {torch.bfloat16}
     assert not torch.equal(masks[0], masks[1])
-    # The backward takes the tiles in the order of autograd, whichever that is.
+    # The backward computes the tiles in any order.
     assert all(any(torch.equal(again, first) for first in masks[:3]) for again in masks[3:])
 
 
-def test_everything_at_once(monkeypatch):
+def test_activations_with_all_options(monkeypatch):
     monkeypatch.setattr(activations.tile_mlps, "__defaults__", (7,))
     monkeypatch.setattr(activations.offload_checkpoints, "__defaults__", (0,))
     batches = [batch(seed=0), batch(20, seed=1)]
@@ -281,7 +296,7 @@ def test_everything_at_once(monkeypatch):
     assert_same(gradients(made, *batches), gradients(model(True), *batches), rtol=1e-10, atol=1e-13)
 
 
-def test_a_copy_has_weights_of_its_own():
+def test_tiled_mlp_of_a_copy_uses_its_weights():
     """The reference policy is a deep copy; its tiled MLPs must not compute with the trained weights."""
     made = tiny_model(num_hidden_layers=2)
     prepare_activations(made, config(tiled_mlp=True, gradient_checkpointing=True, activation_offloading=True))
@@ -295,7 +310,7 @@ def test_a_copy_has_weights_of_its_own():
     assert not before.eq(0).all()
 
 
-def test_refused():
+def test_activations_unsupported_models_are_refused():
     moe = tiny_model(
         config_class=Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8,
         decoder_sparse_step=1,
@@ -309,12 +324,12 @@ def test_refused():
     with pytest.raises(UserError, match="use_liger_kernel=True needs a GPU"):
         check_activations(config(use_liger_kernel=True), torch.device("cpu"))
     gpt2 = tiny_model(config_class=GPT2Config)
-    with pytest.raises(UserError, match=r"does not know model type 'gpt2', only .*llama"):
+    with pytest.raises(UserError, match=r"does not support model type 'gpt2', only .*llama"):
         prepare_activations(gpt2, config(use_liger_kernel=True))
 
 
-def test_liger_replaces_the_modules(monkeypatch):
-    """That they compute the same is for a GPU to show."""
+def test_use_liger_kernel_replaces_the_modules(monkeypatch):
+    """Whether they compute the same is tested on a GPU."""
     # liger-kernel also changes the module that all Llamas share.
     for name, value in list(vars(modeling_llama).items()):
         monkeypatch.setattr(modeling_llama, name, value)

@@ -1,4 +1,4 @@
-"""FusedPolicy beside the model's own logits, from random weights: every architecture that people train."""
+"""FusedPolicy compared with the model's own logits, from random weights, for many architectures."""
 
 from typing import NamedTuple
 
@@ -151,13 +151,13 @@ def gradients(model, logprobs, entropy) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_models_own_logits(name):
+def test_fused_policy_equals_the_models_own_logits(name):
     case = CASES[name]
     model = small_model(case)
     expected = own(model)
     expected_grads = gradients(model, *expected)
     assert model.get_output_embeddings().weight.grad.norm() > 0
-    # Norms, rotary embeddings, routers and recurrences compute in float32 whatever the dtype.
+    # Norms, rotary embeddings, routers and recurrences compute in float32 for any dtype.
     tolerance = 1e-5 if case.dtype == torch.float64 else 1e-4
     for layout in ("right", "left", *(() if case.refused else ("packed",))):
         got = fused(model, layout)
@@ -174,8 +174,8 @@ def test_equals_the_models_own_logits(name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "output_router_logits" in case.fields])
-def test_router_loss_equals_transformers_own(name):
-    """In the loss with its coefficient and share, and on its own; its gradient reaches the routers."""
+def test_router_loss_equals_that_of_transformers(name):
+    """As part of the loss, times its coefficient and share, and by itself; its gradient reaches the routers."""
     case = CASES[name]
     model = small_model(case)
     policy = FusedPolicy(model)
@@ -204,7 +204,7 @@ def test_router_loss_equals_transformers_own(name):
 
 @pytest.mark.parametrize("images", [False, True])
 @pytest.mark.parametrize("name", MULTIMODAL)
-def test_images_are_passed_on(name, images):
+def test_images_are_passed_to_the_model(name, images):
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(MULTIMODAL[name]).eval()
     ids = torch.randint(2, 250, (2, WIDTH))
@@ -222,7 +222,7 @@ def test_images_are_passed_on(name, images):
 
 
 UNKNOWN = {
-    "a layer behind the head's": Case(
+    "a layer after the body's": Case(
         "ModernBertDecoder", {"bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1, "global_attn_every_n_layers": 1}
     ),
 }
@@ -233,7 +233,7 @@ UNKNOWN = {
     reason="older transformers reject this configuration themselves",
 )
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_transforms_are_refused(name):
+def test_unknown_logit_transforms_are_refused(name):
     policy = FusedPolicy(small_model(UNKNOWN[name]))
     for _ in range(2):
         with pytest.raises(UserError, match="transforms its logits in a way that is not supported"):

@@ -1,4 +1,4 @@
-"""Attention over packed rows: every way to compute it, against one sequence at a time."""
+"""Attention over packed rows: every implementation compared with one sequence at a time."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def reference(query, key, value, groups, scale, window, softcap):
 
 
 def as_kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dropout):
-    """What a kernel for sequences of any length computes."""
+    """The result of a kernel for sequences of any length."""
     assert cu_seqlens.dtype == torch.int32
     assert longest == cu_seqlens.diff().max()
     groups = [Group(int(a), int(b - a), [0]) for a, b in pairwise(cu_seqlens)]
@@ -50,7 +50,7 @@ def as_kernel(query, key, value, cu_seqlens, longest, scale, window, softcap, dr
 @pytest.mark.parametrize("kernel", ["buckets", "varlen", "flex"])
 @pytest.mark.parametrize(("window", "softcap", "scale"), [(None, None, None), (5, None, 0.3), (5, 2.0, None)])
 @pytest.mark.parametrize("name", GROUPS)
-def test_packed_attention(monkeypatch, name, window, softcap, scale, kernel):
+def test_packed_attention_equals_single_sequences(monkeypatch, name, window, softcap, scale, kernel):
     groups = GROUPS[name]
     if kernel != "buckets":
         # The others need CUDA.
@@ -75,7 +75,7 @@ def test_packed_attention(monkeypatch, name, window, softcap, scale, kernel):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_groups_are_masked_where_that_is_less_work():
+def test_groups_are_masked_if_that_is_less_work():
     masked = {name: [group.masked for group in groups] for name, groups in GROUPS.items()}
     assert masked["short group"] == [True]
     assert masked["long completions"] == [False]
@@ -93,7 +93,7 @@ def test_long_sequences_have_no_mask():
 
 
 @pytest.mark.parametrize("config_class", [transformers.LlamaConfig, transformers.Gemma3TextConfig])
-def test_a_kernel_for_sequences_of_any_length_is_used_as_such(monkeypatch, config_class):
+def test_varlen_kernel_is_used_with_plain_causal_attention(monkeypatch, config_class):
     overrides = {"head_dim": 8, "sliding_window": 7} if config_class is not transformers.LlamaConfig else {}
     model = tiny_model(config_class=config_class, **overrides)
     samples = random_samples(longest=30)
@@ -107,8 +107,8 @@ def test_a_kernel_for_sequences_of_any_length_is_used_as_such(monkeypatch, confi
 
 
 @pytest.mark.parametrize("own", ["sdpa", "eager"])
-def test_sampling_goes_on_as_before(own):
-    """Without segments the model's own attention and masks are at work: padding on the left, and a cache."""
+def test_sampling_is_unchanged_by_install(own):
+    """Without segments the model uses its own attention and masks: padding on the left, and a cache."""
     ids = torch.randint(2, 40, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, :1] = 0
@@ -125,7 +125,7 @@ def test_sampling_goes_on_as_before(own):
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_the_models_own_attention_finds_its_own_name():
+def test_own_attention_sees_its_own_name():
     """flash-attention's functions are looked up by the name in the configuration."""
     seen = []
 
@@ -142,7 +142,7 @@ def test_the_models_own_attention_finds_its_own_name():
     assert model.config._attn_implementation == PREFIX + "of_its_own"
 
 
-def test_recomputed_layers_see_the_same_segments():
+def test_checkpointed_layers_see_the_same_segments():
     samples = random_samples()
     gradients = []
     for checkpointing in (False, True):
@@ -155,7 +155,7 @@ def test_recomputed_layers_see_the_same_segments():
     assert torch.equal(*gradients)
 
 
-def test_only_cuda_in_16_bits_has_kernels():
+def test_varlen_kernel_requires_cuda_and_16_bits():
     query = torch.zeros(1, 1, 8)
     assert attention.varlen_kernel(query, None, 0.0) is None
     assert attention.varlen_kernel(query.half(), None, 0.0) is None

@@ -1,4 +1,4 @@
-"""FusedPolicy in a stranger's loop: its arguments, its loss, and the forms a model may come in."""
+"""FusedPolicy in a training loop that is not ours: its arguments, its loss, and wrapped models."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ WIDTH = max(PROMPTS) + KEPT
 
 
 def batch():
-    """Prompts padded on the left, completions on the right, as TRL has them."""
+    """Prompts padded on the left, completions on the right, as in TRL."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, VOCAB, (3, WIDTH), generator=generator)
     places = torch.arange(WIDTH)
@@ -52,7 +52,7 @@ def weight_gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def test_names_that_TRL_has():
+def test_forward_with_trl_arguments():
     """`logits_to_keep` alone, `completion_mask` alone, and both; the last K tokens of each row."""
     model = tiny_model()
     policy = FusedPolicy(model, temperature=0.7)
@@ -68,7 +68,7 @@ def test_names_that_TRL_has():
     assert not whole[:, 0].any()
 
 
-def test_a_restart_of_the_positions_packs():
+def test_forward_packs_where_positions_restart():
     model = tiny_model()
     policy = FusedPolicy(model)
     ids, mask, _ = batch()
@@ -84,7 +84,7 @@ def test_a_restart_of_the_positions_packs():
 
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "cispo"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_loss_is_that_of_the_models_own_logprobs(preset, layout):
+def test_loss_equals_that_of_the_models_own_logprobs(preset, layout):
     model, objective = tiny_model(), PRESETS[preset]
     ids, mask, completion = batch()
     advantages = torch.tensor([0.7, -1.2, 0.4], dtype=torch.float64)
@@ -119,7 +119,7 @@ def test_loss_is_that_of_the_models_own_logprobs(preset, layout):
             torch.testing.assert_close(result.stats[name], value)
 
 
-def test_weights_of_a_step_add_up_over_calls():
+def test_loss_with_weights_of_a_step_adds_up_over_calls():
     model, objective = tiny_model(), PRESETS["dapo"]
     policy = FusedPolicy(model)
     ids, mask, completion = batch()
@@ -144,8 +144,8 @@ def accelerator():
 
 
 @pytest.mark.parametrize("packing", ["always", "never"])
-def test_the_trainer_weighs_router_losses_by_tokens(accelerator, packing):
-    """A step's is the mean over its microbatches, weighted by their tokens."""
+def test_router_losses_are_weighted_by_tokens(accelerator, packing):
+    """The trainer's router loss of a step is the mean over its microbatches, weighted by their tokens."""
     model = tiny_model(torch.float32, Qwen3MoeConfig, head_dim=8, num_experts=4, moe_intermediate_size=16, **ROUTER)
     config = GRPOConfig(**{**SMALL, "max_tokens_per_microbatch": 32, "padding_free": packing})
     learner = Learner(model, config, accelerator, [3, 4, 5], 0)
@@ -169,7 +169,7 @@ def test_the_trainer_weighs_router_losses_by_tokens(accelerator, packing):
 
 
 def in_fsdp(model, outside):
-    """Layers apart, and the rest around them: around the policy, or around the model itself."""
+    """Each layer by itself, and the rest around the layers: around the policy, or around the model."""
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(outside)
@@ -194,7 +194,7 @@ FORMS = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_a_model(alone, form, tied):
+def test_wrapped_models_give_the_same_gradients(alone, form, tied):
     """The same log-probabilities and gradients, call after call, and the model's own forward afterwards."""
     ids, mask, completion = batch()
     model = tiny_model(tie_word_embeddings=tied)
@@ -219,8 +219,8 @@ def test_forms_of_a_model(alone, form, tied):
         torch.testing.assert_close(own_logprobs(model), expected)
 
 
-def test_ddp_around_the_policy_reduces(alone):
-    """The gradients pass through DDP's own reduction, whichever way it is wrapped."""
+def test_ddp_reduces_gradients(alone):
+    """The gradients pass through DDP's own reduction, whether it wraps the policy or the model."""
     ids, mask, completion = batch()
     for wrap in (FORMS["policy of DDP"], FORMS["DDP of the policy"]):
         model = tiny_model()
@@ -241,7 +241,7 @@ def test_ddp_around_the_policy_reduces(alone):
 
 
 def _two_processes(rank, store):
-    """Each has some of the rows; DDP's and FSDP2's means of the gradients are half of the whole batch's."""
+    """Each process has some of the rows; DDP's and FSDP2's mean gradients are half of the whole batch's."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     ids, mask, completion = batch()
@@ -265,12 +265,12 @@ def _two_processes(rank, store):
 
 
 @pytest.mark.long
-def test_forms_of_a_model_on_two_processes(tmp_path):
+def test_wrapped_models_on_two_processes(tmp_path):
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "store"),), nprocs=2)
 
 
-def test_adapters():
-    """A PeftModel's log-probabilities are its own, with the adapter and without; only the adapter learns."""
+def test_peft_model_trains_the_adapter_only():
+    """The log-probabilities are the PeftModel's, with and without the adapter; only the adapter is trained."""
     ids, mask, completion = batch()
     model = tiny_model()
     plain = own_logprobs(model).detach()
@@ -289,7 +289,7 @@ def test_adapters():
         torch.testing.assert_close(policy(ids, mask, completion_mask=completion), plain)
 
 
-def test_dropout_is_no_obstacle_to_the_checks():
+def test_checks_with_dropout():
     """The first forward compares without dropout, and leaves the modes and the generator as they were."""
     ids, mask, completion = batch()
     model = tiny_model(attention_dropout=0.5).train()
@@ -304,10 +304,10 @@ def test_dropout_is_no_obstacle_to_the_checks():
     assert [module.training for module in model.modules()] == modes
 
 
-def test_an_unknown_logit_transform_is_refused_at_the_first_forward():
+def test_unknown_logit_transform_is_refused_at_the_first_forward():
     ids, mask, _ = batch()
     model = tiny_model()
-    # By its config the logits would be scaled, but a Llama does nothing of the kind.
+    # According to its config the logits are scaled, but a Llama does not scale them.
     model.config.logit_scale = 1.5
     policy = FusedPolicy(model)
     for _ in range(2):
@@ -317,7 +317,7 @@ def test_an_unknown_logit_transform_is_refused_at_the_first_forward():
     assert policy(ids, mask).shape == (3, WIDTH - 1)
 
 
-def test_logits_are_made_for_the_first_comparison_alone(monkeypatch):
+def test_logits_are_computed_for_the_first_comparison_only(monkeypatch):
     ids, mask, completion = batch()
     model = tiny_model()
     policy, calls, linear = FusedPolicy(model), [], torch.nn.functional.linear
@@ -333,7 +333,7 @@ def test_logits_are_made_for_the_first_comparison_alone(monkeypatch):
     assert calls == [PROMPTS[0] + COMPLETIONS[0] + 1]
 
 
-def test_a_batch_of_nothing():
+def test_forward_of_a_fully_masked_batch():
     """A first row without tokens, and a batch without any: the loss is 0, and so are its gradients."""
     model = tiny_model()
     ids, mask, completion = batch()
@@ -360,7 +360,7 @@ def test_advantages_of_as_many_sequences_as_tokens():
     assert torch.equal(*found)
 
 
-def test_a_copy_has_weights_of_its_own():
+def test_copied_policy_uses_its_own_weights():
     ids, mask, _ = batch()
     policy = FusedPolicy(tiny_model())
     reference = copy.deepcopy(policy)
@@ -399,14 +399,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name):
+def test_forward_refuses_wrong_arguments(name):
     arguments, message = WRONG[name]
     with pytest.raises(UserError, match=message) as error:
         FusedPolicy(tiny_model())(**{"input_ids": IDS} | arguments)
     assert "\n" not in str(error.value)
 
 
-def test_wrong_models():
+def test_fused_policy_refuses_wrong_models():
     def adapted(**options):
         return peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
 
@@ -429,7 +429,7 @@ def test_wrong_models():
     [
         ({"model": "gpt2"}, {}, "needs a loaded transformers model, got 'gpt2'"),
         ({"temperature": 0}, {}, "temperature must be a number from 1e-6 to 1e6, got 0"),
-        ({}, {"temperature": 0.7}, r"temperature is no argument of this call: give it to FusedPolicy"),
+        ({}, {"temperature": 0.7}, r"temperature is no argument of this call: pass it to FusedPolicy"),
         ({}, {"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels is no argument of this call"),
         ({}, {"advantages": torch.ones(1), "objective": "dapo"}, "objective must be a PolicyObjective.*got 'dapo'"),
         ({}, {"objective": PRESETS["dapo"]}, "objective belongs to the loss, which needs advantages"),
@@ -442,6 +442,6 @@ def test_wrong_models():
         ({}, {"input_ids": torch.tensor([[3, VOCAB, 4]])}, f"input_ids holds {VOCAB}; allowed"),
     ],
 )
-def test_what_a_trl_user_may_try_is_refused_in_one_line(make, call, message):
+def test_mistakes_of_a_trl_user_are_refused_in_one_line(make, call, message):
     with pytest.raises(UserError, match=message):
         FusedPolicy(**{"model": tiny_model(), **make})(**{"input_ids": torch.tensor([[3, 4, 5, 6]]), **call})

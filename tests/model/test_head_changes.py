@@ -1,4 +1,4 @@
-"""A head that changes after the policy was made: followed exactly, or refused in one line at the next call."""
+"""A head that changes after the policy was built: followed exactly, or refused in one line at the next call."""
 
 import copy
 
@@ -47,7 +47,7 @@ def merged(model):
 
 
 def merged_in_place(model):
-    """The weight that the head is tied to changes, and the adapter stays where it is."""
+    """The weight that is tied to the head changes, and the adapter stays in place."""
     peft.get_peft_model(model, lora(target_modules=["embed_tokens"])).merge_adapter()
 
 
@@ -158,14 +158,14 @@ REFUSED = {
         lambda model: model.register_forward_hook(lambda *_: None),
         "LlamaForCausalLM has a forward hook .* put it on the model's base_model",
     ),
-    "a forward of its own": (doubled, "has a forward of its own"),
-    "another class": (another_kind, "has a forward of its own"),
+    "its own forward": (doubled, "has its own forward"),
+    "another class": (another_kind, "has its own forward"),
     "several layers": (sequence, "no linear output head, but Sequential"),
     "int8": (int8, r"is quantised \(.*Int8.*\); leave it in 16 or 32 bits"),
     "fp8": (fp8, r"is quantised \(torch.float8_e4m3fn\)"),
     "no parameter": (no_parameter, "is no parameter"),
     "meta": (lambda model: model.lm_head.to("meta"), "on the meta device, without values"),
-    "offloaded": (lambda model: cpu_offload(model.lm_head, "cpu"), "has a forward of its own"),
+    "offloaded": (lambda model: cpu_offload(model.lm_head, "cpu"), "has its own forward"),
     "another softcap": (
         lambda model: setattr(model.config, "final_logit_softcapping", 3.0),
         "transforms its logits in a way that is not supported",
@@ -234,7 +234,7 @@ def test_trainers_policy_follows_a_changed_head(change):
     assert_same_gradients(gradients(model, got, coefficients), expected)
 
 
-@pytest.mark.parametrize("change", ["LoRA", "IA3", "a trained copy", "a forward hook", "a forward of its own", "fp8"])
+@pytest.mark.parametrize("change", ["LoRA", "IA3", "a trained copy", "a forward hook", "its own forward", "fp8"])
 def test_trainers_policy_refuses_a_changed_head(change):
     apply, message = REFUSED[change]
     model, samples = tiny_model(), random_samples(groups=1, per_group=2)
@@ -245,8 +245,8 @@ def test_trainers_policy_refuses_a_changed_head(change):
         packed_logprobs(policy, samples, 200, "shared")
 
 
-def test_another_head_is_compared_again():
-    """Both with the model's own logits, so that what the new one does cannot go unnoticed; a copy has its own."""
+def test_policy_compares_another_head_again():
+    """With the model's own logits, so that an unknown transform is noticed; a copied policy is independent."""
     model = tiny_model()
     policy = FusedPolicy(model)
     policy(IDS)
@@ -263,13 +263,13 @@ def test_another_head_is_compared_again():
     assert other(IDS).shape == (2, 8)
 
 
-def test_mixed_adapters_are_followed():
+def test_policy_follows_mixed_adapters():
     model = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj"]), mixed=True)
     expected = model(input_ids=IDS).logits[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(FusedPolicy(model)(IDS), expected, rtol=1e-8, atol=1e-8)
 
 
-def test_peft_methods_that_need_the_peft_model_are_refused():
+def test_policy_refuses_peft_methods_outside_the_layers():
     activated = peft.get_peft_model(tiny_model(), lora(target_modules=["q_proj"], alora_invocation_tokens=[3, 4]))
     with pytest.raises(UserError, match="activated LoRA"):
         FusedPolicy(activated)

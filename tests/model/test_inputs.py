@@ -1,4 +1,4 @@
-"""Keywords of a call: ours, those that the model's forward names, and all others, which are refused."""
+"""Keywords of a call: ours, those that the model's forward names, and others, which are refused."""
 
 import dataclasses
 
@@ -14,7 +14,6 @@ from grpo_fast.model.inputs import INSTEAD, RENAMED
 from grpo_fast.model.policy import FusedPolicy
 from grpo_fast.rollout.rows import cache_argument
 from grpo_kernels import PolicyObjective
-from support.alone import alone  # noqa: F401
 from support.tiny import VOCAB, tiny_model
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -23,12 +22,12 @@ UNKNOWN = {
     "ref_per_token_logps": "it is called ref_logprobs here",
     "mask": "it is called completion_mask here",
     "num_logits_to_keep": "it is called logits_to_keep here",
-    "beta": r"give objective=PolicyObjective\(beta=...\)",
-    "epsilon": r"give objective=PolicyObjective\(epsilon=...\)",
-    "loss_type": r"give objective=PRESETS\[...\] of grpo_kernels",
-    "num_items_in_batch": "give weights, by grpo_kernels.token_weights",
-    "labels": "the tokens that are scored are those of input_ids",
-    "temperature": r"give it to FusedPolicy\(model, temperature=...\)",
+    "beta": r"pass objective=PolicyObjective\(beta=...\)",
+    "epsilon": r"pass objective=PolicyObjective\(epsilon=...\)",
+    "loss_type": r"pass objective=PRESETS\[...\] of grpo_kernels",
+    "num_items_in_batch": "pass weights, computed by grpo_kernels.token_weights",
+    "labels": "the scored tokens are those of input_ids",
+    "temperature": r"pass it to FusedPolicy\(model, temperature=...\)",
     "adapter_names": "choose the adapter with model.set_adapter",
     "advantage": r"nor of LlamaModel.forward \(did you mean 'advantages'\?\)",
     "return_entropies": r"did you mean 'return_entropy'\?",
@@ -54,7 +53,7 @@ def test_unknown_keywords_are_refused(name):
     assert "\n" not in str(error.value)
 
 
-def test_fields_of_the_objective_and_names_of_others_are_refused():
+def test_names_of_other_libraries_are_refused():
     policy = FusedPolicy(tiny_model())
     for name in [*RENAMED, *INSTEAD, *(field.name for field in dataclasses.fields(PolicyObjective))]:
         with pytest.raises(UserError, match=f"{name} is no argument of this call: "):
@@ -62,15 +61,15 @@ def test_fields_of_the_objective_and_names_of_others_are_refused():
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_arguments_of_the_model_that_would_be_dropped_are_refused(name):
+def test_model_arguments_without_effect_are_refused(name):
     policy = FusedPolicy(tiny_model())
     with pytest.raises(UserError, match=f"{name} is not supported: "):
         policy(IDS, **{name: UNUSABLE[name]})
     assert torch.equal(policy(IDS, **{name: None}, use_cache=True), policy(IDS))
 
 
-def test_return_dict():
-    """Tuples are refused, where the call asks for them and where the model's config does."""
+def test_return_dict_must_be_true():
+    """Tuples are refused, whether the call or the model's config requests them."""
     model = tiny_model()
     assert torch.equal(FusedPolicy(model)(IDS, return_dict=True), FusedPolicy(model)(IDS))
     with pytest.raises(UserError, match="return_dict=False is not supported"):
@@ -80,7 +79,7 @@ def test_return_dict():
         FusedPolicy(model)(IDS)
 
 
-def test_unknown_keywords_are_refused_through_wrappers(alone):  # noqa: F811
+def test_unknown_keywords_are_refused_through_wrappers(alone):
     adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     inner = tiny_model()
     inner.model = torch.compile(inner.model, backend="eager")
@@ -92,7 +91,7 @@ def test_unknown_keywords_are_refused_through_wrappers(alone):  # noqa: F811
         assert torch.equal(policy(IDS, use_cache=False), policy(IDS))
 
 
-def test_a_model_that_names_no_arguments_gets_them_all():
+def test_models_that_name_no_arguments_receive_all():
     class AnyArguments(transformers.LlamaModel):
         def forward(self, *args, **kwargs):
             seen.update(kwargs)
@@ -111,8 +110,8 @@ def test_a_model_that_names_no_arguments_gets_them_all():
         FusedPolicy(model)(IDS, loss_type="grpo")
 
 
-def test_keywords_leave_the_numbering_of_padded_rows():
-    """GPT-2 has an embedding for each position; with keywords of the model padding is not counted either."""
+def test_padded_rows_are_numbered_the_same_with_keywords():
+    """GPT-2 has an embedding for each position; padding is not counted, with or without keywords of the model."""
     model = tiny_model(config_class=GPT2Config, n_positions=32)
     ids = torch.randint(2, VOCAB, (2, 9))
     mask = torch.ones_like(ids)
@@ -129,7 +128,7 @@ def test_keywords_leave_the_numbering_of_padded_rows():
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
-def test_token_ids_are_checked_whatever_the_keywords(token):
+def test_token_ids_are_checked_with_keywords(token):
     ids = torch.tensor([[3, token, 5]])
     with pytest.raises(UserError, match=f"input_ids holds {token}; allowed are token ids from 0 to {VOCAB - 1}"):
         FusedPolicy(tiny_model())(ids, use_cache=False)
@@ -157,7 +156,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_arguments_of_another_type_are_refused_in_one_line(name):
+def test_arguments_of_wrong_type_are_refused_in_one_line(name):
     arguments, message = WRONG[name]
     with pytest.raises(UserError, match=message) as error:
         FusedPolicy(tiny_model())(**{"input_ids": IDS, **arguments})
@@ -165,19 +164,19 @@ def test_arguments_of_another_type_are_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize("value", ["0.7", True, None, 0.0, -1, float("nan"), float("inf"), 1e-45, 1e39, torch.ones(2)])
-def test_odd_temperatures_are_refused(value):
+def test_temperatures_out_of_range_are_refused(value):
     with pytest.raises(UserError, match="temperature must be a number from 1e-6 to 1e6, got") as error:
         FusedPolicy(tiny_model(), temperature=value)
     assert "\n" not in str(error.value)
 
 
-def test_a_temperature_may_be_a_tensor_of_one_number():
+def test_temperature_may_be_a_tensor_of_one_number():
     model = tiny_model()
     got = FusedPolicy(model, temperature=torch.tensor(0.5))(IDS)
     assert torch.equal(got, FusedPolicy(model, temperature=0.5)(IDS))
 
 
-def test_a_model_on_the_meta_device_is_refused():
+def test_models_on_the_meta_device_are_refused():
     policy = FusedPolicy(tiny_model().to("meta"))
     with pytest.raises(UserError, match="on the meta device, without values"):
         policy(IDS)

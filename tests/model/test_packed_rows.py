@@ -1,4 +1,4 @@
-"""Packed rows, however a caller says where their sequences begin, with text alone and with images."""
+"""Packed rows, for every way to define where their sequences begin, with and without images."""
 
 import pytest
 import torch
@@ -23,10 +23,10 @@ COLLATED = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_
     [{"input_ids": sequence.tolist()} for sequence in SEQUENCES]
 )
 FLASH = {"cu_seq_lens_q": OFFSETS.int(), "cu_seq_lens_k": OFFSETS.int(), "max_length_q": 6, "max_length_k": 6}
-TOLD = {
+DEFINITIONS = {
     "offsets": {"cu_seqlens": OFFSETS},
     "offsets and a mask of ones": {"cu_seqlens": OFFSETS, "attention_mask": ONES},
-    "offsets and positions that go on": {"cu_seqlens": OFFSETS, "position_ids": torch.arange(14)[None]},
+    "offsets and positions that continue": {"cu_seqlens": OFFSETS, "position_ids": torch.arange(14)[None]},
     "positions": {"position_ids": RESTARTS},
     "positions under a mask of ones": {"position_ids": RESTARTS, "attention_mask": ONES},
     "positions under a mask of true": {"position_ids": RESTARTS, "attention_mask": ONES.bool()},
@@ -54,18 +54,18 @@ def gradients(model, logprobs):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_packed_row_equals_its_sequences_however_it_is_told(name):
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_packed_row_equals_its_sequences(name):
     """Log-probabilities and every gradient, in float64, are those of plain logits of each sequence."""
     model = tiny_model()
     expected = torch.cat([plain(model, sequence) for sequence in SEQUENCES])
     expected_grads = gradients(model, expected)
-    got = FusedPolicy(model)(ROW, **TOLD[name])
+    got = FusedPolicy(model)(ROW, **DEFINITIONS[name])
     starts = OFFSETS[1:-1] - 1
     assert not got[0, starts].any()
     got = got[0, [place for place in range(13) if place not in starts]]
-    # Rotary embeddings are made in float32, so other positions of the same distances give a little more than rounding.
-    tolerance = 1e-6 if "go on" in name else 1e-10
+    # Rotary embeddings are float32, so other positions with the same distances differ by more than float64 rounding.
+    tolerance = 1e-6 if "continue" in name else 1e-10
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     for key, grad in gradients(model, got).items():
         torch.testing.assert_close(grad, expected_grads[key], rtol=100 * tolerance, atol=tolerance)
@@ -104,27 +104,27 @@ REFUSED = {
     "numbers and other offsets": ({"cu_seqlens": torch.tensor([0, 14]), "seq_idx": NUMBERS}, "do not agree"),
     "scattered numbers": (
         {"seq_idx": NUMBERS % 2},
-        "seq_idx numbers a sequence that is not in one piece",
+        "seq_idx gives tokens that are not adjacent the same number",
     ),
     "numbers of another shape": ({"seq_idx": NUMBERS[0]}, r"seq_idx must be \[1, 14\], got \[14\]"),
     "wrong offsets": ({"cu_seq_lens_q": OFFSETS[:-1]}, r"cu_seq_lens_q must rise from 0 to 14.*got \[0, 5, 8\]"),
     "a shorter longest": ({**FLASH, "max_length_k": 5}, "max_length_k=5 is shorter than the longest sequence"),
-    "a longest alone": ({"max_length_q": 6}, "max_length_q says nothing without"),
+    "a longest alone": ({"max_length_q": 6}, "max_length_q needs the sequences' offsets"),
     "axes": ({"position_ids": RESTARTS.expand(3, 1, -1)}, r"LlamaModel takes position_ids \[B, T\], got \[3, 1, 14\]"),
     "other axes": ({"position_ids": RESTARTS.expand(2, 1, -1)}, r"position_ids must be \[1, 14\].*got \[2, 1, 14\]"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_packed_row_that_cannot_be_taken_is_refused_in_one_line(name):
+def test_invalid_packed_rows_are_refused_in_one_line(name):
     arguments, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as error:
         FusedPolicy(tiny_model())(**{"input_ids": ROW, **arguments})
     assert "\n" not in str(error.value)
 
 
-def test_padded_rows_are_not_taken_for_packed_ones():
-    """Positions that start again behind padding, that leave some out, or masks with one number a row pack nothing."""
+def test_padded_rows_are_not_mistaken_for_packed_ones():
+    """Positions that restart after padding or skip some, and masks with one number per row, pack nothing."""
     model = tiny_model()
     ids = torch.randint(2, VOCAB, (2, 8))
     mask = torch.ones_like(ids)
@@ -158,7 +158,7 @@ CONFIGS = {
 
 
 def image_sequence(name, length, seed):
-    """A sequence with one image of four tokens, and what the model needs beside it."""
+    """A sequence with one image of four tokens, and its other inputs."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 250, (length,), generator=generator)
     ids[2], ids[3:7] = 256, IMAGE
@@ -184,16 +184,16 @@ def packed_images(name):
     return parts, torch.cat([ids for ids, _ in parts])[None], inputs
 
 
-@pytest.mark.parametrize("told", ["offsets", "positions", "positions with the text's"])
+@pytest.mark.parametrize("given", ["offsets", "positions", "positions with the text's"])
 @pytest.mark.parametrize("name", ["Llava", "Qwen2.5-VL"])
-def test_packed_images_equal_their_sequences(name, told):
-    """Where images are attended like text. The vision tower's gradients included."""
+def test_packed_images_equal_their_sequences(name, given):
+    """For models that attend images like text; including the vision tower's gradients."""
     model = image_model(name)
     parts, row, inputs = packed_images(name)
     scored = [plain(model, ids, **part) for ids, part in parts]
     expected, starts = torch.cat(scored), [12, 22]
     expected_grads = gradients(model, expected)
-    if told == "offsets":
+    if given == "offsets":
         inputs["cu_seqlens"] = torch.tensor([0, 12, 22, 28])
     else:
         positions = torch.cat([torch.arange(len(ids)) for ids, _ in parts])[None]
@@ -201,7 +201,7 @@ def test_packed_images_equal_their_sequences(name, told):
             axes = [model.model.get_rope_index(ids[None], **part)[0] for ids, part in parts[:2]]
             axes.append(torch.arange(6).expand(3, 1, 6))
             whole = torch.cat(axes, 2)
-            positions = whole if told == "positions" else torch.cat([positions[None], whole])
+            positions = whole if given == "positions" else torch.cat([positions[None], whole])
         inputs["position_ids"] = positions
     got = FusedPolicy(model)(row, **inputs)[0]
     got = got[[place for place in range(27) if place + 1 not in starts]]
@@ -214,13 +214,13 @@ def test_packed_images_equal_their_sequences(name, told):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_that_are_attended_both_ways_are_refused_in_a_packed_row(dtype):
-    """Gemma 3's; in 16 bits too, where the difference is small. In rows of their own they are right."""
+def test_packed_images_with_attention_in_both_directions_are_refused(dtype):
+    """Gemma 3's, also in 16 bits, where the difference is small. Separate rows are supported."""
     model = image_model("Gemma 3", dtype)
     _, row, inputs = packed_images("Gemma 3")
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     policy = FusedPolicy(model)
-    # A packed row of text comes first, and is right.
+    # A packed row of text is supported, and is compared first.
     policy(row[:, -6:], cu_seqlens=torch.tensor([0, 2, 6]))
     for _ in range(2):
         message = (
@@ -231,7 +231,7 @@ def test_images_that_are_attended_both_ways_are_refused_in_a_packed_row(dtype):
         assert "\n" not in str(error.value)
 
 
-def test_check_of_packed_images_sees_wrong_positions(monkeypatch):
+def test_check_of_packed_images_detects_wrong_positions(monkeypatch):
     model = image_model("Qwen2.5-VL", torch.float32)
     _, row, inputs = packed_images("Qwen2.5-VL")
     inputs["pixel_values"] = inputs["pixel_values"].float()
@@ -243,8 +243,8 @@ def test_check_of_packed_images_sees_wrong_positions(monkeypatch):
         FusedPolicy(model)(row, cu_seqlens=torch.tensor([0, 12, 22, 28]), **inputs)
 
 
-def test_placeholders_outside_of_the_vocabulary():
-    """Gemma 3's own config may put them there; without images they are no token's."""
+def test_image_placeholders_outside_the_vocabulary():
+    """Gemma 3's config may put them there; without images they are refused like any id outside."""
     config = transformers.Gemma3Config(**{**MULTIMODAL["Gemma 3"].to_dict(), "image_token_index": 300})
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()

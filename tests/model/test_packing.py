@@ -10,7 +10,7 @@ from support.tiny import random_samples, tiny_model
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("max_tokens", [400, 60, 32, 16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_equals_one_by_one(attention, max_tokens, layout):
+def test_microbatches_equal_single_sequences(attention, max_tokens, layout):
     samples = random_samples()
     model = tiny_model(attn_implementation=attention)
     assert model.config._attn_implementation == attention
@@ -30,7 +30,7 @@ def test_packed_equals_one_by_one(attention, max_tokens, layout):
         assert (parameter.grad - grad).norm() <= tolerance * grad.norm()
 
 
-def test_shared_rows_hold_each_prompt_once():
+def test_plan_rows_holds_each_prompt_once():
     samples = random_samples(groups=3, per_group=5)
     rows = plan_rows(samples, list(range(15)), 1000)
     assert [len(row.samples) for row in rows] == [5, 5, 5]
@@ -39,7 +39,7 @@ def test_shared_rows_hold_each_prompt_once():
         assert row.length == prompt + sum(len(samples[i].completion_ids) - 1 for i in row.samples)
 
 
-def test_rows_are_split_where_they_get_too_long():
+def test_plan_rows_splits_long_rows():
     samples = random_samples(groups=2, per_group=8)
     rows = plan_rows(samples, list(range(16)), 20)
     assert sorted(index for row in rows for index in row.samples) == list(range(16))
@@ -47,7 +47,7 @@ def test_rows_are_split_where_they_get_too_long():
     assert len({samples[i].group for row in rows for i in row.samples[:1]}) == 2
 
 
-def test_only_chosen_samples_are_computed():
+def test_build_microbatch_contains_chosen_samples_only():
     samples = random_samples()
     rows = plan_rows(samples, [1, 2, 9], 1000)
     microbatch = build_microbatch(samples, rows, token_offsets(samples), 0, packed=True)
@@ -57,7 +57,7 @@ def test_only_chosen_samples_are_computed():
     assert microbatch.targets.tolist() == [t for i in (1, 2, 9) for t in samples[i].completion_ids]
 
 
-def test_packed_microbatches_are_filled():
+def test_fill_microbatches_leaves_little_room():
     """Whatever the lengths, no position is padding, and no two microbatches could have been one."""
     samples = random_samples(groups=9, per_group=3, longest=40)
     rows = plan_rows(samples, list(range(27)), 0)
@@ -72,13 +72,13 @@ def test_packed_microbatches_are_filled():
         assert microbatch.input_ids.shape == (1, sum(row.length for row in chosen))
 
 
-def test_a_sequence_longer_than_the_budget_has_its_own_microbatch():
+def test_fill_microbatches_isolates_long_sequences():
     samples = [Sample([2, 3], [4] * length, 0) for length in (5, 50, 3)]
     microbatches = fill_microbatches(plan_rows(samples, [0, 1, 2], 20), 20, packed=True)
     assert [[row.samples for row in chosen] for chosen in microbatches] == [[[1]], [[0, 2]]] or len(microbatches) == 2
 
 
-def test_padded_rows_hold_one_sample():
+def test_build_microbatch_refuses_padded_rows_of_several_samples():
     samples = random_samples()
     with pytest.raises(ValueError, match="holds one sample"):
         build_microbatch(samples, plan_rows(samples, [0, 1], 100), token_offsets(samples), 0, packed=False)

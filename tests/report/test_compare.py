@@ -1,4 +1,4 @@
-"""Several runs in one figure."""
+"""Comparing several runs in one figure."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from grpo_fast.cli import main, parse_config
 from grpo_fast.errors import UserError
@@ -19,7 +19,7 @@ CENTRED = {"scale_rewards": "none"}
 
 
 def write_run(folder, scores, after=None, **config):
-    """A run folder with a step for each of the scores."""
+    """A run folder with one step per score."""
     folder.mkdir(parents=True)
     config = {"run_name": folder.name, "reward_funcs": ["digits_included", "mine.py:mine"], "seed": 1, **config}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -31,7 +31,7 @@ def write_run(folder, scores, after=None, **config):
     return folder
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path):
+def test_read_curves_runs_that_differ_only_in_the_seed_share_a_curve(tmp_path):
     folders = [
         write_run(tmp_path / f"a{seed}", [0.1 * seed, 0.5], 0.2 * seed, run_name="a", seed=seed) for seed in (1, 2)
     ]
@@ -49,26 +49,28 @@ def test_runs_that_differ_in_the_seed_alone_are_one_curve(tmp_path):
     assert (whole.lines, whole.last, whole.after) == ([([1, 2], [0.2, 1.0])], [1.0], [])
 
 
-def test_settings_of_one_name_are_told_apart_by_their_fields(tmp_path):
+def test_read_curves_settings_of_one_name_are_labelled_by_fields(tmp_path):
     folders = [write_run(tmp_path / str(b), [0.5], run_name="sort", beta=b, output_dir=str(b)) for b in (0.0, 0.1)]
     _, curves = read_curves(folders)
     assert [curve.label for curve in curves] == ["beta=0.0", "beta=0.1"]
 
 
-def test_what_cannot_be_compared(tmp_path):
+def test_read_curves_refuses_different_scores_and_missing_metrics(tmp_path):
     one = write_run(tmp_path / "one", [0.5], 0.5)
     other = write_run(tmp_path / "other", [0.5], eval_metric="digits_included")
     with pytest.raises(UserError, match=r"is scored by 'mine', .*other by 'digits_included'; choose one with --metric"):
         read_curves([one, other])
-    with pytest.raises(UserError, match="one has no figures of 'no_such'"):
+    with pytest.raises(UserError, match="one has no values of 'no_such'"):
         read_curves([one], "no_such")
     with pytest.raises(UserError, match="is not a run folder"):
         read_curves([tmp_path / "none"])
 
 
-def test_the_figure_holds_every_line_and_the_mean_over_seeds(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
+def test_plot_curves_draws_every_seed_and_the_mean(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **options: figures.append(self) or save(self, *args, **options)
+    )
     curve = Curve("a", [([1, 2, 3], [0.0, 0.2, 0.4]), ([2, 3], [0.4, 0.8])], [0.5], [], [0.25])
     plot_curves({"left": [curve], "right": [curve, curve]}, "mine", tmp_path / "new" / "figure.png")
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -79,7 +81,7 @@ def test_the_figure_holds_every_line_and_the_mean_over_seeds(tmp_path, monkeypat
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["a: 25.0%"]
 
 
-def test_the_command(tmp_path, capsys):
+def test_compare_command(tmp_path, capsys):
     folders = [str(write_run(tmp_path / name, [0.1, 0.6], after)) for name, after in (("a", 0.5), ("b", 0.7))]
     output = str(tmp_path / "figure.svg")
     assert main(["compare", *folders, "--output", output]) == 0
@@ -95,7 +97,7 @@ def test_the_command(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_sorting_experiments_go_on_where_they_stopped(tmp_path, monkeypatch, capsys):
+def test_sort_comparison_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     import sort_comparison
 
@@ -113,17 +115,17 @@ def test_the_sorting_experiments_go_on_where_they_stopped(tmp_path, monkeypatch,
     assert "raw, small" in capsys.readouterr().out
 
 
-def test_every_sorting_experiment_is_a_valid_configuration(monkeypatch):
+def test_sort_comparison_configurations_are_valid(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import sort_comparison
 
     for changes in (changes for panel in sort_comparison.PANELS.values() for changes in panel.values()):
         options = [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in changes.items()]
-        config = parse_config([str(sort_comparison.RECIPE), *options])
+        config = parse_config([sort_comparison.RECIPE, *options])
         assert {name: getattr(config, name) for name in changes} == changes
 
 
-def test_damaged_records_are_said(tmp_path, capsys):
+def test_read_curves_warns_of_damaged_records(tmp_path, capsys):
     run = write_run(tmp_path / "run", [0.5, 0.6])
     with (run / "metrics.jsonl").open("a") as file:
         file.write("{}\n")

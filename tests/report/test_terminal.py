@@ -1,4 +1,4 @@
-"""Runs whose terminal, or whatever reads their output, goes away."""
+"""Runs that lose their terminal or the reader of their output."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def forkserver():
 
 
 def finish(settings) -> int:
-    """The exit status of a run that nothing disturbs, in a process like that of `hang_up`."""
+    """The exit status of an undisturbed run, in a process like that of `hang_up`."""
     process = forkserver().Process(target=train_apart, args=(dataclasses.asdict(settings),))
     process.start()
     process.join(120)
@@ -78,7 +78,7 @@ def hang_up(settings, ignored: bool = False) -> int:
         os.close(tty)
         os.close(terminal)
         with contextlib.suppress(ProcessLookupError):
-            # A shell passes the signal on once more.
+            # As a shell does.
             os.kill(process.pid, signal.SIGHUP)
         process.join(60)
         return process.exitcode
@@ -87,7 +87,7 @@ def hang_up(settings, ignored: bool = False) -> int:
         process.join()
 
 
-def test_a_closed_terminal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch):
+def test_train_closed_terminal_ends_with_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     settings = config(tmp_path / "run", max_steps=4000, save_steps=0, lr_scheduler_type="constant")
     assert hang_up(settings) == 128 + signal.SIGHUP
@@ -99,7 +99,7 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_that_ignores_the_hangup_goes_on_without_its_terminal(tmp_path, monkeypatch):
+def test_train_ignoring_the_hangup_continues_without_terminal(tmp_path, monkeypatch):
     """As under nohup."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     assert hang_up(config(tmp_path / "run", max_steps=30, save_steps=0), ignored=True) == 0
@@ -107,8 +107,8 @@ def test_a_run_that_ignores_the_hangup_goes_on_without_its_terminal(tmp_path, mo
 
 
 @pytest.mark.slow
-def test_output_that_breaks_off_ends_no_run(tmp_path):
-    """Each in a shell: what reads the output ends after a line, or the streams are closed from the start."""
+def test_train_command_survives_lost_output(tmp_path):
+    """Runs in a shell whose reader ends after one line, or whose streams are closed from the start."""
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(dataclasses.asdict(config(tmp_path, max_steps=3))))
     ways = {"pipe": "2>errors | head -n 1", "closed": ">&- 2>&-"}
@@ -125,7 +125,7 @@ def test_output_that_breaks_off_ends_no_run(tmp_path):
     assert printed["pipe"].startswith("random-llama (15.3k parameters) on sort_digits")
     assert printed["pipe"].count("\n") == 1
     errors = (tmp_path / "pipe" / "errors").read_text()
-    assert errors == "grpo-fast: stdout takes no more output (Broken pipe); going on without it\n"
+    assert errors == "grpo-fast: stdout takes no more output (Broken pipe); continuing without it\n"
     for way in ways:
         assert (tmp_path / way / "run" / "summary.json").is_file()
         assert_same_run(tmp_path / way / "run", tmp_path / "closed" / "run")
@@ -133,8 +133,8 @@ def test_output_that_breaks_off_ends_no_run(tmp_path):
 
 @pytest.mark.parametrize("way", ["pipe", "full"])
 @pytest.mark.parametrize("act", ["train", "eval"])
-def test_output_that_breaks_off_ends_no_trainer_either(tmp_path, monkeypatch, capfd, act, way):
-    """As from a program of one's own."""
+def test_trainer_and_eval_survive_lost_output(tmp_path, monkeypatch, capfd, act, way):
+    """In a program that calls the trainer."""
     if way == "pipe":
         reader, writer = os.pipe()
         os.close(reader)
@@ -148,7 +148,7 @@ def test_output_that_breaks_off_ends_no_trainer_either(tmp_path, monkeypatch, ca
         made.run() if act == "eval" else made.train()
     reason = {"pipe": "Broken pipe", "full": "No space left on device"}[way]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("grpo-fast:")]
-    assert told == [f"grpo-fast: stdout takes no more output ({reason}); going on without it"]
+    assert told == [f"grpo-fast: stdout takes no more output ({reason}); continuing without it"]
     assert (tmp_path / ("eval" if act == "eval" else "run") / "summary.json").is_file()
 
 
@@ -157,24 +157,24 @@ class Full(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_other_commands_say_that_their_output_is_lost(monkeypatch, capsys):
+def test_other_command_reports_lost_output(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Full())
     assert main(["--version"]) == 2
     assert capsys.readouterr().err == "grpo-fast: error: the output could not be written: No space left on device\n"
 
 
-def test_other_commands_end_quietly_when_nobody_reads(capfd, monkeypatch):
+def test_other_command_broken_pipe_ends_quietly(capfd, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as context:
         context.setattr(sys, "stdout", stream)
         assert main(["--help"]) == 141
-        # What the stream still held is gone.
+        # Its buffer has been dropped.
         stream.flush()
     assert capfd.readouterr() == ("", "")
 
 
-def test_lasting_output_hands_the_streams_back(monkeypatch, capsys):
+def test_lasting_output_restores_the_streams(monkeypatch, capsys):
     before = sys.stdout, sys.stderr
     with lasting_output():
         print("a")
@@ -185,7 +185,7 @@ def test_lasting_output_hands_the_streams_back(monkeypatch, capsys):
         assert sys.stdout is None
 
 
-def test_output_that_the_terminal_cannot_encode(monkeypatch):
+def test_lasting_output_text_that_the_terminal_cannot_encode(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     with lasting_output():
@@ -193,7 +193,7 @@ def test_output_that_the_terminal_cannot_encode(monkeypatch):
     assert stream.buffer.getvalue() == b"runs/\\xfc \\u2501\n"
 
 
-def test_a_signal_within_the_handler_of_another(monkeypatch):
+def test_interrupt_signal_within_the_handler_of_another(monkeypatch):
     restored = []
 
     def restore(number, handler):
@@ -210,7 +210,7 @@ def test_a_signal_within_the_handler_of_another(monkeypatch):
         signal.signal(number, handler)
 
 
-def test_a_signal_whose_note_nobody_reads(monkeypatch):
+def test_interrupt_note_that_cannot_be_written(monkeypatch):
     def gone(number, text):
         raise OSError(5, "Input/output error")
 

@@ -1,4 +1,4 @@
-"""Trackers, and the live line."""
+"""Experiment trackers, and the progress line."""
 
 import os
 
@@ -14,8 +14,9 @@ from grpo_fast.files import read_metrics
 from grpo_fast.report.console import Terminal
 from grpo_fast.report.progress import Progress, step_figures
 from grpo_fast.report.trackers import Trackers, hyperparameters, tracker_arguments
-from grpo_fast.train.metrics import MACHINE_METRICS, peak_memory
+from grpo_fast.train.metrics import peak_memory
 from grpo_fast.trainer import GRPOTrainer
+from support.runs import MACHINE_METRICS
 from support.small import SMALL
 
 
@@ -35,7 +36,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_tensorboard_holds_the_run(tmp_path):
+def test_tensorboard_has_all_metrics(tmp_path):
     GRPOTrainer(config(tmp_path, report_to=["tensorboard"], logging_steps=2)).train()
     series = scalars(tmp_path / "tensorboard")
     metrics = read_metrics(tmp_path / "metrics.jsonl")
@@ -48,13 +49,13 @@ def test_tensorboard_holds_the_run(tmp_path):
     assert "learning_rate: 0.001" in written.read_text()
 
 
-def test_without_trackers_nothing_is_written(tmp_path):
+def test_train_without_trackers_writes_no_events(tmp_path):
     GRPOTrainer(config(tmp_path)).train()
     assert not (tmp_path / "tensorboard").exists()
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
 
-def test_a_missing_package_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+def test_tracker_missing_package_is_reported_before_loading(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "trackio", None)
     monkeypatch.setattr("grpo_fast.trainer.load_model", lambda config: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=r"'?trackio'? is not installed; install it with: .*grpo-fast\[trackers\]"):
@@ -68,7 +69,7 @@ def started(folder, warnings, **fields) -> Trackers:
     return Trackers(accelerator, made, folder, warnings.append)
 
 
-def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch):
+def test_tracker_that_fails_gets_no_more_metrics(tmp_path, monkeypatch):
     warnings, calls = [], []
 
     def fail(self, values, step=None, **kwargs):
@@ -81,10 +82,10 @@ def test_a_tracker_that_fails_is_left_out(tmp_path, monkeypatch):
         trackers.log({"reward": 2.0}, step=2)
         trackers.log({"reward": 3.0}, step=3)
     assert calls == [2]
-    assert warnings == ["tensorboard failed and gets no more figures: no route to host"]
+    assert warnings == ["tensorboard failed and gets no more metrics: no route to host"]
 
 
-def test_a_tracker_that_does_not_start_is_reported(tmp_path, monkeypatch):
+def test_tracker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
     def fail(self):
         raise RuntimeError("no key")
 
@@ -101,12 +102,12 @@ def test_hyperparameters_are_flat(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_hosted_trackers_offline(tmp_path, package, monkeypatch, capsys):
+def test_hosted_tracker_offline(tmp_path, package, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip(package)
     GRPOTrainer(config(tmp_path / "run", report_to=[package])).train()
-    assert "gets no more figures" not in capsys.readouterr().out
+    assert "gets no more metrics" not in capsys.readouterr().out
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb") if package == "wandb" else
                 (tmp_path / "trackio").glob("grpo-fast*"))  # fmt: skip
 
@@ -117,7 +118,7 @@ FIGURES = {
 }  # fmt: skip
 
 
-def test_a_step_fits_a_line():
+def test_step_figures_fit_a_line():
     line = step_figures(FIGURES, "format_and_right_answer")
     assert line == "reward -12.345  format_and_righ… 98.8%  length 12346  123,457 tokens/s  123.5 GiB"
     assert len(line) <= 82
@@ -132,7 +133,7 @@ def progress(tmp_path, width, terminal, monkeypatch, total=120):
 
 
 @pytest.mark.parametrize("width", [100, 60])
-def test_the_live_line_fits_the_terminal(tmp_path, width, monkeypatch):
+def test_progress_line_fits_the_terminal(tmp_path, width, monkeypatch):
     live, console = progress(tmp_path, width, True, monkeypatch)
     live.started(0.5)
     live.update({**FIGURES, "reward": 2.5, "rewards/exact_answer/mean": 0.5, "completions/mean_length": 640.0,
@@ -148,8 +149,8 @@ def test_the_live_line_fits_the_terminal(tmp_path, width, monkeypatch):
         assert figure in lines[0]
 
 
-def test_time_left_of_a_resumed_run(tmp_path, monkeypatch):
-    """Two steps of a second each, and ten to go: the steps before the interruption took no time of this run."""
+def test_progress_time_left_of_a_resumed_run(tmp_path, monkeypatch):
+    """Ten steps are left at a second each; the steps before the interruption do not count."""
     clock = iter([0.0, 1.0, 2.0])
     monkeypatch.setattr("grpo_fast.report.progress.time.perf_counter", lambda: next(clock))
     live, _ = progress(tmp_path, 100, False, monkeypatch, total=112)
@@ -170,7 +171,7 @@ def test_peak_memory_grows_with_the_process():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
-def test_peak_memory_of_a_gpu_is_that_of_the_step():
+def test_peak_memory_on_a_gpu_is_that_of_the_step():
     device = torch.device("cuda")
     peak_memory(device)
     held = torch.cuda.memory_allocated()

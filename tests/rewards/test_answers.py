@@ -1,4 +1,4 @@
-"""Mathematical equivalence: a table of answer pairs, each judged by hand, and completions that mean harm."""
+"""`math_answer`: a table of answer pairs, each judged by hand, and harmful completions."""
 
 import json
 import time
@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from grpo_fast.rewards import RewardModel, final_number, isolated, math_answer
-from grpo_fast.rewards.answer_text import final_answer
-from grpo_fast.rewards.answers import same_answer
+from grpo_fast.rewards.functions.answer_text import final_answer
+from grpo_fast.rewards.functions.answers import same_answer
 
 PAIRS_FILE = Path(__file__).parents[1] / "support" / "answer_pairs.jsonl"
 PAIRS = [json.loads(line) for line in PAIRS_FILE.open(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("kind", sorted({pair["kind"] for pair in PAIRS}))
-def test_answer_pairs(kind):
+def test_same_answer_pairs(kind):
     pairs = [pair for pair in PAIRS if pair["kind"] == kind]
     assert {pair["right"] for pair in pairs} == {True, False}
     for pair in pairs:
@@ -27,7 +27,7 @@ KINDS = ("decimal", "minus sign", "exponent", "choice", "chinese", "degrees", "u
 KINDS += ("commas", "part of an expression", "clock", "long digits", "several boxes", "hedge")
 
 
-def test_the_table_is_large_and_has_no_doubles():
+def test_answer_pairs_are_many_and_unique():
     assert len(PAIRS) >= 1000
     counts = Counter(pair["kind"] for pair in PAIRS)
     assert min(counts[kind] for kind in KINDS) >= 30
@@ -57,7 +57,7 @@ def test_the_table_is_large_and_has_no_doubles():
         ("", [""], False, None),
     ],
 )
-def test_final_answer(text, items, bare, claim):
+def test_final_answer_in_texts(text, items, bare, claim):
     assert final_answer(text) == (items, bare, claim)
 
 
@@ -87,8 +87,8 @@ HARM = {
 }
 
 
-def test_harm_is_scored_zero_in_bounded_time():
-    """On one or more workers; a completion takes at most the limit, and the harmless ones beside them are right."""
+def test_math_answer_harmful_completions_end_in_time():
+    """With one or more workers: no completion takes longer than the limit, and the harmless ones are scored."""
     model = RewardModel(["math_answer", "final_number"], None, timeout=1.0)
     completions = [*HARM.values(), r"\boxed{\frac{14}{2}}"]
     start = time.monotonic()
@@ -102,8 +102,8 @@ def test_harm_is_scored_zero_in_bounded_time():
     assert seconds < 1.0 * len(completions) + 30
 
 
-def test_it_is_marked_and_runs_in_a_thread_too():
-    """A user may call it anywhere: math-verify's own time limits would fail outside of the main thread."""
+def test_math_answer_is_isolated_and_runs_in_a_thread():
+    """Users may call it anywhere; math-verify's own time limits would fail outside the main thread."""
     assert math_answer.isolated
     assert math_answer.over_limit == 0
     assert not hasattr(final_number, "isolated")

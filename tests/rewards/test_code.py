@@ -1,4 +1,4 @@
-"""Unit tests of generated Python: which code is run, what passes, and what does not pass without being right."""
+"""Unit tests of generated Python: which code runs, and which programs pass."""
 
 import json
 import os
@@ -12,8 +12,10 @@ from accelerate.state import AcceleratorState
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import RewardModel, isolation, unit_tests
-from grpo_fast.rewards.code import extract_code, read_tests, run_tests
+from grpo_fast.rewards import RewardModel, unit_tests
+from grpo_fast.rewards.functions import code
+from grpo_fast.rewards.functions.code import extract_code, read_tests
+from grpo_fast.rewards.sandbox import isolation
 from grpo_fast.trainer import GRPOTrainer
 from support.attacks import CHEATED_TESTS, CHEATS, SQUARE
 from support.small import SMALL
@@ -23,6 +25,10 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 TEST = "assert square(3) == 9"
 SECONDS = 20.0
 HELPER, MAIN = "def helper(x):\n    return x * x\n", "def square(x):\n    return helper(x)\n"
+
+
+def run_tests(program, tests, seconds=SECONDS, code_isolation="available"):
+    return code.run_tests(program, read_tests(tests), seconds, code_isolation)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ HELPER, MAIN = "def helper(x):\n    return x * x\n", "def square(x):\n    return
         ("", None),
     ],
 )
-def test_extract_code_finds_the_block(text, expected):
+def test_extract_code_one_block(text, expected):
     assert extract_code(text) == expected
 
 
@@ -79,7 +85,7 @@ def block(*codes):
         (block("print(input())\n", "print(int(input()))\n"), [], "print(int(input()))\n"),
     ],
 )
-def test_extract_code_takes_the_blocks_that_belong_together(text, wanted, expected):
+def test_extract_code_joins_the_needed_blocks(text, wanted, expected):
     assert extract_code(text, wanted) == expected
 
 
@@ -209,8 +215,8 @@ def test_run_tests_right_programs_pass(program, tests):
     assert run_tests(program, tests, SECONDS)
 
 
-def test_run_tests_threads_pass_where_they_are_held():
-    if isolation.choose("available").level == "rlimits":
+def test_run_tests_threads_pass_with_the_filter():
+    if isolation.choose("available")[0] == "rlimits":
         pytest.skip("without a system call filter a program has no threads")
     program = (
         "import threading, concurrent.futures, queue\ndef squares(xs):\n"
@@ -234,7 +240,7 @@ def test_run_tests_threads_pass_where_they_are_held():
         (SQUARE, "assert cube(3) == 27"),
         (SQUARE, "assert square.missing == 1"),
         ("square = 9", TEST),
-        # Python has one, but the program does not.
+        # Python has this name, but the program does not define it.
         (SQUARE, "assert sum([1, 2]) == 3"),
     ],
 )
@@ -243,14 +249,14 @@ def test_run_tests_wrong_programs_fail(program, tests):
 
 
 @pytest.mark.parametrize("program", CHEATS.values(), ids=CHEATS)
-def test_run_tests_cheats_fail(program):
-    """One after the other, since every one has to fail each kind of test."""
+def test_run_tests_cheating_programs_fail(program):
+    """Each program has to fail every kind of test."""
     passed = [name for name, tests in CHEATED_TESTS.items() if run_tests(program, tests, SECONDS, "none")]
     assert passed == []
 
 
-def test_run_tests_cheated_tests_can_be_passed():
-    """Otherwise the test above would show nothing."""
+def test_run_tests_right_program_passes_all_forms():
+    """The right program passes, so the failures above are due to the cheats."""
     assert [name for name, tests in CHEATED_TESTS.items() if not run_tests(SQUARE, tests, SECONDS)] == []
 
 
@@ -269,7 +275,7 @@ def test_run_tests_cheated_tests_can_be_passed():
         "def apply(f):\n    f._remote_peer.request('call', arguments=(exec, 'raise SystemExit'))",
     ],
 )
-def test_run_tests_functions_of_the_tests_lead_nowhere(program):
+def test_run_tests_functions_of_the_tests_expose_nothing(program):
     tests = (
         "EXPECTED = 'a long secret'\ndef given(x, other=EXPECTED): return EXPECTED[x]\nassert apply(given) == EXPECTED"
     )
@@ -310,7 +316,7 @@ def test_run_tests_compares_the_output_of_scripts(program, passes):
         [{"input": "3", "output": "9"}, {"input": "4", "output": "16"}],
     ],
 )
-def test_read_tests_knows_every_form(tests):
+def test_read_tests_all_forms(tests):
     script = f"{SQUARE}\nif __name__ == '__main__':\n    print(square(int(input())))"
     wrong = script.replace("x * x", "x + 7")
     assert run_tests(script, tests, SECONDS)
@@ -325,22 +331,22 @@ def test_read_tests_knows_every_form(tests):
         ("  \n", "tests are empty"),
         (5, "tests must be code, a list of code"),
         (3, "tests must be code"),
-        ("assert square(3) = 9", "tests are no valid Python: .*, line 1"),
-        ("# nothing", "tests call nothing of the program"),
-        ("assert True", "tests call nothing of the program"),
+        ("assert square(3) = 9", "tests are not valid Python: .*, line 1"),
+        ("# nothing", "tests do not use the program"),
+        ("assert True", "tests do not use the program"),
         (
             "def check(f):\n    assert f(3) == 9",
-            r"tests call nothing of the program: .*; check\(\) is defined but not called",
+            r"tests do not use the program: .*; check\(\) is defined but not called",
         ),
-        ("import math\nassert math.sqrt(9) == 3", "tests call nothing of the program"),
+        ("import math\nassert math.sqrt(9) == 3", "tests do not use the program"),
         ({"inputs": ["1"], "outputs": []}, "tests have 1 inputs and 0 outputs"),
         ({"question": "1"}, "tests hold a dict of question; it must have inputs and outputs"),
         ({"inputs": [[1]], "outputs": [1], "fn_name": "f(); g"}, "tests have fn_name="),
         ([TEST, 3], "tests hold 3"),
-        (f"import numpy as np\n{TEST}", "tests import 'numpy'; only the standard library is there"),
+        (f"import numpy as np\n{TEST}", "tests import 'numpy'; only the standard library is available"),
     ],
 )
-def test_check_rows_names_the_row_whose_tests_are_at_fault(tests, message):
+def test_check_rows_invalid_tests(tests, message):
     model = RewardModel(["unit_tests"], None, code_isolation="none")
     rows = [{"prompt": "Square numbers.", "tests": TEST}, {"prompt": "Square them.", "tests": tests}]
     with pytest.raises(
@@ -353,7 +359,7 @@ def test_check_rows_names_the_row_whose_tests_are_at_fault(tests, message):
         read_tests(tests)
 
 
-def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
+def test_trainer_refuses_invalid_tests_before_a_model_is_loaded(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"p{i}", "tests": TEST if i else "assert True"} for i in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -364,11 +370,11 @@ def test_trainer_refuses_tests_at_fault_before_a_model_is_loaded(tmp_path):
         "reward_funcs": ["unit_tests"],
         "model_name_or_path": "missing",
     }
-    with pytest.raises(UserError, match=r"data, row \d \(prompt 'p0'\): unit_tests: tests call nothing of the program"):
+    with pytest.raises(UserError, match=r"data, row \d \(prompt 'p0'\): unit_tests: tests do not use the program"):
         GRPOTrainer(GRPOConfig(**settings, output_dir=str(tmp_path / "run")))
 
 
-def test_trainer_says_how_generated_code_is_run(tmp_path, capsys):
+def test_trainer_reports_how_generated_code_runs(tmp_path, capsys):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}>", "tests": TEST}) + "\n" for i in range(10, 20)))
     settings = {**SMALL, "dataset_kwargs": None, "dataset_name": str(path), "reward_funcs": ["unit_tests"]}
@@ -379,24 +385,24 @@ def test_trainer_says_how_generated_code_is_run(tmp_path, capsys):
     assert said in " ".join(capsys.readouterr().out.split())
 
 
-def test_run_tests_that_never_use_the_program_are_at_fault():
+def test_run_tests_that_never_use_the_program_are_invalid():
     tests = "for _ in range(0):\n    assert square(3) == 9"
     with pytest.raises(ValueError, match="tests ran to their end, without having used the program"):
         run_tests(SQUARE, tests, SECONDS)
     with pytest.raises(ValueError, match="tests raised ZeroDivisionError: division by zero, without having used"):
         run_tests(SQUARE, f"1 / 0\n{TEST}", SECONDS)
-    # That is the program's own fault.
+    # Here the program itself fails.
     assert not run_tests("1 / 0", f"1 / 0\n{TEST}", SECONDS)
 
 
-def test_run_tests_in_a_sandbox_that_breaks_is_no_failure_of_the_program(monkeypatch):
+def test_run_tests_broken_sandbox_is_an_error(monkeypatch):
     assert run_tests(SQUARE, TEST, SECONDS, "none")
     monkeypatch.setattr(isolation, "python", lambda: "/bin/false")
     with pytest.raises(RuntimeError, match="the sandbox for generated code did not start within 20 s"):
         run_tests(SQUARE, TEST, SECONDS, "none")
 
 
-def test_unit_tests_scores_completions():
+def test_unit_tests_of_completions():
     completions = [f"```python\n{SQUARE}\n```", f"```python\n{SQUARE}\n```", "I cannot.", f"<answer>{SQUARE}</answer>"]
     tests = [TEST, [TEST, "assert square(1) == 2"], TEST, [TEST, "assert square(0) == 0"]]
     assert unit_tests([""] * 4, completions, tests=tests) == [1, 0, 0, 1]
@@ -404,8 +410,8 @@ def test_unit_tests_scores_completions():
     assert unit_tests([""], chat, tests=tests[:1]) == [1]
 
 
-def test_reward_model_goes_on_beside_harm():
-    """Through the trainer's own door: harmless and harmful completions in one batch."""
+def test_reward_model_scores_harmless_beside_harmful_programs():
+    """Harmless and harmful completions in one batch, scored as in training."""
     model = RewardModel(["unit_tests"], None, timeout=5.0)
     assert any("generated code runs" in note for note in model.notes)
     forks = "import os\nfor _ in range(50):\n    os.fork()"
@@ -417,13 +423,13 @@ def test_reward_model_goes_on_beside_harm():
     assert time.monotonic() - start < 30
     assert got.total.tolist() == [1, 0, 0, 0, 1, 0, 0]
     assert not got.errors.any()
-    # One more starts the workers.
+    # One more thread starts the workers.
     assert threading.active_count() <= threads + 1
     model.pool.close()
 
 
-def test_a_deep_chain_of_folders_is_removed(monkeypatch, tmp_path):
-    """Deeper than Python's recursion, and locked at its end."""
+def test_run_removes_deeply_nested_folders(monkeypatch, tmp_path):
+    """Nested more deeply than Python can recurse, and the last folder is locked."""
     monkeypatch.setattr(isolation.tempfile, "tempdir", str(tmp_path))
     os.chmod(tmp_path, 0o755)
     program = "import os\ndef dig():\n    for _ in range(200):\n        os.mkdir('d')\n        os.chdir('d')\n"
@@ -432,8 +438,8 @@ def test_a_deep_chain_of_folders_is_removed(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_program_has_no_connection_to_the_judge_outside():
-    """What it writes to every open file is no verdict, and closes nothing of ours."""
+def test_program_cannot_forge_a_verdict():
+    """Writing to every open file forges no verdict and closes no socket of this process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         program = "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'12\\npassed')\n"

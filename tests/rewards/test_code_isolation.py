@@ -1,4 +1,4 @@
-"""How generated code is contained: attacks at every level that this machine has, as root and as an ordinary user."""
+"""Containment of generated code: attacks at all levels that work here, as root and as an ordinary user."""
 
 import os
 import platform
@@ -11,8 +11,9 @@ import pytest
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.rewards import RewardModel, isolation, system_calls
-from grpo_fast.rewards.isolation import LEVELS, choose
+from grpo_fast.rewards import RewardModel
+from grpo_fast.rewards.sandbox import isolation, system_calls
+from grpo_fast.rewards.sandbox.isolation import LEVELS, choose
 from support.attacks import FOLDER, HARM, HARMLESS, WITHOUT_FILTER
 from support.sandboxes import USERS, as_user, harmful, require_level
 
@@ -47,19 +48,19 @@ def test_attacks_do_no_harm(user, level):
     assert as_user(user, harmful, attacks_on(level), passes(level)) == []
 
 
-def test_suite_has_attacks_of_every_kind():
+def test_attacks_are_of_every_kind():
     assert len(HARM) >= 100
     assert set(WITHOUT_FILTER) < set(HARM)
     assert len(WITHOUT_FILTER) >= 40
     assert set(FOLDER) == {"many large files", "ten thousand files"}
 
 
-# In names of signals and calls, what a program could do to its user's other processes.
+# What a program could do to its user's other processes, by names of attacks.
 REACHED = {name: HARM[f"processes: {name}"] for name in ("prlimit of files", "affinity", "priority", "scheduler")}
 
 
 def test_attacks_succeed_without_the_filter():
-    """Otherwise the tests above would show nothing."""
+    """The attacks work without the sandbox, so their failures above are due to it."""
     require_level("ordinary", "rlimits")
     assert as_user("ordinary", harmful, REACHED, passes("rlimits")) == list(REACHED)
 
@@ -79,7 +80,7 @@ FOREVER = {
 
 @pytest.mark.parametrize("program", FOREVER.values(), ids=FOREVER)
 @pytest.mark.parametrize("level", ["bubblewrap", "namespaces", "rlimits"])
-def test_what_never_ends_is_killed_with_all_its_processes(level, program):
+def test_endless_program_is_killed_with_its_processes(level, program):
     require_level("root" if os.getuid() == 0 else "ordinary", level)
     before = processes()
     start = time.monotonic()
@@ -97,7 +98,7 @@ def processes() -> set[str]:
 
 
 def missing(*levels):
-    """An `obstacle` of a machine that lacks these levels."""
+    """An `obstacle` function for a machine without these levels."""
     return lambda name: "not here" if name in levels else ""
 
 
@@ -105,7 +106,7 @@ def missing(*levels):
     ("code_isolation", "absent", "level", "note"),
     [
         ("available", [], "bubblewrap", r"runs in bubblewrap, with a system call filter$"),
-        ("available", NAMES[:1], "namespaces", r"namespaces .*; for more: bubblewrap \(not here: apt-get install bub"),
+        ("available", NAMES[:1], "namespaces", r"namespaces.*; for more: bubblewrap \(not here: apt-get install bub"),
         (
             "available",
             NAMES[:2],
@@ -119,33 +120,33 @@ def missing(*levels):
             r"resource limits only, .*seccomp \(not here: pip install 'grpo-fast\[train\]",
         ),
         ("strict", [], "bubblewrap", "runs in bubblewrap"),
-        ("strict", NAMES[:1], "namespaces", "namespaces of its own"),
+        ("strict", NAMES[:1], "namespaces", "its own namespaces"),
         ("none", [], "rlimits", r"in a process with resource limits only, which can signal this user's others$"),
     ],
 )
-def test_choose_takes_the_best_level_and_says_what_is_missing(code_isolation, absent, level, note):
-    chosen = choose(code_isolation, missing(*absent))
-    assert chosen.level == level
-    assert re.search(note, chosen.note), chosen.note
-    assert "\n" not in chosen.note
+def test_choose_best_level_and_note(code_isolation, absent, level, note):
+    chosen, line = choose(code_isolation, missing(*absent))
+    assert chosen == level
+    assert re.search(note, line), line
+    assert "\n" not in line
 
 
-def test_choose_says_when_nothing_holds_files(monkeypatch):
+def test_choose_note_without_landlock(monkeypatch):
     monkeypatch.setattr(isolation, "has_landlock", lambda: False)
-    assert "it can read and write this user's files" in choose("none", missing()).note
-    assert "files" not in choose("strict", missing()).note
+    assert "it can read and write this user's files" in choose("none", missing())[1]
+    assert "files" not in choose("strict", missing())[1]
 
 
-def test_choose_strict_without_namespaces_is_refused():
+def test_choose_strict_without_namespaces():
     with pytest.raises(
         UserError, match=r"code_isolation='strict': .* bubblewrap \(not here: .*, namespaces \(not here"
     ):
         choose("strict", missing(*NAMES[:2]))
-    with pytest.raises(UserError, match="'available': unit_tests cannot run generated code so on this machine"):
+    with pytest.raises(UserError, match="'available': unit_tests cannot run generated code like that on this machine"):
         choose("available", missing(*NAMES))
 
 
-def test_choose_unknown_value_is_named():
+def test_choose_unknown_value():
     with pytest.raises(
         UserError, match=r"code_isolation='most' is not allowed: it must be one of strict, available, no"
     ):
@@ -154,22 +155,22 @@ def test_choose_unknown_value_is_named():
         GRPOConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["unit_tests"], code_isolation="most")
 
 
-def test_strict_refuses_before_a_run_starts(monkeypatch):
+def test_reward_model_refuses_strict_before_a_run(monkeypatch):
     monkeypatch.setattr(isolation.choose, "__defaults__", (missing(*NAMES[:2]),))
     with pytest.raises(UserError, match="code_isolation='strict'"):
         RewardModel(["unit_tests"], None, code_isolation="strict")
     model = RewardModel(["unit_tests"], None)
     assert model.settings["code_isolation"] == "seccomp"
     assert "without namespaces" in model.notes[0]
-    # Those that run no generated code are no concern of this.
+    # The setting does not affect functions that run no generated code.
     assert RewardModel(["exact_answer"], None, code_isolation="strict").notes == []
 
 
-def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
+def test_obstacle_missing_software(monkeypatch, tmp_path):
     check = isolation.obstacle.__wrapped__
     monkeypatch.setenv("PATH", str(tmp_path))
     assert check("bubblewrap") == "bwrap is not installed"
-    # A program of that name that does not do what it should.
+    # A program of that name that does not work.
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'no permissions to create a new namespace' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     assert check("bubblewrap") == "no permissions to create a new namespace"
@@ -179,12 +180,12 @@ def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
     system_calls.numbers.cache_clear()
 
 
-def test_obstacle_finds_a_sandbox_that_holds_nothing(monkeypatch):
+def test_obstacle_of_a_sandbox_without_limits(monkeypatch):
     weak = dict(isolation._modules())
-    source = (isolation.Path(isolation.sandbox.__file__)).read_text()
+    source = (isolation.Path(isolation.confine.__file__)).read_text()
     for call in ("sys.addaudithook(", "limit(setup)\n"):
         assert f" {call}" in source
         source = source.replace(f" {call}", f" str{call[call.index('(') :]}")
-    weak["grpo_fast.rewards.sandbox"] = compile(source, "sandbox.py", "exec")
+    weak["grpo_fast.rewards.sandbox.confine"] = compile(source, "confine.py", "exec")
     monkeypatch.setattr(isolation, "_modules", lambda: list(weak.items()))
     assert isolation.obstacle.__wrapped__("rlimits") == "processes cannot be limited in it"

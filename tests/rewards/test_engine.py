@@ -1,4 +1,4 @@
-"""How reward functions are called: all at once, with a limit on their time, and with failures that cost a sample."""
+"""Running reward functions: concurrency, time limits, failures, and worker processes."""
 
 import asyncio
 import math
@@ -24,8 +24,8 @@ async def slow_length(prompts, completions, **columns):
     return [float(len(completion)) for completion in completions]
 
 
-def test_async_functions_and_functions_at_once():
-    """Three functions that wait for each other: called one after the other, they would never end."""
+def test_functions_run_concurrently():
+    """Functions that wait for each other would never end if they were called one after the other."""
     barrier = threading.Barrier(2, timeout=20)
 
     def waiting(prompts, completions, **columns):
@@ -38,7 +38,7 @@ def test_async_functions_and_functions_at_once():
     assert got.each.tolist() == [[1, 1, 1], [2, 1, 1]]
 
 
-def test_an_async_function_is_cancelled_at_the_limit():
+def test_async_function_is_cancelled_at_the_limit():
     cancelled = threading.Event()
 
     async def endless(prompts, completions, **columns):
@@ -56,26 +56,26 @@ def test_an_async_function_is_cancelled_at_the_limit():
 
 
 def picky(prompts, completions, **columns):
-    """Compares completions, and does not take all of them."""
+    """Compares completions, and refuses some of them."""
     if "bad" in completions:
         raise ValueError(f"bad among {len(completions)}")
     return [math.inf if completion == "inf" else float(len(set(completions))) for completion in completions]
 
 
-def test_a_sample_that_fails_has_no_reward_and_is_named():
+def test_failing_sample_has_no_reward_and_a_warning():
     model = RewardModel(["exact_answer", "digits_included"], None)
     model.functions[1] = picky
     warnings = []
     model.warn = warnings.append
     columns = {"answer": ["a"] * 5}
     got = model(["p" * 200, "q", "r", "s", "t"], ["a", "bad", "inf", "b", "b"], columns)
-    # The others are compared with each other, three of them different.
+    # Without the one that raises, the batch has three different completions.
     assert got.each[:, 1].tolist() == pytest.approx([3, math.nan, math.nan, 3, 3], nan_ok=True)
     assert got.errors.tolist() == [[False, index in (1, 2)] for index in range(5)]
     assert got.total.tolist() == [4, 0, 0, 3, 3]
     assert len(warnings) == 1
     assert "'picky'" not in warnings[0]  # named as it is configured
-    assert "'digits_included' raised ValueError: bad among 1 (test_reward_engine.py, line" in warnings[0]
+    assert "'digits_included' raised ValueError: bad among 1 (test_engine.py, line" in warnings[0]
     assert "for the prompt 'q' and for 1 more of 5 samples" in warnings[0]
     metrics = reward_metrics(model.names, got, torch.zeros(5, dtype=torch.bool))
     assert metrics["rewards/digits_included/errors"] == pytest.approx(0.4)
@@ -84,7 +84,7 @@ def test_a_sample_that_fails_has_no_reward_and_is_named():
     assert len(warnings) == 1
 
 
-def test_a_function_that_fails_for_all_of_its_first_batch_is_a_mistake():
+def test_function_that_fails_for_its_first_batch_raises():
     model = RewardModel(["exact_answer"], None)
     model.functions = [picky]
     with pytest.raises(UserError, match=r"raised ValueError: bad among 2 .* for the prompt 'p' and for 1 more"):
@@ -94,7 +94,7 @@ def test_a_function_that_fails_for_all_of_its_first_batch_is_a_mistake():
     assert model(["p", "q"], ["bad", "bad"], {}).total.isnan().all()
 
 
-def test_a_function_that_hangs_costs_its_batch_but_not_the_run():
+def test_hanging_function_loses_its_batch():
     release = threading.Event()
 
     def hanging(prompts, completions, **columns):
@@ -117,7 +117,7 @@ def test_a_function_that_hangs_costs_its_batch_but_not_the_run():
     assert model(["p"], ["a"], {}).total.item() == 1
 
 
-def test_settings_are_checked():
+def test_reward_settings_out_of_range():
     for fields, message in (
         ({"reward_timeout": 0.0}, "reward_timeout=0.0"),
         ({"on_reward_error": "stop"}, "one of none, raise"),
@@ -127,7 +127,7 @@ def test_settings_are_checked():
 
 
 def test_workers_start_without_torch():
-    code = "import sys, grpo_fast.rewards.worker; print('torch' in sys.modules)"
+    code = "import sys, grpo_fast.rewards.workers; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -158,7 +158,7 @@ def mine(prompts, completions, factor, **columns):
 """
 
 
-def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_path):
+def test_isolated_function_is_killed_at_the_limit(tmp_path):
     (tmp_path / "marked.py").write_text(MARKED)
     model = RewardModel([f"{tmp_path / 'marked.py'}:mine"], None, timeout=1.0)
     warnings = []
@@ -170,7 +170,7 @@ def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_pa
     nan = math.nan
     assert got.total.tolist() == pytest.approx([20, nan, 30, nan, nan, nan, nan, 40], nan_ok=True)
     assert "'mine' took longer than 1 s for the prompt 'q' and for 4 more of 8 samples" in warnings[0]
-    # The workers go on, and are others than this process.
+    # The workers are other processes than this one, and still work.
     again = model(["p"], ["ab"], {"factor": [1.0]})
     assert again.total.item() == 2
     workers = [worker.process for worker in model.pool.idle]
@@ -182,9 +182,9 @@ def test_a_marked_function_runs_in_processes_that_are_killed_at_the_limit(tmp_pa
 BUSY = """
 import os, re, subprocess, sys, time
 from grpo_fast.rewards import isolated
-from grpo_fast.rewards.code import run_tests
-from grpo_fast.rewards.isolation import choose
-from grpo_fast.rewards.pool import WorkerPool
+from grpo_fast.rewards.functions.code import read_tests, run_tests
+from grpo_fast.rewards.sandbox.isolation import choose
+from grpo_fast.rewards.workers import WorkerPool
 
 @isolated()
 def busy(prompts, completions, **columns):
@@ -192,16 +192,16 @@ def busy(prompts, completions, **columns):
     if text == "idle":
         return [0.0]
     if text == "program":
-        # The trials of the level end by themselves; what comes after `started` does not.
+        # The trials of the level end by themselves; the program after `started` does not.
         choose("available")
         open(columns["started"][0], "w").close()
-        run_tests("import time\\ndef f(): time.sleep(1000)", "f()", 1000.0)
-    # In this process's group, and in none of ours.
+        run_tests("import time\\ndef f(): time.sleep(1000)", read_tests("f()"), 1000.0)
+    # One in this process's group, one in another.
     subprocess.Popen(["sleep", "1000"])
     subprocess.Popen(["sh", "-c", "sleep 1000 & sleep 1000"], start_new_session=True)
     open(columns["started"][0], "w").close()
     if text == "regex":
-        # Python runs no handler of a signal meanwhile.
+        # Python runs no signal handlers during a match.
         re.match(r"(a+)+$", "a" * 60 + "b")
     time.sleep(1000)
 
@@ -216,7 +216,7 @@ if __name__ == "__main__":
 
 
 def descendants(process: int) -> dict[int, str]:
-    """All processes below one, each with the time of its start."""
+    """All descendants of a process, each with its start time."""
     below: dict[int, list[tuple[int, str]]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -245,7 +245,7 @@ def alive(process: int, start: str) -> bool:
 )
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize(("kind", "processes"), [("idle", 2), ("sleep", 6), ("regex", 6), ("program", 4)])
-def test_workers_end_with_a_run_and_take_their_children_with_them(tmp_path, kind, processes, how):
+def test_workers_and_their_children_end_with_the_run(tmp_path, kind, processes, how):
     script, started = tmp_path / "busy.py", tmp_path / "started"
     script.write_text(BUSY)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
@@ -264,8 +264,8 @@ def test_workers_end_with_a_run_and_take_their_children_with_them(tmp_path, kind
         time.sleep(0.02)
 
 
-def test_workers_last_longer_than_the_thread_that_needed_them(tmp_path):
-    """The kernel tells a child of the end of the thread that started it, as if it were the process's."""
+def test_workers_outlive_the_thread_that_needed_them(tmp_path):
+    """The kernel signals a child when the thread that started it ends, as if that were the process."""
     (tmp_path / "marked.py").write_text(MARKED)
     model = RewardModel([f"{tmp_path / 'marked.py'}:mine"], None)
     first = model(["p"], ["pid"], {"factor": [1.0]}).each.item()
@@ -274,13 +274,13 @@ def test_workers_last_longer_than_the_thread_that_needed_them(tmp_path):
     model.pool.close()
 
 
-def test_rewards_import_where_there_are_no_unix_modules():
-    """As on Windows: nothing is needed before it is used."""
+def test_rewards_import_without_unix_modules():
+    """As on Windows: modules for Unix are imported only where they are used."""
     code = (
         "import sys\nfor name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'):\n    sys.modules[name] = None\n"
-        "import grpo_fast.rewards, grpo_fast.rewards.pool, grpo_fast.rewards.worker, grpo_fast.rewards.code\n"
+        "import grpo_fast.rewards, grpo_fast.rewards.workers, grpo_fast.rewards.functions.code\n"
         "from grpo_fast.errors import UserError\nsys.platform = 'win32'\n"
-        "from grpo_fast.rewards.isolation import choose\n"
+        "from grpo_fast.rewards.sandbox.isolation import choose\n"
         "try:\n    choose('available')\nexcept UserError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

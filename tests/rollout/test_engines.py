@@ -370,7 +370,7 @@ def test_responses_end_at_the_first_end_token():
     torch.manual_seed(0)
     responses = sampler.generate(PROMPTS, Sampling(200, 6))
     reasons = {"stop": 0, "length": 0}
-    for token_ids, reason, _ in responses:
+    for token_ids, reason, *_ in responses:
         reasons[reason] += 1
         assert not set(token_ids[:-1]) & sampler.eos_token_ids
         assert (token_ids[-1] in sampler.eos_token_ids) == (reason == "stop")

@@ -12,7 +12,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluation.run import EvalOptions, EvalRun
 from grpo_fast.files import read_metrics
-from grpo_fast.rollout import Response, TransformersRollout
+from grpo_fast.rollout import TransformersRollout
 from grpo_fast.train.checkpoint import checkpoints
 from grpo_kernels import sampling_ratio
 from support.small import SMALL, trainer, weights
@@ -55,7 +55,7 @@ class CopyEngine(TransformersRollout):
             self.seen.append(weights(self.model))
             responses = super().generate(prompt_ids, sampling)
         shift = 0.0 if sampling.num_generations == 1 else self.shift
-        return [Response(ids, reason, [value + shift for value in found]) for ids, reason, found in responses]
+        return [each._replace(logprobs=[value + shift for value in each.logprobs]) for each in responses]
 
 
 class SeparateEngine(CopyEngine):
@@ -315,8 +315,8 @@ def test_sample_ahead_resumed_draws_each_prompt_once(tmp_path, use):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sample_ahead": True}, "sample_ahead goes with use_vllm, vllm_mode='server'"),
-        ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' goes with vllm_importance_sampling_mode token"),
+        ({"sample_ahead": True}, "sample_ahead requires use_vllm, vllm_mode='server'"),
+        ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' requires vllm_importance_sampling_mode token"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "clip_min=4.0 is above vllm_importance_sampling_clip_max=3.0"),
         ({"sync_tolerance": 0.0}, "sync_tolerance=0.0 is not allowed"),
         ({"use_vllm": "yes"}, "use_vllm='yes' is not allowed: it must be true or false"),

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout import Sampling
-from grpo_fast.rollout.vllm import json_client, serve
+from grpo_fast.rollout.vllm import common, json_client, serve
 from grpo_fast.rollout.vllm import server as vllm_server
+from grpo_fast.rollout.vllm.kv_plan import KVPlan
 from grpo_fast.rollout.vllm.weights import in_files
 from support.tiny import tiny_model
 from support.vllm_server import OPTIONS, PROMPTS, FakeServer, connect
@@ -345,3 +348,82 @@ def test_serve_uses_the_address_of_the_run(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="no_such_model"):
         serve.serve(GRPOConfig("no_such_model", **fields))
     assert not folder.exists()
+
+
+class Texts(FakeServer):
+    """Samples tokens past the stop text, as vLLM may when it takes several at once."""
+
+    def choice(self, index, body):
+        choice = super().choice(index, body)
+        ids = [[5, 9, 7, 8], [5, 9, 1], [5, 6, 6, 6]][index]
+        content = [{"token_id": token, "logprob": -token / 10} for token in ids]
+        reason = ["stop", "stop", "length"][index]
+        return {**choice, "token_ids": ids, "finish_reason": reason, "logprobs": {"content": content}}
+
+
+def words(**ids):
+    """A tokenizer with these words."""
+    core = Tokenizer(models.WordLevel({"</s>": 1, **ids}, unk_token="</s>"))
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+@pytest.fixture
+def texts():
+    options = {**OPTIONS, "model_config": {**OPTIONS["model_config"], "skip_tokenizer_init": False}}
+    server = Texts(options=options)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_generate_ends_at_stop_texts(texts):
+    """The server is asked to stop there; what it sampled beyond the token that completes the text is left out."""
+    kwargs = {"stop": "</answer>", "min_new_tokens": 1}
+    rollout = connect(texts.url, generation_kwargs=kwargs)
+    rollout.tokenizer = words(**{"</an": 5, "swer>x": 9, "a": 7, "b": 8, "c": 6})
+    responses = rollout.generate([[5]], Sampling(3, 8, generation_kwargs=kwargs))
+    assert responses == [
+        ([5, 9], "stop", [-0.5, -0.9], 1, None),
+        ([5, 9], "stop", [-0.5, -0.9], 1, None),
+        ([5, 6, 6, 6], "length", [-0.5, -0.6, -0.6, -0.6], None, None),
+    ]
+    (body,) = texts.called("/inference/v1/generate")
+    sent = body["sampling_params"]
+    assert (sent["stop"], sent["detokenize"], sent["min_tokens"]) == (["</answer>"], True, 1)
+    assert (sent["include_stop_str_in_output"], sent["skip_special_tokens"]) == (True, False)
+
+
+def test_generate_keeps_a_stop_that_only_the_server_found(texts):
+    """Such as one that begins with the space before the first token."""
+    kwargs = {"stop": [" </answer>"]}
+    rollout = connect(texts.url, generation_kwargs=kwargs)
+    rollout.tokenizer = words(**{"</an": 5, "swer>x": 9, "a": 7, "b": 8, "c": 6})
+    first, second, third = rollout.generate([[5]], Sampling(3, 8, generation_kwargs=kwargs))
+    assert first == ([5, 9, 7, 8], "stop", [-0.5, -0.9, -0.7, -0.8], 0, None)
+    assert (second.token_ids, second.past, second.ended) == ([5, 9, 1], None, True)
+    assert third.finish_reason == "length"
+
+
+def test_connect_refuses_a_server_without_tokenizer_for_stop_texts(start):
+    options = {**OPTIONS, "model_config": {**OPTIONS["model_config"], "skip_tokenizer_init": True}}
+    connect(start(options=options).url)
+    with pytest.raises(UserError, match="was started without the tokenizer that generation_kwargs: stop needs; start"):
+        connect(start(options=options).url, generation_kwargs={"stop": "."})
+
+
+def test_engine_options_have_a_tokenizer_only_for_stop_texts(tmp_path):
+    for kwargs in (None, {"min_new_tokens": 2}, {"stop": "."}):
+        config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], generation_kwargs=kwargs)
+        options = common.engine_options(config, torch.float32, "cpu", 20, KVPlan(4, 1 << 20))
+        folder = tmp_path / str(kwargs)
+        common.save_tokenizer(words(a=3), folder, options)
+        stops = "stop" in (kwargs or {})
+        assert options["skip_tokenizer_init"] != stops
+        assert options.get("tokenizer") == (str(folder) if stops else None)
+        assert (folder / "tokenizer.json").exists() == stops
+
+
+def test_generate_refuses_a_thinking_budget(start):
+    with pytest.raises(UserError, match="thinking_budget is not possible with use_vllm, because vLLM does not say"):
+        connect(start().url).generate(PROMPTS, Sampling(1, 8, thinking_budget=3))

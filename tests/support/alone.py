@@ -1,4 +1,4 @@
-"""A process group of this process alone."""
+"""A process group that consists of this process."""
 
 from __future__ import annotations
 

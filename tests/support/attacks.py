@@ -1,14 +1,16 @@
-"""Programs that mean harm, for the tests of the sandbox.
+"""Malicious programs for the tests of the sandbox.
 
 Each runs to its end only if it can do its harm, and is made harmless to this machine: what it reaches for is set up for
 it. They see VICTIM, a process of the same user, SECRET, a file, PLACE, the folder that it lies in, PORT, a listening
 port, and ``call``, which makes a system call and raises where that fails.
 """
 
+from grpo_fast.rewards.sandbox import wire
+
 PROLOGUE = """
 import os, resource, signal, socket, sys
 for module in list(sys.modules.values()):
-    # The audit hook, where it can be got around so.
+    # Disable the audit hook if it can be reached.
     if hasattr(module, "REFUSED"):
         module.REFUSED, module.CHANGES = ("none",), set()
 try:
@@ -17,9 +19,9 @@ try:
 except OSError:
     pass
 def call(number, *arguments, fault=False):
-    # The numbers of x86-64 below 424; later ones are everywhere the same.
+    # Numbers below 424 are those of x86-64; later ones are the same on all processors.
     result = _libc.syscall(number, *arguments)
-    # A wrong address is found only where the call is allowed.
+    # The kernel reports a wrong address only if the call is allowed.
     if result < 0 and not (fault and ctypes.get_errno() == 14):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -182,7 +184,7 @@ RESOURCES = {
     "a higher limit of memory": "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
     "real time": "os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))",
 }
-# A folder in memory bounds these; on a disk they go on until the deadline.
+# A folder in memory limits these; on a disk they continue until the deadline.
 FOLDER = {
     "many large files": "for n in range(12):\n    open(str(n), 'wb').write(bytes(9 << 20))",
     "ten thousand files": "for n in range(10000):\n    open(str(n), 'w').close()",
@@ -203,7 +205,7 @@ HARM = {
     for name, program in programs.items()
 }
 
-# What limits, Landlock and the audit hook alone hold, as before there were levels; those above need a filter.
+# What resource limits, Landlock and the audit hook prevent; the other attacks require the filter.
 WITHOUT_FILTER = [
     *(f"programs: {name}" for name in PROGRAMS if name not in ("vfork", "clone3")),
     *(f"network: {name}" for name in ("a connection", "a datagram", "a server")),
@@ -238,6 +240,7 @@ _READ_ALL = (
     "    texts += [o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) for o in [repr(o)]][:10**5]\n"
     "    text = ' '.join(texts)\n"
 )
+_WIRE = f"import sys\nwire = sys.modules[{wire.__name__!r}]\n"
 CHEATS = {
     "equals everything": _EQUAL.format(base="") + "def square(x): return Equal()",
     "a number that equals everything": _EQUAL.format(base="(int)") + "def square(x): return Equal(0)",
@@ -265,27 +268,26 @@ CHEATS = {
     "finding the judge": "import sys, gc\nfor module in list(sys.modules.values()):\n"
     "    if hasattr(module, 'Judge'):\n        module.Judge.passes = lambda *a: True\n"
     "        module.judge = lambda *a: (True, 1)\n        module._lines = lambda *a: []\ndef square(x): return 0",
-    "a forged reply": "import sys\ndef square(x):\n    wire = sys.modules['grpo_fast.rewards.wire']\n    import gc\n"
-    "    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
+    "a forged reply": _WIRE
+    + "import gc\ndef square(x):\n    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
     "    for kind in (['returned', True, []], ['returned', ['class', 'builtins', 'object'], []]):\n"
     "        pipe.send(kind)\n    return 0",
-    "a forged exit": "import sys\ndef square(x):\n    import gc\n    wire = sys.modules['grpo_fast.rewards.wire']\n"
-    "    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
+    "a forged exit": _WIRE
+    + "import gc\ndef square(x):\n    pipe = next(o for o in gc.get_objects() if isinstance(o, wire.Pipe))\n"
     "    pipe.send(['raised', ['builtins.SystemExit', 'builtins.BaseException'], ['list', 0], ['dict']])\n    return 0",
-    "a module by name": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
-    "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['module', 'os']\n"
+    "a module by name": _WIRE
+    + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['module', 'os']\n"
     "def square(x): return []",
-    "code by name": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
-    "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else "
+    "code by name": _WIRE + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else "
     "['library', 'builtins', 'eval', '9']\ndef square(x): return []",
     "its own abs": "def abs(x): return 0\ndef round(*a): return 0\ndef len(x): return 9\ndef square(x): return 0\n"
     "class math:\n    isclose = staticmethod(lambda *a: True)\n"
     "import builtins\nbuiltins.abs, builtins.round = abs, round",
-    "a foreign number": "import sys\nwire = sys.modules['grpo_fast.rewards.wire']\n"
-    "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['yours', -1]\n"
+    "a foreign number": _WIRE
+    + "wire.Peer.encode = lambda self, value: value if type(value) in wire.SCALARS else ['yours', -1]\n"
     "def square(x): return []",
 }
-# What tests of an interval, of an order or of a context are open to.
+# Tests of equality, intervals, order and context, which cheats might exploit.
 CHEATED_TESTS = {
     "equal": "assert square(3) == 9\nassert square(4) == 16",
     "near": "assert abs(square(3) - 9) < 1e-6\nassert abs(16 - square(4)) < 1e-6",

@@ -1,4 +1,4 @@
-"""Runs that are killed, and rewards that draw random numbers."""
+"""Killed runs, and rewards that draw random numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from grpo_fast.trainer import GRPOTrainer
 
-# Every generator that a checkpoint keeps has a part in the rewards, and so in the gradients.
+# Every generator that a checkpoint keeps influences the rewards, and so the gradients.
 NOISE = (
     "import random\nimport numpy\nimport torch\n"
     "def noise(prompts, completions, **columns):\n"
@@ -20,7 +20,7 @@ NOISE = (
 
 
 class Killed(BaseException):
-    """Like SIGKILL, it is caught by nothing."""
+    """Like SIGKILL, nothing catches it."""
 
 
 def killed_at(step: int, made: GRPOTrainer) -> None:

@@ -1,4 +1,4 @@
-"""What each of two processes does, and one alone, for the tests of distribution."""
+"""What each of two processes does, and a single one, for the tests of distribution."""
 
 import contextlib
 import dataclasses
@@ -46,12 +46,12 @@ CASES = {
 ALLOWED = {"bfloat16": (1e-2, 0.1)}
 SERVED = {"use_vllm": True, "vllm_mode": "server", "sample_ahead": True, "beta": 0.0}
 STEPS = 5
-# What is said of the whole step, rounding apart.
+# Metrics of the whole step, which are equal except for rounding.
 FIGURES = ("loss", "entropy", "grad_norm", "kl")
 
 
 def step_batch(config: GRPOConfig, step: int) -> StepBatch:
-    """Unequal lengths; in one step a single completion moves the policy, in another none."""
+    """Unequal lengths; in one step only a single completion has an advantage, in another none."""
     samples = random_samples(groups=3, per_group=4, seed=step)
     generator = torch.Generator().manual_seed(step)
     advantages = torch.randn(len(samples), generator=generator)
@@ -62,7 +62,7 @@ def step_batch(config: GRPOConfig, step: int) -> StepBatch:
 
 
 def trajectory(fields: dict) -> dict:
-    """Gradient of the first step, weights after each, and the figures of all."""
+    """Gradient of the first step, weights after each, and the metrics of all."""
     fields = {"dataset_name": "x", "reward_funcs": ["x"], "max_tokens_per_microbatch": 24, **fields}
     fields |= {"num_iterations": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "use_cpu": True}
     tied = fields.pop("tie", False)
@@ -110,7 +110,7 @@ def flat(tensors) -> torch.Tensor:
 
 
 class Given(Rollout):
-    """Completions that follow from the prompt, so that any number of processes samples the same ones."""
+    """Completions determined by the prompt, so that any number of processes samples the same ones."""
 
     def generate(self, prompt_ids, sampling):
         return [self.respond(prompt, number) for prompt in prompt_ids for number in range(sampling.num_generations)]
@@ -122,7 +122,7 @@ class Given(Rollout):
 
 
 class Served(Given):
-    """As a server does, it samples from a copy of the weights, for the first process, beside the training."""
+    """Like a server, it samples from a copy of the weights, in the first process, during training."""
 
     copies_weights = separate = True
 
@@ -142,7 +142,7 @@ class Served(Given):
 
 
 class Killed(Given):
-    """The second process gets a signal while it samples for the second step."""
+    """The second process receives a signal while it samples for the second step."""
 
     calls = 0
 
@@ -161,7 +161,7 @@ class Failing(Given):
 
 
 def train(folder: Path, engine: type[Rollout] | None, resume: bool = False, **fields) -> GRPOTrainer:
-    """A run of a model in float64, on completions of `engine`, or in float32 on its own."""
+    """A run of a float64 model with completions of `engine`, or of a float32 model with sampled ones."""
     settings = {**SMALL, "max_steps": 4, "beta": 0.05, "output_dir": str(folder), "resume_from_checkpoint": resume}
     settings |= {"max_tokens_per_microbatch": 24, "lr_scheduler_type": "constant", **fields}
     with pytest.MonkeyPatch.context() as patch:
@@ -176,12 +176,12 @@ def train(folder: Path, engine: type[Rollout] | None, resume: bool = False, **fi
 
 
 def write_summary(trainer: GRPOTrainer, summary: Summary, history: list) -> None:
-    """Without figures and pages, which take longer than these runs."""
+    """Without plots and pages, which take longer than these runs."""
     write_json(trainer.run_folder / "summary.json", dataclasses.asdict(summary))
 
 
 def whole_head_and_parts() -> float:
-    """The largest error of a head in two parts of the vocabulary, as tensor parallelism leaves it."""
+    """The largest error of a head in two vocabulary shards, as in tensor parallelism."""
     samples = torch.randint(2, 41, (3, 9), generator=torch.Generator().manual_seed(1))
     advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     found = []
@@ -199,7 +199,7 @@ def whole_head_and_parts() -> float:
 
 
 def work(rank: int, port: int, folder: Path) -> None:
-    """What both processes do; what they find lies in `folder` for the tests below."""
+    """What both processes do; their results are saved in `folder` for the tests."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -254,7 +254,7 @@ def gathers_of_a_microbatch() -> list[int]:
 
 
 def bad_steps() -> dict[str, str]:
-    """What this process raises where the second one alone finds a number that is not finite."""
+    """What this process raises if only the second one finds a number that is not finite."""
     raised = {}
     for mode, fields in MODES.items():
         for kind in ("gradient", "weights"):
@@ -284,7 +284,7 @@ def bad_steps() -> dict[str, str]:
 
 
 def errors(folder: Path) -> dict[str, str]:
-    """What this process raises where something fails in one of them."""
+    """What this process raises if something fails in one of them."""
 
     def unknown() -> None:
         raise KeyError("a")

@@ -1,4 +1,4 @@
-"""Small runs to be stopped, resumed and compared."""
+"""Small runs to stop, resume and compare."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from grpo_fast.config import GRPOConfig
 from grpo_fast.files import read_metrics
 from grpo_fast.train.checkpoint import checkpoints
-from grpo_fast.train.metrics import MACHINE_METRICS
 from grpo_fast.trainer import GRPOTrainer
 from support.small import SMALL
+
+# Metrics that depend on the machine and differ between identical runs.
+MACHINE_METRICS = frozenset({"step_time", "tokens_per_second", "memory/peak_allocated_gib", "memory/peak_rss_gib"})
 
 
 def config(folder, **fields) -> GRPOConfig:
@@ -23,7 +25,7 @@ def trainer(folder, resume=False, **fields) -> GRPOTrainer:
 
 
 def figures(folder: Path) -> list[dict]:
-    """The run's metrics, but for those that depend on the machine."""
+    """The run's metrics, except those that depend on the machine."""
     entries = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in entry.items() if name not in MACHINE_METRICS} for entry in entries]
 
@@ -34,7 +36,7 @@ def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
-    """Metrics of every step, last weights and summary are those of the other run, bit for bit."""
+    """Assert that metrics of every step, last weights and summary equal those of the other run, bit for bit."""
     assert figures(folder) == figures(whole)
     assert checkpoints(folder)[-1].name == checkpoints(whole)[-1].name
     ours, theirs = saved_weights(folder), saved_weights(whole)

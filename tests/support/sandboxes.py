@@ -1,4 +1,4 @@
-"""Runs attacks as root or as an ordinary user, in a process of its own, and says which have done harm."""
+"""Runs attacks as root or as an ordinary user in another process, and reports which ones did harm."""
 
 import ctypes
 import json
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast.rewards import isolation
+from grpo_fast.rewards.sandbox import isolation
 from support.attacks import PROLOGUE
 
-# Before the user changes, who may not be able to read it.
+# Before the user changes: the new one may lack access to it.
 with suppress(ImportError):
     import seccompy.syscalls  # noqa: F401
 
@@ -30,7 +30,7 @@ LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("
 
 
 def as_user(user: str, function: Callable[..., object], *arguments: object) -> object:
-    """What `function` returns (as JSON keeps it) in a process of `user`."""
+    """What `function` returns, after conversion to JSON and back, in a process of `user`."""
     interpreter = None if user == "root" or not ROOT else python_for_all()
     reading, writing = os.pipe()
     process = os.fork()
@@ -56,7 +56,7 @@ def become_nobody(interpreter: str) -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    # As with any process of an ordinary user, its others may look into it.
+    # Like other processes of an ordinary user, it can be inspected by that user's processes.
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     os.chdir("/")
     isolation.python = lambda: interpreter
@@ -76,7 +76,7 @@ def python_for_all() -> str:
 
 
 def require_level(user: str, level: str) -> None:
-    """Skip where this machine lacks a level."""
+    """Skip the test if a level does not work on this machine."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the sandbox is made for Linux")
     reason = as_user(user, isolation.obstacle, level)
@@ -85,7 +85,7 @@ def require_level(user: str, level: str) -> None:
 
 
 def harmful(programs: dict[str, str], run: Callable[[str], bool]) -> list[str]:
-    """Which programs could do their harm.
+    """The programs that did harm.
 
     Args:
         run: whether a program, whose function ``done`` is called by a test, passes.
@@ -136,7 +136,7 @@ def harmful(programs: dict[str, str], run: Callable[[str], bool]) -> list[str]:
 
 
 def settings(process: int) -> list:
-    """What others could change of a process."""
+    """The settings of a process that other processes could change."""
     try:
         limits = [resource.prlimit(process, kind) for kind in LIMITS]
         adjustment = Path(f"/proc/{process}/oom_score_adj").read_text()

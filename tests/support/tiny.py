@@ -24,7 +24,7 @@ SMALL = {
 
 
 def tiny_model(dtype=torch.float64, config_class=LlamaConfig, **overrides):
-    """A model with random weights. The default one has no float32 step, so that float64 gradients can be compared."""
+    """A model with random weights. The default one has no float32 step, so float64 gradients can be compared."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**{**SMALL, **overrides})).to(dtype).eval()
     if config_class is LlamaConfig:

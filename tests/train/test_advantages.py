@@ -10,7 +10,7 @@ CENTRED = [name for name in BASELINES if name not in UNCENTRED]
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_formula(scale):
+def test_group_advantages_with_each_scale(scale):
     expected = []
     for group in (REWARDS[:4], REWARDS[4:]):
         std = {"group": group.std(), "batch": REWARDS.std(), "none": None}[scale]
@@ -30,22 +30,22 @@ def test_formula(scale):
         ("best_only", [0.0, 0.0, 0.0, 0.0, 6.0]),
     ],
 )
-def test_baselines(baseline, expected):
+def test_group_advantages_with_each_baseline(baseline, expected):
     rewards = torch.tensor([5.0, 2.0, NAN, 3.0, 6.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     got = group_advantages(rewards, 5, "none", baseline)
-    # Without variance, rewards that are not centred still push.
+    # Rewards that are not centred have an effect even without variance.
     equal = 1.0 if baseline in UNCENTRED else 0.0
     torch.testing.assert_close(got.values, torch.tensor(expected + [equal] * 5))
     assert got.equal.tolist() == [False] * 5 + [True] * 5
 
 
-def test_leave_one_out_of_a_single_reward_is_nothing():
+def test_group_advantages_leaving_out_a_single_reward_are_zero():
     got = group_advantages(torch.tensor([NAN, 3.0, NAN, 1.0, 2.0, 6.0]), 3, "none", "leave_one_out")
     torch.testing.assert_close(got.values, torch.tensor([0.0, 0.0, 0.0, -3.0, -1.5, 4.5]))
 
 
-def test_rewards_normalised_apart():
-    """Each in its group, summed by the weights, then over the batch: as TRL computes it, here written out."""
+def test_apart_advantages_follow_trl():
+    """Each in its group, their weighted sum over the batch: TRL's computation written out."""
     torch.manual_seed(0)
     each, weights = torch.rand(12, 3) * torch.tensor([1.0, 100.0, 0.01]), torch.tensor([1.0, 0.5, 2.0])
     each[4:8, 1] = 7.0  # no variance in one of the rewards
@@ -61,7 +61,7 @@ def test_rewards_normalised_apart():
     assert (summed.values - got.values).abs().max() > 0.5
 
 
-def test_rewards_normalised_apart_with_missing_ones():
+def test_apart_advantages_with_missing_rewards():
     each = torch.tensor(
         [[1.0, NAN], [3.0, 2.0], [NAN, NAN], [2.0, 4.0], [5.0, 1.0], [5.0, 1.0], [5.0, 1.0], [5.0, NAN]]
     )
@@ -79,7 +79,7 @@ def test_rewards_normalised_apart_with_missing_ones():
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_a_missing_reward_counts_in_no_mean(scale):
+def test_group_advantages_ignore_missing_rewards(scale):
     """As in TRL: the completion gets advantage 0, and the others what they would have without it."""
     rewards = torch.tensor([1.0, NAN, 3.0, 2.0, NAN, NAN, NAN, NAN, NAN, 5.0, NAN, NAN])
     got = group_advantages(rewards, 4, scale)
@@ -94,7 +94,7 @@ def test_a_missing_reward_counts_in_no_mean(scale):
 @pytest.mark.parametrize("baseline", CENTRED)
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e-8, -7.7, 1e20])
-def test_equal_rewards_give_exactly_zero(scale, value, baseline):
+def test_group_advantages_of_equal_rewards_are_exactly_zero(scale, value, baseline):
     # The float32 mean of equal numbers need not equal them.
     rewards = torch.cat([torch.full((7,), value), torch.arange(7.0)])
     got = group_advantages(rewards, 7, scale, baseline)
@@ -107,20 +107,20 @@ def test_equal_rewards_give_exactly_zero(scale, value, baseline):
 @pytest.mark.parametrize("baseline", CENTRED)
 @pytest.mark.parametrize("scale", ["group", "batch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_huge_rewards_are_normalised_as_others(scale, baseline, dtype):
+def test_group_advantages_of_huge_rewards_do_not_overflow(scale, baseline, dtype):
     """The squares of rewards of 1e20 are beyond float32: their spread was infinite, and every advantage 0."""
     rewards = torch.tensor([1.0, 2.0, 3.0, 3.0, 0.0, 5.0, 5.0, 5.0], dtype=dtype)
     expected = group_advantages(rewards, 4, scale, baseline).values
     got = group_advantages(rewards * 1e20, 4, scale, baseline).values
     assert got.dtype == dtype
-    # Beside rewards of about 1, the 1e-4 that is added to the deviation shows.
+    # For rewards of about 1, the 1e-4 that is added to the deviation matters.
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=0)
     apart = apart_advantages(torch.stack([rewards, rewards * 1e20], 1), torch.tensor([1.0, 1e30]), 4)
     assert apart.values.isfinite().all()
     assert apart.values.abs().max() > 0.1
 
 
-def test_bad_input():
+def test_group_advantages_refuse_bad_input():
     with pytest.raises(ValueError, match="divide 8"):
         group_advantages(REWARDS, 3)
     with pytest.raises(ValueError, match="at least 2"):

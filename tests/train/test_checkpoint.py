@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and only the run that wrote one goes on from it."""
+"""Checkpoints are complete or missing, and only the run that wrote a checkpoint continues from it."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ from grpo_fast.train import checkpoint
 from grpo_fast.train.checkpoint import checkpoint_bytes, checkpoints, find_checkpoint, read_state
 from grpo_fast.train.run_folder import LOCK_FILE
 from grpo_fast.trainer import GRPOTrainer
+from support.killed import Killed
 from support.runs import assert_same_run, config, trainer
 from support.small import SMALL
 
@@ -25,13 +26,9 @@ FILES = ["trainer_state.json", "optimizer.safetensors", "rng.safetensors", "mode
 FULL = "No space left on device"
 
 
-class Killed(BaseException):
-    """Like SIGKILL, it is caught by nothing."""
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two finished runs, of one and of two steps, not to be changed by a test."""
+    """Two finished runs, of one and of two steps; tests change only copies."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     trainer(folder, max_steps=1).train()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -57,14 +54,14 @@ def finished(tmp_path_factory):
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_another_run_is_refused_before_anything_is_loaded(finished, change, message):
+def test_find_checkpoint_refuses_another_run(finished, change, message):
     finished = finished.parent / ("two" if "max_steps" in change else "run")
     with pytest.raises(UserError, match=message) as error:
         find_checkpoint(finished, config(finished, **change))
     assert "\n" not in str(error.value)
 
 
-def test_another_model_or_other_data_under_the_same_name(tmp_path):
+def test_trainer_refuses_another_model_or_other_data_under_the_same_name(tmp_path):
     made = trainer(tmp_path / "run")
     made.model.save_pretrained(tmp_path / "model")
     made.tokenizer.save_pretrained(tmp_path / "model")
@@ -87,12 +84,12 @@ def test_another_model_or_other_data_under_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_checkpoints_are_named(finished, tmp_path, name):
+def test_find_checkpoint_names_damaged_files(finished, tmp_path, name):
     folder = shutil.copytree(finished.parent / "two", tmp_path / "run")
     path = folder / "checkpoint-2" / name
     whole = path.read_bytes()
     assert find_checkpoint(folder, config(folder))[1].step == 2
-    offer = r"remove that folder to go on from checkpoint-1$"
+    offer = r"remove that folder to continue from checkpoint-1$"
     for content in (whole[: len(whole) // 2], whole[:-2], b""):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"checkpoint-2 is damaged \({name}.*{offer}"):
@@ -102,8 +99,12 @@ def test_damaged_checkpoints_are_named(finished, tmp_path, name):
         find_checkpoint(folder, config(folder))
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"step": 2}', "{", "7"])
-def test_a_state_that_is_none(finished, tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", '{"step": 2}', "{", "7", "[" * 100_000, '{"fixed":' * 100_000, "1" * 5000],
+    ids=lambda text: text[:12],
+)
+def test_find_checkpoint_refuses_content_that_is_no_state(finished, tmp_path, content):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / "checkpoint-1" / "trainer_state.json").write_text(content)
     with pytest.raises(UserError, match=r"trainer_state.json.*remove that folder to start from the beginning"):
@@ -111,8 +112,8 @@ def test_a_state_that_is_none(finished, tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "rng.safetensors", "model.safetensors"])
-def test_overwritten_tensors_end_in_one_line(finished, tmp_path, name):
-    """Of the right length, but no tensors: that is seen when they are read, still before anything is trained."""
+def test_trainer_refuses_overwritten_tensors(finished, tmp_path, name):
+    """Files of the right length that hold no tensors are refused before training."""
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / "checkpoint-1" / name
     path.write_bytes(b"\xff" * path.stat().st_size)
@@ -130,7 +131,7 @@ def flip(path, place: int, bit: int = 0) -> None:
 
 
 @pytest.mark.parametrize("name", [*TENSORS, "config.json"])
-def test_a_flipped_bit_is_found_when_a_run_goes_on(finished, tmp_path, name):
+def test_find_checkpoint_detects_a_flipped_bit(finished, tmp_path, name):
     folder = shutil.copytree(finished.parent / "two", tmp_path / "run")
     path = folder / "checkpoint-2" / name
     length = path.stat().st_size
@@ -142,10 +143,10 @@ def test_a_flipped_bit_is_found_when_a_run_goes_on(finished, tmp_path, name):
     assert find_checkpoint(folder, config(folder))[1].step == 2
 
 
-def test_a_flipped_bit_is_found_when_a_checkpoint_is_a_model(finished, tmp_path):
+def test_verify_model_detects_a_flipped_bit(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run") / "checkpoint-1"
     fields = {"model_name_or_path": str(folder), "model_init_kwargs": None}
-    # What only a resumed run needs may be missing or wrong.
+    # Files that only a resumed run needs may be missing or damaged.
     (folder / "optimizer.safetensors").unlink()
     flip(folder / "rng.safetensors", 0)
     trainer(tmp_path / "other", **fields)
@@ -157,12 +158,12 @@ def test_a_flipped_bit_is_found_when_a_checkpoint_is_a_model(finished, tmp_path)
         EvalRun(config(tmp_path, **fields), EvalOptions(output=tmp_path / "eval"))
 
 
-def test_a_flipped_bit_of_the_state_is_found(finished, tmp_path):
+def test_find_checkpoint_detects_a_flipped_bit_of_the_state(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / "checkpoint-1" / "trainer_state.json"
     text = path.read_bytes()
     for place in range(0, len(text), 7):
-        # Between entries, white space means nothing.
+        # Whitespace between entries has no meaning.
         if chr(text[place]).isspace():
             continue
         flip(path, place)
@@ -194,7 +195,7 @@ WRONG_VALUES = {
 @pytest.mark.parametrize(
     "values", [{name: value} for name, values in WRONG_VALUES.items() for value in values], ids=str
 )
-def test_a_state_that_was_changed_by_hand(finished, tmp_path, values):
+def test_find_checkpoint_refuses_a_state_that_was_edited(finished, tmp_path, values):
     for checksum in (False, True):
         folder = shutil.copytree(finished, tmp_path / str(checksum))
         write_state(folder / "checkpoint-1", checksum, **values)
@@ -204,7 +205,7 @@ def test_a_state_that_was_changed_by_hand(finished, tmp_path, values):
         assert "\n" not in str(error.value)
 
 
-def test_a_newer_checkpoint_is_never_to_be_removed(finished, tmp_path):
+def test_find_checkpoint_does_not_suggest_removing_a_newer_checkpoint(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     write_state(folder / "checkpoint-1", checksum=True, format=checkpoint.FORMAT + 1, something_new=1)
     with pytest.raises(UserError, match=r"checkpoint-1 is of a newer version of grpo-fast .format 3") as error:
@@ -212,7 +213,7 @@ def test_a_newer_checkpoint_is_never_to_be_removed(finished, tmp_path):
     assert "remove" not in str(error.value)
 
 
-def test_a_checkpoint_from_before_checksums_goes_on(finished, tmp_path):
+def test_trainer_resumes_from_a_checkpoint_without_checksums(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     path = folder / "checkpoint-1" / "trainer_state.json"
     content = json.loads(path.read_text())
@@ -224,8 +225,8 @@ def test_a_checkpoint_from_before_checksums_goes_on(finished, tmp_path):
 
 
 def outcome(made: GRPOTrainer, step: int) -> BaseException | None:
-    """What a save as if after `step` ends in."""
-    made.step = step
+    """The error of a save after `step`, if any."""
+    made.state.step = step
     try:
         made.save()
     except (Killed, OSError, CheckpointError) as error:
@@ -233,7 +234,7 @@ def outcome(made: GRPOTrainer, step: int) -> BaseException | None:
 
 
 def operations(monkeypatch, act) -> None:
-    """Call `act` before everything that a save does to the disk."""
+    """Call `act` before every disk operation of a save."""
 
     def before(function):
         def wrapped(*args, **kwargs):
@@ -253,7 +254,7 @@ def operations(monkeypatch, act) -> None:
 
 
 @pytest.mark.parametrize("failure", [Killed, OSError])
-def test_a_save_that_breaks_anywhere_leaves_whole_checkpoints(tmp_path, monkeypatch, failure):
+def test_save_that_fails_anywhere_leaves_complete_checkpoints(tmp_path, monkeypatch, failure):
     """A kill or a full disk before each write, sync, rename and removal of a save in turn."""
     made = trainer(tmp_path, save_total_limit=1, max_steps=1)
     made.train()
@@ -279,13 +280,13 @@ def test_a_save_that_breaks_anywhere_leaves_whole_checkpoints(tmp_path, monkeypa
         moments.add((newest + 1 in steps, removing))
         newest = made.saved_step = steps[-1]
         allowed, calls = allowed + 1, 0
-    # Broken before the new checkpoint was in place, between that and the removal of an old one, and within that.
+    # Failures before the new checkpoint was in place, before an old one was removed, and during its removal.
     assert moments == {(False, False), (True, False), (True, True)}
     assert allowed >= 15
     assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{newest + 1}"]
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+def test_train_on_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     save_file = checkpoint.save_file
 
     def full(tensors, path):
@@ -306,12 +307,12 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_what_a_checkpoint_takes_is_known_before(finished, tmp_path, monkeypatch):
+def test_check_space_knows_the_size_of_checkpoints(finished, tmp_path, monkeypatch):
     newest = checkpoints(finished)[-1]
     files = read_state(newest).files
     made = trainer(tmp_path / "run")
     known = checkpoint_bytes(made.model, made.config)
-    # Names, shapes and steps come on top of the numbers.
+    # The files also hold names, shapes and steps.
     assert known <= files["model.safetensors"] + files["optimizer.safetensors"] <= known + 10_000
 
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 * known - 1))
@@ -319,7 +320,7 @@ def test_what_a_checkpoint_takes_is_known_before(finished, tmp_path, monkeypatch
         trainer(tmp_path / "run")
     trainer(tmp_path / "run", save_total_limit=1)
     trainer(tmp_path / "run", save_steps=3)
-    # Those of the run that goes on are to be replaced, not added to.
+    # A resumed run replaces its checkpoints.
     written = sum(path.stat().st_size for path in newest.iterdir())
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 * known - written))
     trainer(finished, resume=True)
@@ -327,7 +328,7 @@ def test_what_a_checkpoint_takes_is_known_before(finished, tmp_path, monkeypatch
     assert checkpoint_bytes(lora.model, lora.config) < known / 4
 
 
-def test_leftovers_are_removed(tmp_path):
+def test_train_removes_leftovers(tmp_path):
     for name in (".checkpoint-9.partial", ".checkpoint-3.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text("half")

@@ -14,7 +14,7 @@ MODES = [{}, {"use_peft": True, "lora_r": 4}, {"optim": "adamw_torch_8bit"}, {"d
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_all_finite(bad, dtype):
+def test_all_finite_and_not_finite(bad, dtype):
     tensors = [torch.randn(3, 4, dtype=dtype), torch.empty(0), torch.arange(3), torch.randn(7, dtype=dtype)]
     assert all_finite(tensors)
     # Their norm overflows.
@@ -29,7 +29,7 @@ def test_all_finite(bad, dtype):
 
 
 def bad_gradient(made, step: int) -> None:
-    """The advantages of `step` hold an infinity."""
+    """Put an infinity into the advantages of `step`."""
     collect = made.collect
 
     def bad():
@@ -42,7 +42,7 @@ def bad_gradient(made, step: int) -> None:
 
 
 def bad_update(made, step: int) -> None:
-    """The learning rate of `step` is one that no weight survives."""
+    """Give `step` a learning rate that makes every weight infinite."""
     update = made.learner.update
 
     def bad(*args, **kwargs):
@@ -59,8 +59,8 @@ def names(folder) -> list[str]:
 
 
 @pytest.mark.parametrize("fields", MODES, ids=lambda fields: ",".join(fields))
-def test_a_bad_gradient_never_reaches_the_weights(tmp_path, capsys, fields):
-    """The weights of the step before are saved beside the last checkpoint, and the run goes on with other prompts."""
+def test_train_with_a_bad_gradient_keeps_the_weights(tmp_path, capsys, fields):
+    """The previous step's weights are saved beside the last checkpoint, and a resumed run draws other prompts."""
     fields = {"save_steps": 2, "save_total_limit": 1, **fields}
     made = trainer(tmp_path, **fields)
     bad_gradient(made, 4)
@@ -68,17 +68,19 @@ def test_a_bad_gradient_never_reaches_the_weights(tmp_path, capsys, fields):
         made.train()
     message = str(error.value)
     assert message.startswith("step 4: the gradient is not finite (norm nan, loss ")
-    assert "more; to go on" in message
+    assert "more; to continue" in message
     assert "\n" not in message
-    resume = f"to go on from {tmp_path}/checkpoint-3, with other prompts and a smaller learning_rate: grpo-fast train "
+    resume = (
+        f"to continue from {tmp_path}/checkpoint-3, with other prompts and a smaller learning_rate: grpo-fast train "
+    )
     assert message.endswith(f"{resume}{tmp_path}/config.yaml --resume --learning_rate 0.0005")
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert all(tensor.isfinite().all() for tensors in saved_weights(tmp_path).values() for tensor in tensors.values())
 
     second = trainer(tmp_path, resume=True, learning_rate=5e-4, **fields)
     assert torch.equal(weights(second.model), weights(made.model))
-    # Had they been the same, so would be the gradient.
-    assert second.num_prompts == made.num_prompts + made.config.prompts_per_step
+    # The same prompts would give the same gradient.
+    assert second.state.num_prompts == made.state.num_prompts + made.config.prompts_per_step
     assert not torch.equal(second.rng["torch"], made.rng["torch"])
     capsys.readouterr()
     second.train()
@@ -86,7 +88,7 @@ def test_a_bad_gradient_never_reaches_the_weights(tmp_path, capsys, fields):
     assert said in capsys.readouterr().out
     entries = figures(tmp_path)
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5]
-    # Linear, to nothing after the fifth step.
+    # Linear, down to 0 after the fifth step.
     assert [entry["learning_rate"] for entry in entries] == pytest.approx([1e-3, 8e-4, 6e-4, 2e-4, 1e-4])
     assert names(tmp_path) == ["checkpoint-5"]
     trainer(tmp_path, resume=True, learning_rate=5e-4, **fields)
@@ -95,42 +97,42 @@ def test_a_bad_gradient_never_reaches_the_weights(tmp_path, capsys, fields):
 
 
 @pytest.mark.parametrize("fields", MODES, ids=lambda fields: ",".join(fields))
-def test_bad_weights_are_never_saved(tmp_path, fields):
-    """The last checkpoint stays, whatever save_total_limit says, and a resumed run goes on from it."""
+def test_train_with_bad_weights_saves_nothing(tmp_path, fields):
+    """The last checkpoint stays despite save_total_limit, and a resumed run continues from it."""
     fields = {"save_total_limit": 1, **fields}
     made = trainer(tmp_path / "run", save_steps=2, **fields)
     bad_update(made, 4)
     with pytest.raises(UserError, match=r"step 4: the updated weights are not finite .norm of the gradient") as error:
         made.train()
-    assert f"to go on from {tmp_path}/run/checkpoint-2, with other prompts" in str(error.value)
+    assert f"to continue from {tmp_path}/run/checkpoint-2, with other prompts" in str(error.value)
     assert names(tmp_path / "run") == ["checkpoint-2"]
     trainer(tmp_path / "run", resume=True, **fields).train()
     trainer(tmp_path / "whole", **fields).train()
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_bad_first_step_leaves_no_checkpoint(tmp_path):
+def test_train_with_a_bad_first_step_leaves_no_checkpoint(tmp_path):
     with pytest.raises(UserError) as error:
         trainer(tmp_path, learning_rate=1e39, lr_scheduler_type="constant").train()
     assert str(error.value).startswith("step 1: the updated weights are not finite")
-    assert "to go on from the beginning and a smaller learning_rate: " in str(error.value)
+    assert "to continue from the beginning and a smaller learning_rate: " in str(error.value)
     assert names(tmp_path) == []
     trainer(tmp_path, resume=True, max_steps=1).train()
     assert names(tmp_path) == ["checkpoint-1"]
 
 
-def test_a_gradient_whose_norm_overflows(tmp_path):
+def test_update_refuses_a_gradient_whose_norm_overflows(tmp_path):
     """Its numbers are finite, but the optimizer's squares of them would not be."""
     made = trainer(tmp_path)
     batch, _ = made.collect()
     batch.advantages *= 1e30
     before = weights(made.model)
-    with pytest.raises(NotFiniteError, match=r"step 1: the gradient is not finite .norm inf.*too large a number"):
+    with pytest.raises(NotFiniteError, match=r"step 1: the gradient is not finite .norm inf.*its norm is too large"):
         made.update(batch)
     assert torch.equal(before, weights(made.model))
 
 
-def test_weights_that_are_not_finite_are_not_trained(tmp_path):
+def test_trainer_refuses_weights_that_are_not_finite(tmp_path):
     made = trainer(tmp_path / "run")
     with torch.no_grad():
         made.model.model.norm.weight[3] = float("nan")

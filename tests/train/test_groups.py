@@ -26,7 +26,7 @@ def config(**fields) -> GRPOConfig:
 
 
 def rewards_of(values: torch.Tensor) -> Rewards:
-    """Those of a single function."""
+    """The rewards of a single function."""
     return Rewards(values, values[:, None], [{} for _ in values], torch.zeros(len(values), 1, dtype=torch.bool))
 
 
@@ -54,7 +54,7 @@ def groups_of(rows: list[dict], texts: list[str], values: torch.Tensor) -> Group
 MIXED = [0.0, 1.0, 1.0, 0.0]
 
 
-def test_groups_without_variance_are_sampled_anew():
+def test_sample_groups_replaces_groups_without_variance():
     sample, calls = sampler({1: MIXED, 4: [0.0, 0.0, 2.0, 0.0], 7: MIXED, 8: MIXED})
     groups, drawn, metrics = sample_groups(sample, WEIGHT, config(dynamic_sampling=True))
     # Rows 0 to 3, of which 1 has variance; 4 to 6 for the others, of which 4 has; 7 and 8 both have.
@@ -70,7 +70,7 @@ def test_groups_without_variance_are_sampled_anew():
     assert metrics["dynamic_sampling/sampled_reward"] == pytest.approx((5 * 4 + 3 * 2 + 2) / 36)
 
 
-def test_refilling_ends_at_the_limit():
+def test_sample_groups_stops_at_the_limit():
     sample, calls = sampler({1: MIXED})
     groups, drawn, metrics = sample_groups(sample, WEIGHT, config(dynamic_sampling=True, max_num_gen_batches=3))
     assert calls == [4, 3, 3]
@@ -79,13 +79,13 @@ def test_refilling_ends_at_the_limit():
     assert metrics["dynamic_sampling/num_gen_batches"] == 3
 
 
-def test_nothing_is_refilled_unless_asked():
+def test_sample_groups_without_dynamic_sampling_samples_once():
     sample, calls = sampler({1: MIXED})
     assert sample_groups(sample, WEIGHT, config())[1:] == (4, {})
     assert calls == [4]
 
 
-def test_dynamic_sampling_in_a_run(tmp_path):
+def test_collect_with_dynamic_sampling(tmp_path):
     fields = {"reward_funcs": ["digits_ordered"], "dynamic_sampling": True, "max_num_gen_batches": 40}
     made = trainer(tmp_path, **fields)
     batch, metrics = made.collect()
@@ -93,7 +93,7 @@ def test_dynamic_sampling_in_a_run(tmp_path):
     assert metrics["dynamic_sampling/num_gen_batches"] > 1
     assert batch.drawn > made.config.prompts_per_step
     assert len(batch.active) == len(batch.samples) == 32
-    # The prompts go on after the last that was drawn.
+    # Prompts continue after the last one drawn.
     assert made.sample(1).rows[0] == made.train_rows[_order(made)[batch.drawn]]
 
 
@@ -114,7 +114,7 @@ def _order(made):
     ],
     ids=lambda fields: ",".join(fields),
 )
-def test_resumed_runs_are_bit_identical(tmp_path, fields):
+def test_resumed_runs_with_sampling_and_reference_are_bit_identical(tmp_path, fields):
     fields = {"max_steps": 6, "learning_rate": 1e-2, **fields}
     run_trainer(tmp_path / "whole", **fields).train()
     folder = tmp_path / "run"
@@ -131,7 +131,7 @@ def test_resumed_runs_are_bit_identical(tmp_path, fields):
         assert figures(folder)[-1]["kl"] != 0
 
 
-def test_the_kl_in_the_reward(tmp_path):
+def test_collect_with_the_kl_in_the_reward(tmp_path):
     """``r - beta * sum_t (logp_t - ref_t)``, by hand; the loss has no KL term, and nothing else is dropped."""
     fields = {"beta": 0.3, "kl_in_reward": True, "learning_rate": 0.02, "reward_baseline": "leave_one_out"}
     made = trainer(tmp_path, **fields, scale_rewards="none", mask_truncated_completions=True)
@@ -159,19 +159,19 @@ def test_the_kl_in_the_reward(tmp_path):
     torch.testing.assert_close(got, expected.flatten().float(), rtol=1e-4, atol=1e-5)
     assert batch.ref_logprobs is None
     assert not made.objective.uses_reference
-    # The logged reward is the task's.
+    # The logged reward is that of the task.
     assert metrics["reward"] == pytest.approx(seen["groups"].rewards.total.mean().item())
     assert "kl" not in made.learner.update(batch)
 
 
-def test_the_kl_in_the_reward_with_adapters(tmp_path):
+def test_train_with_the_kl_in_the_reward_and_adapters(tmp_path):
     fields = {"use_peft": True, "lora_r": 4, "beta": 0.1, "kl_in_reward": True, "learning_rate": 3e-2}
     metrics, _, _ = run(tmp_path, **fields)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics[-1]["kl"] != pytest.approx(0, abs=1e-5)
 
 
-def test_huge_rewards_and_weights_are_summed_and_normalised():
+def test_reward_advantages_of_huge_rewards_and_weights_do_not_overflow():
     """Their sum is beyond float32; the advantages are not."""
     model = RewardModel(["exact_answer", "final_number"], [3e38, 1.0])
     model.functions = [lambda **columns: [1e20, 2e20, 3e20, 3e20], lambda **columns: [0.5] * 4]
@@ -184,7 +184,7 @@ def test_huge_rewards_and_weights_are_summed_and_normalised():
     assert math.isfinite(figures["reward_std"])
 
 
-def test_advantages_beyond_float32_are_refused():
+def test_token_advantages_refuse_values_beyond_float32():
     groups = groups_of([{"prompt": "1"}], ["a", "b"], torch.tensor([0.0, 1.0]))
     model = RewardModel(["exact_answer"], [3e38])
     model.functions = [lambda **columns: [0.0, 1e20]]
@@ -195,7 +195,7 @@ def test_advantages_beyond_float32_are_refused():
         token_advantages(groups, found, None)
 
 
-def test_a_penalty_moves_groups_of_equal_rewards():
+def test_reward_advantages_with_a_penalty_move_equal_rewards():
     rewards = rewards_of(torch.ones(4))
     got = reward_advantages(rewards, WEIGHT, config(scale_rewards="none"), torch.tensor([0.0, 1.0, 0.0, 3.0]))
     assert got.outcome.tolist() == [1.0, 0.0, 1.0, -2.0]
@@ -205,7 +205,7 @@ def test_a_penalty_moves_groups_of_equal_rewards():
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_the_reference_follows_the_policy(tmp_path, share):
+def test_reference_follows_the_policy(tmp_path, share):
     fields = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": share}
     made = trainer(tmp_path, **fields, max_steps=5, learning_rate=1e-2)
     initial = [p.clone() for p in made.learner.reference.parameters()]
@@ -221,7 +221,7 @@ def test_the_reference_follows_the_policy(tmp_path, share):
     assert not all(torch.equal(a, b) for a, b in zip(initial, reference, strict=True))
 
 
-def test_tied_weights_of_a_refreshed_reference_are_saved(tmp_path):
+def test_reference_with_tied_weights_is_saved(tmp_path):
     tied = {**SMALL["model_init_kwargs"], "tie_word_embeddings": True}
     fields = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "model_init_kwargs": tied}
     made = run_trainer(tmp_path, **fields, max_steps=2)
@@ -234,26 +234,26 @@ def test_tied_weights_of_a_refreshed_reference_are_saved(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kl_in_reward": True}, "kl_in_reward goes with beta above 0"),
-        ({"sync_ref_model": True}, "sync_ref_model goes with beta above 0"),
-        ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "sync_ref_model goes without use_peft"),
-        ({"reward_baseline": "none"}, "reward_baseline='none' goes with scale_rewards='none', not 'group'"),
-        ({"reward_baseline": "best_only", "scale_rewards": "batch"}, "'best_only' goes with scale_rewards='none'"),
+        ({"kl_in_reward": True}, "kl_in_reward requires beta above 0"),
+        ({"sync_ref_model": True}, "sync_ref_model requires beta above 0"),
+        ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "sync_ref_model requires use_peft=False"),
+        ({"reward_baseline": "none"}, "reward_baseline='none' requires scale_rewards='none', not 'group'"),
+        ({"reward_baseline": "best_only", "scale_rewards": "batch"}, "'best_only' requires scale_rewards='none'"),
         ({"reward_baseline": "median"}, "reward_baseline='median' is not allowed: it must be one of mean, leave"),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
-            "normalize_then_sum' goes with scale_rewards='group', not 'none'",
+            "normalize_then_sum' requires scale_rewards='group', not 'none'",
         ),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "kl_in_reward": True, "beta": 0.1},
-            "normalize_then_sum' goes with kl_in_reward=False, not True",
+            "normalize_then_sum' requires kl_in_reward=False, not True",
         ),
         ({"ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha=0.0 is not allowed"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps=0 is not allowed"),
         ({"max_num_gen_batches": 0}, "max_num_gen_batches=0 is not allowed"),
     ],
 )
-def test_what_does_not_go_together_is_refused(fields, message):
+def test_config_refuses_contradictions(fields, message):
     with pytest.raises(UserError, match=message):
         config(**fields)
 
@@ -268,7 +268,7 @@ def test_what_does_not_go_together_is_refused(fields, message):
     ],
     ids=lambda fields: ",".join(fields),
 )
-def test_options_train(tmp_path, fields):
+def test_train_with_options_of_advantages(tmp_path, fields):
     metrics, before, after = run(tmp_path, **fields)
     assert len(metrics) == 3
     assert after.isfinite().all()

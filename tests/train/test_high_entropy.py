@@ -26,10 +26,10 @@ def plain(model, batch):
 
 @pytest.mark.parametrize("microbatch", [8192, 30])
 @pytest.mark.parametrize("preset", ["dapo", "grpo"])
-def test_only_the_tokens_of_highest_entropy_carry_the_gradient(tmp_path, preset, microbatch):
+def test_gradient_comes_from_the_tokens_of_highest_entropy(tmp_path, preset, microbatch):
     made = trainer(tmp_path, loss_type=preset, max_tokens_per_microbatch=microbatch, **FIELDS)
     batch, _ = made.collect()
-    # Some groups have no variance, and their tokens count for the quantile all the same.
+    # Tokens of groups without variance also count for the quantile.
     batch.advantages[batch.offsets[4] : batch.offsets[8]] = 0.0
     batch.active = [index for index in batch.active if not 4 <= index < 8]
     logprobs, entropy = plain(made.model, batch)
@@ -53,7 +53,7 @@ def test_only_the_tokens_of_highest_entropy_carry_the_gradient(tmp_path, preset,
     assert (everything - expected).norm() > 0.1 * expected.norm()
 
 
-def test_completions_left_out_do_not_count(tmp_path):
+def test_high_entropy_ignores_completions_outside_of_the_loss(tmp_path):
     made = trainer(tmp_path, mask_truncated_completions=True, **FIELDS)
     batch, _ = made.collect()
     counted = batch.weights != 0
@@ -63,8 +63,8 @@ def test_completions_left_out_do_not_count(tmp_path):
     assert torch.equal(made.learner.high_entropy(batch), expected)
 
 
-def test_every_update_asks_the_present_policy(tmp_path):
-    """With two updates on a batch, the second one's mask is that of the changed weights."""
+def test_high_entropy_follows_the_policy_in_every_update(tmp_path):
+    """With two updates on a batch, the second mask comes from the changed weights."""
     made = trainer(tmp_path, num_iterations=2, **{**FIELDS, "max_steps": 2, "learning_rate": 0.05})
     masks = []
     ask = made.learner.high_entropy
@@ -76,6 +76,6 @@ def test_every_update_asks_the_present_policy(tmp_path):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
-def test_out_of_range(value):
+def test_config_refuses_a_quantile_out_of_range(value):
     with pytest.raises(UserError, match=r"top_entropy_quantile=.* must be a finite number, from 0 to 1"):
         GRPOConfig(**{**SMALL, "top_entropy_quantile": value})

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, killed by SIGKILL and SIGTERM, or on a disk that takes no more."""
+"""Runs in separate processes, killed by SIGKILL and SIGTERM, or on a full disk."""
 
 import dataclasses
 import multiprocessing
@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("KILLS", "3"))
 
 
 def child(fields: dict, output: str, limit: int | None = None) -> None:
-    """A run in a process of its own, whose exit status is the command line's."""
+    """A run in a separate process, which exits with the command line's status."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with open(output, "w") as file:
@@ -64,8 +64,8 @@ def newest_step(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_kills_at_random_moments(tmp_path, start):
-    """SIGKILL again and again, while loading, training and saving: the run ends like one that was never killed."""
+def test_run_killed_at_random_moments_ends_like_an_uninterrupted_run(tmp_path, start):
+    """Repeated SIGKILLs while loading, training and saving."""
     max_steps = 8 * KILLS
     whole = start(config(tmp_path / "whole", max_steps=max_steps))
     while not (tmp_path / "whole" / "metrics.jsonl").exists():
@@ -106,7 +106,7 @@ def test_kills_at_random_moments(tmp_path, start):
     assert [path.name for path in folder.glob(".*")] == [LOCK_FILE]
 
 
-def test_a_second_sigterm_kills(tmp_path, start):
+def test_run_ends_at_a_second_sigterm(tmp_path, start):
     folder = tmp_path / "run"
     (tmp_path / "slow.py").write_text(
         "import time\ncalls = 0\ndef slow(prompts, completions, **columns):\n"
@@ -126,8 +126,8 @@ def test_a_second_sigterm_kills(tmp_path, start):
     assert process.exitcode == -signal.SIGTERM
 
 
-def test_a_disk_that_takes_no_more(tmp_path, start):
-    """The system refuses to write beyond a size, as it does on a full disk; the checkpoint before stays whole."""
+def test_run_on_a_full_disk_keeps_the_checkpoint_before(tmp_path, start):
+    """A limit on the size of files stands for a full disk; the previous checkpoint stays complete."""
     folder = tmp_path / "run"
     trainer(folder, lr_scheduler_type="constant", max_steps=1).train()
     size = read_state(folder / "checkpoint-1").files["optimizer.safetensors"]

@@ -42,7 +42,7 @@ class Weights(nn.Module):
 def make(kind, dtype=torch.bfloat16, **fields):
     """Weights, and the optimizer of that kind for them."""
     weights = Weights(torch.float32 if kind == "fused" else dtype)
-    # The configuration allows it on a GPU only; on a CPU its copies are plain ones.
+    # The configuration allows offloading only on a GPU; on a CPU its copies are not pinned.
     fields["optim_offload"] = kind == "offloaded"
     fields["optim"] = "adamw_torch_8bit" if kind == "8bit" else "adamw_torch_fused"
     return weights, build_optimizer(weights, config(**fields))
@@ -59,7 +59,7 @@ def train(weights, optimizer, steps, seed=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_small_updates_of_bfloat16_weights_count(kind):
+def test_optimizers_keep_small_updates_of_bfloat16_weights(kind):
     """300 steps of 1e-6 at a weight of 1, where bfloat16's spacing is 2**-8 below and 2**-7 above.
 
     Stochastic rounding has a standard deviation: a weight is 1 - 2**-8 with probability 300e-6 · 2**8 = 0.077, so the
@@ -78,7 +78,7 @@ def test_small_updates_of_bfloat16_weights_count(kind):
         assert moved == pytest.approx(300e-6, abs=4 * noise + 300e-6 * 0.02)
 
 
-def test_masters_reach_the_weights():
+def test_offloaded_adamw_copies_masters_to_the_weights():
     weights, optimizer = make("offloaded", learning_rate=1e-6)
     train(weights, optimizer, 2200)
     for p in weights.parameters():
@@ -92,7 +92,7 @@ def test_plain_adamw_loses_small_updates():
     assert all(torch.equal(p, torch.ones_like(p)) for p in weights.parameters())
 
 
-def test_second_moment_is_not_rounded_away():
+def test_optimizers_keep_the_second_moment_in_float32():
     """Its updates are a thousandth: in bfloat16 it would stop at a quarter of the squared gradient."""
     for kind in ("stochastic", "offloaded"):
         weights, optimizer = make(kind, learning_rate=1e-6)
@@ -102,7 +102,7 @@ def test_second_moment_is_not_rounded_away():
             assert optimizer.state[p]["exp_avg_sq"].mean().item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_rounding_is_unbiased_and_between_neighbours():
+def test_round_stochastically_is_unbiased_and_between_neighbours():
     torch.manual_seed(0)
     for value in (1.001, -1.001, 3e-5, -123.456, 0.0, 2.0):
         exact = torch.full((200_000,), value)
@@ -117,7 +117,7 @@ def test_rounding_is_unbiased_and_between_neighbours():
 
 @pytest.mark.parametrize("kind", ["stochastic", "offloaded"])
 @pytest.mark.parametrize("chunk", [100, 1 << 24])
-def test_float32_weights_follow_torch(kind, chunk, monkeypatch):
+def test_optimizers_follow_torch_for_float32_weights(kind, chunk, monkeypatch):
     """Without rounding they are torch's AdamW, in one chunk or many."""
     monkeypatch.setattr(optimizers, "_CHUNK", chunk)
     fields = {"learning_rate": 1e-2, "weight_decay": 0.1}
@@ -132,7 +132,7 @@ def test_float32_weights_follow_torch(kind, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_survives_a_checkpoint_bit_for_bit(kind):
+def test_optimizer_tensors_restore_the_state_bit_for_bit(kind):
     """Six steps at once, or three, a file, and three more with a new optimizer."""
     weights, optimizer = make(kind, learning_rate=1e-3, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -161,7 +161,7 @@ def test_state_survives_a_checkpoint_bit_for_bit(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_dict_survives(kind):
+def test_load_state_dict_restores_the_state(kind):
     weights, optimizer = make(kind, learning_rate=1e-3)
     train(weights, optimizer, 2, seed=1)
     again, resumed = make(kind, learning_rate=1e-3)
@@ -176,7 +176,7 @@ def test_state_dict_survives(kind):
             assert torch.equal(value, other)
 
 
-def test_state_of_another_model_is_refused():
+def test_load_optimizer_tensors_refuses_another_model():
     weights, optimizer = make("fused")
     train(weights, optimizer, 1)
     tensors = optimizer_tensors(optimizer)
@@ -193,37 +193,37 @@ def test_state_of_another_model_is_refused():
         ({"optim": "adamw_8bit"}, CPU, "optim='adamw_8bit' needs a GPU"),
         ({"optim": "paged_adamw_8bit"}, CPU, "optim='paged_adamw_8bit' needs a GPU"),
         ({"optim_offload": True}, CPU, "optim_offload=True needs a GPU"),
-        ({"optim_offload": True, "optim": "adamw_8bit"}, GPU, "not with optim='adamw_8bit'"),
-        ({"optim_offload": True, "optim": "adamw_torch_8bit"}, CPU, "not with optim='adamw_torch_8bit'"),
+        ({"optim_offload": True, "optim": "adamw_8bit"}, GPU, "not 'adamw_8bit'"),
+        ({"optim_offload": True, "optim": "adamw_torch_8bit"}, CPU, "not 'adamw_torch_8bit'"),
     ],
 )
-def test_refused_before_loading(fields, device, words):
+def test_check_optimizer_refuses_unsuitable_devices(fields, device, words):
     with pytest.raises(UserError, match=words):
         check_optimizer(config(**fields), device)
 
 
 @pytest.mark.parametrize(("optim", "module"), [("adamw_torch_8bit", "torchao"), ("adamw_8bit", "bitsandbytes")])
-def test_missing_extra(optim, module, monkeypatch):
+def test_check_optimizer_without_the_extra(optim, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"'?{module}'? is not installed.*grpo-fast\[lowbit\]"):
         check_optimizer(config(optim=optim), GPU)
 
 
-def test_missing_compiler(monkeypatch):
+def test_check_optimizer_without_a_compiler(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         check_optimizer(config(optim="adamw_torch_8bit"), CPU)
 
 
-def test_weights_that_would_not_move_are_refused():
+def test_build_optimizer_refuses_weights_that_would_not_move():
     with pytest.raises(UserError, match="would lose small updates of bfloat16"):
         build_optimizer(tiny_model(torch.bfloat16), config(optim="adamw_8bit"))
     with pytest.raises(UserError, match=r"torch\.float16 are not trained"):
         build_optimizer(tiny_model(torch.float16), config())
 
 
-def test_norms_do_not_decay():
+def test_build_optimizer_does_not_decay_norms():
     model = tiny_model(torch.bfloat16)
     optimizer = build_optimizer(model, config(weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}

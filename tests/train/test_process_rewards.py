@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_fast.errors import UserError
 from grpo_fast.rewards import RewardModel
-from grpo_fast.rewards.steps import mean_reward, read_steps
-from grpo_fast.train.advantages import normalise_steps, spread_steps, step_tokens
+from grpo_fast.rewards.engine import mean_reward, read_steps
+from grpo_fast.train.advantages import normalise_steps, step_tokens
 from support.small import SMALL, trainer
 
 
@@ -32,22 +32,22 @@ TEXT = "three and 😀four\nare séven. so 7"
 
 
 @pytest.mark.parametrize("end", range(1, len(TEXT) + 1))
-def test_every_end_of_a_step_in_characters_has_its_token(tokenizer, end):
+def test_step_tokens_at_every_end_in_characters(tokenizer, end):
     ids = tokenizer(TEXT)["input_ids"]
     assert tokenizer.decode(ids) == TEXT
     (count,) = step_tokens(tokenizer, [*ids, tokenizer.eos_token_id], [end], True)
-    # The oracle goes by bytes, which every token has a whole number of.
+    # The oracle counts bytes, of which every token has a whole number.
     lengths = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
     assert sum(lengths) == len(TEXT.encode())
     needed, covered, expected = len(TEXT[:end].encode()), 0, 0
     while covered < needed:
         covered += lengths[expected]
         expected += 1
-    # The text's end takes the token that ends the sequence with it.
+    # The step at the end of the text includes the token that ends the sequence.
     assert count == expected + (end == len(TEXT))
 
 
-def test_steps_in_a_row_give_rising_counts(tokenizer):
+def test_step_tokens_of_several_steps_rise(tokenizer):
     ids = [*tokenizer(TEXT)["input_ids"], tokenizer.eos_token_id]
     ends = [10, 16, 27, len(TEXT)]
     counts = step_tokens(tokenizer, ids, ends, True)
@@ -56,7 +56,7 @@ def test_steps_in_a_row_give_rising_counts(tokenizer):
     assert [TEXT.startswith(tokenizer.decode(ids[:count])) for count in counts[:2]] == [True, True]
 
 
-def test_a_token_gets_the_steps_that_end_at_or_after_it(tokenizer):
+def test_normalise_steps_gives_tokens_the_steps_to_come(tokenizer):
     """DeepSeekMath, section 4.1.3: normalised over all steps of the group, summed over those to come."""
     steps = [[(10, 1.0), (16, 0.0)], [(4, 1.0)], [], [(4, 0.5), (10, 0.5), (16, 2.0)]]
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.5, 0.5, 2.0])
@@ -68,7 +68,8 @@ def test_a_token_gets_the_steps_that_end_at_or_after_it(tokenizer):
     for line, pairs, values in zip(found.values, steps, expected, strict=False):
         advantages = torch.zeros(len(ids))
         counts = step_tokens(tokenizer, ids, [end for end, _ in pairs], False)
-        spread_steps(advantages, counts, line.tolist())
+        for count, value in zip(counts, line.tolist(), strict=False):
+            advantages[:count] += value
         counts.append(len(ids))
         start = 0
         for count, value in zip(counts, values, strict=False):
@@ -76,7 +77,7 @@ def test_a_token_gets_the_steps_that_end_at_or_after_it(tokenizer):
             start = count
 
 
-def test_groups_of_steps_are_apart_and_equal_ones_give_nothing():
+def test_normalise_steps_separates_groups():
     found = normalise_steps([[(1, 0.3)], [(1, 0.3), (2, 0.3)], [(1, 1.0)], [(1, 3.0)], [], []], 2, "none", "mean")
     assert found.values.tolist() == [[0, 0], [0, 0], [-1, 0], [1, 0], [0, 0], [0, 0]]
     assert found.equal.tolist() == [True, True, False, False, True, True]
@@ -96,12 +97,12 @@ def test_groups_of_steps_are_apart_and_equal_ones_give_nothing():
         ([(5, 1e300)], "the reward in .* must be a number within"),
     ],
 )
-def test_wrong_steps_are_named(value, message):
+def test_read_steps_names_wrong_steps(value, message):
     with pytest.raises(UserError, match=f"reward function 'mine', completion 3: {message}"):
         read_steps("mine", value, 3, "12345")
 
 
-def test_steps_count_by_their_mean():
+def test_mean_reward_of_steps():
     assert mean_reward([(1, 1.0), (2, 0.0), (5, 0.5)]) == 0.5
     model = RewardModel(["exact_answer"], [2.0])
     model.functions = [lambda prompts, completions, **columns: [[(1, 1.0), (2, 0.0)], [], None]]
@@ -111,8 +112,8 @@ def test_steps_count_by_their_mean():
     assert scored.steps == [{0: [(1, 1.0), (2, 0.0)]}, {0: []}, {}]
 
 
-def test_a_run_with_process_rewards(tmp_path):
-    """Beside an outcome reward: a digit is a step, right where it is in its place."""
+def test_collect_with_process_rewards(tmp_path):
+    """Together with an outcome reward; each digit is a step, which is right if the digit is in its place."""
     (tmp_path / "mine.py").write_text(
         "def places(prompts, completions, answer, **columns):\n"
         "    return [[(i + 1, float(c[i:i+1] == a[i:i+1])) for i in range(len(c))]\n"

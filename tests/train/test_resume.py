@@ -1,4 +1,4 @@
-"""A run that was stopped or failed goes on as if nothing had happened, bit for bit."""
+"""A resumed run is bit-identical to one that was never stopped."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_resumed_runs_are_bit_identical(tmp_path, fields):
     killed_at(2, second)
     third = trainer(folder, resume=True, **fields)
     assert third.step == 4
-    # Only what the checkpoint holds decides what comes.
+    # Only the checkpoint decides how the run continues.
     seed_generators(1)
     third.train()
     assert_same_run(folder, tmp_path / "whole")
@@ -60,8 +60,8 @@ def test_resumed_runs_are_bit_identical(tmp_path, fields):
         assert torch.equal(weights(loaded), weights(third.model))
 
 
-def test_a_kill_between_two_saves_repeats_the_steps(tmp_path):
-    """The steps since the last checkpoint are made again, and their lines are not doubled."""
+def test_resumed_run_repeats_steps_since_the_last_checkpoint(tmp_path):
+    """The steps since the last checkpoint are repeated, and their lines are not duplicated."""
     trainer(tmp_path / "whole", save_steps=2).train()
     folder = tmp_path / "run"
     killed_at(3, trainer(folder, save_steps=2))
@@ -74,15 +74,15 @@ def test_a_kill_between_two_saves_repeats_the_steps(tmp_path):
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_saves_wait_for_the_end_of_a_generation_batch(tmp_path):
+def test_save_waits_for_the_end_of_a_generation_batch(tmp_path):
     made = trainer(tmp_path, num_iterations=2, save_total_limit=9)
     made.train()
-    # Max_steps cuts the last batch short.
+    # max_steps cuts the last batch short.
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
 
 
-def test_a_failed_step_is_made_again_as_it_was(tmp_path):
-    """The reward fails in the middle of a step, when prompts were drawn and completions sampled."""
+def test_resumed_run_repeats_a_failed_step(tmp_path):
+    """The reward fails in the middle of a step, after prompts were drawn and completions sampled."""
     trainer(tmp_path / "whole").train()
     folder = tmp_path / "run"
     made = trainer(folder, save_steps=0)
@@ -101,12 +101,12 @@ def test_a_failed_step_is_made_again_as_it_was(tmp_path):
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_finished_run_can_be_extended(tmp_path):
-    """A constant learning rate goes on as it would have; others follow the schedule of the new max_steps."""
+def test_resumed_run_extends_a_finished_run(tmp_path):
+    """A constant learning rate stays the same; others follow the schedule of the new max_steps."""
     trainer(tmp_path / "whole", lr_scheduler_type="constant").train()
     folder = tmp_path / "run"
     trainer(folder, lr_scheduler_type="constant", max_steps=3).train()
-    # Packed otherwise, the sums have another order, so that only this one is bit-identical.
+    # The other run packs differently, which changes the order of sums, so only this one is bit-identical.
     trainer(folder, resume=True, lr_scheduler_type="constant", save_steps=2, save_total_limit=1).train()
     assert_same_run(folder, tmp_path / "whole")
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-5"]
@@ -117,7 +117,7 @@ def test_a_finished_run_can_be_extended(tmp_path):
     assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3, 1e-3 / 2, 1e-3 / 3, 1e-3 / 6])
 
 
-def test_a_finished_run_only_measures_again(tmp_path):
+def test_resumed_run_that_was_finished_only_evaluates(tmp_path):
     trainer(tmp_path, max_steps=2).train()
     summary = json.loads((tmp_path / "summary.json").read_text())
     (tmp_path / "summary.json").unlink()
@@ -128,7 +128,7 @@ def test_a_finished_run_only_measures_again(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
-def test_resume_from_the_command_line(tmp_path, capsys):
+def test_resume_on_the_command_line(tmp_path, capsys):
     path, folder = tmp_path / "small.yaml", tmp_path / "run"
     path.write_text(json.dumps({**SMALL, "save_steps": 1}))
     assert main(["train", str(path), "--resume"]) == 2
@@ -139,10 +139,10 @@ def test_resume_from_the_command_line(tmp_path, capsys):
     assert main(["train", str(path), "--output_dir", str(folder)]) == 2
     assert "already holds a run; choose another one, or --resume that run" in capsys.readouterr().err
     assert main(["train", str(folder / "config.yaml"), "--max_steps", "3", "--resume"]) == 0
-    assert f"going on from {folder}/checkpoint-2" in capsys.readouterr().out
+    assert f"resuming from {folder}/checkpoint-2" in capsys.readouterr().out
     assert [entry["step"] for entry in figures(folder)] == [1, 2, 3]
     assert yaml.safe_load((folder / "config.yaml").read_text())["resume_from_checkpoint"] is False
-    # A checkpoint alone is a run, too: its metrics may not be due yet.
+    # A checkpoint without metrics, which may not be due yet, is also a run.
     (folder / "metrics.jsonl").unlink()
     assert main(["train", str(path), "--output_dir", str(folder)]) == 2
 
@@ -150,7 +150,7 @@ def test_resume_from_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("number", "status", "ended"), [(signal.SIGTERM, 143, SystemExit), (signal.SIGINT, 130, KeyboardInterrupt)]
 )
-def test_a_signal_stops_after_the_step(tmp_path, capfd, number, status, ended):
+def test_run_stops_after_a_signal(tmp_path, capfd, number, status, ended):
     trainer(tmp_path / "whole", num_iterations=2, max_steps=6).train()
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     folder = tmp_path / "run"
@@ -171,20 +171,20 @@ def test_a_signal_stops_after_the_step(tmp_path, capfd, number, status, ended):
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
     printed = capfd.readouterr()
     assert "stopping after this generation batch" in printed.err
-    assert f"to go on: grpo-fast train {folder}/config.yaml --resume" in printed.out.replace("\n", " ")
+    assert f"to continue: grpo-fast train {folder}/config.yaml --resume" in printed.out.replace("\n", " ")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     trainer(folder, resume=True, num_iterations=2, max_steps=6).train()
     assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path):
+def test_run_ends_at_a_second_interrupt(tmp_path):
     made = trainer(tmp_path, save_steps=2)
     update = made.update
 
     def signalled(*args, **kwargs):
         if made.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            # Two signals that wait together are taken by their numbers, not in the order in which they were sent.
+            # Pending signals are delivered by number, not in the order in which they were sent.
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGINT)
         return update(*args, **kwargs)
@@ -206,7 +206,7 @@ def write_metrics(path, entries) -> list[str]:
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def test_cut_metrics(tmp_path):
+def test_cut_metrics_keeps_the_lines_up_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert cut_metrics(path, 3) == ([], "")
     lines = write_metrics(path, map(entry, (1, 2, 3)))
@@ -220,7 +220,7 @@ def test_cut_metrics(tmp_path):
     assert path.read_text(encoding="utf-8").split("\n") == [*lines[:2], ""]
 
 
-def test_metrics_without_checksums_are_read(tmp_path):
+def test_cut_metrics_reads_lines_without_checksums(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     assert cut_metrics(path, 2) == ([{"step": 1}, {"step": 2}], "")
@@ -229,7 +229,7 @@ def test_metrics_without_checksums_are_read(tmp_path):
     assert [each["step"] for each in read_metrics(path)] == [1, 2, 3]
 
 
-def test_no_changed_bit_of_the_metrics_goes_unseen(tmp_path):
+def test_cut_metrics_detects_every_changed_bit(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = write_metrics(path, map(entry, (1, 2, 3, 4)))
     whole, first = path.read_bytes(), len(lines[0].encode()) + 1
@@ -247,9 +247,21 @@ def test_no_changed_bit_of_the_metrics_goes_unseen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "[]", "7", "null", "{}", '{"step": "2"}', '{"step": true}', "[" * 100_000, "\x00"]
+    "line",
+    [
+        "",
+        "[]",
+        "7",
+        "null",
+        "{}",
+        '{"step": "2"}',
+        '{"step": true}',
+        "[" * 100_000,
+        '{"step": 2, "a": ' + "[" * 100_000,
+        "\x00",
+    ],
 )
-def test_lines_that_are_no_metrics_lose_no_other(tmp_path, line):
+def test_cut_metrics_leaves_out_only_damaged_lines(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
     kept, note = cut_metrics(path, 3)
@@ -258,7 +270,7 @@ def test_lines_that_are_no_metrics_lose_no_other(tmp_path, line):
     assert [each["step"] for each in read_metrics(path)] == [1, 3]
 
 
-def test_a_resumed_run_says_what_was_damaged_and_goes_on(tmp_path, capsys):
+def test_resumed_run_reports_damaged_metrics(tmp_path, capsys):
     trainer(tmp_path, max_steps=3, lr_scheduler_type="constant").train()
     path = tmp_path / "metrics.jsonl"
     damaged = path.read_text().replace('"step": 2', '"step": 1')
@@ -272,13 +284,13 @@ def test_a_resumed_run_says_what_was_damaged_and_goes_on(tmp_path, capsys):
     assert path.with_name("metrics.jsonl.1").read_text() == damaged
 
 
-def test_a_run_that_starts_again_keeps_its_figures(tmp_path, capsys):
-    """As when somebody has removed all checkpoints, to make room."""
+def test_resumed_run_without_checkpoints_keeps_the_old_metrics(tmp_path, capsys):
+    """As when somebody removed all checkpoints to free space."""
     trainer(tmp_path, max_steps=2).train()
     before = (tmp_path / "metrics.jsonl").read_text()
     for folder in checkpoints(tmp_path):
         shutil.rmtree(folder)
     trainer(tmp_path, resume=True, max_steps=2).train()
-    assert "2 steps are made once more; the file as it was is kept as" in capsys.readouterr().out
+    assert "2 steps are made again; the file as it was is kept as" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl.1").read_text() == before
     assert [each["step"] for each in figures(tmp_path)] == [1, 2]

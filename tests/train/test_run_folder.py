@@ -20,7 +20,7 @@ RIVALS = 12
 
 
 def rival(act, folder: str, barrier, found) -> None:
-    """Claim at the same moment as the others, and keep what was claimed until all have tried."""
+    """Claim at the same moment as the others, and keep the claim until all have tried."""
     os.chdir(folder)
     barrier.wait()
     try:
@@ -31,7 +31,7 @@ def rival(act, folder: str, barrier, found) -> None:
 
 
 def race(act, folder: Path) -> list[str]:
-    """What each of many processes gets that call `act` at once in `folder`."""
+    """The outcomes of `act` in many processes that call it at once in `folder`."""
     context = multiprocessing.get_context("fork")
     barrier, found = context.Barrier(RIVALS), context.Queue()
     processes = [context.Process(target=rival, args=(act, str(folder), barrier, found)) for _ in range(RIVALS)]
@@ -43,7 +43,7 @@ def race(act, folder: Path) -> list[str]:
     return outcomes
 
 
-def test_names_of_runs_that_start_at_the_same_moment_differ(tmp_path, monkeypatch):
+def test_claim_new_gives_simultaneous_runs_different_names(tmp_path, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "20261125-120000")
     names = race(lambda: claim_new("sort"), tmp_path)
     assert len(set(names)) == RIVALS
@@ -53,7 +53,7 @@ def test_names_of_runs_that_start_at_the_same_moment_differ(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_has_one_owner(tmp_path, exists):
+def test_claim_has_one_winner(tmp_path, exists):
     if exists:
         (tmp_path / "run").mkdir()
     outcomes = race(lambda: claim(Path("run")), tmp_path)
@@ -72,7 +72,7 @@ def holder(folder: str, ready) -> None:
 
 @pytest.fixture
 def elsewhere():
-    """Claims a folder in another process, and kills that process when asked."""
+    """Claims folders in other processes, which are killed at the end."""
     context, processes = multiprocessing.get_context("fork"), []
 
     def start(folder: Path):
@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_second_run_or_resume_is_refused_and_touches_nothing(tmp_path, elsewhere):
+def test_trainer_refuses_a_folder_in_use_and_changes_nothing(tmp_path, elsewhere):
     folder = tmp_path / "run"
     trainer(folder, max_steps=1).train()
     process, before = elsewhere(folder), contents(folder)
@@ -101,11 +101,11 @@ def test_a_second_run_or_resume_is_refused_and_touches_nothing(tmp_path, elsewhe
     assert contents(folder) == before
     process.kill()
     process.join()
-    # The lock ended with its process.
+    # The lock ends with its process.
     assert trainer(folder, resume=True).step == 1
 
 
-def test_a_new_run_is_refused_before_the_first_has_written_anything(tmp_path, elsewhere):
+def test_trainer_refuses_a_folder_that_was_just_claimed(tmp_path, elsewhere):
     elsewhere(tmp_path / "run")
     for resume in (False, True):
         with pytest.raises(UserError, match="is in use by another process"):
@@ -113,7 +113,7 @@ def test_a_new_run_is_refused_before_the_first_has_written_anything(tmp_path, el
     assert os.listdir(tmp_path / "run") == [LOCK_FILE]
 
 
-def test_a_second_evaluation_is_refused_and_touches_nothing(tmp_path, elsewhere):
+def test_eval_refuses_a_folder_in_use_and_changes_nothing(tmp_path, elsewhere):
     settings, options = config(tmp_path / "run"), EvalOptions(output=tmp_path / "eval")
     EvalRun(settings, options).run()
     elsewhere(tmp_path / "eval")
@@ -123,7 +123,7 @@ def test_a_second_evaluation_is_refused_and_touches_nothing(tmp_path, elsewhere)
     assert contents(tmp_path / "eval") == before
 
 
-def test_a_trainer_that_was_built_twice_keeps_the_first_run(tmp_path):
+def test_train_of_a_second_trainer_keeps_the_first_run(tmp_path):
     first, second = (trainer(tmp_path / "run", max_steps=1) for _ in range(2))
     first.train()
     before = contents(tmp_path / "run")
@@ -132,7 +132,7 @@ def test_a_trainer_that_was_built_twice_keeps_the_first_run(tmp_path):
     assert contents(tmp_path / "run") == before
 
 
-def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch, capsys):
+def test_commands_with_wrong_input_leave_no_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(json.dumps(SMALL))
     Path("empty").mkdir()
@@ -145,13 +145,13 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path, monkeypatch, capsys):
     assert list(Path("empty").iterdir()) == []
 
 
-def test_a_folder_is_free_after_the_run(tmp_path, elsewhere):
+def test_train_releases_the_folder(tmp_path, elsewhere):
     trainer(tmp_path / "run", max_steps=1).train()
     elsewhere(tmp_path / "run")
 
 
-def test_a_child_of_the_run_does_not_keep_the_folder(tmp_path):
-    """A reward function's worker that outlives a killed run, as of multiprocessing's fork."""
+def test_claim_ends_with_its_process_despite_a_forked_child(tmp_path):
+    """As when a reward function's forked worker outlives a killed run."""
     reader, writer = os.pipe()
     run = os.fork()
     if not run:
@@ -171,7 +171,7 @@ def test_a_child_of_the_run_does_not_keep_the_folder(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+def test_trainer_names_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"output_dir='.*file/run' cannot be created: .*file is not a folder"):
         GRPOTrainer(config(tmp_path / "file" / "run"))

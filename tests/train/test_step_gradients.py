@@ -1,4 +1,4 @@
-"""The gradient of an optimizer step does not depend on how it is cut into microbatches."""
+"""The gradient of an optimizer step does not depend on its division into microbatches."""
 
 import dataclasses
 from itertools import pairwise
@@ -49,7 +49,7 @@ def split(items, count):
 
 
 def trained_model(adapters):
-    """A model, or one with LoRA adapters that have an effect; what is trained of it."""
+    """A model, possibly with LoRA adapters that have an effect, and its trained parameters."""
     model = tiny_model()
     if adapters:
         config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], use_peft=True, lora_r=4)
@@ -71,8 +71,11 @@ def gradient(objective, batch, microbatches, layout, adapters=False):
     total = 0.0
     for part in parts:
         microbatch = build_microbatch(batch.samples, part, batch.offsets, 0, packed)
-        fields = (batch.advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs)
-        inputs = LossInputs(objective, *(None if f is None else f[microbatch.tokens] for f in fields))
+        names = ("advantages", "weights", "old_logprobs", "ref_logprobs")
+        fields = {name: getattr(batch, name) for name in names}
+        inputs = LossInputs(
+            objective=objective, **{n: None if f is None else f[microbatch.tokens] for n, f in fields.items()}
+        )
         loss = policy(microbatch, inputs).loss
         loss.backward()
         total += loss.item()
@@ -90,9 +93,9 @@ def reference_gradient(objective, batch, adapters=False):
 
 @pytest.mark.parametrize("old_shift", [0.0, 0.3])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-# The others are these with other bounds.
+# The remaining presets differ only in their bounds.
 @pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"bnpo", "dual_clip", "unclipped"}))
-def test_same_gradient_for_any_number_of_microbatches(preset, beta, old_shift):
+def test_gradient_is_the_same_for_any_number_of_microbatches(preset, beta, old_shift):
     objective = dataclasses.replace(PRESETS[preset], beta=beta, kl_bias_correction=True)
     batch, counted = step(objective, old_shift)
     expected_loss, expected = reference_gradient(objective, batch)
@@ -110,8 +113,8 @@ def test_same_gradient_for_any_number_of_microbatches(preset, beta, old_shift):
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("dropping", [True, False], ids=["dropped", "all"])
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo"])
-def test_same_gradient_with_adapters_and_without_dropping(preset, dropping, adapters):
-    """Groups without variance, of which the gradient is zero, may be computed or not."""
+def test_gradient_is_the_same_with_adapters_and_without_dropping(preset, dropping, adapters):
+    """Groups without variance, whose gradient is zero, may be computed or not."""
     objective = PRESETS[preset]
     batch, counted = step(objective, old_shift=0.3)
     expected_loss, expected = reference_gradient(objective, batch, adapters)
@@ -125,8 +128,8 @@ def test_same_gradient_with_adapters_and_without_dropping(preset, dropping, adap
             assert (got - expected).norm() <= 1e-9 * expected.norm()
 
 
-def test_a_wrong_normaliser_would_show():
-    """The check above sees weights that are normalised within a microbatch instead of over the step."""
+def test_gradient_with_a_wrong_normaliser_differs():
+    """The checks above detect weights that are normalised in a microbatch instead of over the step."""
     objective = PRESETS["dapo"]
     batch, _ = step(objective)
     _, expected = reference_gradient(objective, batch)

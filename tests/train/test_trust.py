@@ -1,4 +1,4 @@
-"""A run's folder from elsewhere is data: none of the Python that it names is run unless the command line names it."""
+"""A downloaded run folder is data: Python code that it names runs only if the command line names it, too."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def _own_state(tmp_path, monkeypatch):
 
 
 def own_run(folder: Path, steps: int = 1) -> Path:
-    """A run whose reward function is a file of its own, inside of its folder."""
+    """A run whose reward function is a file in its folder."""
     folder.mkdir()
     (folder / "mine.py").write_text(PYTHON)
     trainer(folder, max_steps=steps, reward_funcs=["exact_answer", f"{folder / 'mine.py'}:mine"]).train()
@@ -37,7 +37,7 @@ def own_run(folder: Path, steps: int = 1) -> Path:
 
 @pytest.fixture
 def downloaded(tmp_path, monkeypatch):
-    """Somebody else's run: of the same content, but not started here."""
+    """Somebody else's run: the same content, but not started here."""
     folder = own_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "state")
     (folder / "ran").unlink()
@@ -51,7 +51,7 @@ def refusal(capsys) -> str:
     return error
 
 
-def test_no_command_runs_the_reward_functions_of_a_folder_from_elsewhere(downloaded, capsys):
+def test_commands_refuse_reward_functions_of_a_downloaded_folder(downloaded, capsys):
     commands = [
         ["train", "run/config.yaml", "--resume"],
         ["train", "run/config.yaml", "--resume", "--max_steps", "2"],
@@ -73,39 +73,39 @@ def test_no_command_runs_the_reward_functions_of_a_folder_from_elsewhere(downloa
     assert sorted(path.name for path in Path().iterdir()) == ["compare.png", "run"]
 
 
-def test_the_command_line_allows_it(downloaded, capsys):
+def test_commands_run_code_that_the_command_line_names(downloaded, capsys):
     assert main(["eval", "run/config.yaml"]) == 2
     option = json.dumps(["exact_answer", f"{downloaded / 'mine.py'}:mine"])
     assert main(["eval", "run/config.yaml", "--reward_funcs", option]) == 0
     assert (downloaded / "ran").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
-    # And from then on the run is this user's.
+    # From then on, the run is this user's.
     allowed = ["train", "run/config.yaml", "--resume", "--max_steps", "2"]
     assert main([*allowed, "--reward_funcs", option]) == 0
     parse_config(["run/config.yaml"])
 
 
-def test_rewards_of_this_package_need_no_permission(downloaded, capsys):
+def test_eval_runs_built_in_rewards_without_permission(downloaded, capsys):
     assert main(["eval", "run/config.yaml", "--reward_funcs", "[exact_answer]"]) == 0
     assert not (downloaded / "ran").exists()
 
 
-def test_ones_own_run_goes_on_without_asking(tmp_path, monkeypatch):
+def test_commands_run_the_code_of_the_users_own_run(tmp_path, monkeypatch):
     folder = own_run(tmp_path / "run")
     assert main(["train", str(folder / "config.yaml"), "--resume", "--max_steps", "2"]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.chdir(tmp_path)
     assert main(["eval", "--model_name_or_path", str(folder / "checkpoint-2"), "--output", "e"]) == 0
-    # The evaluation's own file, too.
+    # Also the evaluation's file.
     parse_config([str(tmp_path / "e" / "config.yaml")])
-    # In another place it is another run.
+    # A copy is another run.
     shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(UserError, match="names Python to be run"):
         parse_config([str(tmp_path / "copy" / "config.yaml")])
 
 
-def test_a_record_inside_of_the_folder_counts_for_nothing(downloaded, monkeypatch):
-    """Without a home of its own, a command looks for no record in the present folder."""
+def test_check_code_ignores_records_in_the_current_folder(downloaded, monkeypatch):
+    """Without a home folder, a command does not look for records in the current one."""
     remember_own(downloaded, parse_config(["run/config.yaml", "--reward_funcs", f"[{downloaded / 'mine.py'}:mine]"]))
     option = json.dumps(["exact_answer", f"{downloaded / 'mine.py'}:mine"])
     remember_own(downloaded, parse_config(["run/config.yaml", "--reward_funcs", option]))
@@ -117,7 +117,7 @@ def test_a_record_inside_of_the_folder_counts_for_nothing(downloaded, monkeypatc
         monkeypatch.setattr(Path, "home", no_home)
         with pytest.raises(UserError, match="names Python to be run"):
             parse_config(["run/config.yaml"])
-        # Nor does a run end for want of one.
+        # The missing record does not end a run.
         remember_own(downloaded, parse_config(["run/config.yaml", "--reward_funcs", option]))
 
 
@@ -125,13 +125,13 @@ def no_home():
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_a_recipe_that_lies_elsewhere_is_ones_own(tmp_path):
+def test_check_code_trusts_recipes_outside_of_run_folders(tmp_path):
     (tmp_path / "mine.py").write_text(PYTHON)
     recipe = tmp_path / "recipe.yaml"
     fields = {"reward_funcs": [f"{tmp_path / 'mine.py'}:mine"], "trust_remote_code": True}
     recipe.write_text(yaml.safe_dump({**vars(config(tmp_path / "run")), **fields}))
     assert parse_config([str(recipe)]).trust_remote_code
-    # In a folder of the run's, it is the run's.
+    # In a run's folder, it belongs to the run.
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "recipes").mkdir()
     for place in (tmp_path / "run", tmp_path / "run" / "recipes", tmp_path / "run" / "checkpoint-1"):
@@ -151,7 +151,7 @@ def test_a_recipe_that_lies_elsewhere_is_ones_own(tmp_path):
     ],
     ids=["code of the model", "a module", "a file", "a kernel", "arguments"],
 )
-def test_every_field_that_names_python(tmp_path, fields, option, capsys):
+def test_check_code_covers_every_field_that_names_code(tmp_path, fields, option, capsys):
     folder = tmp_path / "run"
     (folder / "checkpoint-1").mkdir(parents=True)
     path = folder / "config.yaml"
@@ -166,8 +166,8 @@ def test_every_field_that_names_python(tmp_path, fields, option, capsys):
     parse_config([str(path), f"--{name}", value.strip("'")])
 
 
-def test_the_code_of_a_downloaded_model_is_not_run(tmp_path, capsys):
-    """`trust_remote_code: true` beside a model whose configuration names a class of its own."""
+def test_commands_refuse_the_code_of_a_downloaded_model(tmp_path, capsys):
+    """`trust_remote_code: true` and a model whose configuration names its own class."""
     folder = tmp_path / "run"
     model = folder / "checkpoint-1"
     trainer(tmp_path / "made").model.save_pretrained(model)
@@ -185,15 +185,15 @@ def test_the_code_of_a_downloaded_model_is_not_run(tmp_path, capsys):
         assert main(command) == 2
         assert "--trust_remote_code true" in refusal(capsys)
     assert not (tmp_path / "ran").exists()
-    # The test would notice.
+    # With permission, the code runs, so the test above means something.
     assert main([*commands[0], "--trust_remote_code", "true"]) == 2
     assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("value", [{"class_path": "evil_module.Evil"}, [{"class_path": "evil_module.Evil"}]], ids=str)
 @pytest.mark.parametrize("field", ["model_init_kwargs", "dataset_kwargs", "chat_template_kwargs", "generation_kwargs"])
-def test_a_class_path_in_a_configuration_is_not_imported(tmp_path, monkeypatch, field, value):
-    """jsonargparse imports what one names where any value is allowed."""
+def test_parse_config_does_not_import_a_class_path(tmp_path, monkeypatch, field, value):
+    """jsonargparse imports the class that a dictionary names if any value is allowed."""
     (tmp_path / "evil_module.py").write_text("class Evil:\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "recipe.yaml"
@@ -203,7 +203,7 @@ def test_a_class_path_in_a_configuration_is_not_imported(tmp_path, monkeypatch, 
     assert "evil_module" not in sys.modules
 
 
-def test_values_of_the_command_line_are_read_as_in_a_file():
+def test_parse_config_reads_option_values_like_a_file():
     options = ["--model_init_kwargs.head_dim=32", "--model_init_kwargs.rope_theta", "1e4"]
     options += ["--model_init_kwargs.attention_bias=true", "--model_init_kwargs.layer_types=[full_attention]"]
     values = {"head_dim": 32, "rope_theta": 1e4, "attention_bias": True, "layer_types": ["full_attention"]}

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.distributed.rng import kept_torch_generators
 from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.model.loading import base_config
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
+from grpo_fast.rollout.stops import stop_texts
 from grpo_fast.rollout.vllm import common
 from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache
 from grpo_fast.rollout.vllm.weights import engine_weights
@@ -49,7 +51,7 @@ class VLLMColocate(Rollout):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.vllm = import_extra("vllm", "vllm")
         self.device = model.device.type
-        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.eos_token_ids, self.tokenizer = eos_token_ids(model, tokenizer), tokenizer
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.sleeps = config.vllm_enable_sleep_mode and self.device == "cuda"
         self.has_weights = False
@@ -73,6 +75,7 @@ class VLLMColocate(Rollout):
             options["gpu_memory_utilization"] = min(1.0, (weights + kv.bytes) / total) if share is None else share
         with tempfile.TemporaryDirectory(prefix="grpo-fast-") as folder, undisturbed():
             common.save_config(model, Path(folder))
+            common.save_tokenizer(tokenizer, Path(folder), options)
             name = base_config(config).model_name_or_path if config.trust_remote_code else folder
             try:
                 self.llm = self.vllm.LLM(name, **options)
@@ -130,6 +133,7 @@ class VLLMColocate(Rollout):
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         # Compilation for a CPU needs a compiler and takes longer than it saves.
         eager = torch.compiler.set_stance("force_eager") if self.device == "cpu" else nullcontext()
+        stops = stop_texts(self.tokenizer, sampling)
         with undisturbed(), eager:
             outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
         return [
@@ -139,6 +143,8 @@ class VLLMColocate(Rollout):
                 completion.finish_reason,
                 self.vocab_size,
                 sampling.max_completion_length,
+                self.eos_token_ids,
+                stops,
             )
             for output in outputs
             for completion in output.outputs
@@ -159,7 +165,7 @@ def undisturbed() -> Iterator[None]:
     """Restore what vLLM changes in this process: random generators, `torch.set_num_threads` and LD_PRELOAD."""
     set_num_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     python, numpys = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
+    with kept_torch_generators():
         try:
             yield
         finally:

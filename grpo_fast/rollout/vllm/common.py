@@ -6,7 +6,7 @@ import json
 import os
 import reprlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,13 +18,15 @@ from torch import nn
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Response, Sampling
+from grpo_fast.rollout.stops import StopTexts, ending
 from grpo_fast.rollout.vllm.guard import server_key
 from grpo_fast.rollout.vllm.json_client import JsonClient
 from grpo_fast.rollout.vllm.kv_plan import KVPlan
 from grpo_fast.rollout.vllm.worker import WORKER_EXTENSION
 
-# The generation_kwargs that vLLM supports, and its names for them.
+# The generation_kwargs that vLLM supports besides ``stop``, and its names for them.
 FILTERS = {"repetition_penalty": "repetition_penalty", "min_new_tokens": "min_tokens"}
+NO_BUDGET = "thinking_budget is not possible with use_vllm, because vLLM does not say which tokens it forced"
 # Bytes that training keeps for each trained parameter while vLLM samples: the gradient and Adam's two moments.
 TRAINING_BYTES = 12
 # Share of the free memory that is left for activations while sampling and for fragmentation.
@@ -40,13 +42,17 @@ def sampling_arguments(sampling: Sampling, eos_token_ids: Iterable[int]) -> dict
     Raises:
         UserError: `generation_kwargs` are refused.
     """
-    sampling.check_generation_kwargs(FILTERS, " with vLLM")
-    filters = {FILTERS[name]: value for name, value in sampling.generation_kwargs.items()}
+    sampling.check_generation_kwargs((*FILTERS, "stop"), " with vLLM")
+    if sampling.thinking_budget is not None:
+        raise UserError(NO_BUDGET)
+    filters = {FILTERS[name]: value for name, value in sampling.filters.items()}
     penalty = filters.get("repetition_penalty", 1.0)
     if not isinstance(penalty, int | float) or not penalty > 0:
         raise UserError(f"generation_kwargs: repetition_penalty={penalty!r} is not allowed: it must be above 0")
     if sampling.temperature > 0:
         filters |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p or 0.0}
+    if texts := sampling.stop_texts:
+        filters |= {"stop": list(texts), "include_stop_str_in_output": True, "skip_special_tokens": False}
     return {
         "n": sampling.num_generations,
         "max_tokens": sampling.max_completion_length,
@@ -54,7 +60,7 @@ def sampling_arguments(sampling: Sampling, eos_token_ids: Iterable[int]) -> dict
         "ignore_eos": True,
         "stop_token_ids": sorted(eos_token_ids),
         "logprobs": 0,
-        "detokenize": False,
+        "detokenize": bool(texts),
         **filters,
     }
 
@@ -71,9 +77,17 @@ def prompt_seeds(sampling: Sampling, prompts: int) -> list[int]:
 
 
 def response(
-    token_ids: Sequence[Any], logprobs: Sequence[Any], finish_reason: Any, vocab_size: int, longest: int
+    token_ids: Sequence[Any],
+    logprobs: Sequence[Any],
+    finish_reason: Any,
+    vocab_size: int,
+    longest: int,
+    eos_token_ids: Container[int] = (),
+    stops: StopTexts | None = None,
 ) -> Response:
     """Check a completion from vLLM: token ids below `vocab_size`, finite log-probabilities, at most `longest` tokens.
+
+    With `stops`, tokens that vLLM sampled after a stop text are left out.
 
     Raises:
         UserError: a value is out of range.
@@ -92,7 +106,14 @@ def response(
             raise UserError(
                 f"vLLM returned the log-probability {reprlib.repr(logprob)}; it must be finite and at most 0"
             )
-    return Response(list(token_ids), finish_reason, [float(logprob) for logprob in logprobs])
+    ids, values = list(token_ids), [float(logprob) for logprob in logprobs]
+    if stops is None:
+        return Response(ids, finish_reason, values)
+    count, past = ending(ids, eos_token_ids, stops) or (None, None)
+    if count is None and finish_reason == "stop":
+        # vLLM's text may begin with a space that a completion alone does not have.
+        past = 0
+    return Response(ids[:count], "stop" if count else finish_reason, values[:count], past)
 
 
 def model_length(config: GRPOConfig, longest_prompt: int) -> int:
@@ -141,6 +162,18 @@ def save_config(model: nn.Module, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
 
 
+def needs_tokenizer(config: GRPOConfig) -> bool:
+    """Whether vLLM itself needs the tokenizer: to find stop texts."""
+    return "stop" in (config.generation_kwargs or {})
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, options: dict[str, Any]) -> None:
+    """Write the tokenizer to `folder`, and have the engine of these `options` use it, if it needs one."""
+    if not options["skip_tokenizer_init"]:
+        tokenizer.save_pretrained(folder)
+        options["tokenizer"] = str(folder)
+
+
 def quiet_vllm(level: str) -> None:
     """Turn off vLLM's usage reports and its log below `level`, unless the environment sets them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -153,7 +186,7 @@ def engine_options(config: GRPOConfig, dtype: torch.dtype, device: str, length: 
         "dtype": str(dtype).removeprefix("torch."),
         # The first sync loads the weights.
         "load_format": "dummy",
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not needs_tokenizer(config),
         "generation_config": "vllm",
         "max_model_len": length,
         "max_num_seqs": kv.sequences,

@@ -52,6 +52,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     kv = plan_engine_cache(config, model.config, dtype, device, length, available)
     common.save_config(model, folder)
     options = common.engine_options(config, dtype, device, length, kv)
+    common.save_tokenizer(tokenizer, folder, options)
     if device == "cpu":
         options["kv_cache_memory_bytes"] = kv.bytes
     elif config.vllm_gpu_memory_utilization is not None:

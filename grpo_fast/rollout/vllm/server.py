@@ -16,7 +16,15 @@ from torch import nn
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line, printable, say
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
-from grpo_fast.rollout.vllm.common import model_length, prompt_seeds, response, sampling_arguments, server_client
+from grpo_fast.rollout.stops import stop_texts
+from grpo_fast.rollout.vllm.common import (
+    model_length,
+    needs_tokenizer,
+    prompt_seeds,
+    response,
+    sampling_arguments,
+    server_client,
+)
 from grpo_fast.rollout.vllm.guard import KEY_VARIABLE
 from grpo_fast.rollout.vllm.json_client import KeyRefused, ServerError
 from grpo_fast.rollout.vllm.weights import write_weights
@@ -48,13 +56,13 @@ class VLLMServer(Rollout):
 
     def __init__(self, config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int):
         self.client = server_client(config)
-        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.eos_token_ids, self.tokenizer = eos_token_ids(model, tokenizer), tokenizer
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.run = secrets.token_hex(8)
         self.syncs = 0
         self.version: str | None = None
         self._wait(config.vllm_server_timeout)
-        self._check_options(model_length(config, longest_prompt))
+        self._check_options(model_length(config, longest_prompt), needs_tokenizer(config))
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         sampling_arguments(sampling, self.eos_token_ids)
@@ -135,7 +143,7 @@ class VLLMServer(Rollout):
             raise self._gone(error) from None
 
     def _completions(self, answer: Any, sampling: Sampling) -> Iterator[Response]:
-        longest = sampling.max_completion_length
+        longest, stops = sampling.max_completion_length, stop_texts(self.tokenizer, sampling)
         try:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if [choice["index"] for choice in choices] != list(range(sampling.num_generations)):
@@ -147,7 +155,8 @@ class VLLMServer(Rollout):
                     raise ValueError("log-probabilities of different tokens")
                 self._check_version({span["version"] for span in choice["weight_versions"]})
                 logprobs = [each["logprob"] for each in content]
-                yield response(ids, logprobs, choice["finish_reason"], self.vocab_size, longest)
+                reason = choice["finish_reason"]
+                yield response(ids, logprobs, reason, self.vocab_size, longest, self.eos_token_ids, stops)
         except UserError:
             raise
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
@@ -179,7 +188,7 @@ class VLLMServer(Rollout):
                 say(f"waiting up to {timeout:g} s for a vLLM server at {self.client.base_url} ...")
             time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
 
-    def _check_options(self, length: int) -> None:
+    def _check_options(self, length: int, needs_tokenizer: bool) -> None:
         """Check that the server can update its weights over HTTP and returns log-probabilities after the filters."""
         try:
             options = self.client.request("GET", "/server_info?config_format=json")["vllm_config"]
@@ -188,7 +197,7 @@ class VLLMServer(Rollout):
                 "--worker-extension-cls": options["parallel_config"]["worker_extension_cls"],
                 "--logprobs-mode": model["logprobs_mode"],
             }
-            longest = int(model["max_model_len"])
+            longest, bare = int(model["max_model_len"]), needs_tokenizer and bool(model["skip_tokenizer_init"])
         except KeyRefused as error:
             raise self._gone(error) from None
         except (ServerError, TypeError, KeyError, ValueError, OverflowError) as error:
@@ -200,6 +209,8 @@ class VLLMServer(Rollout):
         for option, value in wanted.items():
             if found[option] != value:
                 raise self._error(f"was started with {option} {_text(found[option])}, but needs {value}; {START}")
+        if bare:
+            raise self._error(f"was started without the tokenizer that generation_kwargs: stop needs; {START}")
         if longest < length:
             raise self._error(f"accepts {longest} tokens, but the longest prompt and completion have {length}; {START}")
 

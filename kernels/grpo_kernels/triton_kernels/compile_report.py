@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,12 +37,25 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 
 MATRIX_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|FFMA)")
 SPILL = re.compile(r"\b(LDL|STL)\b")
+DOT_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 # The types of arguments by their names; the others are pointers to float32.
-SIZES = ("N", "V", "H", "hidden_stride", "weight_stride_v", "out_stride", "stride", "tiles_per_split", "splits")
-NUMBERS = ("logit_scale", "softcap", "low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta")
+SIZES = (
+    "N",
+    "V",
+    "padded_columns",
+    "H",
+    "hidden_stride",
+    "weight_stride_v",
+    "out_stride",
+    "stride",
+    "tiles_per_split",
+    "splits",
+)
+NUMBERS = ("logit_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
+NUMBERS += ("decay_pos", "decay_neg", "beta", "entropy_coef")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
-    **dict.fromkeys((*NUMBERS, "entropy_coef"), "fp32"),
+    **dict.fromkeys(NUMBERS, "fp32"),
     "targets": "*i64",
     "offsets": "*i64",
     "mask": "*i1",
@@ -88,13 +102,13 @@ def head_variants(architecture: str) -> Iterator[Variant]:
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
-    for tiles, dtype in ((row.half, "bf16"), (row.single, "fp32")):
+    for tiles, dtype in ((row.half, "bf16"), (row.half, "fp16"), (row.single, "fp32")):
         yield _head_gradient_known(row.descriptors, tiles[0], dtype, options=False)
-        capped = row.capped if dtype == "bf16" and row.capped else tiles
+        capped = row.capped if dtype != "fp32" and row.capped else tiles
         yield _head_gradient_known(row.descriptors, capped[0], dtype, options=True)
         if row.descriptors:
             yield _head_gradient_known(False, tiles[0], dtype, options=False)
-    for dtype in ("bf16", "fp32"):
+    for dtype in ("bf16", "fp16", "fp32"):
         for options in (False, True):
             yield _head_gradient(row.half[0].part, dtype, options)
 
@@ -113,17 +127,21 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
         "HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "WITH_ENTROPY": entropy,
         "STORE": store, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
         "PART_V": tile.part, "BLOCK_K": tile.depth, "weight_stride_h": 1,
-        "DOT_DTYPE": {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype],
+        "DOT_DTYPE": DOT_DTYPES[dtype],
     }  # fmt: skip
     name = f"{dtype} {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} {'store' if store else 'score'}"
     name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
-    aligned = frozenset({"hidden", "weight", "out", "V", "H", "hidden_stride", "weight_stride_v", "out_stride"})
+    aligned = frozenset(
+        {"hidden", "weight", "out", "V", "padded_columns", "H", "hidden_stride", "weight_stride_v", "out_stride"}
+    )
     return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
 
 
 def _head_gradient_known(descriptors: bool, tile: Tile, dtype: str, options: bool) -> Variant:
     forward = _head_forward(descriptors, tile, dtype, store=True, entropy=options, options=options)
-    constants = forward.constants | {"HAS_GRAD_ENTROPY": options}
+    constants = forward.constants | {
+        "HAS_GRAD": dtype != "fp16" or options, "HAS_GRAD_ENTROPY": options, "ROW_SCALED": dtype == "fp16",
+    }  # fmt: skip
     for name in ("WITH_ENTROPY", "STORE"):
         del constants[name]
     return replace(forward, kernel=known_lse_kernels.head_gradient_known, constants=constants)
@@ -132,12 +150,13 @@ def _head_gradient_known(descriptors: bool, tile: Tile, dtype: str, options: boo
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
-        "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS, "ROWS": triton_head.GRADIENT_ROWS,
+        "ROW_SCALED": dtype == "fp16", "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS,
+        "ROWS": triton_head.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
     return Variant(
         head_kernels.head_gradient, name, {"e": f"*{dtype}"}, constants, triton_head.GRADIENT_WARPS,
-        aligned=frozenset({"e", "V", "stride"}),
+        aligned=frozenset({"e", "V", "padded_columns", "stride"}),
     )  # fmt: skip
 
 

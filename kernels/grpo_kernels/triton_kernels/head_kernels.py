@@ -52,7 +52,7 @@ def _merge(maximum, total, weighted, other_maximum, other_total, other_weighted,
 @triton.jit
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
-    N, V, out_stride, logit_scale, softcap,
+    N, V, padded_columns, out_stride, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def _fold_tile(
             tl.store(
                 (out + rows * out_stride + first_column)[:, None] + column[None, :],
                 e.to(out.dtype.element_ty),
-                row_mask[:, None] & column_mask[None, :],
+                row_mask[:, None] & (column < padded_columns - first_column)[None, :],
             )
         tl.store(tile_maximum + (first_column // WIDTH).to(tl.int64) * N + rows, tile_max, row_mask)
     maximum, total, weighted = _merge(maximum, total, weighted, tile_max, tile_total, tile_weighted, WITH_ENTROPY)
@@ -112,6 +112,7 @@ def head_forward(
     tile_maximum,  # [tiles, N] float32
     N,
     V,
+    padded_columns,  # of out: V, or the next multiple of 16, which needs no mask for each column
     H,
     hidden_stride,
     weight_stride_v,
@@ -173,8 +174,8 @@ def head_forward(
             for part in tl.static_range(BLOCK_V // PART_V):
                 statistics = _fold_tile(
                     _part(z, part, BLOCK_N, BLOCK_V, PART_V), statistics, first_row, first_column + part * PART_V,
-                    target, inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V, out_stride,
-                    logit_scale, softcap,
+                    target, inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V,
+                    padded_columns, out_stride, logit_scale, softcap,
                     HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, WITH_ENTROPY, STORE, DESCRIPTORS, PART_V,
                 )  # fmt: skip
         # Four planes of [splits, N].
@@ -241,6 +242,7 @@ def head_gradient(
     grad_entropy,  # [N] float32
     N,
     V,
+    padded_columns,  # of e: V, or the next multiple of 16, which needs no mask for each column
     stride,
     logit_scale,
     softcap,
@@ -248,6 +250,7 @@ def head_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
+    ROW_SCALED: tl.constexpr,  # the gradient is logit_scale times dL/dz alone
     PART_V: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -273,7 +276,8 @@ def head_gradient(
     row_temperature = tl.full([ROWS], 1.0, tl.float32)
     if HAS_TEMPERATURE:
         row_temperature = tl.load(temperature + rows, row_mask, other=1.0)
-        scale = logit_scale / row_temperature
+        if not ROW_SCALED:
+            scale = logit_scale / row_temperature
     g_entropy = tl.zeros([ROWS], tl.float32)
     mean_log_e = tl.zeros([ROWS], tl.float32)
     if HAS_GRAD_ENTROPY:
@@ -282,7 +286,7 @@ def head_gradient(
 
     for tile in range(first_tile, min(first_tile + PARTS, tiles)):
         first_column = tile * PART_V
-        mask = row_mask[:, None] & (column < V - first_column)[None, :]
+        mask = row_mask[:, None] & (column < padded_columns - first_column)[None, :]
         pointers = (e + rows * stride + first_column)[:, None] + column[None, :]
         values = tl.load(pointers, mask, other=0.0).to(tl.float32)
         tile_max = tl.load(tile_maximum + tl.cast(tile, tl.int64) * N + rows, row_mask, other=0.0)

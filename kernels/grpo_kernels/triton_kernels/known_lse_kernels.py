@@ -1,7 +1,7 @@
 """dL/dlogits of rows whose softmax statistics are known from an earlier pass: one kernel, straight from hidden states.
 
-    head_gradient_known   z as in `head_forward`; p = exp((z - maximum) - log(total)); writes
-                          dL/d(hidden @ weight.T) = scale * (g (1[v = y] - p) - g_entropy p (log p + entropy))
+    head_gradient_known   z as in `head_forward`; p = exp((z - maximum) - log(total)); writes dL/d(hidden @ weight.T)
+                          = scale / temperature * (g (1[v = y] - p) - g_entropy p (log p + entropy))
 
 Nothing is reduced over the vocabulary and no exponential is stored, so each logit costs one product and one store.
 """
@@ -65,6 +65,7 @@ def head_gradient_known(
     out,  # [N, V]: the gradient; a pointer, or a descriptor of blocks [BLOCK_N, PART_V]
     N,
     V,
+    padded_columns,  # of out: V, or the next multiple of 16, which needs no mask for each column
     H,
     hidden_stride,
     weight_stride_v,
@@ -74,10 +75,13 @@ def head_gradient_known(
     splits,
     logit_scale,
     softcap,
+    gradient_scale,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
+    ROW_SCALED: tl.constexpr,  # the gradient is gradient_scale times dL/dz alone
     DESCRIPTORS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -101,12 +105,15 @@ def head_gradient_known(
         z_target = tl.load(at_target + rows, row_mask, other=0.0)
         # p - 1 at the target is computed from the float32 statistics, and rounded once, in the store.
         at_target_gradient = -expm1((z_target - row_maximum) - log_total)
-        g = tl.load(grad_logprobs + rows, row_mask, other=0.0)
-        scale = tl.full([BLOCK_N], logit_scale, tl.float32)
+        g = tl.full([BLOCK_N], 1.0, tl.float32)
+        if HAS_GRAD:
+            g = tl.load(grad_logprobs + rows, row_mask, other=0.0)
+        scale = tl.full([BLOCK_N], gradient_scale, tl.float32)
         inverse_temperature = tl.full([BLOCK_N], 1.0, tl.float32)
         if HAS_TEMPERATURE:
             inverse_temperature = 1.0 / tl.load(temperature + rows, row_mask, other=1.0)
-            scale = logit_scale * inverse_temperature
+            if not ROW_SCALED:
+                scale = gradient_scale * inverse_temperature
         g_entropy = tl.zeros([BLOCK_N], tl.float32)
         entropy = tl.zeros([BLOCK_N], tl.float32)
         if HAS_GRAD_ENTROPY:
@@ -148,5 +155,5 @@ def head_gradient_known(
                     tl.store(
                         (out + rows * out_stride + part_start)[:, None] + part_column[None, :],
                         gradient.to(out.dtype.element_ty),
-                        row_mask[:, None] & (part_column < V - part_start)[None, :],
+                        row_mask[:, None] & (part_column < padded_columns - part_start)[None, :],
                     )

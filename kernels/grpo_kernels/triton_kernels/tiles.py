@@ -113,23 +113,41 @@ def cache_file() -> Path:
     return Path(folder) / "tiles.json"
 
 
-def choose_tile(candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float]) -> Tile:
-    """The tile for a head: the first of `candidates`, or with autotuning the fastest of them.
+# Tiles that the device had too little shared memory for in this process: (architecture and key, tile).
+_refused: set[tuple[str, Tile]] = set()
+
+
+def tiles_to_try(
+    candidates: tuple[Tile, ...], architecture: str, key: str, measure: Callable[[Tile], float]
+) -> tuple[Tile, ...]:
+    """The tiles for a head, in the order in which to try them: the table's, or with autotuning the fastest first.
 
     Args:
         candidates: from :meth:`Architecture.candidates`.
         architecture: a key of :data:`ARCHITECTURES`.
-        key: the dtype, sizes and options of the head, on which a measurement also depends.
-        measure: seconds that a launch with a tile takes; called for each candidate if no fastest one is on disk.
+        key: the dtypes, sizes and options of the head, on which a measurement also depends.
+        measure: seconds that a launch with a tile takes, infinite if the device refuses it; called for each candidate
+            if no fastest one is on disk.
     """
-    if os.environ.get("GRPO_KERNELS_AUTOTUNE") != "1" or len(candidates) == 1:
-        return candidates[0]
-    path, name = cache_file(), f"{architecture} {key}"
+    name = f"{architecture} {key}"
+    candidates = tuple(tile for tile in candidates if (name, tile) not in _refused)
+    if os.environ.get("GRPO_KERNELS_AUTOTUNE") != "1" or len(candidates) <= 1:
+        return candidates
+    path = cache_file()
     known = known_tiles(path)
     if known.get(name) not in candidates:
-        known[name] = min(candidates, key=measure)
-        _write(path, {**_read(path), name: asdict(known[name])})
-    return known[name]
+        seconds = {tile: measure(tile) for tile in candidates}
+        fastest = min(candidates, key=seconds.__getitem__)
+        if seconds[fastest] == float("inf"):
+            return candidates
+        known[name] = fastest
+        _write(path, {**_read(path), name: asdict(fastest)})
+    return known[name], *(tile for tile in candidates if tile != known[name])
+
+
+def refuse_tile(tile: Tile, architecture: str, key: str) -> None:
+    """Leave `tile` out of `tiles_to_try` for such heads from now on."""
+    _refused.add((f"{architecture} {key}", tile))
 
 
 @lru_cache(maxsize=1)

@@ -1,17 +1,21 @@
 """The output head on Triton: each step of `grpo_kernels._head.Head` that touches logits is one kernel.
 
 The chunk's buffer holds exponentials, then dL/d(hidden @ weight.T), in bfloat16 where the device multiplies bfloat16
-into float32, else in float32.
+into float32, else in float32. For a float16 head it is float16 and holds UNIT times the gradient of a coefficient of 1,
+at most: the coefficient itself, about 1 / tokens, would underflow and becomes the row scale.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
@@ -20,8 +24,9 @@ from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forwar
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
-from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, choose_tile, splits_of
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
+T = TypeVar("T")
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Rows and warps of the kernels that are bound by memory.
 COMBINE_ROWS, COMBINE_WARPS = 128, 4
@@ -37,17 +42,48 @@ def descriptors_fit(*matrices: Tensor) -> bool:
     )
 
 
-class TritonHead(Head):
-    """`Head` that keeps logits in registers; the row scale is part of the gradient, so `gradient_` returns None."""
+# The gradient of a coefficient of 1 is at most 1 for log-probabilities. For entropies it is |p (log p + entropy)|,
+# below 4 for any vocabulary of up to 2**20 tokens. UNIT is half of float16's largest number, and lets probabilities
+# down to 2e-9 keep all of its digits.
+UNIT, ENTROPY_BOUND = 2.0**15, 4.0
 
-    # Elements: rows start at multiples of 16 bytes whatever V is, as the kernels and cuBLAS require.
-    buffer_alignment = 8
+
+def padded_columns(buffer: Tensor) -> int:
+    """Up to which column kernels may write in `buffer [C, V]`: a multiple of 16, if its memory goes that far, else V.
+
+    With V itself as the bound, a V that is no multiple of 16 would make every load and store one number wide.
+    """
+    rows, columns = buffer.shape
+    padded = -(-columns // TritonHead.buffer_alignment) * TritonHead.buffer_alignment
+    end = buffer.storage_offset() + (rows - 1) * buffer.stride(0) + padded
+    fits = padded <= buffer.stride(0) and end * buffer.element_size() <= buffer.untyped_storage().nbytes()
+    return padded if fits else columns
+
+
+def _normalized(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, like: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Coefficients ``[C]`` for which the gradient is at most 1, and the factor ``[C]`` that gives the original ones."""
+    if grad_entropy is None:
+        return None, None, torch.ones_like(like) if grad_logprobs is None else grad_logprobs
+    grad_logprobs = torch.ones_like(like) if grad_logprobs is None else grad_logprobs
+    size = grad_logprobs.abs() + ENTROPY_BOUND * grad_entropy.abs()
+    divisor = torch.where(size == 0, 1.0, size)
+    return grad_logprobs / divisor, grad_entropy / divisor, size
+
+
+class TritonHead(Head):
+    """`Head` that keeps logits in registers; except for float16 the row scale is part of the gradient."""
+
+    # Elements: rows are whole numbers of 16 elements apart whatever V is, so that Triton, which asks whether sizes are
+    # multiples of 16, loads and stores 16 bytes at a time; descriptors and cuBLAS need multiples of 16 bytes.
+    buffer_alignment = 16
 
     scale_ = staticmethod(scale_unless_one_)
 
     @property
     def buffer_dtype(self) -> torch.dtype:
-        return self.operand_dtype if self.mixed_products else self.dtype
+        return self.operand_dtype if self.mixed_products or self.operand_dtype == torch.float16 else self.dtype
 
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
@@ -59,27 +95,46 @@ class TritonHead(Head):
         return rows.to(self.operand_dtype).contiguous()
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        return self.launch_forward(self.tile(rows, out, with_entropy), rows, out, with_entropy)
+        return self.with_tile(
+            "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
+        )
 
-    def tile(self, rows: Rows, out: Tensor, with_entropy: bool) -> Tile:
-        """The tile of the table, or with autotuning the fastest for these rows."""
+    def with_tile(self, kernel: str, rows: Rows, out: Tensor, with_entropy: bool, launch: Callable[[Tile], T]) -> T:
+        """`launch` with the first tile of the table that the device has the resources for, or with the tuned one.
+
+        Raises:
+            RuntimeError: the device has the resources for none.
+        """
         architecture = architecture_of(out.device)
         dtype, softcap = self.operand_dtype, self.softcap is not None
-        candidates = ARCHITECTURES[architecture].candidates(dtype, softcap)
         sizes = f"H={rows.hidden.shape[1]} V={self.vocab_size}"
         key = f"{str(dtype).removeprefix('torch.')} {softcap=} {sizes} store={out.shape[1] > 0} entropy={with_entropy}"
+        if self.weight.dtype != dtype:
+            key += f" weight={str(self.weight.dtype).removeprefix('torch.')}"
+        if kernel != "head_forward":
+            key += f" kernel={kernel}"
 
-        def measure(tile: Tile) -> float:
-            def launch():
-                self.launch_forward(tile, rows, out, with_entropy)
+        def seconds(tile: Tile) -> float:
+            try:
+                if out.is_cuda:
+                    return triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=50, return_mode="median")
+                started = time.perf_counter()
+                launch(tile)
+                return time.perf_counter() - started
+            except OutOfResources:
+                return float("inf")
 
-            if out.is_cuda:
-                return triton.testing.do_bench(launch, warmup=5, rep=50, return_mode="median")
-            started = time.perf_counter()
-            launch()
-            return time.perf_counter() - started
-
-        return choose_tile(candidates, architecture, key, measure)
+        refusal = None
+        for tile in tiles_to_try(ARCHITECTURES[architecture].candidates(dtype, softcap), architecture, key, seconds):
+            try:
+                return launch(tile)
+            except OutOfResources as error:
+                # Raised before anything runs.
+                refuse_tile(tile, architecture, key)
+                refusal = error
+        raise RuntimeError(
+            f"no tile of {kernel} fits {architecture} ({key}: {refusal or 'refused before'}); use backend='torch'"
+        )
 
     def launch_forward(self, tile: Tile, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
         (hidden, targets, temperature), weight, device = rows, self.weight, out.device
@@ -102,7 +157,8 @@ class TritonHead(Head):
         run_kernel(
             head_forward, device, min(items, programs) if architecture.descriptors else items,
             first, second, self.bias, targets, temperature, partials, third, tile_maximum,
-            N, V, H, hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
+            N, V, padded_columns(out), H,
+            hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
             self.logit_scale, self.softcap or 1.0,
             HAS_BIAS=self.bias is not None,
             HAS_TEMPERATURE=temperature is not None,
@@ -126,9 +182,32 @@ class TritonHead(Head):
 
     def recompute_(
         self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
+        g, g_entropy, scale, row_scale = self.row_scaled(
+            out.dtype, grad_logprobs, grad_entropy, stats.total, rows.temperature
+        )
+        # An incoming gradient may be one number, expanded.
+        g, g_entropy = (None if grad is None else grad.contiguous() for grad in (g, g_entropy))
+
+        def launch(tile: Tile) -> None:
+            self.launch_known(tile, rows, stats, out, g, g_entropy, scale, row_scale is not None)
+
+        self.with_tile("head_gradient_known", rows, out, g_entropy is not None, launch)
+        return out, row_scale
+
+    def launch_known(
+        self,
+        tile: Tile,
+        rows: Rows,
+        stats: RowStatistics,
+        out: Tensor,  # [C, V]
+        grad_logprobs: Tensor | None,  # [C], None for 1
+        grad_entropy: Tensor | None,  # [C], None for 0
+        scale: float,
+        row_scaled: bool,
+    ) -> None:
         (hidden, targets, temperature), weight, device = rows, self.weight, out.device
-        (N, H), V, tile = hidden.shape, self.vocab_size, self.tile(rows, out, grad_entropy is not None)
+        (N, H), V = hidden.shape, self.vocab_size
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, programs = -(-N // tile.rows), processors(device)
         splits, tiles_per_split = splits_of(row_blocks, -(-V // tile.columns), programs)
@@ -142,25 +221,47 @@ class TritonHead(Head):
         run_kernel(
             head_gradient_known, device, min(items, programs) if architecture.descriptors else items,
             first, second, self.bias, targets, temperature, stats.maximum, stats.total, stats.weighted, stats.target,
-            grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(), third,
-            N, V, H, hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
-            self.logit_scale, self.softcap or 1.0,
+            grad_logprobs, grad_entropy, third, N, V, padded_columns(out), H,
+            hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
+            self.logit_scale, self.softcap or 1.0, scale,
             HAS_BIAS=self.bias is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
+            HAS_GRAD=grad_logprobs is not None,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
+            ROW_SCALED=row_scaled,
             DESCRIPTORS=descriptors,
             DOT_DTYPE=tl.float32 if interpreting() else DOT_DTYPES[self.operand_dtype],
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return out, None
+
+    def row_scaled(
+        self,
+        dtype: torch.dtype,
+        grad_logprobs: Tensor | None,  # [C]
+        grad_entropy: Tensor | None,  # [C]
+        like: Tensor,  # [C]
+        temperature: Tensor | None,  # [C]
+    ) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
+        """For a gradient that is stored in `dtype`: its coefficients, its scale, and the row scale to apply later.
+
+        Without a row scale the kernel divides by the temperature; with one it does not.
+        """
+        if dtype != torch.float16:
+            return grad_logprobs, grad_entropy, self.logit_scale, None
+        grad_logprobs, grad_entropy, size = _normalized(grad_logprobs, grad_entropy, like)
+        row_scale = size * (self.logit_scale / UNIT)
+        return grad_logprobs, grad_entropy, UNIT, row_scale if temperature is None else row_scale / temperature
 
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
         N, V = e.shape
+        grad_logprobs, grad_entropy, scale, row_scale = self.row_scaled(
+            e.dtype, grad_logprobs, grad_entropy, stats.total, temperature
+        )
         # An incoming gradient may be one number, expanded.
         grad_logprobs, grad_entropy = (
             None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
@@ -168,11 +269,13 @@ class TritonHead(Head):
         run_kernel(
             head_gradient, e.device, -(-N // GRADIENT_ROWS) * -(-V // (GRADIENT_PARTS * stats.tile_width)),
             e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, targets,
-            temperature, grad_logprobs, grad_entropy, N, V, e.stride(0), self.logit_scale, self.softcap or 1.0,
+            temperature, grad_logprobs, grad_entropy, N, V, padded_columns(e), e.stride(0),
+            scale, self.softcap or 1.0,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
             HAS_GRAD=grad_logprobs is not None,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
+            ROW_SCALED=row_scale is not None,
             PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
-        return e, None
+        return e, row_scale

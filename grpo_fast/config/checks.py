@@ -1,0 +1,173 @@
+"""Checks of a whole configuration, before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+from grpo_fast.errors import UserError, one_line, shown
+from grpo_kernels import PRESETS
+
+# The largest reward, reward weight or advantage: float32's largest number, since the loss takes float32 advantages.
+# Squares of products of two such numbers are finite in float64.
+LARGEST_REWARD = 3.4028234663852886e38
+# Baselines that leave a reward to learn from even where all rewards of a group are equal.
+UNCENTRED = ("none", "best_only")
+
+_RANGES = [
+    (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
+    (
+        (
+            "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
+            "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
+            "max_train_samples", "max_eval_samples", "lora_r", "lora_alpha", "save_total_limit",
+            "max_num_gen_batches", "ref_model_sync_steps", "vllm_max_model_length",
+        ),
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    (
+        ("temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance", "vllm_server_timeout"),
+        lambda v: v > 0,
+        "above 0",
+    ),
+    (
+        (
+            "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
+            "eval_steps", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "thinking_budget",
+        ),
+        lambda v: v >= 0,
+        "at least 0",
+    ),
+    (("top_entropy_quantile",), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
+    (("vllm_server_port",), lambda v: 1 <= v <= 65535, "from 1 to 65535"),
+    (("top_p", "ref_model_mixup_alpha", "vllm_gpu_memory_utilization"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (("min_p", "adam_beta1", "adam_beta2", "lora_dropout"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
+]  # fmt: skip
+# A field, what it requires where it is set, and how an error names that.
+_REQUIRED = [
+    ("keep_best", lambda c: c.eval_steps, "eval_steps: it compares the scores that are measured during training"),
+    ("load_in_4bit", lambda c: c.use_peft, "use_peft: 4-bit weights are frozen, and only adapters are trained"),
+    ("activation_offloading", lambda c: c.gradient_checkpointing, "gradient_checkpointing, whose inputs it offloads"),
+    ("kl_in_reward", lambda c: c.beta, "beta above 0: without the KL term there is no reference policy"),
+    ("sync_ref_model", lambda c: c.beta, "beta above 0: without the KL term there is no reference policy"),
+    ("sync_ref_model", lambda c: not c.use_peft, "use_peft=False: with adapters, the reference is the initial model"),
+    (
+        "sample_ahead",
+        lambda c: c.corrects_sampler and c.vllm_mode == "server",
+        "use_vllm, vllm_mode='server' and vllm_importance_sampling_correction: only a server can sample during an "
+        "update, and the correction accounts for completions that are one step old",
+    ),
+]
+# Cached: a memory plan tries thousands of configurations.
+_hints = cache(get_type_hints)
+
+
+def check_config(config: Any) -> None:
+    """Check a `GRPOConfig`, whose module imports this one.
+
+    Raises:
+        UserError: names the first wrong field, its value and what is allowed.
+    """
+    _check_types(config)
+    for names, holds, allowed in _RANGES:
+        for name in names:
+            value = getattr(config, name)
+            # False for NaN and infinities, and exact for integers beyond the largest float.
+            if value is not None and not (abs(value) <= sys.float_info.max and holds(value)):
+                _refuse(name, value, f"a finite number, {allowed}")
+    _check_values(config)
+    for name, holds, required in _REQUIRED:
+        if getattr(config, name) and not holds(config):
+            raise UserError(f"{name} requires {required}")
+    _check_combinations(config)
+    try:
+        config.objective()
+    except ValueError as error:
+        raise UserError(one_line(str(error).removeprefix("PolicyObjective: "), limit=200)) from None
+
+
+def _check_types(config: Any) -> None:
+    for name, hint in _hints(type(config)).items():
+        value, allowed, is_list = getattr(config, name), _literals(hint), get_origin(hint) is list
+        if allowed and not all(item in allowed for item in (value if is_list else [value])):
+            _refuse(name, value, f"{'made of' if is_list else 'one of'} {', '.join(map(str, allowed))}")
+        if hint is bool and value is not None and not isinstance(value, bool):
+            _refuse(name, value, "true or false")
+        if value is None and type(None) not in get_args(hint):
+            _refuse(name, value, "set; leave the field out for its default")
+        if float in (hint, *get_args(hint)) and isinstance(value, int) and abs(value) > sys.float_info.max:
+            _refuse(name, value, f"a number within +-{sys.float_info.max:.1e}")
+
+
+def _check_values(c: Any) -> None:
+    if not c.dataset_name:
+        raise UserError("dataset_name is missing: a data file, a hub name or a built-in name")
+    if not c.reward_funcs:
+        raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
+    if c.vllm_server_base_url is not None and not c.vllm_server_base_url.startswith(("http://", "https://")):
+        _refuse("vllm_server_base_url", c.vllm_server_base_url, "an address like http://127.0.0.1:8000")
+    if not c.vllm_server_host or "/" in c.vllm_server_host or ":" in c.vllm_server_host:
+        allowed = "a name or an IPv4 address; vllm_server_base_url takes any other address"
+        _refuse("vllm_server_host", c.vllm_server_host, allowed)
+    if c.generation_batch_size % c.num_generations:
+        allowed = f"a multiple of num_generations={shown(c.num_generations)}"
+        _refuse("generation_batch_size", c.generation_batch_size, allowed)
+    if c.run_name is not None and (not c.run_name or "/" in c.run_name):
+        _refuse("run_name", c.run_name, "a name without '/'; output_dir takes a path")
+    if not all(abs(weight) <= LARGEST_REWARD for weight in c.reward_weights or []):
+        _refuse("reward_weights", c.reward_weights, f"made of numbers within +-{LARGEST_REWARD:.1e}")
+    if c.loss_type not in PRESETS:
+        _refuse("loss_type", c.loss_type, f"one of {', '.join(PRESETS)}")
+
+
+def _check_combinations(c: Any) -> None:
+    if c.corrects_sampler and c.loss_type == "vespo" and "token" not in c.vllm_importance_sampling_mode:
+        raise UserError(
+            "loss_type='vespo' requires vllm_importance_sampling_mode token_truncate or token_mask, not "
+            f"{c.vllm_importance_sampling_mode!r}: its own ratio already covers the whole sequence"
+        )
+    low, high = c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max
+    if low is not None and high is not None and low > high:
+        names = "vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"
+        raise UserError(f"{names[0]}={shown(low)} is above {names[1]}={shown(high)}")
+    if c.thinking_budget is not None and c.thinking_budget >= c.max_completion_length:
+        allowed = f"below max_completion_length={shown(c.max_completion_length)}, so that an answer can follow"
+        _refuse("thinking_budget", c.thinking_budget, allowed)
+    if c.thinking_budget is not None and c.use_vllm:
+        raise UserError(
+            "thinking_budget is not possible with use_vllm, because vLLM does not say which tokens it forced: set "
+            "use_vllm=false, or leave out thinking_budget"
+        )
+    if c.share_prompts == "always" and c.padding_free == "never":
+        raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")
+    if c.reward_baseline in UNCENTRED and c.scale_rewards != "none":
+        raise UserError(
+            f"reward_baseline={c.reward_baseline!r} requires scale_rewards='none', not {c.scale_rewards!r}: rewards "
+            "that are not centred are not scaled"
+        )
+    if c.multi_objective_aggregation == "normalize_then_sum":
+        for name, value in (("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False)):
+            if getattr(c, name) != value:
+                raise UserError(
+                    f"multi_objective_aggregation='normalize_then_sum' requires {name}={value!r}, "
+                    f"not {getattr(c, name)!r}"
+                )
+    if c.reward_weights is not None and len(c.reward_weights) != len(c.reward_funcs):
+        raise UserError(f"reward_weights has {len(c.reward_weights)} values for {len(c.reward_funcs)} reward_funcs")
+    if c.prompt_template is not None and c.prompt_file is not None:
+        raise UserError("prompt_template and prompt_file both make the prompt; set one of them")
+
+
+def _literals(hint: Any) -> tuple:
+    """The values that a ``Literal`` (or an optional one) allows; empty for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    values = [value for part in get_args(hint) for value in _literals(part)]
+    return (*values, None) if values and type(None) in get_args(hint) else tuple(values)
+
+
+def _refuse(name: str, value: object, allowed: str) -> NoReturn:
+    raise UserError(f"{name}={shown(value)} is not allowed: it must be {allowed}")

@@ -1,0 +1,387 @@
+"""The fields of a run's configuration: one flat dataclass, with TRL's names where TRL has one.
+
+`grpo-fast train CONFIG.yaml --field value` fills it. The loss keeps TRL's names here and `PolicyObjective`'s names from
+:meth:`GRPOConfig.objective` on, with nothing in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grpo_fast.config.checks import check_config
+from grpo_kernels import PRESETS, PolicyObjective
+
+# Not Any: jsonargparse would import the class that a dictionary with a ``class_path`` names.
+Value = bool | int | float | str | list | dict | None
+
+# Fields that a resumed run may change: where and how much it writes, how long it runs, and how it computes the same
+# values. The learning rate follows the schedule of the new max_steps.
+FREE_FIELDS = frozenset(
+    (
+        "output_dir", "run_name", "max_steps", "logging_steps", "log_completions_steps", "eval_steps", "keep_best",
+        "report_to", "reward_timeout", "on_reward_error", "code_isolation", "save_steps", "save_total_limit",
+        "resume_from_checkpoint", "max_tokens_per_microbatch", "max_tokens_per_generation_batch", "max_buffer_mib",
+        "gradient_checkpointing", "activation_offloading", "use_liger_kernel", "tiled_mlp", "attn_implementation",
+        "fsdp", "padding_free", "share_prompts", "use_cpu", "trust_remote_code", "vllm_mode", "vllm_server_base_url",
+        "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_max_model_length",
+        "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "sync_tolerance",
+    )
+)  # fmt: skip
+
+# Fields that may hold a path, in which ``~`` is the home folder. The files in reward_funcs are expanded when loaded.
+_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
+
+# A comma between names, not one between the arguments of a reward, as in ``soft_overlong(4096, 819)``.
+_COMMA = re.compile(r",(?![^()]*\))")
+
+# What `PolicyObjective` calls otherwise than TRL; its other settings have TRL's names.
+_TRL_NAMES = {
+    "level": "importance_sampling_level",
+    "kl": "kl_estimator",
+    "kl_bias_correction": "use_bias_correction_kl",
+}
+
+# TRL's fields that have another name or another place here.
+TRL_FIELDS_INSTEAD = {
+    "per_device_train_batch_size": "generation_batch_size (and max_tokens_per_microbatch for the memory)",
+    "gradient_accumulation_steps": "max_tokens_per_microbatch",
+    "steps_per_generation": "num_iterations",
+    "num_train_epochs": "max_steps",
+    "repetition_penalty": "generation_kwargs",
+    "warmup_ratio": "warmup_steps (below 1, it is a share of max_steps)",
+    "log_completions": "log_completions_steps",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+    "vllm_tensor_parallel_size": "it on the server (grpo-fast serve CONFIG.yaml -- --tensor-parallel-size 2)",
+}
+
+
+@dataclass
+class GRPOConfig:
+    """A GRPO run.
+
+    Args:
+        model_name_or_path: a folder or hub name for `from_pretrained`, or a built-in: ``smollm2-135m-instruct`` (extra
+            `smollm2`) or ``random-llama`` (random weights for digit tasks). It may name an adapter saved by peft, such
+            as ``RUN/checkpoint-N``, with its base model in adapter_config.json; use_peft then trains that adapter
+            further.
+        dtype: dtype of the weights.
+        attn_implementation: attention of the model; None leaves the choice to transformers.
+        trust_remote_code: run code that comes with the model.
+        model_init_kwargs: more arguments for the model (for ``random-llama``: fields of its LlamaConfig).
+        use_peft: train LoRA adapters instead of the weights (extra `train`); the reference policy is the model without
+            them, or with a loaded adapter's initial state.
+        lora_r: rank of a new adapter. A loaded adapter keeps its own values of this field and the next four.
+        lora_alpha: its scale is lora_alpha / lora_r (with use_rslora, / sqrt(lora_r)).
+        lora_dropout: dropout before the adapter.
+        lora_target_modules: names of the modules that get an adapter (default: all linear layers except the head).
+        use_rslora: rank-stabilised scale.
+        load_in_4bit: quantise the frozen weights to 4 bits (QLoRA, extra `lowbit`).
+        bnb_4bit_quant_type: the 4-bit format.
+        use_bnb_nested_quant: also quantise the scales of the 4-bit blocks.
+        gradient_checkpointing: recompute activations in the backward instead of storing them.
+        activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory.
+        use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
+        tiled_mlp: compute MLPs in tiles of 2048 tokens, recomputed in the backward, to bound their intermediates.
+        dataset_name: a .jsonl, .json, .csv (each also .gz) or .parquet file, a hub name, or a built-in:
+            ``sort_digits``, ``addition``, ``arithmetic``, ``countdown`` (generated), ``gsm8k`` or ``math`` (from the
+            hub or files).
+        dataset_config: configuration of a hub dataset.
+        dataset_kwargs: arguments of a built-in dataset, such as ``{digits: 3}`` for arithmetic or ``{path: FOLDER}``
+            for gsm8k and math.
+        dataset_train_split: split of a hub dataset to train on.
+        dataset_test_split: split of a hub dataset to evaluate on.
+        eval_dataset_name: file to evaluate on; without it, dataset_test_split, or about a tenth of a file's rows, at
+            most 200, chosen by their content and so the same in every run.
+        answer_column: the column that reward functions get as ``answer`` (default: ``answer``; in Alpaca's data
+            ``output``, in ShareGPT's the assistant's last message); ``reward_model.ground_truth`` is part of a column.
+        prompt_template: makes the prompt from a row's columns, as in ``"{question}"``; None uses column ``prompt``, or
+            those of Alpaca's or ShareGPT's data. Columns must be text, numbers, dates or lists of numbers.
+        prompt_file: the same from a file (text, or a YAML list of chat messages), or a built-in one: ``r1_zero``,
+            ``question_only``, ``countdown`` or ``countdown_short`` (two answers shown, the third opened).
+        system_prompt: system message put before a prompt made from columns, which then is a chat.
+        apply_chat_template: turn a prompt made from columns into a chat even without a system message.
+        chat_template_kwargs: more arguments for the tokenizer's chat template.
+        max_train_samples: use only the first rows of the training split.
+        max_eval_samples: use only the first rows of the evaluation split; it does not change what is held out.
+        long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
+            max_tokens_per_microbatch is an error before the run (error), or its row is left out (drop).
+        shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
+        reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``; a
+            list, or a text with commas between them.
+        reward_weights: a weight for each of them (default: 1 each).
+        reward_timeout: seconds that a reward function may take for a completion.
+        on_reward_error: if a function fails on a completion, it gives it no reward (none) or ends the run (raise).
+        code_isolation: how `unit_tests` contains generated code: the best level of this machine (available), only
+            namespaces with a system call filter (strict: otherwise no start), or only resource limits (none).
+        eval_metric: the reward function whose mean is the run's score, by name (default: the last one).
+        eval_steps: measure the held-out prompts every N steps; 0 for before and after training only.
+        num_generations: completions sampled for each prompt, G.
+        generation_batch_size: completions of one optimizer step; num_generations must divide it.
+        max_completion_length: longest completion, tokens.
+        temperature: sampling temperature, also applied to the log-probabilities of the loss.
+        top_p: nucleus sampling.
+        top_k: sample among the k likeliest tokens; 0 for all.
+        min_p: drop tokens below this fraction of the likeliest one's probability.
+        generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``, and ``stop``: a text or
+            a list of texts, each of which ends a completion.
+        thinking_budget: after so many tokens within ``<think>``, ``</think>`` is forced; its tokens carry no loss.
+        num_generations_eval: completions for each evaluation prompt.
+        use_vllm: sample with vLLM instead of transformers' generate (extra `vllm`).
+        vllm_mode: vLLM runs in this process and sleeps during training (colocate), or on a server (server).
+        vllm_server_base_url: the server's address, such as ``http://127.0.0.1:8000`` (default: from host and port).
+        vllm_server_host: the server's host; any but loopback requires VLLM_API_KEY in the environment of both sides.
+        vllm_server_port: the server's port.
+        vllm_server_timeout: seconds to wait for the server when the run starts.
+        vllm_max_model_length: longest prompt plus completion in vLLM (default: what the data need).
+        vllm_gpu_memory_utilization: share of the GPU that vLLM may take for weights and KV cache (colocate; default:
+            planned from the prompts, num_generations and max_completion_length).
+        vllm_enable_sleep_mode: free vLLM's memory during training (colocate).
+        vllm_importance_sampling_correction: weight the loss by the ratio of the trainer's to vLLM's probabilities.
+        vllm_importance_sampling_mode: a ratio for each token or for the whole sequence (product, or geometric: its
+            length-normalised form), cut off at the bounds (truncate) or zero outside (mask).
+        vllm_importance_sampling_clip_max: upper bound of the ratio; None for none.
+        vllm_importance_sampling_clip_min: lower bound of the ratio; None for none.
+        sync_tolerance: end the run if, after a weight sync, log-probabilities of sampler and trainer on a probe differ
+            by more than this (default: 1e-3 in float32, 0.3 in bfloat16 and with `bf16`).
+        sample_ahead: sample the next batch on a vLLM server while training on this one. Its completions are then one
+            step old, which the correction accounts for. A resumed run samples its first batch again and is not
+            bit-identical.
+        max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
+        loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
+            dual_clip, reinforce or unclipped (docs/objectives.md).
+        epsilon: lower clip distance (default: the preset's).
+        epsilon_high: upper clip distance (default: the preset's).
+        delta: upper bound of the unclipped ratio, for two-sided clipping.
+        importance_sampling_level: whether a ratio is a token's, or a sequence's: the geometric mean (sequence) or the
+            product of its tokens' ratios (default: the preset's).
+        beta: weight of the KL term to the initial policy.
+        use_bias_correction_kl: multiply the KL estimate by the ratio.
+        kl_estimator: estimate of the KL term in the loss: k1, k2 or k3.
+        entropy_coef: weight of the entropy bonus.
+        top_entropy_quantile: share of the step's tokens, those of highest entropy, that carry the policy gradient;
+            below 1, each update costs one more forward.
+        sapo_temperature_pos: sapo's temperature for positive advantages.
+        sapo_temperature_neg: sapo's temperature for the other advantages.
+        vespo_k_pos: vespo's power of the ratio for positive advantages.
+        vespo_lambda_pos: vespo's decay with the ratio for positive advantages.
+        vespo_k_neg: vespo's power of the ratio for the other advantages.
+        vespo_lambda_neg: vespo's decay with the ratio for the other advantages.
+        num_iterations: optimizer steps on each generation batch.
+        kl_in_reward: subtract beta times a sequence's KL to the reference (k1) from its reward; the loss has no KL.
+        sync_ref_model: move the reference policy towards the trained one during training.
+        ref_model_sync_steps: steps between two such moves.
+        ref_model_mixup_alpha: share of the way that each moves; 1 copies the trained policy.
+        reward_baseline: what is subtracted from a reward: the mean of its group or of the others (leave_one_out), the
+            group's highest reward (max), or nothing (none); best_only sets all rewards below the highest to 0.
+        scale_rewards: divide advantages by the standard deviation of the group, of the batch, or not at all (none).
+        multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
+            batch (normalize_then_sum, GDPO).
+        dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
+        max_num_gen_batches: most generation batches for one step, including the first.
+        mask_truncated_completions: leave truncated completions out of the loss.
+        optim: adamw_torch_fused; adamw_torch_8bit (torchao: 8-bit moments, stochastic rounding of bfloat16 weights);
+            adamw_8bit or paged_adamw_8bit (bitsandbytes, GPU). The last three need the extra `lowbit`.
+        optim_offload: keep the optimizer's state on the CPU and step there, while the model trains on a GPU.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: AdamW's weight decay, on matrices only.
+        adam_beta1: AdamW's first decay rate.
+        adam_beta2: AdamW's second decay rate.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: clip the gradient to this norm; 0 for no clipping.
+        max_steps: number of optimizer steps.
+        lr_scheduler_type: learning-rate schedule, one of transformers'.
+        warmup_steps: steps of linear warm-up; below 1, a share of max_steps.
+        max_tokens_per_microbatch: tokens of one forward and backward, which bound the memory for activations.
+        fsdp: processes share weights, gradients and optimizer state (FSDP2) instead of holding all of them (DDP); also
+            works with accelerate's own file, ``fsdp_version: 2``.
+        padding_free: pack sequences of any length side by side (auto: wherever the model's attention allows it).
+        share_prompts: compute a prompt once for all completions of its group (auto: wherever sequences are packed).
+        max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU, where the
+            head may also use a quarter of the free memory).
+        bf16: mixed precision with bfloat16 through accelerate.
+        use_cpu: stay on the CPU even where there is a GPU.
+        seed: seed of the weights, the data order and the sampling.
+        output_dir: the run folder (default: runs/NAME-TIME).
+        run_name: name of the run (default: the configuration file's).
+        logging_steps: write metrics every N steps.
+        log_completions_steps: write sampled completions every N steps; 0 for never.
+        report_to: trackers to log to beside the run folder: tensorboard, wandb, trackio.
+        save_steps: write a checkpoint every N steps; 0 for the last step only.
+        save_total_limit: number of newest checkpoints to keep.
+        keep_best: also keep the checkpoint with the best score on the held-out prompts, measured every eval_steps.
+        resume_from_checkpoint: continue from output_dir's newest checkpoint, if there is one (also: ``--resume``).
+    """
+
+    model_name_or_path: str
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Value] | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | None = None
+    use_rslora: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = False
+    gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+    use_liger_kernel: bool = False
+    tiled_mlp: bool = False
+
+    dataset_name: str = ""
+    dataset_config: str | None = None
+    dataset_kwargs: dict[str, Value] | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    eval_dataset_name: str | None = None
+    answer_column: str | None = None
+    prompt_template: str | None = None
+    prompt_file: str | None = None
+    system_prompt: str | None = None
+    apply_chat_template: bool = False
+    chat_template_kwargs: dict[str, Value] | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    long_prompts: Literal["error", "drop"] = "error"
+    shuffle_dataset: bool = True
+
+    reward_funcs: list[str] | str = field(default_factory=list)
+    reward_weights: list[float] | None = None
+    reward_timeout: float = 10.0
+    on_reward_error: Literal["none", "raise"] = "none"
+    code_isolation: Literal["strict", "available", "none"] = "available"
+    eval_metric: str | None = None
+    eval_steps: int = 0
+
+    num_generations: int = 8
+    generation_batch_size: int = 64
+    max_completion_length: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    generation_kwargs: dict[str, Value] | None = None
+    thinking_budget: int | None = None
+    num_generations_eval: int = 1
+    use_vllm: bool = False
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = "127.0.0.1"
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
+    vllm_max_model_length: int | None = None
+    vllm_gpu_memory_utilization: float | None = None
+    vllm_enable_sleep_mode: bool = True
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+    ] = "sequence_mask"
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    vllm_importance_sampling_clip_min: float | None = None
+    sync_tolerance: float | None = None
+    sample_ahead: bool = False
+    max_tokens_per_generation_batch: int = 65536
+
+    loss_type: str = "dapo"
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: Literal["token", "sequence", "product"] | None = None
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    num_iterations: int = 1
+    kl_in_reward: bool = False
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    ref_model_mixup_alpha: float = 0.6
+    reward_baseline: Literal["mean", "leave_one_out", "max", "none", "best_only"] = "mean"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    dynamic_sampling: bool = False
+    max_num_gen_batches: int = 10
+    mask_truncated_completions: bool = False
+
+    optim: Literal["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    optim_offload: bool = False
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    max_steps: int = 100
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    warmup_steps: float = 0
+    max_tokens_per_microbatch: int = 8192
+    fsdp: bool = False
+    padding_free: Literal["auto", "always", "never"] = "auto"
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    max_buffer_mib: int | None = None
+    bf16: bool = False
+    use_cpu: bool = False
+    seed: int = 42
+
+    output_dir: str | None = None
+    run_name: str | None = None
+    logging_steps: int = 1
+    log_completions_steps: int = 10
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    save_steps: int = 50
+    save_total_limit: int = 2
+    keep_best: bool = False
+    resume_from_checkpoint: bool = False
+
+    def __post_init__(self):
+        for name in _PATH_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
+        if isinstance(self.reward_funcs, str):
+            self.reward_funcs = [name.strip() for name in _COMMA.split(self.reward_funcs) if name.strip()]
+        check_config(self)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the run has a reference policy, for a KL term in the loss or in the reward."""
+        return self.kl_in_reward or self.objective().uses_reference
+
+    @property
+    def corrects_sampler(self) -> bool:
+        """Whether the loss is weighted by the ratio of the trainer's to the sampler's probabilities."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.generation_batch_size // self.num_generations
+
+    @property
+    def max_buffer_bytes(self) -> int | None:
+        return None if self.max_buffer_mib is None else self.max_buffer_mib << 20
+
+    def objective(self) -> PolicyObjective:
+        """The preset of `loss_type` with the fields that were set; with `kl_in_reward` the loss has no KL term."""
+        preset = PRESETS[self.loss_type]
+        # A preset alone sets `kind` and `aggregation`, which are no fields here.
+        changes = {name: getattr(self, _TRL_NAMES.get(name, name), None) for name in dataclasses.asdict(preset)}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if self.kl_in_reward:
+            changes["beta"] = 0.0
+        return dataclasses.replace(preset, **changes)

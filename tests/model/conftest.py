@@ -1,0 +1,5 @@
+"""Fixtures that several tests of the policy share."""
+
+from support.alone import alone
+
+__all__ = ["alone"]
