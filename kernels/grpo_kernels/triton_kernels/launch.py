@@ -16,6 +16,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+if interpreting():
+    from grpo_kernels.triton_kernels import interpreter
+
+    interpreter.install()
+
+
 def device_name(device: torch.device) -> str | None:
     """``"sm_90"``, ``"gfx942"`` and so on; None for a device that Triton does not compile for."""
     if device.type != "cuda":
@@ -44,11 +50,6 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"tensors are on {device}; it needs a GPU ({known}), or TRITON_INTERPRET=1 to run on the CPU, slowly"
     return f"unsupported architecture {device_name(device)}; there are kernels for {known}"
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a kernel stores a result of `dtype`: the interpreter truncates to bfloat16, a GPU rounds."""
-    return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
 
 
 def run_kernel(kernel: Any, device: torch.device, programs: int, *arguments: Any, **constants: Any) -> None:
