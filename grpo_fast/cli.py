@@ -38,6 +38,7 @@ Train a model with GRPO. Every field of the configuration can be set on the comm
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, while it goes on or afterwards
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure; seeds of a setting together
   grpo-fast doctor                            which kernels run on this machine, and whether their results are right
+  grpo-fast doctor --head H,V --tokens N      predicted time of a head on a GPU that is not at hand
   grpo-fast --version"""
 
 # The signal's number everywhere; Windows has no name for it.
@@ -409,15 +410,10 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Check the kernels on this machine; returns 1 where a result is wrong."""
-    if {"--help", "-h"} & set(argv):
-        print("usage: grpo-fast doctor\n\nWhich kernels run on this machine, and whether their results are right.")
-        return 0
-    if argv:
-        raise UserError(f"grpo-fast doctor takes no arguments, not {' '.join(argv)!r}")
+    """Check the kernels on this machine, or predict a head's time; returns 1 where a result is wrong."""
     from grpo_kernels.doctor import main as check
 
-    return check()
+    return check(argv)
 
 
 def _take(argv: list[str], option: str, default: str | None = None) -> tuple[str | None, list[str]]:
