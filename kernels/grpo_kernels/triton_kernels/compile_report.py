@@ -177,7 +177,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, parameter in enumerate(variant.kernel.params)
-        if _aligned(parameter, types[parameter.name]) and parameter.name not in variant.odd
+        if is_aligned(parameter, types[parameter.name]) and parameter.name not in variant.odd
     }
     source = ASTSource(
         variant.kernel,
@@ -201,7 +201,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     )  # fmt: skip
 
 
-def _aligned(parameter: triton.runtime.jit.KernelParam, kind: str) -> bool:
+def is_aligned(parameter: triton.runtime.jit.KernelParam, kind: str) -> bool:
     """Whether the kernel is compiled for an address, or a size, that is a multiple of 16."""
     if kind.startswith("*"):
         return not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
