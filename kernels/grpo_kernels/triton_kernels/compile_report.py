@@ -4,9 +4,9 @@
     python -m grpo_kernels.triton_kernels.compile_report sm_90 --json # one architecture, for a program to read
 
 A row names shared memory in bytes, registers a thread, spilled bytes a thread ("stack"), how many instructions of the
-innermost loop around the matrix products touch spilled values, the instruction of these products, and how data come
-from and go to memory: the best instruction, and the bytes that its widest form moves for a thread (0 where the copy
-engine moves whole blocks). Arguments are as aligned as a launch may find them, but for V in the rows "odd V".
+innermost loop around the matrix products touch spilled values, the instruction of these products, the best instruction
+that loads from memory, and the bytes that a thread moves by the widest load and store (0 where the copy engine moves
+whole blocks). Arguments are as aligned as a launch may find them, but for V in the rows "odd V".
 """
 
 from __future__ import annotations
