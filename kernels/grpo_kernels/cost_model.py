@@ -38,6 +38,7 @@ class GPU:
         products: flops a second of bfloat16 products by cuBLAS.
         forward: the same of the kernel `head_forward`.
         bandwidth: bytes a second.
+        free: bytes of memory that are free when the head runs, for chunks that grow with it.
         launch: seconds from one small kernel to the next.
     """
 
@@ -46,14 +47,16 @@ class GPU:
     products: float
     forward: float
     bandwidth: float
+    free: int
     launch: float = 4e-6
 
 
 # Data sheets: 989e12 dense bfloat16 flops a second on both, 3.35e12 and 4.8e12 bytes a second. Large products reach 69%
 # to 80% of that, as power allows, and long copies 90%. The forward's share of cuBLAS's rate is a guess: 76% to 82%.
+# Half of the memory, 80 and 141 GB, is free.
 GPUS = {
-    "h100": GPU("sm_90", 132, 680e12, 560e12, 3.0e12),
-    "h200": GPU("sm_90", 132, 790e12, 600e12, 4.3e12),
+    "h100": GPU("sm_90", 132, 680e12, 560e12, 3.0e12, 40 * 10**9),
+    "h200": GPU("sm_90", 132, 790e12, 600e12, 4.3e12, 70 * 10**9),
 }
 # case -> products of N x H x V multiplications in it
 CASES = {"trainable": 3, "frozen": 2, "scoring": 1}
@@ -155,7 +158,7 @@ def head_cost(
     from grpo_kernels.triton_kernels.launch import PlannedGPU, planning
 
     planned = PlannedGPU(gpu.architecture, gpu.processors)
-    pretended = _PretendedGPU(tokens)
+    pretended = _PretendedGPU(tokens, gpu)
     with planning(planned), pretended:
         given = inputs(tokens, hidden, vocabulary, DEVICE)
         with Recorder(planned.record):
@@ -203,12 +206,33 @@ def run_head(case: str, given: tuple[Tensor, ...], max_buffer_bytes: int | None 
 class _PretendedGPU(TorchFunctionMode):
     """Tensors without memory (torch's "meta") that say they are on a GPU.
 
-    Their addresses are aligned, and where the host reads numbers of tokens, every one of `tokens` is active.
+    Their addresses are aligned, and where the host reads numbers of tokens, every one of `tokens` is active. torch.cuda
+    answers for the GPU.
     """
 
-    def __init__(self, tokens: int):
+    def __init__(self, tokens: int, gpu: GPU):
         super().__init__()
         self.tokens, self.waits = tokens, 0
+        nothing = lambda device=None: 0  # noqa: E731
+        self.answers = {
+            "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=gpu.processors),
+            "mem_get_info": lambda device=None: (gpu.free, gpu.free),
+            "memory_reserved": nothing,
+            "memory_allocated": nothing,
+        }
+
+    def __enter__(self):
+        self._swap_answers()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._swap_answers()
+        return super().__exit__(*error)
+
+    def _swap_answers(self):
+        for name, answer in self.answers.items():
+            self.answers[name] = getattr(torch.cuda, name)
+            setattr(torch.cuda, name, answer)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

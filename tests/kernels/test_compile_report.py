@@ -25,7 +25,7 @@ MEMORY_BOUND = {
     "head_gradient": (16, 16, 80),
     "combine_splits": (4, 4, 64),
     "policy_tokens": (4, 4, 64),
-    "policy_sequences": (4, 4, 128),
+    "policy_sequences": (4, 4, 144),
     "kl_forward": (2, 4, 64),
     "kl_backward": (2, 2, 64),
     "masked_sums": (2, 4, 64),

@@ -62,6 +62,15 @@ def test_an_added_copy_shows(monkeypatch):
     assert after.seconds(GPUS["h200"]) > 1.34 * after.floor(GPUS["h200"])
 
 
+def test_head_cost_leaves_torch_as_it_was():
+    before = torch.cuda.mem_get_info, torch.empty(3).device
+    head_cost("scoring", 8, 8, 8, GPUS["h100"])
+    with pytest.raises(TypeError):
+        head_cost("scoring", 8, 8, 8, GPUS["h100"], "1 GiB")
+    assert before == (torch.cuda.mem_get_info, torch.empty(3).device)
+    assert launch.processors(torch.device("cpu")) == 2
+
+
 def test_smaller_chunks_cost_more():
     costs = [head_cost("trainable", 4096, 512, 32000, GPUS["h100"], size << 20) for size in (16, 64, 512)]
     assert costs[0].bytes > costs[1].bytes > costs[2].bytes
@@ -151,7 +160,7 @@ def test_planned_steps_are_those_of_a_real_run(case, monkeypatch):
         run_head(case, given, 40_000)
     monkeypatch.undo()
     monkeypatch.setitem(launch.ARCHITECTURES, "planned", launch.ARCHITECTURES["interpreter"])
-    planned = head_cost(case, *SMALL, cost_model.GPU("planned", 2, 1.0, 1.0, 1.0), 40_000).steps
+    planned = head_cost(case, *SMALL, cost_model.GPU("planned", 2, 1.0, 1.0, 1.0, 0), 40_000).steps
 
     def shapes(found):
         kernels = [(step.name, step.shapes, step.flops) for step in found if step.name in cost_model.WRITTEN]
