@@ -40,7 +40,7 @@ def test_kernels_compile_for_architecture(architecture):
     lines = compiled("-m", "grpo_kernels.triton_kernels.compile_report", architecture, "--json").splitlines()
     reports = [json.loads(line) for line in lines]
     row = ARCHITECTURES[architecture]
-    assert {report["kernel"] for report in reports} == {"head_forward", *MEMORY_BOUND}
+    assert {report["kernel"] for report in reports if not report["product"]} == MEMORY_BOUND.keys()
     heads = [report for report in reports if report["kernel"] == "head_forward"]
     used = {report["variant"].split()[1] for report in heads}
     assert used == {f"{t.rows}x{t.columns}x{t.depth}/{t.part}" for t in (*row.half, *row.single, *(row.capped or ()))}
@@ -50,9 +50,10 @@ def test_kernels_compile_for_architecture(architecture):
         # A spill may occur once per tile of products, but not in each step of its loop.
         assert report["stack"] <= 160, report
     product, load = ENGINES[architecture]
-    for report in heads:
-        if report["variant"].startswith("bf16"):
+    for report in reports:
+        if report["product"] and report["variant"].startswith("bf16"):
             assert report["product"] == product, report
+    for report in heads:
         described = "descriptors" in report["variant"]
         assert described or not row.descriptors or "store entropy" in report["variant"]
         if described or not row.descriptors:

@@ -59,7 +59,8 @@ def test_an_added_copy_shows(monkeypatch):
     after = head_cost("trainable", *LARGE, GPUS["h200"])
     N, _, V = LARGE
     assert after.bytes - before.bytes == 2 * 2 * N * V
-    assert after.seconds(GPUS["h200"]) > 1.34 * after.floor(GPUS["h200"])
+    added = after.seconds(GPUS["h200"]) - before.seconds(GPUS["h200"])
+    assert added >= 2 * 2 * N * V / GPUS["h200"].bandwidth
 
 
 def test_head_cost_leaves_torch_as_it_was():
@@ -141,8 +142,8 @@ def test_planned_steps_are_those_of_a_real_run(case, monkeypatch):
     for name, product in products.items():
 
         def multiply(*operands, out_dtype=None, out=None, product=product):
-            wide = [operand.float() for operand in operands]
-            return product(*wide, out=out)
+            result = product(*(operand.float() for operand in operands))
+            return result if out is None else out.copy_(result)
 
         monkeypatch.setattr(torch, name, multiply)
     monkeypatch.setattr(Head, "mixed_products", property(lambda head: True))
