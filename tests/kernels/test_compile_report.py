@@ -28,8 +28,8 @@ MEMORY_BOUND = {
     "policy_sequences": (4, 4, 144),
     "kl_forward": (2, 4, 64),
     "kl_backward": (2, 2, 64),
-    "masked_sums": (2, 4, 64),
-    "masked_mean_backward": (2, 2, 64),
+    "masked_sums": (2, 4, 80),
+    "masked_mean_backward": (2, 2, 80),
 }
 
 
