@@ -34,8 +34,6 @@ def launched(monkeypatch):
     monkeypatch.setattr(Head, "mixed_products", property(lambda head: head.operand_dtype in HALF))
     for module in (triton_head, policy_kernels, elementwise_kernels, scale_kernels):
         monkeypatch.setattr(module, "run_kernel", lambda kernel, *_, **__: names.append(kernel.__name__))
-    # Unlike the interpreter, a GPU stores bfloat16 as it is.
-    monkeypatch.setattr(scale_kernels, "stored_dtype", lambda dtype: dtype)
     return names
 
 

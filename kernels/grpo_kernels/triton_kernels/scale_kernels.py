@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.triton_kernels.launch import processors, run_kernel, stored_dtype
+from grpo_kernels.triton_kernels.launch import processors, run_kernel
 
 BLOCK, WARPS = 2048, 8
 PROGRAMS_PER_PROCESSOR = 4
@@ -18,9 +18,6 @@ def scale_unless_one_(values: Tensor, factor: Tensor) -> None:
         values: any shape, contiguous, float32 or 16 bits.
         factor: scalar.
     """
-    if stored_dtype(values.dtype) != values.dtype:
-        values.mul_(factor)
-        return
     blocks = -(-values.numel() // BLOCK)
     run_kernel(
         scale_unless_one, values.device, min(blocks, PROGRAMS_PER_PROCESSOR * processors(values.device)),

@@ -83,7 +83,7 @@ class TritonHead(Head):
 
     @property
     def buffer_dtype(self) -> torch.dtype:
-        return self.operand_dtype if self.mixed_products or self.operand_dtype == torch.float16 else self.dtype
+        return self.operand_dtype if self.operand_dtype.itemsize == 2 else self.dtype
 
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
@@ -166,8 +166,7 @@ class TritonHead(Head):
             WITH_ENTROPY=with_entropy,
             STORE=store,
             DESCRIPTORS=descriptors,
-            # The interpreter's dot is wrong for bfloat16 operands and right for their float32 copies.
-            DOT_DTYPE=tl.float32 if interpreting() else DOT_DTYPES[self.operand_dtype],
+            DOT_DTYPE=DOT_DTYPES[self.operand_dtype],
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -231,7 +230,7 @@ class TritonHead(Head):
             HAS_GRAD_ENTROPY=grad_entropy is not None,
             ROW_SCALED=row_scaled,
             DESCRIPTORS=descriptors,
-            DOT_DTYPE=tl.float32 if interpreting() else DOT_DTYPES[self.operand_dtype],
+            DOT_DTYPE=DOT_DTYPES[self.operand_dtype],
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
