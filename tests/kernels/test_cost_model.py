@@ -10,7 +10,7 @@ from grpo_fast.cli import main
 from grpo_kernels import cost_model
 from grpo_kernels._head import Head
 from grpo_kernels.cost_model import CASES, GPUS, Recorder, head_cost, inputs, launch_step, run_head, steps
-from grpo_kernels.triton_kernels import launch, policy_kernels, scale_kernels, triton_head
+from grpo_kernels.triton_kernels import launch, policy_kernels, triton_head
 from grpo_kernels.triton_kernels.launch import Launch, interpreting
 
 # N, H, V of a head of Qwen3-8B, and what is allowed there: predicted time over that of the bare products on an H100 and
@@ -108,7 +108,7 @@ def noting_launches(monkeypatch, note):
         note(Launch(kernel.__name__, programs, named), lambda: run(kernel, device, programs, *arguments, **constants))
 
     run = launch.run_kernel
-    for module in (triton_head, policy_kernels, scale_kernels):
+    for module in (triton_head, policy_kernels):
         monkeypatch.setattr(module, "run_kernel", noted)
 
 
@@ -163,8 +163,11 @@ def test_planned_steps_are_those_of_a_real_run(case, monkeypatch):
     monkeypatch.setitem(launch.ARCHITECTURES, "planned", launch.ARCHITECTURES["interpreter"])
     planned = head_cost(case, *SMALL, cost_model.GPU("planned", 2, 1.0, 1.0, 1.0, 0), 40_000).steps
 
+    # A CPU reads the incoming gradient instead of launching the kernel that looks at it.
+    compared = cost_model.WRITTEN.keys() - {"scale_unless_one"}
+
     def shapes(found):
-        kernels = [(step.name, step.shapes, step.flops) for step in found if step.name in cost_model.WRITTEN]
+        kernels = [(step.name, step.shapes, step.flops) for step in found if step.name in compared]
         return kernels, Counter((step.name, step.part, step.flops) for step in found if step.name in products)
 
     assert shapes(list(steps(record, SMALL[1:], 2))) == shapes(planned)
