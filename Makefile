@@ -11,8 +11,8 @@ PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-seeds sort-comparison smollm2 test test-fast test-long test-kill test-oldest test-peers test-vllm \
-	test-gpu fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory gpu-proof plots docs lint \
-	doctor sanitize clean
+	test-gpu test-triton test-emulated fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory \
+	gpu-proof plots docs lint doctor sanitize clean
 
 help:
 	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } /^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -124,6 +124,29 @@ GPU_TESTS := $(addprefix tests/kernels/test_,linear_logprob.py linear_policy_los
 
 test-gpu: $(VENV)/.dev  ## the operations' tests on this machine's GPU
 	GRPO_KERNELS_TEST_DEVICE=cuda PYTHONPATH=kernels:. $(BIN)/python -m pytest -p no:xdist $(GPU_TESTS) $(ARGS)
+
+# Another Triton beside the installed one, in a folder of its own.
+TRITON ?= 3.6.0
+
+.triton-$(TRITON)/.ready: $(VENV)/.dev
+	$(BIN)/python $(INSTALL) --no-deps --target .triton-$(TRITON) triton==$(TRITON)
+	@touch $@
+
+test-triton: .triton-$(TRITON)/.ready  ## what another Triton compiles the kernels to, without a GPU (TRITON=3.6.0)
+	PYTHONPATH=$$PWD/.triton-$(TRITON) $(BIN)/python -m pytest -n 2 tests/kernels/test_compile_report.py $(ARGS)
+
+# An emulator of AMD's instructions. It compiles them with clang.
+TINYGRAD ?= .tinygrad
+TINYGRAD_COMMIT := a9069c177a9da9cca18593edf55acd2e6073cca6
+
+$(TINYGRAD)/.ready:
+	git init -q $(TINYGRAD)
+	git -C $(TINYGRAD) fetch -q --depth 1 https://github.com/tinygrad/tinygrad $(TINYGRAD_COMMIT)
+	git -C $(TINYGRAD) checkout -q $(TINYGRAD_COMMIT)
+	@touch $@
+
+test-emulated: $(VENV)/.dev $(TINYGRAD)/.ready  ## the kernels compiled for gfx942, executed by an emulator (needs clang)
+	GRPO_KERNELS_TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -p no:xdist tests/kernels/test_emulated.py $(ARGS)
 
 # Generated cases for each operation and backend.
 EXAMPLES ?= 2000

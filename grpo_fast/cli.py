@@ -44,6 +44,7 @@ can be set on the command line.
   grpo-fast report RUN [--output FILE.html]   a run folder as one HTML page, during the run or afterwards
   grpo-fast compare RUN RUN ...               the curves of several runs in one figure, averaged over seeds
   grpo-fast doctor                            which kernels run on this machine, and whether they are correct
+  grpo-fast doctor --head H,V --tokens N      the predicted time of a head on an H100 or H200
   grpo-fast --version"""
 
 # The signal's number everywhere; Windows has no name for it.
@@ -426,18 +427,16 @@ def recipes(argv: Sequence[str]) -> int:
     return 0
 
 
-DOCTOR_USAGE = """usage: grpo-fast doctor
+DOCTOR_USAGE = """usage: grpo-fast doctor [--head H,V --tokens N [--device h100|h200]]
 
-Which kernels run on this machine, and whether their results are correct."""
+Which kernels run on this machine, and whether their results are correct; or the predicted time of a head on a GPU."""
 
 
 def doctor(argv: Sequence[str]) -> int:
-    """Check the kernels on this machine; returns 1 if a result is wrong."""
-    if argv:
-        raise UserError(f"grpo-fast doctor takes no arguments, not {' '.join(argv)!r}")
+    """Check the kernels on this machine, or predict the time of a head; returns 1 if a result is wrong."""
     from grpo_kernels.doctor import main as check
 
-    return check()
+    return check(argv)
 
 
 # Commands whose output may break off without ending them; another pipe that breaks in them is an error.

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model."""
 
 import errno
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -97,6 +98,26 @@ def test_gradient_does_not_depend_on_the_token_budget(tmp_path, loss_type):
     for other in gradients[1:]:
         # float32 sums in another order
         assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_microbatches_do_not_look_for_rows_that_all_move(tmp_path, monkeypatch, loss_type):
+    made = trainer(tmp_path, loss_type=loss_type, model_init_kwargs=SMALL["model_init_kwargs"])
+    batch, _ = made.collect()
+    searches = []
+    for name in ("linear_logprob", "linear_policy_loss"):
+        module = importlib.import_module(f"grpo_kernels.{name}")
+        search = module.partition
+        monkeypatch.setattr(module, "partition", lambda *args, search=search: searches.append(1) or search(*args))
+    batch.set_advantages(torch.ones_like(batch.advantages), made.learner.objective)
+    made.learner.score(made.learner.policy, batch)
+    made.learner.accumulate_gradients(batch)
+    assert not searches
+    # Some tokens of a completion do not move it.
+    batch.advantages[0] = 0.0
+    assert made.learner.known_rows(batch) is None
+    made.learner.accumulate_gradients(batch)
+    assert searches
 
 
 @pytest.mark.parametrize(

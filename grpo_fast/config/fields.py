@@ -239,7 +239,8 @@ class GRPOConfig:
             works with accelerate's own file, ``fsdp_version: 2``.
         padding_free: pack sequences of any length side by side (auto: wherever the model's attention allows it).
         share_prompts: compute a prompt once for all completions of its group (auto: wherever sequences are packed).
-        max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU).
+        max_buffer_mib: budget for temporary memory in the output head, MiB (default: 256 on CPU, 1024 on GPU, where the
+            head may also use a quarter of the free memory).
         bf16: mixed precision with bfloat16 through accelerate.
         use_cpu: stay on the CPU even where there is a GPU.
         seed: seed of the weights, the data order and the sampling.

@@ -35,6 +35,7 @@ from grpo_kernels.budget import (
     NARROW_COPIES,
     cpu_block_bytes,
     equal_parts,
+    most_rows,
 )
 
 GIB = 1 << 30
@@ -286,7 +287,8 @@ class _Planner:
     def head_workspace(self, predicted: int) -> int:
         """The logits of one chunk and its narrow copies, at most the buffer budget and what `predicted` rows need.
 
-        On a GPU, 16-bit heads have 16-bit logits. On a CPU, the entropies need two copies of a block of rows.
+        On a GPU, 16-bit heads have 16-bit logits, and the head takes more than its default budget only from memory that
+        is free, so that is not part of the plan. On a CPU, the entropies need two copies of a block of rows.
         """
         config, weights = self.config, self.weights
         on_gpu = GPU_BUFFER_BYTES if weights.head_trained else FROZEN_GPU_BUFFER_BYTES
@@ -295,10 +297,14 @@ class _Planner:
         vocab = self.text.vocab_size
         row = vocab * (2 if half else 4) + NARROW_COPIES * self.text.hidden_size * 4
         if not config.use_cpu:
-            return row * equal_parts(predicted, budget // row)
+            return row * most_rows(predicted, budget // row)
         block = cpu_block_bytes(budget)
         rows = equal_parts(predicted, (budget - 2 * block) // row)
-        return row * rows + 2 * 4 * vocab * equal_parts(rows, block // (4 * vocab))
+        copies = 2 * 4 * vocab * equal_parts(rows, block // (4 * vocab))
+        if rows >= predicted and weights.head_trained:
+            # One chunk: the copies are gone before the weight's gradient is allocated.
+            copies = max(copies - 4 * vocab * self.text.hidden_size, 0)
+        return row * rows + copies
 
     def head_copy(self) -> int:
         """What a GPU multiplies by under autocast in place of a float32 head; it is kept for the whole step."""

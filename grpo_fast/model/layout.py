@@ -35,6 +35,7 @@ class Microbatch:
         targets: ``[n]`` or ``[B, K]`` int64, the tokens to score; -100 where one is not scored.
         sources: as `targets`, the index into ``B * T`` of the position that predicts each of them.
         cu_seqlens: ``[S + 1]`` int64, offsets of the sequences among the targets; None where each row is a sequence.
+        complete: whether every target is known to be scored, so that the head need not ask the device which ones are.
         tokens: ``[n]`` int64, the targets' indices among the tokens of the optimizer step; empty outside the trainer.
     """
 
@@ -46,6 +47,7 @@ class Microbatch:
     targets: Tensor
     sources: Tensor
     cu_seqlens: Tensor | None = None
+    complete: bool = False
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> Microbatch:

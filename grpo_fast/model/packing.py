@@ -164,7 +164,7 @@ def build_microbatch(
     microbatch = Microbatch(
         input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), segments=Segments(groups),
         targets=torch.tensor(targets), sources=torch.tensor(sources), cu_seqlens=torch.tensor(lengths).cumsum(0),
-        tokens=torch.tensor(tokens),
+        complete=True, tokens=torch.tensor(tokens),
     )  # fmt: skip
     return microbatch if packed else _padded(microbatch, [row.length for row in rows], pad_token_id)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class LossInputs:
         correct: computes `correction` from the present log-probabilities ``[n]``, called with ``cu_seqlens=``; it costs
             a pass over the head.
         share: this forward's share of the optimizer step, which multiplies its router loss.
+        rows: "all" if every token moves the policy; None lets the head ask the device which ones do.
     """
 
     objective: PolicyObjective
@@ -65,6 +66,7 @@ class LossInputs:
     correction: Tensor | None = None
     correct: Callable[..., Tensor] | None = None
     share: float | Tensor = 1.0
+    rows: Literal["all"] | None = None
 
 
 class FusedPolicy(nn.Module):
@@ -242,7 +244,8 @@ class FusedPolicy(nn.Module):
         hidden, router = self._hidden_states(microbatch, routed, model_inputs or {})
         head, targets, shape = self._head(), microbatch.targets, microbatch.targets.shape
         if loss is None:
-            found = linear_logprob(hidden, targets=targets, return_entropy=with_entropy, **head)
+            rows = "all" if microbatch.complete else None
+            found = linear_logprob(hidden, targets=targets, return_entropy=with_entropy, rows=rows, **head)
             # A view would lose the hook that FSDP2 puts on it if a caller changed it in place.
             parts = [part.clone() for part in (found if with_entropy else (found,))]
             parts += [router] if with_router else []
@@ -253,7 +256,7 @@ class FusedPolicy(nn.Module):
         folds = loss.objective.kind == "vespo" and (correction is not None or loss.correct is not None)
         if loss.correct is not None or (folds and old_logprobs is None):
             with torch.no_grad():
-                present = linear_logprob(hidden, targets=targets, **head)
+                present = linear_logprob(hidden, targets=targets, rows=loss.rows, **head)
             old_logprobs = present if folds and old_logprobs is None else old_logprobs
             if loss.correct is not None:
                 correction = loss.correct(present, cu_seqlens=microbatch.cu_seqlens)
@@ -263,7 +266,7 @@ class FusedPolicy(nn.Module):
         result = linear_policy_loss(
             hidden, targets=targets, advantages=loss.advantages, weights=loss.weights, objective=loss.objective,
             old_logprobs=old_logprobs, ref_logprobs=loss.ref_logprobs, correction=correction,
-            cu_seqlens=microbatch.cu_seqlens, return_entropy=with_entropy, **head,
+            cu_seqlens=microbatch.cu_seqlens, return_entropy=with_entropy, rows=loss.rows, **head,
         )  # fmt: skip
         return result._replace(
             loss=result.loss if router is None else result.loss + loss.share * router,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -203,12 +203,13 @@ class Learner:
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         has_parts = self.objective.uses_reference or self.objective.entropy_coef
         seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects or has_parts else None
+        rows = self.known_rows(batch)
         with own_random_numbers(), kept_weight_copies():
             rest = iter(self.microbatches(batch))
             following = next(rest, None)
             while following is not None:
                 microbatch, following = following, next(rest, None)
-                inputs = self.loss_inputs(batch, microbatch.tokens)
+                inputs = self.loss_inputs(batch, microbatch.tokens, rows)
                 with sharding.without_sync(self.policy, following is None):
                     result = self.policy(microbatch, inputs)
                     self.accelerator.backward(result.loss)
@@ -243,7 +244,19 @@ class Learner:
         """The advantages ``[N]``, 0 for the tokens that `top_entropy_quantile` leaves out."""
         return batch.advantages if batch.high_entropy is None else batch.advantages * batch.high_entropy
 
-    def loss_inputs(self, batch: StepBatch, tokens: Tensor) -> LossInputs:
+    def known_rows(self, batch: StepBatch) -> Literal["all"] | None:
+        """ "all" if every token of the active completions moves the policy, so that microbatches need not ask which."""
+        mode = self.config.vllm_importance_sampling_mode
+        if batch.sampling_logprobs is not None and batch.correction is None and "mask" in mode:
+            return None
+        # Forced tokens have no weight.
+        moves = batch.weights != 0
+        if self.objective.advantage_alone:
+            for factor in (batch.advantages, batch.high_entropy, batch.correction):
+                moves = moves if factor is None else moves & (factor != 0)
+        return "all" if int(moves.sum()) == int(batch.offsets.diff()[batch.active].sum()) else None
+
+    def loss_inputs(self, batch: StepBatch, tokens: Tensor, rows: Literal["all"] | None = None) -> LossInputs:
         """What the loss needs of the step's `tokens`."""
         names = ("advantages", "weights", "old_logprobs", "ref_logprobs", "correction")
         fields = {name: value[tokens] for name in names if (value := getattr(batch, name)) is not None}
@@ -253,7 +266,7 @@ class Learner:
             sampled, mask = batch.sampling_logprobs[tokens], batch.weights[tokens]
             fields["correct"] = partial(self.sampling_ratio, sampling_logprobs=sampled, mask=mask)
         share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
-        return LossInputs(objective=self.objective, share=share, **fields)
+        return LossInputs(objective=self.objective, share=share, rows=rows, **fields)
 
     def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
         """``rho_t`` for the tokens of whole sequences; 1 for those without weight, which were forced."""

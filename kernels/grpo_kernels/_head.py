@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -24,10 +25,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_kernels._checks import IGNORE_INDEX
-from grpo_kernels.budget import BLOCK_SHARE, NARROW_COPIES, chunks, cpu_block_bytes, equal_parts
+from grpo_kernels.budget import (
+    BLOCK_SHARE,
+    FREE_SHARE,
+    NARROW_COPIES,
+    chunks,
+    cpu_block_bytes,
+    equal_parts,
+    free_bytes,
+    row_slices,
+    wave_rows,
+)
 from grpo_kernels.weight_copies import copied
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """Within it cuBLAS adds up the parts of a bfloat16 product in float32, even where it splits the sum."""
+    settings, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before, exact = getattr(settings, name), False
+    # Newer versions of torch reset a second setting unless it is given.
+    if hasattr(settings, f"{name}_split_k"):
+        split = getattr(settings, f"{name}_split_k")
+        before, exact = (before, split), (exact, split)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
 
 
 class Rows(NamedTuple):
@@ -45,7 +72,7 @@ class RowStatistics(NamedTuple):
     maximum: Tensor  # [C]
     total: Tensor  # [C], the sum of exp(z - maximum)
     weighted: Tensor | None  # [C], the sum of exp(z - maximum) * (z - maximum); only for entropies
-    tile_maximum: Tensor  # [tiles, C]
+    tile_maximum: Tensor | None  # [tiles, C]; None where e is relative to `maximum`, or where there is no e
     tile_width: int  # columns that share a maximum
 
     @property
@@ -65,6 +92,7 @@ class Chunk(NamedTuple):
     rows: Rows
     e: Tensor  # [C, V]
     stats: RowStatistics
+    last: bool = True  # of its pass
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,7 @@ class Head(ABC):
     operand_dtype: torch.dtype
     dtype: torch.dtype  # of sums and statistics
     vocab_start: int
+    grows: bool  # beyond `max_buffer_bytes`, into a GPU's free memory
     sizing_vocab: int  # the largest shard's vocabulary: chunk lengths follow from it, so that all ranks agree
 
     # The rows of the buffer start at multiples of this many elements.
@@ -106,6 +135,17 @@ class Head(ABC):
         """Write e of the rows into ``out [C, V]`` and return the statistics (over all shards)."""
 
     @abstractmethod
+    def recompute_(
+        self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `gradient_` returns, for rows whose statistics are known: one product, and no sums over the vocabulary.
+
+        Args:
+            out: ``[C, V]``, which d is written into.
+            grad_logprobs, grad_entropy: ``[C]``; None stands for 0.
+        """
+
+    @abstractmethod
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -119,6 +159,11 @@ class Head(ABC):
         Returns:
             (d, row_scale ``[C]`` or None for 1).
         """
+
+    @staticmethod
+    def scale_(values: Tensor, factor: Tensor) -> None:
+        """``values *= factor`` for a scalar on their device, without waiting for it."""
+        values.mul_(factor)
 
     @property
     def on_cpu(self) -> bool:
@@ -168,25 +213,51 @@ class Head(ABC):
         """Memory for the rows, or the copies of operands, that are processed at once."""
         return cpu_block_bytes(self.max_buffer_bytes) if self.on_cpu else int(BLOCK_SHARE * self.max_buffer_bytes)
 
-    def rows_per_chunk(self) -> int:
-        """Rows that fit the byte budget, the same on every rank of the group."""
+    def rows_per_chunk(self, copies: int = 1) -> int:
+        """Rows of which `copies` fit the byte budget, the same on every rank of the group."""
         cast = not self.weight.dtype == self.product_dtype == self.gradient_dtype
         blocks = 2 * self.block_bytes if self.on_cpu or cast else 0
         row_bytes = self.sizing_vocab * self.buffer_dtype.itemsize + self.narrow_bytes()
-        return max((int(self.max_buffer_bytes) - blocks) // row_bytes, 1)
+        return max((int(self.max_buffer_bytes) - blocks) // row_bytes // copies, 1)
 
-    def buffer(self, num_rows: int, copies: int = 1) -> Tensor:
-        """The ``[C, V]`` buffer for chunks of `num_rows` rows; C is such that `copies` of it fit the byte budget."""
-        rows = equal_parts(num_rows, self.rows_per_chunk() // copies)
+    def row_slices(self, num_rows: int, rows: int) -> Iterator[slice]:
+        """Chunks of at most `rows`: of equal length on a CPU, of exactly `rows` but for the last on a GPU."""
+        return chunks(num_rows, rows) if self.on_cpu else row_slices(num_rows, rows)
+
+    def chunk_rows(self, num_rows: int, copies: int, trained: bool) -> int:
+        """C, such that `copies` of the ``[C, V]`` buffer fit the byte budget, or a share of a GPU's free memory."""
+        most, device = self.rows_per_chunk(copies), self.weight.device
+        if self.on_cpu:
+            return equal_parts(num_rows, most)
+        if self.grows and most < num_rows:
+            # The sums of the weight's gradient are allocated later.
+            free = free_bytes(device) - (self.weight.numel() * self.dtype.itemsize if trained else 0)
+            most = max(most, replace(self, max_buffer_bytes=int(FREE_SHARE * free)).rows_per_chunk(copies))
+        count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        return wave_rows(num_rows, most, self.weight.shape[1], count, trained)
+
+    def buffer(self, num_rows: int, copies: int = 1, trained: bool = False) -> Tensor:
+        """The ``[C, V]`` buffer for chunks of `num_rows` rows of which `copies` exist at once.
+
+        Args:
+            trained: the weight's gradient is summed up over the chunks, so fewer are better.
+        """
+        return self.allocate(self.chunk_rows(num_rows, copies, trained))
+
+    def allocate(self, rows: int) -> Tensor:
+        """A buffer ``[rows, V]``."""
         width = -(-self.vocab_size // self.buffer_alignment) * self.buffer_alignment
         return torch.empty(rows, width, dtype=self.buffer_dtype, device=self.weight.device)[:, : self.vocab_size]
 
+    def block_width(self, dtype: torch.dtype, num_rows: int) -> int:
+        """Columns for one product of `num_rows` rows in `dtype`: the whole vocabulary, or less if operands are cast."""
+        if self.weight.dtype == self.operand_dtype == self.buffer_dtype == dtype:
+            return self.vocab_size
+        return self.block_bytes // (max(num_rows, self.weight.shape[1], 1) * self.dtype.itemsize)
+
     def vocab_blocks(self, dtype: torch.dtype, num_rows: int) -> Iterator[slice]:
-        """The vocabulary for products of `num_rows` rows in `dtype`: whole, or in blocks where an operand is cast."""
-        width = self.vocab_size
-        if not self.weight.dtype == self.operand_dtype == self.buffer_dtype == dtype:
-            width = self.block_bytes // (max(num_rows, self.weight.shape[1], 1) * self.dtype.itemsize)
-        return chunks(self.vocab_size, width)
+        """The vocabulary in blocks of `block_width`."""
+        return chunks(self.vocab_size, self.block_width(dtype, num_rows))
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Target ids within this rank's shard, -1 for those of other shards; int64. Ignored targets stay ignored."""
@@ -216,26 +287,35 @@ class Head(ABC):
         target, total, *weighted = self.all_reduce(torch.stack(sums))
         return stats._replace(target=target, maximum=maximum, total=total, weighted=weighted[0] if weighted else None)
 
-    def grad_hidden(self, d: Tensor, row_scale: Tensor | None) -> Tensor:
-        """``row_scale * (d @ weight)`` over all shards, ``[C, H]`` in the accumulation dtype."""
-        out = d.new_zeros(d.shape[0], self.weight.shape[1], dtype=self.dtype)
+    def grad_hidden(self, d: Tensor, row_scale: Tensor | None, out: Tensor) -> None:
+        """Write ``row_scale * (d @ weight)`` over all shards into ``out [C, H]``, rounded once to its dtype."""
         # float16 that already is the gradient at unit scale loses nothing.
         dtype = d.dtype if d.dtype == torch.float16 and self.mixed_products else self.gradient_dtype
-        for block in self.vocab_blocks(dtype, d.shape[0]):
-            self._multiply(d[:, block], self.weight[block].to(self.operand_dtype), out, add=True, dtype=dtype)
+        blocks = list(self.vocab_blocks(dtype, d.shape[0]))
+        rounded_by_product = (
+            self.mixed_products
+            and out.dtype == self.gradient_dtype
+            and row_scale is None
+            and self.process_group is None
+            and len(blocks) == 1
+        )
+        direct = (out.dtype == self.dtype or rounded_by_product) and out.is_contiguous()
+        product = out if direct else out.new_empty(out.shape, dtype=self.dtype)
+        if not blocks:
+            product.zero_()
+        for index, block in enumerate(blocks):
+            self.multiply(d[:, block], self.weight[block].to(self.operand_dtype), product, add=index > 0, dtype=dtype)
         if row_scale is not None:
-            out *= row_scale[:, None]
-        return self.all_reduce(out)
+            product *= row_scale[:, None]
+        self.all_reduce(product)
+        if not direct:
+            out.copy_(product)
 
-    def accumulate_grad_weight(
-        self, d: Tensor, row_scale: Tensor | None, hidden: Tensor, grad_weight: Tensor, unwritten: bool = False
-    ) -> None:
-        """``grad_weight [V, H] += d.T @ (row_scale * hidden)``, or ``=`` if it is still `unwritten`."""
+    def scaled_rows(self, hidden: Tensor, row_scale: Tensor | None) -> Tensor:
+        """``row_scale * hidden``, the operand ``[C, H]`` of the weight gradient's product."""
         # Not rounded to the operands' float16, where the row scale would underflow.
         scaled = hidden if row_scale is None else hidden.to(self.dtype) * row_scale[:, None]
-        scaled = scaled.to(self.gradient_dtype)
-        for block in self.vocab_blocks(self.gradient_dtype, d.shape[0]):
-            self._multiply(d[:, block].t(), scaled, grad_weight[block], add=not unwritten, dtype=self.gradient_dtype)
+        return scaled.to(self.gradient_dtype)
 
     def accumulate_grad_bias(self, d: Tensor, row_scale: Tensor | None, grad_bias: Tensor) -> None:
         """``grad_bias [V] += d.T @ row_scale``, less the logit scale, which does not act on the bias."""
@@ -245,9 +325,16 @@ class Head(ABC):
             for block in self.vocab_blocks(self.dtype, d.shape[0]):
                 grad_bias[block].addmv_(d[:, block].t().to(self.dtype), row_scale / self.logit_scale)
 
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, dtype: torch.dtype) -> None:
-        """``out = a @ b``, or ``out += a @ b``, with the operands in `dtype`."""
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool, dtype: torch.dtype) -> None:
+        """``out = a @ b``, or ``out += a @ b``, with the operands in `dtype`.
+
+        `out` has the accumulation dtype; without `add` it may have that of the operands, and is rounded once.
+        """
         a, b = a.to(dtype), b.to(dtype)
+        if dtype != self.dtype and out.dtype == dtype:
+            with float32_sums():
+                torch.mm(a, b, out=out)
+            return
         if dtype != self.dtype and not self.mixed_products:
             product = torch.mm(a, b)
             out.add_(product) if add else out.copy_(product)

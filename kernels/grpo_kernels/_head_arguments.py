@@ -105,6 +105,8 @@ def make_head(
         softcap=softcap,
         process_group=process_group,
         max_buffer_bytes=max_buffer_bytes or (CPU_BUFFER_BYTES if device == "cpu" else on_gpu),
+        # The ranks of a group must agree on the length of chunks, and their free memory differs.
+        grows=max_buffer_bytes is None and process_group is None and device == "cuda",
         operand_dtype=operand_dtype,
         dtype=dtype,
         vocab_start=0 if process_group is None else sum(shards[: dist.get_rank(process_group)]),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from grpo_kernels._head import Chunk, Head, Rows
-from grpo_kernels.budget import chunks
+from grpo_kernels._checks import IGNORE_INDEX, require, require_device, require_tensors, values_can_be_checked
+from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
+from grpo_kernels._weight_gradient import WeightGradient
 
 
 @dataclass(frozen=True)
@@ -24,29 +25,61 @@ class Pass:
     needs: tuple[bool, bool, bool]  # whether to compute the gradients of hidden, weight and bias
     with_entropy: bool
     grad_weight_buffer: Tensor | None = None  # [V, H]: collects the weight's gradient, if given
+    rows: Tensor | None = None  # [n], the tokens to compute, if the caller named them
 
     def prepared(self) -> Self:
         return replace(self, head=self.head.prepared())
+
+    def with_rows(self, op: str, rows: Tensor | Literal["all"] | None) -> Self:
+        """This call with the tokens to compute, from an operation's `rows`; all others become ignored targets.
+
+        Raises:
+            ValueError: `rows` is neither "all" nor ascending indices ``[n]`` of tokens (checked on a CPU).
+            TypeError: its dtype is not int64.
+        """
+        if rows is None:
+            return self
+        count, device = self.targets.numel(), self.targets.device
+        if isinstance(rows, str):
+            require(rows == "all", f"{op}: rows must be 'all', indices [n], or None, got {rows!r:.60}")
+            return replace(self, rows=torch.arange(count, device=device))
+        require_tensors(op, rows=rows)
+        if rows.dtype != torch.int64:
+            raise TypeError(f"{op}: rows must be int64, got {rows.dtype}")
+        require(rows.dim() == 1, f"{op}: rows must have shape [n], got {tuple(rows.shape)}")
+        require_device(op, device, rows=rows)
+        if values_can_be_checked(device) and rows.numel():
+            ascending = bool((rows.diff() > 0).all()) and rows[0].item() >= 0 and rows[-1].item() < count
+            require(ascending, f"{op}: rows must be ascending indices of {count} tokens, without repetition")
+        targets = torch.full_like(self.targets, IGNORE_INDEX).index_copy_(0, rows, self.targets[rows])
+        return replace(self, rows=rows, targets=targets)
 
     @property
     def frozen(self) -> bool:
         return not (self.needs[1] or self.needs[2])
 
-    def chunks(self, rows: Tensor, buffer: Tensor, with_entropy: bool) -> Iterator[Chunk]:
-        """1U: the forward of the tokens ``rows [n]``. A chunk lies in `buffer` until the next one is made."""
+    def inputs(self, rows: Tensor, length: int) -> Iterator[tuple[Tensor | slice, Rows, bool]]:
+        """The tokens ``rows [n]`` in chunks of at most `length`: (which of the N, their inputs, whether the last)."""
         every_row = rows.numel() == self.targets.numel()
-        for part in chunks(rows.numel(), buffer.shape[0]):
+        for part in self.head.row_slices(rows.numel(), length):
             # A slice, unlike indices, copies nothing.
             at = part if every_row else rows[part]
             temperature = None if self.temperature is None else self.temperature[at]
             chunk = Rows(self.head.operand(self.hidden[at]), self.targets[at], temperature)
-            e = buffer[: chunk.hidden.shape[0]]
-            yield Chunk(at, chunk, e, self.head.forward_(chunk, e, with_entropy))
+            yield at, chunk, part.stop == rows.numel()
 
-    def score(self, rows: Tensor, scores: Scores) -> None:
-        """1U: the scores of `rows`, in place."""
+    def chunks(self, rows: Tensor, buffer: Tensor, with_entropy: bool) -> Iterator[Chunk]:
+        """1U: the forward of the tokens ``rows [n]``. A chunk lies in `buffer` until the next one is made."""
+        for at, chunk, last in self.inputs(rows, buffer.shape[0]):
+            e = buffer[: chunk.hidden.shape[0]]
+            yield Chunk(at, chunk, e, self.head.forward_(chunk, e, with_entropy), last)
+
+    def score(self, rows: Tensor, scores: Scores, known: KnownRows | None = None) -> None:
+        """1U: the scores of `rows`, and what their gradients need, in place."""
         for chunk in self.chunks(rows, self.head.scoring_buffer(rows.numel()), scores.entropy is not None):
             scores.write(chunk)
+            if known is not None:
+                known.write(chunk)
 
     def slopes(self, rows: Tensor, scores: Scores, slopes: list[Tensor]) -> None:
         """2U (3U with the entropy's): the scores of `rows`, and dlogp/dhidden and perhaps dentropy/dhidden, in place.
@@ -56,14 +89,24 @@ class Pass:
         head = self.head
         # The entropy's slope overwrites a copy of e.
         buffer = head.buffer(rows.numel(), copies=len(slopes))
-        copy = head.buffer(rows.numel(), copies=len(slopes)) if len(slopes) > 1 else None
+        copy = head.allocate(buffer.shape[0]) if len(slopes) > 1 else None
         for chunk in self.chunks(rows, buffer, scores.entropy is not None):
             scores.write(chunk)
             if copy is not None:
                 one, zero = torch.ones_like(chunk.stats.total), torch.zeros_like(chunk.stats.total)
                 copied = chunk._replace(e=copy[: chunk.e.shape[0]].copy_(chunk.e))
-                slopes[1][chunk.at] = head.grad_hidden(*head.gradient_(copied, zero, one)).to(slopes[1].dtype)
-            slopes[0][chunk.at] = head.grad_hidden(*head.gradient_(chunk, None)).to(slopes[0].dtype)
+                write_grad_hidden(head, *head.gradient_(copied, zero, one), slopes[1], chunk.at)
+            write_grad_hidden(head, *head.gradient_(chunk, None), slopes[0], chunk.at)
+
+
+def write_grad_hidden(head: Head, d: Tensor, row_scale: Tensor | None, out: Tensor, at: Tensor | slice) -> None:
+    """Write the hidden states' gradient of a chunk into its rows `at` of ``out [N, H]``."""
+    if isinstance(at, slice):
+        head.grad_hidden(d, row_scale, out[at])
+        return
+    rows = out.new_empty(d.shape[0], out.shape[1])
+    head.grad_hidden(d, row_scale, rows)
+    out.index_copy_(0, at, rows)
 
 
 class Scores(NamedTuple):
@@ -82,45 +125,71 @@ class Scores(NamedTuple):
         if self.entropy is not None:
             self.entropy[chunk.at] = chunk.stats.entropy
 
+    def clear(self, ignored: Tensor) -> None:
+        """Set the tokens of a mask ``[N]`` to 0, in place."""
+        for score in self:
+            if score is not None:
+                score.masked_fill_(ignored, 0.0)
+
     def take(self, at: Tensor | slice) -> Scores:
         return Scores(self.logprobs[at], None if self.entropy is None else self.entropy[at])
 
 
-class Gradients:
-    """Collects the gradients that a pass needs, hidden's in `hidden_dtype`, the others in the accumulation dtype."""
+class KnownRows(NamedTuple):
+    """The softmax statistics of tokens that were scored, for the gradients of the same logits."""
 
-    def __init__(self, call: Pass, hidden_dtype: torch.dtype):
+    planes: Tensor  # [3, N], or [4, N] with entropies: as in `RowStatistics`
+
+    @classmethod
+    def zeros(cls, call: Pass) -> Self:
+        return cls(call.hidden.new_zeros(3 + call.with_entropy, call.targets.numel(), dtype=call.head.dtype))
+
+    def write(self, chunk: Chunk) -> None:
+        stats = chunk.stats
+        planes = (stats.target, stats.maximum, stats.total, stats.weighted)
+        self.planes[:, chunk.at] = torch.stack([plane for plane in planes if plane is not None])
+
+    def take(self, at: Tensor | slice) -> RowStatistics:
+        target, maximum, total, *weighted = self.planes[:, at]
+        return RowStatistics(target, maximum, total, weighted[0] if weighted else None, None, 0)
+
+
+class Gradients:
+    """Collects the gradients that a pass needs, hidden's and the weight's in the dtypes given."""
+
+    def __init__(self, call: Pass, hidden_dtype: torch.dtype, weight_dtype: torch.dtype):
         self.head = head = call.head
-        self.hidden = torch.zeros_like(call.hidden, dtype=hidden_dtype) if call.needs[0] else None
-        self.weight = call.grad_weight_buffer
-        # The first chunk writes a new weight gradient, and the others add to it.
-        self.unwritten = self.weight is None and call.needs[1]
-        if self.unwritten:
-            self.weight = torch.empty(head.weight.shape, dtype=head.dtype, device=head.weight.device)
+        self.hidden = call.hidden.new_zeros(call.hidden.shape, dtype=hidden_dtype) if call.needs[0] else None
+        self.weight = WeightGradient(head, weight_dtype, call.grad_weight_buffer) if call.needs[1] else None
         self.bias = call.hidden.new_zeros(head.vocab_size, dtype=head.dtype) if call.needs[2] else None
 
     def add(self, chunk: Chunk, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
         """2U: add a chunk's share, given its dL/dlogp and dL/dentropy (or None), ``[C]``."""
         d, row_scale = self.head.gradient_(chunk, grad_logprobs, grad_entropy)
+        self._multiply(chunk.at, chunk.rows, d, row_scale, chunk.last)
+
+    def recompute(
+        self, call: Pass, rows: Tensor, known: KnownRows, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> None:
+        """3U: the share of `rows` that were scored, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
+        buffer = self.head.buffer(rows.numel(), trained=self.weight is not None)
+        for at, chunk, last in call.inputs(rows, buffer.shape[0]):
+            upstreams = grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
+            d, row_scale = self.head.recompute_(chunk, known.take(at), buffer[: chunk.hidden.shape[0]], *upstreams)
+            self._multiply(at, chunk, d, row_scale, last)
+
+    def _multiply(self, at: Tensor | slice, rows: Rows, d: Tensor, row_scale: Tensor | None, last: bool) -> None:
+        """2U: add a chunk's share, given its dL/dlogits."""
         if self.hidden is not None:
-            self.hidden[chunk.at] = self.head.grad_hidden(d, row_scale).to(self.hidden.dtype)
+            write_grad_hidden(self.head, d, row_scale, self.hidden, at)
         if self.weight is not None:
-            self.head.accumulate_grad_weight(d, row_scale, chunk.rows.hidden, self.weight, self.unwritten)
-            self.unwritten = False
+            self.weight.add(d, row_scale, rows.hidden, last)
         if self.bias is not None:
             self.head.accumulate_grad_bias(d, row_scale, self.bias)
 
-    def recompute(self, call: Pass, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
-        """3U: a second forward of `rows`, then their share, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
-        for chunk in call.chunks(rows, self.head.buffer(rows.numel()), grad_entropy is not None):
-            at = chunk.at
-            self.add(chunk, grad_logprobs[at], None if grad_entropy is None else grad_entropy[at])
-
     def collected(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of (hidden, weight, bias), after the last chunk."""
-        if self.unwritten and self.weight is not None:
-            self.weight.zero_()
-        return self.hidden, self.weight, self.bias
+        return self.hidden, None if self.weight is None else self.weight.collected(), self.bias
 
 
 def partition(category: Tensor, count: int) -> list[Tensor]:

@@ -54,6 +54,14 @@ class TorchHead(Head):
             torch.sum(block, 1, out=total[at])
         return self.over_shards(RowStatistics(target, maximum, total, weighted, maximum[None], self.vocab_size))
 
+    def recompute_(
+        self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        z = self._logits(rows, out)
+        for at in self._row_blocks(z):
+            z[at].sub_(stats.maximum[at].clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()
+        return self.gradient_(Chunk(slice(0, z.shape[0]), rows, z, stats), grad_logprobs, grad_entropy)
+
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -74,7 +82,7 @@ class TorchHead(Head):
         for at in self._row_blocks(e):
             block = e[at]
             flattening = None
-            if self.process_group is not None:
+            if self.process_group is not None and stats.tile_maximum is not None:
                 # From here on e is relative to the maximum of all shards.
                 block *= (stats.tile_maximum[0, at] - stats.maximum[at]).exp()[:, None]
             if self.softcap is not None:

@@ -1,5 +1,8 @@
 """Do the operations run on this machine, and are they right? ``python -m grpo_kernels.doctor``
 
+With ``--head H,V --tokens N`` it predicts instead what such a head takes on a GPU, which need not be at hand:
+`grpo_kernels.cost_model`.
+
 Prints versions, devices and the backend of each operation, then compares every operation with its definition in
 float64 on random inputs, for each dtype and backend that can run here. Takes about five seconds (on a GPU, the kernels
 are compiled first). The exit status is 1 if a result is wrong.
@@ -7,11 +10,12 @@ are compiled first). The exit status is 1 if a result is wrong.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import torch
@@ -107,7 +111,58 @@ def describe(device: torch.device) -> str:
     return f"{device}: {properties.name}, {device_name(device)}, {properties.total_memory / 2**30:.0f} GiB"
 
 
-def main() -> int:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be a number from 1 on")
+    return int(text)
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    sizes = text.split(",")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: it must be H,V, as in 4096,151936")
+    return int(sizes[0]), int(sizes[1])
+
+
+def parser() -> argparse.ArgumentParser:
+    description = "Which kernels run on this machine, and whether their results are right; or what a head would take."
+    parser = _Parser(prog="doctor", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--head", type=_sizes, metavar="H,V", help="predict the time of a head: hidden size, vocabulary"
+    )
+    parser.add_argument("--tokens", type=_whole, metavar="N", help="tokens for --head (default: 16384)")
+    parser.add_argument("--device", choices=("h100", "h200"), help="for --head (default: both)")
+    return parser
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Check the operations or, with --head, print predictions. Returns the exit status, 2 for wrong arguments."""
+    try:
+        chosen = parser().parse_args(argv)
+        if chosen.head is None and (chosen.tokens or chosen.device):
+            raise ValueError("--tokens and --device need --head H,V")
+    except ValueError as error:
+        print(f"doctor: error: {error}", file=sys.stderr)
+        return 2
+    return predict(*chosen.head, chosen.tokens or 16384, chosen.device) if chosen.head else check()
+
+
+def predict(hidden: int, vocabulary: int, tokens: int, device: str | None) -> int:
+    if importlib.util.find_spec("triton") is None:
+        print("doctor: error: --head reads the Triton kernels; pip install triton", file=sys.stderr)
+        return 2
+    from grpo_kernels.cost_model import GPUS, report
+
+    print(report(tokens, hidden, vocabulary, [device] if device else list(GPUS)))
+    return 0
+
+
+def check() -> int:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
     triton = metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
     print(f"python {platform.python_version()}, torch {torch.__version__}, triton {triton}")
@@ -134,4 +189,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -28,26 +28,29 @@ from torch.distributed import ProcessGroup
 
 from grpo_kernels._checks import IGNORE_INDEX, require
 from grpo_kernels._head_arguments import make_pass
-from grpo_kernels._passes import Gradients, Pass, Scores, partition
+from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 
 
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
     logit_scale: float = ..., softcap: float | None = ..., return_entropy: Literal[False] = ...,
-    max_buffer_bytes: int | None = ..., process_group: ProcessGroup | None = ..., backend: str = ...,
+    rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
+    process_group: ProcessGroup | None = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
     logit_scale: float = ..., softcap: float | None = ..., return_entropy: Literal[True],
-    max_buffer_bytes: int | None = ..., process_group: ProcessGroup | None = ..., backend: str = ...,
+    rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
+    process_group: ProcessGroup | None = ..., backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
     logit_scale: float = ..., softcap: float | None = ..., return_entropy: bool,
-    max_buffer_bytes: int | None = ..., process_group: ProcessGroup | None = ..., backend: str = ...,
+    rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
+    process_group: ProcessGroup | None = ..., backend: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprob(
     hidden: Tensor,  # [..., H]
@@ -59,6 +62,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    rows: Tensor | Literal["all"] | None = None,  # [n]
     max_buffer_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
@@ -75,9 +79,14 @@ def linear_logprob(
         logit_scale: factor on the products, above 0 (Cohere, Granite).
         softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma 2).
         return_entropy: also return entropies (nats).
+        rows: the tokens to compute, if the caller knows them: ``"all"``, or ascending indices ``[n]`` int64 into the
+            flattened targets. Every other token is treated as a target of ``-100``. On a GPU the host otherwise waits
+            for their number, in the forward and in the backward. All of `rows` are multiplied, those with a target of
+            ``-100`` or without an incoming gradient too, so their hidden states must be finite.
         max_buffer_bytes: budget for temporary memory beyond inputs, outputs and gradients (default: 256 MiB on a
-            CPU; on a GPU 1 GiB, half of it with a frozen head). At least one row of float32 logits is always held. On
-            a GPU, autocast to 16 bits adds a 16-bit copy of a float32 weight (see `weight_copies`).
+            CPU; on a GPU 1 GiB, half of it with a frozen head, or a quarter of the free memory where that is more and
+            there is no process group). At least one row of float32 logits is always held. On a GPU, autocast to 16
+            bits adds a 16-bit copy of a float32 weight (see `weight_copies`).
         process_group: ranks that hold the vocabulary in shards, in rank order; hidden states and targets are the
             same on all of them, and so are the results and hidden's gradient. The shards' sizes are exchanged once
             for each weight, so ranks must replace a weight by another together.
@@ -97,6 +106,7 @@ def linear_logprob(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
+    call = call.with_rows(op, rows)
     if backend == "reference":
         require(process_group is None, f"{op}: backend='reference' does not support process_group")
         logprobs, entropy = linear_logprob_ref(call, weight, bias)
@@ -130,21 +140,32 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, call: Pass):
         ctx.set_materialize_grads(False)
         scores = Scores.zeros(call)
-        rows, _ = partition((call.targets == IGNORE_INDEX).long(), 2)
-        ctx.head, ctx.needs, ctx.frozen = call.head, call.needs, call.frozen
+        ignored = call.targets == IGNORE_INDEX
+        rows = partition(ignored.long(), 2)[0] if call.rows is None else call.rows
+        ctx.head, ctx.needs, ctx.frozen, ctx.rows_given = call.head, call.needs, call.frozen, call.rows is not None
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
             if call.frozen and call.needs[0]:
                 slopes = [torch.zeros_like(hidden) for _ in range(2 if call.with_entropy else 1)]
                 call.prepared().slopes(rows, scores, slopes)
-                ctx.save_for_backward(rows, *slopes)
+                ctx.save_for_backward(rows, ignored, *slopes)
             else:
-                call.prepared().score(rows, scores)
+                known = KnownRows.zeros(call) if any(call.needs) else None
+                call.prepared().score(rows, scores, known)
                 # The backward reads the head's weight and bias; since they are saved, torch refuses them if something
                 # like an optimizer step changes them in place before.
                 ctx.save_for_backward(
-                    rows, call.hidden, call.targets, call.temperature, call.head.weight, call.head.bias
+                    rows,
+                    ignored,
+                    None if known is None else known.planes,
+                    call.hidden,
+                    call.targets,
+                    call.temperature,
+                    call.head.weight,
+                    call.head.bias,
                 )
+        if ctx.rows_given:
+            scores.clear(ignored)
         return scores.logprobs, scores.entropy
 
     @staticmethod
@@ -152,32 +173,35 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 4
-        rows, *saved = ctx.saved_tensors
+        rows, ignored, *saved = ctx.saved_tensors
+        # An ignored token's gradient may be NaN or infinite, and NaN * 0 is not 0.
+        grad_logprobs, grad_entropy = (
+            None if grad is None else grad.masked_fill(ignored, 0.0) for grad in (grad_logprobs, grad_entropy)
+        )
         if ctx.frozen:
-            return _from_slopes(rows, (grad_logprobs, grad_entropy), saved), *(None,) * 3
-        hidden, targets, temperature, *_ = saved
+            return _from_slopes((grad_logprobs, grad_entropy), saved), *(None,) * 3
+        planes, hidden, targets, temperature, *_ = saved
         coefficients = torch.zeros_like(grad_entropy) if grad_logprobs is None else grad_logprobs
-        active = coefficients[rows] != 0
-        if grad_entropy is not None:
-            active |= grad_entropy[rows] != 0
+        if not ctx.rows_given:
+            active = coefficients[rows] != 0
+            if grad_entropy is not None:
+                active |= grad_entropy[rows] != 0
+            rows = rows[active]
         with torch.autocast(hidden.device.type, enabled=False):
             call = Pass(ctx.head, hidden, targets, temperature, ctx.needs, grad_entropy is not None).prepared()
-            gradients = Gradients(call, hidden.dtype)
-            gradients.recompute(call, rows[active], coefficients, grad_entropy)
+            gradients = Gradients(call, hidden.dtype, ctx.dtypes[1])
+            gradients.recompute(call, rows, KnownRows(planes), coefficients, grad_entropy)
         grads = zip(gradients.collected(), ctx.dtypes, strict=True)
         return *(None if grad is None else grad.to(dtype) for grad, dtype in grads), None
 
 
 def _from_slopes(
-    rows: Tensor,  # [n]
     upstreams: tuple[Tensor | None, ...],  # [N]
     slopes: list[Tensor],  # [N, H]
 ) -> Tensor:
-    """The hidden states' gradient, ``sum(upstream * slope)``; only `rows` of the upstreams are read."""
+    """The hidden states' gradient, ``sum(upstream * slope)``."""
     grad = torch.zeros_like(slopes[0])
     for upstream, slope in zip(upstreams, slopes, strict=False):
         if upstream is not None:
-            # An ignored token's upstream may be NaN or infinite, and NaN * 0 is not 0.
-            coefficients = torch.zeros_like(upstream).index_copy_(0, rows, upstream[rows])
-            grad = torch.addcmul(grad, coefficients[:, None], slope)
+            grad = torch.addcmul(grad, upstream[:, None], slope)
     return grad.to(slopes[0].dtype)

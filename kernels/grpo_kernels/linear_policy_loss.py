@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grpo_kernels import _checks as checks
 from grpo_kernels._head_arguments import make_pass
-from grpo_kernels._passes import Gradients, Pass, Scores, partition
+from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 from grpo_kernels.linear_logprob import linear_logprob_ref
 from grpo_kernels.objective import PolicyObjective
 from grpo_kernels.policy_loss import PolicyLoss, TokenLoss, make_token_loss, named_statistics, policy_loss_ref
@@ -53,6 +54,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     return_entropy: bool = False,
     skip_inactive: bool = False,
+    rows: Tensor | Literal["all"] | None = None,  # [n]
     grad_weight_buffer: Tensor | None = None,  # [V, H]
     max_buffer_bytes: int | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
@@ -68,6 +70,8 @@ def linear_policy_loss(
         return_entropy: also return (and sum up) entropies; implied by ``objective.entropy_coef``.
         skip_inactive: skip the forward of rows whose coefficient is known to be zero. Their log-probabilities and
             entropies are NaN, and the statistics do not count them.
+        rows: the tokens to compute, if the caller knows them, as in `linear_logprob`: on a GPU the host then waits for
+            nothing. All of them get the gradient's products, those whose weight or coefficient is zero too.
         grad_weight_buffer: float32 ``[V, H]``; the weight's gradient is added to it during the forward, and autograd
             gives `weight` none. The loss must then be backpropagated with gradient 1, so `weights` must include the
             normaliser.
@@ -93,6 +97,10 @@ def linear_policy_loss(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
+    call = call.with_rows(op, rows)
+    checks.require(
+        rows is None or not skip_inactive, f"{op}: skip_inactive finds the rows itself, so rows must be None"
+    )
     loss = make_token_loss(
         op, targets.shape, hidden.device, call.head.dtype, objective, backend, advantages=advantages, weights=weights,
         old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, cu_seqlens=cu_seqlens,
@@ -137,10 +145,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call: Pass, loss: TokenLoss, skip_inactive: bool):
         scores = Scores.zeros(call)
-        active, inactive = _split_rows(loss)
+        active, inactive = _split_rows(loss) if call.rows is None else (call.rows, call.rows[:0])
         with torch.autocast(hidden.device.type, enabled=False):
             call = call.prepared()
-            gradients = Gradients(call, _kept_dtype(hidden.dtype))
+            gradients = Gradients(call, _kept_dtype(hidden.dtype), _kept_dtype(weight.dtype))
             if skip_inactive:
                 for score in scores:
                     if score is not None:
@@ -155,7 +163,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 total, stats = _sequence_level(call, loss, active, scores, gradients)
             else:
                 total, stats = _token_level(call, loss, active, inactive, scores, gradients)
-        ctx.buffered = call.grad_weight_buffer is not None
+        if call.rows is not None:
+            scores.clear(loss.tokens.weights == 0)
+        ctx.scale_, ctx.buffered = call.head.scale_, call.grad_weight_buffer is not None
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         made = list(gradients.collected())
         if ctx.buffered:
@@ -180,7 +190,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
             for grad in gradients:
                 if grad is not None:
-                    grad.mul_(grad_loss)
+                    ctx.scale_(grad, grad_loss)
         cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(gradients, ctx.dtypes, strict=True))
         return *cast, *(None,) * 3
 
@@ -190,7 +200,7 @@ def _token_level(
 ) -> tuple[Tensor, Tensor]:
     """3U or 2U: the gradients of each chunk follow from its own log-probabilities. Returns (loss, statistics)."""
     found = []
-    for chunk in call.chunks(rows, call.head.buffer(rows.numel()), call.with_entropy):
+    for chunk in call.chunks(rows, call.head.buffer(rows.numel(), trained=call.needs[1]), call.with_entropy):
         scores.write(chunk)
         terms = loss.take(chunk.at).terms(*scores.take(chunk.at))
         gradients.add(chunk, terms.grad_logprobs, terms.grad_entropy if loss.has_bonus else None)
@@ -210,13 +220,16 @@ def _sequence_level(
         terms = loss.terms(*scores)
         gradients.hidden.mul_(terms.grad_logprobs[:, None])
         return terms.loss, terms.stats
-    call.score(rows, scores)
+    known = KnownRows.zeros(call)
+    call.score(rows, scores, known)
     terms = loss.terms(*scores)
     grad_entropy = terms.grad_entropy if loss.has_bonus else None
-    active = terms.grad_logprobs != 0
-    if grad_entropy is not None:
-        active = active | (grad_entropy != 0)
-    gradients.recompute(call, partition((~active).long(), 2)[0], terms.grad_logprobs, grad_entropy)
+    if call.rows is None:
+        active = terms.grad_logprobs != 0
+        if grad_entropy is not None:
+            active = active | (grad_entropy != 0)
+        rows, _ = partition((~active).long(), 2)
+    gradients.recompute(call, rows, known, terms.grad_logprobs, grad_entropy)
     return terms.loss, terms.stats
 
 

@@ -190,7 +190,7 @@ def test_many_chunks_and_vocabulary_blocks(budget, trainable, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_huge_logits(dtype, trainable):
     # Multiples of 64 are exact in every dtype here, so that only the softmax can go wrong.
-    arguments = make(40, 4, 30, dtype, trainable="", bias=torch.zeros(30))
+    arguments = make(40, 4, 30, dtype, trainable="", bias=torch.zeros(30, dtype=dtype))
     for name in ("hidden", "weight"):
         arguments[name] = (torch.randint(-7, 8, arguments[name].shape) * 8).to(dtype)
     arguments["hidden"][0] = 112.0

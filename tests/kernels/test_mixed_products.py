@@ -25,9 +25,13 @@ def gpu_products(monkeypatch):
         calls.append(a.dtype)
 
     def mixed_mm(a, b, *, out_dtype=None, out=None):
-        if out_dtype is None:
-            assert a.dtype in (torch.float32, torch.float64)
+        if out_dtype is None and a.dtype in (torch.float32, torch.float64):
             return mm(a, b, out=out)
+        if out_dtype is None:
+            assert a.dtype == b.dtype == out.dtype == torch.bfloat16
+            # cuBLAS adds up in float32 and rounds once.
+            assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+            return out.copy_(mm(a.float(), b.float()))
         check(a, b, out_dtype)
         return mm(a.float(), b.float(), out=out)
 
@@ -73,14 +77,16 @@ def test_linear_policy_loss_with_mixed_products(level, trainable, weight_dtype, 
 @pytest.mark.parametrize("trainable", ["hw", "h"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "temperature": 0.05}], ids=["plain", "options"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_float16_head_with_mixed_products(backend, options, trainable, coefficient, gpu_products):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_float16_head_with_mixed_products(level, backend, options, trainable, coefficient, gpu_products):
     """The gradient's 16-bit operands are those of a coefficient of 1, whatever the real one is."""
     arguments = make(dtype=torch.float16, trainable=trainable)
     arguments["weights"] = arguments["weights"] * coefficient
     exact = {k: v.detach() for k, v in arguments.items()}
     for name in ("hidden", "weight"):
         exact[name] = exact[name].double().requires_grad_(arguments[name].requires_grad)
-    objective = PolicyObjective(kind="reinforce", entropy_coef=0.05)
+    kind = "reinforce" if level == "token" else "clip"
+    objective = PolicyObjective(kind=kind, level=level, entropy_coef=0.05)
     # The loss scale keeps the finished gradients within float16's range.
     got = linear_policy_loss(objective=objective, **arguments, **options, max_buffer_bytes=20_000, backend=backend)
     (got.loss / coefficient).backward()

@@ -28,17 +28,25 @@ class LargestTensor(TorchDispatchMode):
 def count_flops(function, shapes: tuple[int, int, int]) -> float:
     """Matrix-product flops of `function` in U = 2 N H V."""
     N, H, V = shapes
-    forward, kernels = TritonHead.launch_forward, 0
+    forward, known, kernels = TritonHead.launch_forward, TritonHead.launch_known, 0
 
-    def count_forward(head, tile, rows, *args):
+    def count(head, rows):
         nonlocal kernels
         kernels += 2 * rows.hidden.numel() * head.vocab_size
+
+    def count_forward(head, tile, rows, *args):
+        count(head, rows)
         return forward(head, tile, rows, *args)
+
+    def count_known(head, tile, rows, *args):
+        count(head, rows)
+        return known(head, tile, rows, *args)
 
     addmm_ = {torch.ops.aten.addmm_: lambda _, a, b, *args, **kwargs: mm_flop(a, b)}
     with (
         FlopCounterMode(display=False, custom_mapping=addmm_) as counter,
         mock.patch.object(TritonHead, "launch_forward", count_forward),
+        mock.patch.object(TritonHead, "launch_known", count_known),
     ):
         function()
     return (counter.get_total_flops() + kernels) / (2 * N * H * V)

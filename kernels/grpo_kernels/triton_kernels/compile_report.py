@@ -3,8 +3,10 @@
     python -m grpo_kernels.triton_kernels.compile_report              # a table
     python -m grpo_kernels.triton_kernels.compile_report sm_90 --json # one architecture, for a program to read
 
-A row names shared memory in bytes, registers a thread, spilled bytes a thread ("stack") and how many instructions of
-the innermost loop around the matrix products touch spilled values.
+A row names shared memory in bytes, registers a thread, spilled bytes a thread ("stack"), how many instructions of the
+innermost loop around the matrix products touch spilled values, the instruction of these products, the best instruction
+that loads from memory, and the bytes that a thread moves by the widest load and store (0 where the copy engine moves
+whole blocks). Arguments are as aligned as a launch may find them, but for V in the rows "odd V".
 """
 
 from __future__ import annotations
@@ -16,19 +18,34 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grpo_kernels.triton_kernels import elementwise_kernels, head_kernels, policy_kernels, triton_head
+from grpo_kernels.triton_kernels import (
+    elementwise_kernels,
+    head_kernels,
+    known_lse_kernels,
+    policy_kernels,
+    scale_kernels,
+    triton_head,
+)
 from grpo_kernels.triton_kernels.launch import interpreting
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile
 
-MATRIX_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|FFMA)")
+MATRIX_PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|FFMA|v_mfma\w*|v_fma\w*|v_pk_fma\w*)")
 SPILL = re.compile(r"\b(LDL|STL)\b")
+DOT_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+# How data come from memory, the best first: by the copy engine, straight to shared memory, to registers.
+LOAD = re.compile(r"\b(UTMALDG|LDGSTS|LDG|(?:global|buffer)_load)([\w.]*)")
+STORE = re.compile(r"\b(UTMASTG|STG|(?:global|buffer)_store)([\w.]*)")
+# Part of an instruction's name -> bytes that it moves for each thread; 4 without any.
+BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1,
+         "dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}  # fmt: skip
 # The types of arguments by their names; the others are pointers to float32.
 SIZES = (
     "N",
@@ -42,10 +59,11 @@ SIZES = (
     "tiles_per_split",
     "splits",
 )
-NUMBERS = ("logit_scale", "softcap", "low", "high", "delta", "pos", "neg", "decay_pos", "decay_neg", "beta")
+NUMBERS = ("logit_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
+NUMBERS += ("decay_pos", "decay_neg", "beta", "entropy_coef")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
-    **dict.fromkeys((*NUMBERS, "entropy_coef"), "fp32"),
+    **dict.fromkeys(NUMBERS, "fp32"),
     "targets": "*i64",
     "offsets": "*i64",
     "mask": "*i1",
@@ -61,11 +79,18 @@ class Report:
     registers: int
     stack: int
     loop_spills: int
+    product: str
+    load: str
+    load_bytes: int
+    store_bytes: int
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel: the types of arguments that differ from `TYPES`, and compile-time constants."""
+    """One specialisation of a kernel: the types of arguments that differ from `TYPES`, and compile-time constants.
+
+    `odd` are sizes that are no multiples of 16, though the kernel would be compiled for it if they were.
+    """
 
     kernel: triton.JITFunction
     name: str
@@ -73,7 +98,7 @@ class Variant:
     constants: dict[str, object]
     warps: int = 4
     stages: int = 3
-    aligned: frozenset[str] = frozenset()
+    odd: frozenset[str] = frozenset()
 
 
 def head_variants(architecture: str) -> Iterator[Variant]:
@@ -92,9 +117,16 @@ def head_variants(architecture: str) -> Iterator[Variant]:
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
+    for tiles, dtype in ((row.half, "bf16"), (row.half, "fp16"), (row.single, "fp32")):
+        yield _head_gradient_known(row.descriptors, tiles[0], dtype, options=False)
+        capped = row.capped if dtype != "fp32" and row.capped else tiles
+        yield _head_gradient_known(row.descriptors, capped[0], dtype, options=True)
+        if row.descriptors:
+            yield _head_gradient_known(False, tiles[0], dtype, options=False)
     for dtype in ("bf16", "fp16", "fp32"):
         for options in (False, True):
             yield _head_gradient(row.half[0].part, dtype, options)
+        yield replace(_head_gradient(row.half[0].part, dtype, False), name=f"{dtype} odd V", odd=frozenset({"V"}))
 
 
 def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entropy: bool, options: bool) -> Variant:
@@ -111,14 +143,21 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
         "HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "WITH_ENTROPY": entropy,
         "STORE": store, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
         "PART_V": tile.part, "BLOCK_K": tile.depth, "weight_stride_h": 1,
-        "DOT_DTYPE": {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}[dtype],
+        "DOT_DTYPE": DOT_DTYPES[dtype],
     }  # fmt: skip
     name = f"{dtype} {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} {'store' if store else 'score'}"
     name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
-    aligned = frozenset(
-        {"hidden", "weight", "out", "V", "padded_columns", "H", "hidden_stride", "weight_stride_v", "out_stride"}
-    )
-    return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages, aligned)
+    return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages)
+
+
+def _head_gradient_known(descriptors: bool, tile: Tile, dtype: str, options: bool) -> Variant:
+    forward = _head_forward(descriptors, tile, dtype, store=True, entropy=options, options=options)
+    constants = forward.constants | {
+        "HAS_GRAD": dtype != "fp16" or options, "HAS_GRAD_ENTROPY": options, "ROW_SCALED": dtype == "fp16",
+    }  # fmt: skip
+    for name in ("WITH_ENTROPY", "STORE"):
+        del constants[name]
+    return replace(forward, kernel=known_lse_kernels.head_gradient_known, constants=constants)
 
 
 def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
@@ -128,10 +167,7 @@ def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
         "ROWS": triton_head.GRADIENT_ROWS,
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
-    return Variant(
-        head_kernels.head_gradient, name, {"e": f"*{dtype}"}, constants, triton_head.GRADIENT_WARPS,
-        aligned=frozenset({"e", "V", "padded_columns", "stride"}),
-    )  # fmt: skip
+    return Variant(head_kernels.head_gradient, name, {"e": f"*{dtype}"}, constants, triton_head.GRADIENT_WARPS)
 
 
 def small_variants() -> Iterator[Variant]:
@@ -143,6 +179,10 @@ def small_variants() -> Iterator[Variant]:
         for kind, index in policy_kernels.KINDS.items():
             constants = {"KIND": index, "KL": 3, **dict.fromkeys(flags, True), "BLOCK": policy_kernels.BLOCK}
             yield Variant(kernel, kind, {}, constants, policy_kernels.WARPS)
+    for dtype in ("bf16", "fp32"):
+        sizes = {"values": f"*{dtype}", "blocks": "i32"}
+        constants = {"BLOCK": scale_kernels.BLOCK}
+        yield Variant(scale_kernels.scale_unless_one, dtype, sizes, constants, scale_kernels.WARPS)
     block = {"BLOCK": elementwise_kernels.BLOCK}
     types = {"logprobs": "*bf16", "grad_logprobs": "*bf16"}
     for kl in (1, 2, 3):
@@ -167,8 +207,8 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     types |= dict.fromkeys(variant.constants, "constexpr")
     attributes = {
         (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name in variant.aligned and not types[name].startswith("tensordesc")
+        for index, parameter in enumerate(variant.kernel.params)
+        if is_aligned(parameter, types[parameter.name]) and parameter.name not in variant.odd
     }
     source = ASTSource(
         variant.kernel,
@@ -182,50 +222,75 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
-    registers, stack, loop_spills = read(compiled.asm)
+    registers, stack, loop_spills, assembly = read(compiled.asm)
+    loop = "\n".join(product_loop(assembly))
+    product = MATRIX_PRODUCT.search(loop) if "tl.dot" in variant.kernel.src else None
+    load, load_bytes = widest(LOAD, assembly)
     return Report(
-        architecture, variant.kernel.__name__, variant.name, compiled.metadata.shared, registers, stack, loop_spills
-    )
+        architecture, variant.kernel.__name__, variant.name, compiled.metadata.shared, registers, stack, loop_spills,
+        product[0] if product else "", load, load_bytes, widest(STORE, assembly)[1],
+    )  # fmt: skip
 
 
-def _read_amd(asm: dict) -> tuple[int, int, int]:
+def is_aligned(parameter: triton.runtime.jit.KernelParam, kind: str) -> bool:
+    """Whether the kernel is compiled for an address, or a size, that is a multiple of 16."""
+    if kind.startswith("*"):
+        return not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    return kind.startswith("i") and not parameter.do_not_specialize
+
+
+def widest(pattern: re.Pattern, assembly: str) -> tuple[str, int]:
+    """The best instruction that matches, and the bytes of its widest form."""
+    found = [match.groups() for match in pattern.finditer(assembly)]
+    if not found:
+        return "", 0
+    best = max((name for name, _ in found), key=lambda name: (name.startswith("UTMA"), name == "LDGSTS"))
+    if best.startswith("UTMA"):
+        return best, 0
+    forms = [re.split(r"[._]", form) for name, form in found if name == best]
+    return best, max(next((BYTES[part] for part in form if part in BYTES), 4) for form in forms)
+
+
+def _read_amd(asm: dict) -> tuple[int, int, int, str]:
     def number(field: str) -> int:
         return int(re.search(rf"\.{field}:\s*(\d+)", asm["amdgcn"]).group(1))
 
     spills = number("vgpr_spill_count")
     # The report does not locate spills, so any spill counts as one in the loop.
-    return number("vgpr_count"), number("private_segment_fixed_size"), spills
+    return number("vgpr_count"), number("private_segment_fixed_size"), spills, asm["amdgcn"]
 
 
-def _read_nvidia(asm: dict) -> tuple[int, int, int]:
+def _read_nvidia(asm: dict) -> tuple[int, int, int, str]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(asm["cubin"])
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", binary)
         registers, stack = (int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
-        loop_spills = spills_in_product_loop(_output(tools / "nvdisasm", "-c", binary)) if stack else 0
-    return registers, stack, loop_spills
+        assembly = _output(tools / "nvdisasm", "-c", binary)
+    spills = sum(bool(SPILL.search(line)) for line in product_loop(assembly))
+    return registers, stack, spills, assembly
 
 
 def _output(*command) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def spills_in_product_loop(assembly: str) -> int:
-    """Instructions that touch spilled values in the shortest loop around matrix products, in `nvdisasm -c` output."""
+def product_loop(assembly: str) -> list[str]:
+    """The lines of the shortest loop around matrix products, in `nvdisasm -c` or AMD assembly; none without a loop."""
     lines = assembly.splitlines()
-    labels = {line.strip().rstrip(":"): index for index, line in enumerate(lines) if re.match(r"\s*\.L\w+:", line)}
+    labels = {line.strip().rstrip(":").split(":")[0]: index for index, line in enumerate(lines)
+              if re.match(r"\s*\.L\w+:", line)}  # fmt: skip
     loops = []
     for index, line in enumerate(lines):
-        branch = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
+        branch = re.search(r"\b(?:BRA\b.*`\(|s_c?branch\w*\s+)(\.L\w+)", line)
         start = labels.get(branch.group(1)) if branch else None
         if start is not None and start < index and any(MATRIX_PRODUCT.search(text) for text in lines[start:index]):
             loops.append((start, index))
     if not loops:
-        return 0
+        return []
     start, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    return sum(bool(SPILL.search(text)) for text in lines[start:end])
+    return lines[start:end]
 
 
 def reports(architecture: str) -> Iterator[Report]:
@@ -252,7 +317,8 @@ def main() -> int:
                 r = report
                 print(
                     f"{r.architecture:7} {r.kernel:20} {r.variant:58} {r.shared:7} B {r.registers:4} registers "
-                    f"{r.stack:4} B stack {r.loop_spills:3} spills in the loop",
+                    f"{r.stack:4} B stack {r.loop_spills:3} spills in the loop  {r.product:9} "
+                    f"{r.load} {r.load_bytes} B, stores {r.store_bytes} B",
                     flush=True,
                 )
     return 0

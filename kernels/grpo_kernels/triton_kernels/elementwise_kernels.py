@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_kernels.triton_kernels.launch import run_kernel, stored_dtype
+from grpo_kernels.triton_kernels.launch import run_kernel
 from grpo_kernels.triton_kernels.math import kl_terms
 
 BLOCK = 1024
@@ -60,17 +60,13 @@ class KLEstimateTriton(torch.autograd.Function):
     def backward(ctx, grad_output):
         logprobs, ref_logprobs = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        grads = [
-            torch.empty_like(t, dtype=stored_dtype(t.dtype)) if need else None
-            for t, need in zip(ctx.saved_tensors, wanted[:2], strict=True)
-        ]
+        grads = [torch.empty_like(t) if need else None for t, need in zip(ctx.saved_tensors, wanted[:2], strict=True)]
         N = logprobs.numel()
         run_kernel(
             kl_backward, logprobs.device, -(-N // BLOCK), logprobs, ref_logprobs, grad_output.contiguous(), *grads, N,
             KL=ctx.kl, NEEDS_LOGPROBS=wanted[0], NEEDS_REF=wanted[1], BLOCK=BLOCK,
         )  # fmt: skip
-        saved = zip(grads, ctx.saved_tensors, strict=True)
-        return *(None if grad is None else grad.to(t.dtype) for grad, t in saved), None
+        return *grads, None
 
 
 @triton.jit(do_not_specialize=["numel", "length", "inner"])
@@ -138,14 +134,14 @@ class MaskedMeanTriton(torch.autograd.Function):
     def backward(ctx, grad_output):
         mask, counts = ctx.saved_tensors
         grad_mean = grad_output.reshape(-1) / counts
-        grad = torch.empty(ctx.shape, dtype=stored_dtype(ctx.dtype), device=grad_output.device)
+        grad = torch.empty(ctx.shape, dtype=ctx.dtype, device=grad_output.device)
         numel = grad.numel()
         _, length, inner = _factors(ctx.shape, ctx.dim)
         run_kernel(
             masked_mean_backward, grad.device, -(-numel // BLOCK),
             mask.expand(ctx.shape).contiguous(), grad_mean, grad, numel, length, inner, BLOCK=BLOCK,
         )  # fmt: skip
-        return grad.to(ctx.dtype), None, None
+        return grad, None, None
 
 
 def _factors(shape: torch.Size, dim: int | None) -> tuple[int, int, int]:

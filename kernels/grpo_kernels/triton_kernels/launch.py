@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +16,44 @@ from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, nearest_architectur
 def interpreting() -> bool:
     """Whether the kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+if interpreting():
+    from grpo_kernels.triton_kernels import interpreter
+
+    interpreter.install()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was planned, not made: the arguments by their names, and the options of the launch."""
+
+    kernel: str
+    programs: int
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedGPU:
+    """A GPU that is not there: launches for it are noted in `record`."""
+
+    architecture: str
+    processors: int
+    record: list[Any] = field(default_factory=list)
+
+
+_planned: PlannedGPU | None = None
+
+
+@contextmanager
+def planning(gpu: PlannedGPU) -> Iterator[None]:
+    """Within it every launch is noted for `gpu` instead of being made, whatever device the tensors are on."""
+    global _planned
+    before, _planned = _planned, gpu
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def device_name(device: torch.device) -> str | None:
@@ -28,6 +68,8 @@ def device_name(device: torch.device) -> str | None:
 
 def architecture_of(device: torch.device) -> str | None:
     """The row of :data:`ARCHITECTURES` for `device`, or None."""
+    if _planned is not None:
+        return _planned.architecture
     if interpreting():
         return "interpreter"
     name = device_name(device)
@@ -46,18 +88,18 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"unsupported architecture {device_name(device)}; there are kernels for {known}"
 
 
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a kernel stores a result of `dtype`: the interpreter truncates to bfloat16, a GPU rounds."""
-    return torch.float32 if interpreting() and dtype == torch.bfloat16 else dtype
-
-
 def run_kernel(kernel: Any, device: torch.device, programs: int, *arguments: Any, **constants: Any) -> None:
     """Launch `programs` programs of a kernel, if any, on `device`: by itself Triton takes the current device."""
-    if programs:
+    if programs and _planned is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        _planned.record.append(Launch(kernel.__name__, programs, named | constants))
+    elif programs:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(programs,)](*arguments, **constants)
 
 
 def processors(device: torch.device) -> int:
     """How many programs run at once, at least."""
+    if _planned is not None:
+        return _planned.processors
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

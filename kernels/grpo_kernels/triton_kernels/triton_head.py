@@ -21,7 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels.budget import equal_parts
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
+from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
+from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
 T = TypeVar("T")
@@ -77,9 +79,11 @@ class TritonHead(Head):
     # multiples of 16, loads and stores 16 bytes at a time; descriptors and cuBLAS need multiples of 16 bytes.
     buffer_alignment = 16
 
+    scale_ = staticmethod(scale_unless_one_)
+
     @property
     def buffer_dtype(self) -> torch.dtype:
-        return self.operand_dtype if self.mixed_products or self.operand_dtype == torch.float16 else self.dtype
+        return self.operand_dtype if self.operand_dtype.itemsize == 2 else self.dtype
 
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
@@ -162,8 +166,7 @@ class TritonHead(Head):
             WITH_ENTROPY=with_entropy,
             STORE=store,
             DESCRIPTORS=descriptors,
-            # The interpreter's dot is wrong for bfloat16 operands and right for their float32 copies.
-            DOT_DTYPE=tl.float32 if interpreting() else DOT_DTYPES[self.operand_dtype],
+            DOT_DTYPE=DOT_DTYPES[self.operand_dtype],
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -175,6 +178,62 @@ class TritonHead(Head):
         maximum, total, weighted, target = statistics
         mine = RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile.part)
         return self.over_shards(mine)
+
+    def recompute_(
+        self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        g, g_entropy, scale, row_scale = self.row_scaled(
+            out.dtype, grad_logprobs, grad_entropy, stats.total, rows.temperature
+        )
+        # An incoming gradient may be one number, expanded.
+        g, g_entropy = (None if grad is None else grad.contiguous() for grad in (g, g_entropy))
+
+        def launch(tile: Tile) -> None:
+            self.launch_known(tile, rows, stats, out, g, g_entropy, scale, row_scale is not None)
+
+        self.with_tile("head_gradient_known", rows, out, g_entropy is not None, launch)
+        return out, row_scale
+
+    def launch_known(
+        self,
+        tile: Tile,
+        rows: Rows,
+        stats: RowStatistics,
+        out: Tensor,  # [C, V]
+        grad_logprobs: Tensor | None,  # [C], None for 1
+        grad_entropy: Tensor | None,  # [C], None for 0
+        scale: float,
+        row_scaled: bool,
+    ) -> None:
+        (hidden, targets, temperature), weight, device = rows, self.weight, out.device
+        (N, H), V = hidden.shape, self.vocab_size
+        architecture = ARCHITECTURES[architecture_of(device)]
+        row_blocks, programs = -(-N // tile.rows), processors(device)
+        splits, tiles_per_split = splits_of(row_blocks, -(-V // tile.columns), programs)
+        items = row_blocks * splits
+        descriptors = architecture.descriptors and descriptors_fit(hidden, weight, out)
+        first, second, third = hidden, weight, out
+        if descriptors:
+            first = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
+            second = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth])
+            third = TensorDescriptor.from_tensor(out, [tile.rows, tile.part])
+        run_kernel(
+            head_gradient_known, device, min(items, programs) if architecture.descriptors else items,
+            first, second, self.bias, targets, temperature, stats.maximum, stats.total, stats.weighted, stats.target,
+            grad_logprobs, grad_entropy, third, N, V, padded_columns(out), H,
+            hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
+            self.logit_scale, self.softcap or 1.0, scale,
+            HAS_BIAS=self.bias is not None,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_SOFTCAP=self.softcap is not None,
+            HAS_GRAD=grad_logprobs is not None,
+            HAS_GRAD_ENTROPY=grad_entropy is not None,
+            ROW_SCALED=row_scaled,
+            DESCRIPTORS=descriptors,
+            DOT_DTYPE=DOT_DTYPES[self.operand_dtype],
+            BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
     def row_scaled(
         self,
