@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import math
 import os
@@ -12,18 +11,16 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partialmethod
-from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, get_args, get_type_hints
+from typing import NoReturn
 
-from grpo_fast.config import GRPOConfig, check_complete, check_repeatable, name_unknown
+from grpo_fast.arguments import parse_config
 from grpo_fast.convert.command import CONVERT_USAGE, convert
-from grpo_fast.errors import UserError, import_extra, nearest, one_line, printable, say, shown
-from grpo_fast.files import read_yaml, user_path
-from grpo_fast.recipes import describe_recipes, find_config
+from grpo_fast.errors import UserError, import_extra, nearest, printable, say, shown
+from grpo_fast.files import user_path
+from grpo_fast.recipes import describe_recipes
 from grpo_fast.report.terminal import open_standard_streams, print_error, silence
 from grpo_fast.startup import leaving_at_once
 from grpo_kernels import __version__
@@ -51,7 +48,6 @@ can be set on the command line.
 SIGPIPE = 13
 # Seconds that the other processes of a run leave the first one to report an error that all of them have.
 PATIENCE = 3
-FIELDS = {field.name for field in dataclasses.fields(GRPOConfig)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,87 +132,6 @@ def _tell(error: str) -> None:
         time.sleep(PATIENCE)
     line = " ".join(error.splitlines())
     print_error(f"grpo-fast: error{f' in process {rank}' * bool(rank)}: {line}")
-
-
-def parse_config(argv: Sequence[str], unused: Collection[str] = ()) -> GRPOConfig:
-    """The configuration from a recipe or YAML file (first argument, optional) and the ``--field value`` pairs after it.
-
-    `unused` are fields that the command does not use. A UserError refuses a missing file, an unknown field, a wrong
-    value, and a file in a run's folder that names Python code to run; see `trust`.
-    """
-    jsonargparse = import_extra("jsonargparse", "train")
-    parser = jsonargparse.ArgumentParser(
-        prog="grpo-fast train", usage="grpo-fast train CONFIG [--field value ...]", exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file; the first argument can be a file or recipe, too.")
-    parser.add_class_arguments(GRPOConfig, instantiate=False)
-    argv = ["--resume_from_checkpoint=true" if argument == "--resume" else argument for argument in argv]
-    name = None
-    if argv and not argv[0].startswith("-"):
-        path = find_config(argv[0])
-        name, argv = path.stem, [f"--config={path}", *argv[1:]]
-    files = _config_files(argv)
-    for file in files:
-        _check_file(file)
-    _check_options(argv)
-    try:
-        values = parser.parse_args(argv).as_dict()
-    except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(str(error))) from None
-    except OverflowError:
-        # jsonargparse does not catch this for an integer beyond the largest float.
-        wrong = next(argument for argument in argv if re.search(r"\d{309}", argument))
-        raise UserError(f"{shown(wrong)} is not allowed: a number must be within +-{sys.float_info.max:.1e}") from None
-    values.pop("config", None)
-    config = GRPOConfig(**values | {"run_name": name if values["run_name"] is None else values["run_name"]})
-    check_complete(config)
-    from grpo_fast.train.trust import check_code
-
-    # Not --model_init_kwargs.head_dim, which sets a part of a field and leaves the rest to the file.
-    named = {argument[2:].split("=")[0] for argument in argv if argument.startswith("--")}
-    check_repeatable(config, named | set(unused))
-    for file in files:
-        check_code(file, config, named | set(unused))
-    return config
-
-
-def _config_files(argv: list[str]) -> list[Path]:
-    """The files given as --config, whose value may also be YAML itself."""
-    given = [value for option, value in pairwise(argv) if option == "--config"]
-    given += [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    return [Path(value) for value in given if "\n" not in value and not value.lstrip().startswith("{")]
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
-    if wrong := name_unknown(map(str, content), FIELDS):
-        raise UserError(f"{path}: {wrong}")
-
-
-def _check_options(argv: list[str]) -> None:
-    names = []
-    for index, argument in enumerate(argv):
-        if argument.endswith((".yaml", ".yml")) and index and not argument.startswith("-"):
-            raise UserError(f"{argument}: the configuration file goes first, before the options")
-        if not argument.startswith("--"):
-            continue
-        names.append(argument[2:].split("=")[0].split(".")[0].removesuffix("+"))
-    if wrong := name_unknown(names, FIELDS | {"config", "help", "print_config"}, "option", "--"):
-        raise UserError(wrong)
-
-
-def _explain(message: str) -> str:
-    """jsonargparse's complaint about a value, in the words of the other errors."""
-    found = re.search(r'key "(\w+)":.*(?:Got value|Given value): (.*)', " ".join(message.split()))
-    if not found or found[1] not in FIELDS:
-        return one_line(message, limit=2000)
-    hint = get_type_hints(GRPOConfig)[found[1]]
-    kind = str(hint).replace("typing.", "") if get_args(hint) else hint.__name__
-    return f"{found[1]}={shown(found[2].strip())} is not allowed: it must be {kind}"
 
 
 def _own(argv: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ from grpo_fast.model.activations import check_activations
 from grpo_fast.model.loading import load_model
 from grpo_fast.report import Summary, plot_run, write_config, write_json, write_report
 from grpo_fast.report.learning_checks import LearningSignals, Warnings
-from grpo_fast.report.progress import Progress, resume_command
+from grpo_fast.report.progress import Progress
 from grpo_fast.report.terminal import lasting_output
 from grpo_fast.report.trackers import Trackers, tracker_arguments
 from grpo_fast.rewards import RewardModel
@@ -60,6 +60,7 @@ from grpo_fast.train.metrics import (
 )
 from grpo_fast.train.optimizers import check_optimizer
 from grpo_fast.train.run_folder import choose_run_folder, claim, refuse_other_run, release
+from grpo_fast.train.saver import Saver
 from grpo_fast.train.script import read_dataset, read_script, refuse_others, weights_fingerprint
 from grpo_fast.train.trust import remember_own
 
@@ -179,10 +180,8 @@ class GRPOTrainer:
         fixed["training data"] = checkpoint.fingerprint(self.train_prompts)
         fixed["held-out data"] = checkpoint.fingerprint(self.eval_prompts)
         # Where the run is between two updates, `updates_left` of which are still to come on the same generation batch.
-        self.state = TrainerState(0, 0, 0, 0.0, math.nan, fixed)
-        self.rng: dict[str, torch.Tensor] = {}
-        self.saved_step = self.updates_left = self.skipped = 0
-        self.resumed_learning_rate = config.learning_rate
+        self.saver = Saver(config, self.run_folder, self.learner, self.adapter or model, self.tokenizer, fixed)
+        self.updates_left = self.skipped = 0
         # The last step that was evaluated, and its metrics if this process measured them.
         self.evaluated_step, self.held_out = 0, {}
         self.resuming = config.resume_from_checkpoint
@@ -203,6 +202,11 @@ class GRPOTrainer:
         """The training rows that are still to be drawn."""
         config = self.config
         return prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed, self.state.num_prompts)
+
+    @property
+    def state(self) -> TrainerState:
+        """What the next checkpoint says of the run."""
+        return self.saver.state
 
     @property
     def step(self) -> int:
@@ -279,7 +283,7 @@ class GRPOTrainer:
             if self.rollout.engine.warning:
                 progress.warn(self.rollout.engine.warning)
             if self.step:
-                new, old = config.learning_rate, self.resumed_learning_rate
+                new, old = config.learning_rate, self.saver.resumed_learning_rate
                 changed = f" with learning_rate={new:g} instead of {old:g}, and with other prompts and random numbers"
                 progress.phase(f"resuming from {folder / f'checkpoint-{self.step}'}{changed * (new != old)}")
             else:
@@ -345,8 +349,8 @@ class GRPOTrainer:
         Checkpoints fall between generation batches: with several updates on a batch, a checkpoint that is due, and a
         signal that stops the run, wait for the remaining updates on the same batch.
         """
-        if self.rng:
-            set_rng_state(self.rng)
+        if self.saver.rng:
+            set_rng_state(self.saver.rng)
         with Interrupt() as interrupt:
             try:
                 for metrics in self.steps():
@@ -357,36 +361,22 @@ class GRPOTrainer:
                         on_main(partial(log, metrics))
                     if interrupt.agree() and not self.updates_left:
                         break
-                    if self.save_is_due() or self.state.best_step == self.step:
-                        self.save()
-                last = self.save()
+                    if (self.saver.is_due() and not self.updates_left) or self.state.best_step == self.step:
+                        self.saver.save()
+                last = self.saver.save()
             except CheckpointError:
                 raise
             except NotFiniteError as error:
-                raise UserError(f"{error}; {self.last_good(error.weights_lost)}") from None
+                raise UserError(f"{error}; {self.saver.last_good(error.weights_lost)}") from None
             except (KeyboardInterrupt, UserError) as error:
                 # A second Ctrl-C ends at once.
                 if self.step and not (interrupt.signal and isinstance(error, KeyboardInterrupt)):
-                    progress.stopped(self.step, self.save())
+                    progress.stopped(self.step, self.saver.save())
                 raise
         if interrupt.signal:
             progress.stopped(self.step, last)
             interrupt.exit()
         return last
-
-    def last_good(self, weights_lost: bool) -> str:
-        """After a step that was not finite: how to continue from the newest checkpoint, whose weights are finite."""
-        if self.step and not weights_lost:
-            # The cause may be older than this checkpoint, so keep the earlier ones, too.
-            self.save(remove_old=False)
-        newest = self.run_folder / f"checkpoint-{self.saved_step}"
-        start = f"from {newest}, with other prompts" if self.saved_step else "from the beginning"
-        resume = resume_command(self.run_folder, f"--learning_rate {self.config.learning_rate / 2:g}")
-        return f"to continue {start} and a smaller learning_rate: {resume}"
-
-    def save_is_due(self) -> bool:
-        every = self.config.save_steps
-        return bool(every) and not self.updates_left and self.step // every != self.saved_step // every
 
     def evaluation_is_due(self) -> bool:
         """Every `eval_steps` between generation batches, and after the last step."""
@@ -403,41 +393,14 @@ class GRPOTrainer:
         progress.evaluated(self.step, score, best=state.best_step == self.step)
         return self.held_out
 
-    def save(self, remove_old: bool = True) -> Path:
-        """Write a checkpoint, unless this step has one, and remove those beyond `save_total_limit`.
-
-        The weights are finite, because a step that makes them anything else raises an error.
-        """
-        folder = self.run_folder / f"checkpoint-{self.step}"
-        if self.saved_step != self.step:
-            weights, tensors = self.learner.weights(), {**self.learner.tensors(), "rng": self.rng}
-            arguments = (folder, self.adapter or self.model, self.tokenizer, self.state, tensors, weights)
-            on_main(partial(checkpoint.save_checkpoint, *arguments))
-            self.saved_step = self.step
-            if remove_old:
-                limit, best = self.config.save_total_limit, self.state.best_step
-                on_main(partial(checkpoint.keep_newest, self.run_folder, limit, best))
-        return folder
-
     def restore(self, folder: Path, state: TrainerState) -> None:
         """Continue from a checkpoint."""
         checkpoint.check_same(folder, state.fixed, self.state.fixed)
         self.ahead, self.updates_left = [], 0
         # The engine was tried out with the initial weights.
         self.rollout.weights_change()
-        self.learner.restore(folder, state.step)
-        check_finite(self.learner.trained(), str(folder))
-        self.rng = checkpoint.load_tensors(folder, "rng")
-        self.resumed_learning_rate = state.fixed.get("learning_rate", self.config.learning_rate)
-        self.state = dataclasses.replace(state, fixed=self.state.fixed)
-        self.saved_step = self.evaluated_step = state.step
-        if self.resumed_learning_rate != self.config.learning_rate:
-            # The same prompts and random numbers would lead to the same gradient, which may have stopped the run.
-            self.state.num_prompts += self.config.prompts_per_step
-            torch.manual_seed(self.config.seed + state.step)
-            self.rng["torch"] = torch.get_rng_state()
-            if torch.cuda.is_initialized():
-                self.rng["cuda.0"] = torch.cuda.get_rng_state()
+        self.saver.restore(folder, state)
+        self.evaluated_step = state.step
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Train, and yield the metrics of every optimizer step; a generation batch serves `updates_per_batch` steps."""
@@ -465,7 +428,7 @@ class GRPOTrainer:
                 self.learner.refresh_reference(state.step)
                 self.updates_left = updates - iteration - 1
                 # Kept for a checkpoint: if the next step fails, it has already advanced the generators.
-                self.rng = rng_state()
+                self.saver.rng = rng_state()
                 seconds = time.perf_counter() - start
                 state.train_seconds += seconds
                 speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
@@ -502,8 +465,7 @@ class GRPOTrainer:
         `output_dir` is the run folder by default. Returns the folder.
         """
         folder = self.run_folder if output_dir is None else user_path(str(output_dir))
-        weights = self.learner.weights()
-        on_main(partial(checkpoint.save_model, folder, self.adapter or self.model, self.tokenizer, weights))
+        self.saver.save_model(folder)
         return folder
 
     def own_adapter(self) -> loading.Adapter | None:

@@ -22,7 +22,7 @@ FLOORS = (
     ("grpo_fast", "policy"),
     ("cli", "__main__"),
     ("trainer",),
-    ("evaluation", "integrations"),
+    ("evaluation", "integrations", "arguments"),
     ("memory", "train"),
     ("rollout", "report"),
     ("distributed",),

@@ -59,7 +59,7 @@ def load_rows(
 
 
 def prepare_rows(config: GRPOConfig, rows: list[Row], source: str) -> list[Row]:
-    """Rows with their ``prompt``, made as in the run; `source` names them in errors."""
+    """Rows with their ``prompt`` and answer, made as in the run; `source` names them in errors."""
     return _with_prompts(rows, load_template(config), source, config.answer_column)
 
 

@@ -36,7 +36,7 @@ def cases(architecture: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=SHARED_BYTES.keys() - {"sm_75", "sm_89"})
+@pytest.fixture(scope="module", params=sorted(SHARED_BYTES.keys() - {"sm_75", "sm_89"}))
 def architecture(request) -> str:
     return request.param
 

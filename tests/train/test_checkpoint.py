@@ -228,7 +228,7 @@ def outcome(made: GRPOTrainer, step: int) -> BaseException | None:
     """The error of a save after `step`, if any."""
     made.state.step = step
     try:
-        made.save()
+        made.saver.save()
     except (Killed, OSError, CheckpointError) as error:
         return error
 
@@ -278,7 +278,7 @@ def test_save_that_fails_anywhere_leaves_complete_checkpoints(tmp_path, monkeypa
         steps = [read_state(path).step for path in found]
         assert steps[-1] in (newest, newest + 1)
         moments.add((newest + 1 in steps, removing))
-        newest = made.saved_step = steps[-1]
+        newest = made.saver.saved_step = steps[-1]
         allowed, calls = allowed + 1, 0
     # Failures before the new checkpoint was in place, before an old one was removed, and during its removal.
     assert moments == {(False, False), (True, False), (True, True)}

@@ -91,7 +91,7 @@ def test_train_with_a_bad_gradient_keeps_the_weights(tmp_path, capsys, fields):
     assert torch.equal(weights(second.model), weights(made.model))
     # The same prompts would give the same gradient.
     assert second.state.num_prompts == made.state.num_prompts + made.config.prompts_per_step
-    assert not torch.equal(second.rng["torch"], made.rng["torch"])
+    assert not torch.equal(second.saver.rng["torch"], made.saver.rng["torch"])
     capsys.readouterr()
     second.train()
     said = "checkpoint-3 with learning_rate=0.0005 instead of 0.001, and with other prompts and random numbers"
