@@ -190,7 +190,8 @@ class Learner:
         self.policy.eval()
         logprobs, correction = self.score(self.policy, batch), batch.correction
         if correction is None and batch.sampling_logprobs is not None:
-            correction = self.sampling_ratio(logprobs, batch.sampling_logprobs, batch.offsets.to(logprobs.device))
+            offsets = batch.offsets.to(logprobs.device)
+            correction = self.sampling_ratio(logprobs, batch.sampling_logprobs, offsets, batch.weights)
         return bad_completions(batch, self.objective, logprobs, correction)
 
     def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:

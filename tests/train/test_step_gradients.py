@@ -101,7 +101,7 @@ def test_gradient_is_the_same_for_any_number_of_microbatches(preset, beta, old_s
     expected_loss, expected = reference_gradient(objective, batch)
     assert expected.norm() > 1e-3
     # Without KL the group without variance is not even computed.
-    assert len(batch.active) == int(counted.sum()) - (4 if beta == 0.0 else 0)
+    assert len(batch.active) == int(counted.sum()) - (4 if objective.advantage_alone else 0)
     for microbatches in (1, 2, 5, 16):
         for layout in LAYOUTS:
             loss, got, parts = gradient(objective, batch, microbatches, layout)
