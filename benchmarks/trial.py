@@ -159,9 +159,11 @@ class OurSteps:
     def __init__(self, job: Job, folder: Path):
         from grpo_fast.trainer import GRPOTrainer
 
-        self.job, self.config = job, job.config(folder, SHORT)
+        self.job = job
         with patch("grpo_fast.trainer.load_model", lambda config: random_model(job, config)):
-            self.trainer = GRPOTrainer(self.config)
+            self.trainer = GRPOTrainer(job.config(folder, SHORT))
+        # The trainer has a copy of the configuration.
+        self.config = self.trainer.config
         self.model = self.trainer.model
         self.microbatches = self.trainer.learner.microbatches
 

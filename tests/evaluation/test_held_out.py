@@ -300,16 +300,16 @@ def test_eval_with_wrong_input_ends_in_one_line(trained, tmp_path, monkeypatch, 
 def scripted(folder, resume=False, **fields):
     """A run whose held-out score after step N is `SCORES[N]`."""
     made = trainer(folder, resume, **{"eval_steps": 1, "keep_best": True, "save_total_limit": 1, **fields})
-    evaluate = made.evaluate
-    made.evaluate = lambda: {**evaluate(), SCORE: SCORES[made.step]}
+    measure = made.measure
+    made.measure = lambda: {**measure(), SCORE: SCORES[made.step]}
     return made
 
 
 def test_eval_steps_write_the_curve_of_scores(tmp_path, capsys):
     made = trainer(tmp_path / "run", eval_steps=2, logging_steps=5, log_completions_steps=0)
     steps = []
-    evaluate = made.evaluate
-    made.evaluate = lambda: steps.append(made.step) or evaluate()
+    measure = made.measure
+    made.measure = lambda: steps.append(made.step) or measure()
     made.train()
     # One evaluation at the end serves both the curve and the summary.
     assert steps == [0, 2, 4, 5]
@@ -346,14 +346,14 @@ def test_eval_steps_do_not_change_the_training(tmp_path):
 def test_keep_best_keeps_the_best_checkpoint(tmp_path):
     folder = tmp_path / "run"
     made = scripted(folder, save_steps=0)
-    seen, save = [], made.save
+    seen, save = [], made.saver.save
 
     def save_and_look():
         checkpoint = save()
         seen.append(sorted(path.name for path in folder.glob("checkpoint-*")))
         return checkpoint
 
-    made.save = save_and_look
+    made.saver.save = save_and_look
     made.train()
     # Step 4 equals the best score, of step 2, and does not replace it.
     assert seen == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-2", "checkpoint-5"]]
@@ -395,14 +395,14 @@ def test_eval_steps_resumed_run_is_bit_identical(tmp_path):
 
 def test_failed_evaluation_loses_no_metrics(tmp_path):
     made = trainer(tmp_path, eval_steps=2)
-    evaluate = made.evaluate
+    measure = made.measure
 
     def fail():
         if made.step == 2:
             raise UserError("no reward today")
-        return evaluate()
+        return measure()
 
-    made.evaluate = fail
+    made.measure = fail
     with pytest.raises(UserError, match="no reward today"):
         made.train()
     assert [line["step"] for line in figures(tmp_path)] == [1, 2]
