@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.distributed import sharding
-from grpo_fast.distributed.processes import rank, size, total
+from grpo_fast.distributed.processes import gather, rank, size, total
 from grpo_fast.distributed.rng import own_random_numbers
 from grpo_fast.errors import NotFiniteError, UserError
 from grpo_fast.model import packing
@@ -186,13 +186,14 @@ class Learner:
             self.scheduler.step()
 
     def bad_completions(self, batch: StepBatch) -> str:
-        """The completions whose loss is not finite under the current policy; one more forward."""
+        """The completions whose loss is not finite under the current policy, in any process; one more forward."""
         self.policy.eval()
         logprobs, correction = self.score(self.policy, batch), batch.correction
         if correction is None and batch.sampling_logprobs is not None:
             offsets = batch.offsets.to(logprobs.device)
             correction = self.sampling_ratio(logprobs, batch.sampling_logprobs, offsets, batch.weights)
-        return bad_completions(batch, self.objective, logprobs, correction)
+        found = gather(lambda: bad_completions(batch, self.objective, logprobs, correction))
+        return next(filter(None, found), "")
 
     def accumulate_gradients(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """Forward and backward of all microbatches; their gradients add up to that of the whole step.
