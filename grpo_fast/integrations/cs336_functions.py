@@ -262,7 +262,7 @@ def r1_zero_reward_fn(response: str, ground_truth: Any, fast: bool = True) -> di
             ``</answer>``; the answer is what follows the last ``<answer>``.
         ground_truth: a text or a number, or a list of them, of which one has to be met.
         fast: accepted as in the assignment. Its quick judge misses some right answers that the slow one accepts; here
-            the answer is judged in the same way for both, by `math_answer`, for at most 10 s in a process of its own.
+            the answer is judged in the same way for both, by `math_answer`, for at most 10 s in its own process.
 
     Returns:
         ``format_reward``, ``answer_reward`` and ``reward``. A wrong answer in the right format has only the first, and

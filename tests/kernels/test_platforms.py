@@ -66,7 +66,7 @@ def test_modules_import_without_platform_packages():
 
 def test_isolated_rewards_without_process_limits_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    with pytest.raises(UserError, match=r"reward_funcs: math_answer runs in a process of its own.*Linux and macOS"):
+    with pytest.raises(UserError, match=r"reward_funcs: math_answer runs in its own process.*Linux and macOS"):
         RewardModel(["math_answer"], None)
     assert RewardModel(["exact_answer"], None).names == ["exact_answer"]
 
