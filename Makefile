@@ -100,7 +100,7 @@ test: $(VENV)/.dev  ## the test suite, without long tests and those that need a 
 test-fast: $(VENV)/.dev  ## the same without the tests that take more than ten seconds each
 	$(BIN)/python -m pytest -n 2 -m "$(LEFT_OUT) and not slow" $(ARGS)
 
-test-long: $(VENV)/.dev  ## further settings of the memory plan and of several processes, the longest answer
+test-long: $(VENV)/.dev  ## further settings of the memory plan and of several processes, the longest answer, other GPUs on fake tensors
 	$(BIN)/python -m pytest -n 2 -m long $(ARGS)
 
 # How many times `make test-kill` kills its run.

@@ -438,6 +438,7 @@ def test_machine_names_the_gpu(hip, capability, cuda, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rehearsal_on_the_cpu(tmp_path):
     """Real stages at tiny sizes, each in its process: correct results, our step, a stage that cannot run, figures."""
     names = "doctor,equivalence,memcheck,step,figures"

@@ -36,7 +36,10 @@ def cases(architecture: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=sorted(SHARED_BYTES.keys() - {"sm_75", "sm_89"}))
+@pytest.fixture(
+    scope="module",
+    params=["sm_90", "sm_120", *(pytest.param(gpu, marks=pytest.mark.long) for gpu in ("sm_80", "sm_86", "sm_100"))],
+)
 def architecture(request) -> str:
     return request.param
 
