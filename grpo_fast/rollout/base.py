@@ -65,7 +65,7 @@ class Sampling:
         stop = self.generation_kwargs.get("stop", "text")
         texts = [stop] if isinstance(stop, str) else stop
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) and t for t in texts):
-            raise UserError(f"generation_kwargs: stop={stop!r} is not allowed: it must be a text or a list of texts")
+            raise UserError(f"generation_kwargs: stop={stop!r} is not allowed: it must be a text or texts, none empty")
 
     @property
     def filters(self) -> dict[str, Any]:
