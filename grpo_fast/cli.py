@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from grpo_fast.arguments import parse_config
+from grpo_fast.config import GRPOConfig, SFTConfig
 from grpo_fast.convert.command import CONVERT_USAGE, convert
 from grpo_fast.errors import UserError, import_extra, nearest, printable, say, shown
 from grpo_fast.files import user_path
@@ -30,6 +32,7 @@ USAGE = """usage: grpo-fast train CONFIG [--field value ...]
 Train a model with GRPO. CONFIG is a YAML file or the name of a recipe, such as sort. Every field of the configuration
 can be set on the command line.
 
+  grpo-fast sft CONFIG                        supervised fine-tuning, as a cold start; its own fields: sft --help
   grpo-fast convert THEIR.yaml                the configuration for a file of TRL, verl or LLaMA-Factory
   grpo-fast recipes                           the configurations that ship with the package
   grpo-fast plan CONFIG --vram 24GiB          the memory that a run needs, and whether it fits
@@ -183,14 +186,23 @@ def quiet_libraries() -> None:
 
 
 def train(argv: Sequence[str]) -> int:
-    config = parse_config(argv)
+    return _train(parse_config(argv), "grpo_fast.trainer", "GRPOTrainer")
+
+
+def sft(argv: Sequence[str]) -> int:
+    return _train(parse_config(argv, kind=SFTConfig), "grpo_fast.sft.trainer", "SFTTrainer")
+
+
+def _train(config: GRPOConfig, module: str, trainer: str) -> int:
+    """The run of a configuration with a trainer, whose module takes long to import."""
     with leaving_at_once():
         quiet_libraries()
         import_extra("accelerate", "train")
         from grpo_fast.distributed.processes import disconnect
-        from grpo_fast.trainer import GRPOTrainer
 
-    GRPOTrainer(config).train()
+        made = getattr(importlib.import_module(module), trainer)
+
+    made(config).train()
     disconnect()
     return 0
 
@@ -355,7 +367,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 # Commands whose output may break off without ending them; another pipe that breaks in them is an error.
-LASTING = ("train", "eval")
+LASTING = ("train", "sft", "eval")
 USAGES = {
     "convert": CONVERT_USAGE,
     "plan": PLAN_USAGE,
@@ -365,6 +377,7 @@ USAGES = {
 }
 COMMANDS = {
     "train": train,
+    "sft": sft,
     "convert": convert,
     "recipes": recipes,
     "plan": plan,

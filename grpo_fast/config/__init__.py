@@ -8,6 +8,7 @@ from grpo_fast.config.checks import (
     check_repeatable,
 )
 from grpo_fast.config.fields import FREE_FIELDS, GRPOConfig
+from grpo_fast.config.sft import SFTConfig
 from grpo_fast.config.sizes import UNSET, steps_of_epochs
 from grpo_fast.config.trl import TRL_FIELDS_INSTEAD, name_unknown
 
@@ -19,6 +20,7 @@ __all__ = [
     "UNCENTRED",
     "UNSET",
     "GRPOConfig",
+    "SFTConfig",
     "check_complete",
     "check_repeatable",
     "name_unknown",

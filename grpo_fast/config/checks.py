@@ -90,6 +90,8 @@ def check_config(config: Any) -> None:
     for names, holds, allowed in _RANGES:
         for name in names:
             value = getattr(config, name)
+            if name in config.unused_fields:
+                continue
             if name == "max_steps" and value == UNSET and config.num_train_epochs is not None:
                 # Known when the training rows are.
                 continue
@@ -129,7 +131,7 @@ def check_complete(c: Any) -> None:
         raise UserError("model_name_or_path is missing: a folder, a hub name or a built-in name")
     if not c.dataset_name:
         raise UserError("dataset_name is missing: a data file, a hub name or a built-in name")
-    if not c.reward_funcs:
+    if not c.reward_funcs and "reward_funcs" not in c.unused_fields:
         raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
 
 

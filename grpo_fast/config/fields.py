@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from grpo_fast.config.checks import check_config, check_objective_settings
 from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
@@ -55,20 +55,20 @@ _TRL_NAMES = {
 }
 
 
-def _names_checked(cls: type[T]) -> type[T]:
+def names_checked(cls: type[T]) -> type[T]:
     """`cls` with a constructor that names all unknown fields, and what to use instead, where Python names the first."""
     init = cls.__init__
 
     @functools.wraps(init)
     def checked(self, *args, **fields):
-        check_names(fields, cls.__dataclass_fields__)
+        check_names(fields, cls.__dataclass_fields__, cls.__name__)
         init(self, *args, **fields)
 
     cls.__init__ = checked
     return cls
 
 
-@_names_checked
+@names_checked
 @dataclass
 class GRPOConfig:
     """A GRPO run.
@@ -406,6 +406,10 @@ class GRPOConfig:
     keep_best: bool = False
     resume_from_checkpoint: bool = False
     script_objects: dict[str, str] | None = None
+
+    # The command that takes such a configuration, and the fields that it does not use.
+    command: ClassVar[str] = "train"
+    unused_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         translate(self)

@@ -54,10 +54,10 @@ def _instead(name: str, known: Collection[str], link: str = "; ") -> str:
     return nearest(name, known)
 
 
-def check_names(names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse unknown fields of a `GRPOConfig`, all of them at once."""
+def check_names(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    """Refuse unknown fields of a configuration, all of them at once."""
     if wrong := name_unknown(names, known):
-        raise UserError(f"GRPOConfig: {wrong}")
+        raise UserError(f"{kind}: {wrong}")
 
 
 def translate(config: Any) -> None:

@@ -47,7 +47,7 @@ def alpaca_prompt(row: dict[str, Any], as_chat: bool, system_prompt: str | None)
     if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history):
         raise UserError(f"column 'history' must be a list of pairs of texts, got {shown(history)}")
     turns = [(role, said) for turn in history for role, said in zip(("user", "assistant"), turn, strict=True)]
-    return _chat(system or system_prompt, [*turns, ("user", text)])
+    return chat_of(system or system_prompt, [*turns, ("user", text)])
 
 
 def sharegpt_prompt(row: dict[str, Any], system_prompt: str | None) -> list[dict[str, str]]:
@@ -59,14 +59,14 @@ def sharegpt_prompt(row: dict[str, Any], system_prompt: str | None) -> list[dict
         UserError: a message has no role or text, has a role of tools, or the user says nothing.
     """
     _refuse_unused(row)
-    turns = _turns(row)
+    turns = turns_of(row)
     if turns[-1][0] == "assistant":
         turns.pop()
     if not turns or turns[-1][0] != "user":
         raise UserError("the conversation has no message of the user before the assistant's last one")
     if turns[0][0] == "system":
         system_prompt = turns.pop(0)[1]
-    return _chat(_text(row, "system") or system_prompt, turns)
+    return chat_of(_text(row, "system") or system_prompt, turns)
 
 
 def reference_answer(row: dict[str, Any]) -> Any:
@@ -74,12 +74,12 @@ def reference_answer(row: dict[str, Any]) -> Any:
     if is_alpaca(row):
         return row.get("output")
     if is_sharegpt(row):
-        role, text = _turns(row)[-1]
+        role, text = turns_of(row)[-1]
         return text if role == "assistant" else None
     return None
 
 
-def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
     name = "conversations" if "conversations" in row else "messages"
     messages = row[name]
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
@@ -95,7 +95,7 @@ def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
     return turns
 
 
-def _chat(system: str | None, turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+def chat_of(system: str | None, turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     first = [("system", system)] if system else []
     return [{"role": role, "content": text} for role, text in [*first, *turns]]
 

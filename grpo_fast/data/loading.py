@@ -41,7 +41,7 @@ def load_rows(
             that the template or the trainer needs, or an empty split.
     """
     build = load_template(config)
-    raw, test = (train_rows, None) if train_rows is not None else _load_splits(config)
+    raw, test = (train_rows, None) if train_rows is not None else load_splits(config)
     test = test if eval_rows is None else eval_rows
     train = _with_prompts(raw, build, config.dataset_name, config.answer_column)
     if test is None:
@@ -103,13 +103,13 @@ def _with_prompts(rows: list[Row], build: Callable[[Row], Prompt], source: str, 
     for number, row in enumerate(rows, 1):
         try:
             prompt = build(row)
-            made.append({**columns, **row, **_answer(row, answer_column), "prompt": prompt})
+            made.append({**columns, **row, **find_answer(row, answer_column), "prompt": prompt})
         except UserError as error:
             raise UserError(f"{source}, row {number}: {error}") from None
     return made
 
 
-def _answer(row: Row, column: str | None) -> Row:
+def find_answer(row: Row, column: str | None) -> Row:
     """The column ``answer`` of a row whose answer has another place."""
     if column is None:
         found = None if "answer" in row else reference_answer(row)
@@ -126,7 +126,7 @@ def _answer(row: Row, column: str | None) -> Row:
     return {"answer": value}
 
 
-def _load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
+def load_splits(config: GRPOConfig) -> tuple[list[Row], list[Row] | None]:
     name = config.dataset_name
     if name in BUILT_IN and config.eval_dataset_name:
         raise UserError(f"eval_dataset_name requires a file or hub dataset; {name!r} has its own held-out rows")

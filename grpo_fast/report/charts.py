@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_fast.report.curves import column, held_out_points, known, mean, smooth
+from grpo_fast.report.curves import column, held_out_points, known, mean, score_name, smooth
 
 # The size of a chart and the margins for its axes, in SVG units.
 WIDTH, HEIGHT = 340, 172
@@ -90,7 +90,7 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
     rewards = [name for name in names if name.startswith("rewards/") and name.endswith("/mean")]
     other = [n for n in names if n not in UNDRAWN and not n.startswith(("rewards/", "eval/")) and "terminated" not in n]
     metrics = list(dict.fromkeys(["reward", *rewards, *CHARTS, *other]))
-    drawn, charts = thin(steps, width), []
+    drawn, charts, score = thin(steps, width), [], score_name(history, str(summary.get("metric")))
     for metric in metrics[:MOST_CHARTS]:
         values = column(history, metric)
         if not known(values):
@@ -98,7 +98,7 @@ def draw_curves(history: list[dict[str, Any]], summary: dict[str, Any]) -> Curve
         name = metric.removeprefix("rewards/").removesuffix("/mean")
         title, color, band = CHARTS.get(metric, (name, "green" if metric in rewards else "grey", ()))
         held_out = [(f"step {step:g}", step, score) for step, score in held_out_points(history, metric)]
-        if metric == f"rewards/{summary.get('metric')}/mean":
+        if metric == score:
             last = [("after", drawn[-1], summary.get("after"))] * (not held_out or held_out[-1][1] != steps[-1])
             held_out = [("before", drawn[0], summary.get("before")), *held_out, *last]
             held_out = [dot for dot in held_out if isinstance(dot[2], (int, float))]

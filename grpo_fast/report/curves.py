@@ -29,6 +29,12 @@ def column(history: list[dict], name: str) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
+def score_name(history: list[dict], score: str) -> str:
+    """The metric that a run's summary calls its score: a reward function's mean, or a metric such as ``loss``."""
+    reward = f"rewards/{score}/mean"
+    return reward if known(column(history, reward)) or not known(column(history, score)) else score
+
+
 def held_out_points(history: list[dict], name: str) -> list[tuple[float, float]]:
     """The steps after which `name` was measured on held-out prompts, and its values."""
     points = zip(column(history, "step"), column(history, f"eval/{name}"), strict=True)
@@ -78,10 +84,11 @@ def save_figure(figure: Figure, path: Path) -> None:
 def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> None:
     """Draw score, rewards, advantages, completions and parts of the loss over the steps, as far as there are any."""
     steps = column(history, "step")
-    metric = f"rewards/{summary.metric}/mean"
+    metric = score_name(history, summary.metric)
+    supervised = metric == summary.metric
     panels = [
         ("reward", "reward", "#1f6feb"),
-        (metric, f"{plain(summary.metric)} (sampled in training)", "#1a7f37"),
+        (metric, f"{plain(summary.metric)} ({'' if supervised else 'sampled '}in training)", "#1a7f37"),
         ("reward_std", "reward std", "#9a6700"),
         ("completions/mean_length", "completion length (tokens)", "#8250df"),
         ("groups/reward_std", "reward std within groups", "#9a6700"),
@@ -91,12 +98,20 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
         ("loss/policy", "loss: policy part", "#cf222e"),
         ("loss/kl", "loss: KL part", "#cf222e"),
     ]
-    panels = [panel for panel in panels if panel[0] in (metric, "reward") or known(column(history, panel[0]))]
+    if supervised:
+        panels = [
+            panels[1],
+            ("entropy", "entropy (nats per token)", "#0550ae"),
+            ("grad_norm", "gradient norm", "#6e7781"),
+            ("learning_rate", "learning rate", "#6e7781"),
+        ]
+    always = (metric,) if supervised else (metric, "reward")
+    panels = [panel for panel in panels if panel[0] in always or known(column(history, panel[0]))]
     rows = math.ceil(len(panels) / 2)
     figure, axes = new_panels(rows, 2, (10, 3 * rows), sharex=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    share = is_share(summary.before, summary.after, *known(column(history, metric)))
+    share = is_share(summary.before, summary.after, *known(column(history, metric)), metric=summary.metric)
     for axis, (name, title, color) in zip(axes.flat, panels, strict=False):
         values = column(history, name)
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)

@@ -59,14 +59,17 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
 def facts(run: Run) -> dict[str, str]:
     """What was trained, on what, and how far."""
-    config, rewards = run.config, run.config.get("reward_funcs") or []
+    config, rewards = run.config, run.config.get("reward_funcs")
     last = run.history[-1]["step"] if run.history else 0
     running = f"not finished: step {last} of {config.get('max_steps')}"
+    sampled = {}
+    if rewards or "loss_type" in config:
+        sampled["rewards"] = ", ".join(map(str, rewards if isinstance(rewards, list) else [rewards or ""]))
+        sampled["loss"] = str(config.get("loss_type"))
     return {
         "model": str(config.get("model_name_or_path")),
         "data": str(config.get("dataset_name")),
-        "rewards": ", ".join(map(str, rewards if isinstance(rewards, list) else [rewards])),
-        "loss": str(config.get("loss_type")),
+        **sampled,
         "state": f"finished after {run.summary.get('steps')} steps" if run.summary else running,
     }
 
@@ -76,7 +79,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     made, summary = [], run.summary
     if summary:
         scores = {name: summary[name] for name in ("before", "after", "best_score") if name in summary}
-        shown = {name: show(score, is_share(*scores.values())) for name, score in scores.items()}
+        share = is_share(*scores.values(), metric=str(summary.get("metric")))
+        shown = {name: show(score, share) for name, score in scores.items()}
         change = f"{shown.get('before', 'n/a')} → {shown.get('after', 'n/a')}"
         made.append((f"{summary.get('metric')} on held-out prompts", change, "before → after"))
         if "best_score" in shown:

@@ -11,6 +11,9 @@ from typing import Any
 from grpo_fast.config import GRPOConfig
 from grpo_fast.files import json_ready, replace_text
 
+# Scores that are no rewards, and of which the lower one is the better.
+LOSSES = ("loss", "reverse_kl")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -28,20 +31,26 @@ class Summary:
     best_checkpoint: str | None = None
 
 
+def curves_file(metric: str) -> str:
+    """The file of a run's curves, by what its score is."""
+    return "loss.png" if metric in LOSSES else "reward.png"
+
+
 def write_json(path: Path, content: Any) -> None:
     replace_text(path, json.dumps(json_ready(content), indent=2) + "\n")
 
 
 def write_config(path: Path, config: GRPOConfig) -> None:
-    """The resolved configuration, which ``grpo-fast train`` accepts again."""
+    """The resolved configuration, which its command (``grpo-fast train``, for instance) accepts again."""
     import yaml
 
-    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in config.unused_fields}
+    replace_text(path, yaml.safe_dump(fields, sort_keys=False))
 
 
-def is_share(*values: float) -> bool:
-    """Whether all values lie between 0 and 1, so that they can be printed as percentages."""
-    return all(0 <= value <= 1 for value in values)
+def is_share(*values: float, metric: str = "") -> bool:
+    """Whether all values of `metric` lie between 0 and 1, so that they can be printed as percentages."""
+    return metric not in LOSSES and all(0 <= value <= 1 for value in values)
 
 
 def show(value: float, share: bool) -> str:

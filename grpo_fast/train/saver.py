@@ -78,7 +78,9 @@ class Saver:
             self.save(remove_old=False)
         newest = self.run_folder / f"checkpoint-{self.saved_step}"
         start = f"from {newest}, with other prompts" if self.saved_step else "from the beginning"
-        resume = resume_command(self.run_folder, f"--learning_rate {self.config.learning_rate / 2:g}")
+        resume = resume_command(
+            self.run_folder, self.config.command, f"--learning_rate {self.config.learning_rate / 2:g}"
+        )
         return f"to continue {start} and a smaller learning_rate: {resume}"
 
     def restore(self, folder: Path, state: TrainerState) -> None:

@@ -1,0 +1,117 @@
+"""The fields of supervised fine-tuning: those of `GRPOConfig` that it uses, and its own under TRL's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from grpo_fast.config.fields import GRPOConfig, names_checked
+from grpo_fast.config.sizes import UNSET, completions_per_step
+from grpo_fast.errors import UserError, shown
+
+# Passes over the data of a run that sets no length (TRL's default).
+DEFAULT_EPOCHS = 3.0
+# Blocks of `GRPOConfig` that belong to sampling, rewards and the objective: nothing of them exists here.
+_UNUSED_PREFIXES = ("reward_", "vllm_", "vespo_", "sapo_", "ref_model_", "advantage_", "num_generations")
+_UNUSED = {
+    "long_prompts", "on_reward_error", "code_isolation", "eval_metric", "generation_batch_size",
+    "steps_per_generation", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "generation_kwargs",
+    "thinking_budget", "use_vllm", "sync_tolerance", "sample_ahead", "max_tokens_per_generation_batch", "loss_type",
+    "epsilon", "epsilon_high", "delta", "importance_sampling_level", "beta", "use_bias_correction_kl", "kl_estimator",
+    "entropy_coef", "top_entropy_quantile", "num_iterations", "kl_in_reward", "sync_ref_model", "scale_rewards",
+    "relative_weight", "baseline_weight", "incomplete_groups", "multi_objective_aggregation", "dynamic_sampling",
+    "max_num_gen_batches", "keep_generations", "mask_truncated_completions", "share_prompts", "log_completions_steps",
+    "script_objects",
+}  # fmt: skip
+UNUSED_FIELDS = frozenset(
+    f.name for f in dataclasses.fields(GRPOConfig) if f.name in _UNUSED or f.name.startswith(_UNUSED_PREFIXES)
+)
+
+
+@names_checked
+@dataclass
+class SFTConfig(GRPOConfig):
+    """A run of supervised fine-tuning.
+
+    Args:
+        max_length: longest example, in tokens; a longer one is cut at its end, and one that has nothing to learn from
+            left is left out. The run says how many. None: the model's positions.
+        packing: put examples side by side in one row without padding. Each attends to itself alone, so the loss does
+            not change; a batch counts examples, whatever rows they are in. False pads them.
+        dataset_text_field: the column of plain text to learn from, in data without prompts.
+        completion_only_loss: learn the completion alone (default, for a prompt with its completion), or the prompt,
+            too. Text and messages without a prompt have no completion.
+        assistant_only_loss: in messages, learn the assistant's turns alone.
+        min_reward: use only the rows whose column ``reward`` is at least this, as in the samples of ``grpo-fast eval``
+            and ``grpo-fast sample``.
+        answer_column: the column that is learned, where there is no ``completion`` (default: ``answer``; in Alpaca's
+            data ``output``); ``reward_model.ground_truth`` is part of a column.
+        per_device_train_batch_size: examples of one process in an optimizer step, times gradient_accumulation_steps.
+            How many are computed at once follows from max_tokens_per_microbatch.
+        gradient_accumulation_steps: see per_device_train_batch_size.
+        max_steps: number of optimizer steps (default, -1: those of num_train_epochs).
+        num_train_epochs: length of the run in passes over the training rows, if max_steps is not set (default: 3).
+        keep_best: also keep the checkpoint with the lowest loss on the held-out rows, measured every eval_steps.
+    """
+
+    max_length: int | None = 1024
+    packing: bool = True
+    dataset_text_field: str = "text"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    min_reward: float | None = None
+
+    learning_rate: float = 2e-5
+    per_device_train_batch_size: int | None = 8
+    num_generations: int = 1
+    loss_type: str = "reinforce"
+
+    command: ClassVar[str] = "sft"
+    unused_fields: ClassVar[frozenset[str]] = UNUSED_FIELDS
+
+    def __post_init__(self):
+        for name in UNUSED_FIELDS:
+            own = type(self).__dataclass_fields__[name]
+            default = own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"{name}={shown(getattr(self, name))} has no effect in supervised fine-tuning; leave it out"
+                )
+        if self.max_steps == UNSET and self.num_train_epochs is None:
+            self.num_train_epochs = DEFAULT_EPOCHS
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"max_length={shown(self.max_length)} is not allowed: it must be at least 2")
+        if self.packing and self.padding_free == "never":
+            raise UserError("padding_free='never' pads the examples, so it requires packing=False")
+        if not self.packing:
+            if self.padding_free == "always":
+                raise UserError("padding_free='always' requires packing=True")
+            self.padding_free = "never"
+        super().__post_init__()
+        # Other fields decide it.
+        self.generation_batch_size = UNSET
+
+    @property
+    def prompts_per_step(self) -> int:
+        """The examples of an optimizer step."""
+        return completions_per_step(self)
+
+    @property
+    def parts_per_batch(self) -> int:
+        return 1
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """The fields that a docstring describes, each with its lines."""
+    body = docstring.partition("Args:\n")[2]
+    parts = re.split(r"^ {8}(?=\w+: )", body, flags=re.MULTILINE)[1:]
+    return {part.partition(":")[0]: f"        {part.rstrip()}\n" for part in parts}
+
+
+# The help lists every field with its meaning, wherever it is described.
+_own = _described(SFTConfig.__doc__)
+SFTConfig.__doc__ = f"{SFTConfig.__doc__.rstrip()}\n" + "".join(
+    text for name, text in _described(GRPOConfig.__doc__).items() if name not in UNUSED_FIELDS | _own.keys()
+)
