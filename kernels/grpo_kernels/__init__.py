@@ -5,6 +5,7 @@ Depends only on torch and triton. Every operation takes packed ``[N]`` or padded
 """
 
 from grpo_kernels.kl import kl_estimate
+from grpo_kernels.linear_distillation import DistillationLoss, linear_distillation
 from grpo_kernels.linear_logprob import linear_logprob
 from grpo_kernels.linear_policy_loss import linear_policy_loss
 from grpo_kernels.masked_mean import masked_mean
@@ -18,11 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "SAMPLING_RATIO_MODES",
+    "DistillationLoss",
     "PolicyLoss",
     "PolicyObjective",
     "__version__",
     "high_entropy_mask",
     "kl_estimate",
+    "linear_distillation",
     "linear_logprob",
     "linear_policy_loss",
     "masked_mean",

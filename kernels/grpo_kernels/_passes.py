@@ -166,7 +166,7 @@ class Gradients:
     def add(self, chunk: Chunk, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
         """2U: add a chunk's share, given its dL/dlogp and dL/dentropy (or None), ``[C]``."""
         d, row_scale = self.head.gradient_(chunk, grad_logprobs, grad_entropy)
-        self._multiply(chunk.at, chunk.rows, d, row_scale, chunk.last)
+        self.multiply(chunk.at, chunk.rows, d, row_scale, chunk.last)
 
     def recompute(
         self, call: Pass, rows: Tensor, known: KnownRows, grad_logprobs: Tensor, grad_entropy: Tensor | None
@@ -176,9 +176,9 @@ class Gradients:
         for at, chunk, last in call.inputs(rows, buffer.shape[0]):
             upstreams = grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
             d, row_scale = self.head.recompute_(chunk, known.take(at), buffer[: chunk.hidden.shape[0]], *upstreams)
-            self._multiply(at, chunk, d, row_scale, last)
+            self.multiply(at, chunk, d, row_scale, last)
 
-    def _multiply(self, at: Tensor | slice, rows: Rows, d: Tensor, row_scale: Tensor | None, last: bool) -> None:
+    def multiply(self, at: Tensor | slice, rows: Rows, d: Tensor, row_scale: Tensor | None, last: bool) -> None:
         """2U: add a chunk's share, given its dL/dlogits."""
         if self.hidden is not None:
             write_grad_hidden(self.head, d, row_scale, self.hidden, at)

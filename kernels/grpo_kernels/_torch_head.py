@@ -32,7 +32,7 @@ class TorchHead(Head):
         return rows.to(self.operand_dtype).to(self.product_dtype)
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        z = self._logits(rows, out)
+        z = self.logits(rows, out)
         target = z.gather(1, rows.targets.clamp(min=0)[:, None]).squeeze(1)
         # Another shard's target adds 0. Without shards a negative id is an error, and NaN reveals it.
         target = torch.where(rows.targets < 0, float("nan") if self.process_group is None else 0.0, target)
@@ -57,7 +57,7 @@ class TorchHead(Head):
     def recompute_(
         self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        z = self._logits(rows, out)
+        z = self.logits(rows, out)
         for at in self._row_blocks(z):
             z[at].sub_(stats.maximum[at].clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()
         return self.gradient_(Chunk(slice(0, z.shape[0]), rows, z, stats), grad_logprobs, grad_entropy)
@@ -102,7 +102,7 @@ class TorchHead(Head):
         row_scale = row_scale * self.logit_scale
         return e, row_scale if temperature is None else row_scale / temperature
 
-    def _logits(self, rows: Rows, out: Tensor) -> Tensor:
+    def logits(self, rows: Rows, out: Tensor) -> Tensor:
         """Transformed logits, written into ``out [C, V]``."""
         hidden = rows.hidden
         for block in self.vocab_blocks(self.product_dtype, hidden.shape[0]):
