@@ -109,7 +109,9 @@ def test_sft_command_learns_and_leaves_a_run_folder(tmp_path, capsys):
     scores = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
     assert list(scores) == [5, 10, 15, 20, 25, 26]
     assert summary["best_score"] == min(scores.values()) < 0.8 * summary["before"]
-    assert {path.name for path in checkpoints(folder)} == {summary["best_checkpoint"], "checkpoint-26"}
+    kept = {path.name for path in checkpoints(folder)}
+    assert summary["best_checkpoint"] == f"checkpoint-{min(scores, key=scores.get)}"
+    assert {summary["best_checkpoint"], "checkpoint-26"} <= kept
     assert (folder / "loss.png").stat().st_size > 10_000
     page = (folder / "report.html").read_text()
     assert "loss on held-out prompts" in page
