@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from grpo_fast.arguments import parse_config
-from grpo_fast.config import GRPOConfig, SFTConfig
+from grpo_fast.config import DistillConfig, GRPOConfig, SFTConfig
 from grpo_fast.convert.command import CONVERT_USAGE, convert
 from grpo_fast.errors import UserError, import_extra, nearest, printable, say, shown
 from grpo_fast.files import user_path
@@ -33,6 +33,7 @@ Train a model with GRPO. CONFIG is a YAML file or the name of a recipe, such as 
 can be set on the command line.
 
   grpo-fast sft CONFIG                        supervised fine-tuning, as a cold start; its own fields: sft --help
+  grpo-fast distill CONFIG                    on-policy distillation from a teacher; its own fields: distill --help
   grpo-fast convert THEIR.yaml                the configuration for a file of TRL, verl or LLaMA-Factory
   grpo-fast recipes                           the configurations that ship with the package
   grpo-fast plan CONFIG --vram 24GiB          the memory that a run needs, and whether it fits
@@ -191,6 +192,10 @@ def train(argv: Sequence[str]) -> int:
 
 def sft(argv: Sequence[str]) -> int:
     return _train(parse_config(argv, kind=SFTConfig), "grpo_fast.sft.trainer", "SFTTrainer")
+
+
+def distill(argv: Sequence[str]) -> int:
+    return _train(parse_config(argv, kind=DistillConfig), "grpo_fast.distillation", "DistillationTrainer")
 
 
 def _train(config: GRPOConfig, module: str, trainer: str) -> int:
@@ -367,7 +372,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 # Commands whose output may break off without ending them; another pipe that breaks in them is an error.
-LASTING = ("train", "sft", "eval")
+LASTING = ("train", "sft", "distill", "eval")
 USAGES = {
     "convert": CONVERT_USAGE,
     "plan": PLAN_USAGE,
@@ -378,6 +383,7 @@ USAGES = {
 COMMANDS = {
     "train": train,
     "sft": sft,
+    "distill": distill,
     "convert": convert,
     "recipes": recipes,
     "plan": plan,

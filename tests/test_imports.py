@@ -21,6 +21,7 @@ PACKAGES = {"grpo_fast": ROOT / "grpo_fast", "grpo_kernels": ROOT / "kernels" / 
 FLOORS = (
     ("grpo_fast", "policy"),
     ("cli", "__main__"),
+    ("distillation",),
     ("trainer", "sft"),
     ("evaluation", "integrations", "arguments"),
     ("memory", "train"),

@@ -7,6 +7,7 @@ from grpo_fast.config.checks import (
     check_complete,
     check_repeatable,
 )
+from grpo_fast.config.distill import DistillConfig
 from grpo_fast.config.fields import FREE_FIELDS, GRPOConfig
 from grpo_fast.config.sft import SFTConfig
 from grpo_fast.config.sizes import UNSET, steps_of_epochs
@@ -19,6 +20,7 @@ __all__ = [
     "TRL_FIELDS_INSTEAD",
     "UNCENTRED",
     "UNSET",
+    "DistillConfig",
     "GRPOConfig",
     "SFTConfig",
     "check_complete",

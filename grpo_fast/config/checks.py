@@ -131,7 +131,7 @@ def check_complete(c: Any) -> None:
         raise UserError("model_name_or_path is missing: a folder, a hub name or a built-in name")
     if not c.dataset_name:
         raise UserError("dataset_name is missing: a data file, a hub name or a built-in name")
-    if not c.reward_funcs and "reward_funcs" not in c.unused_fields:
+    if not c.reward_funcs and c.needs_rewards:
         raise UserError("reward_funcs is missing: at least one reward function, by name or dotted path")
 
 

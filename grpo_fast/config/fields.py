@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, Literal, TypeVar
@@ -17,7 +18,7 @@ from typing import ClassVar, Literal, TypeVar
 from grpo_fast.config.checks import check_config, check_objective_settings
 from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
 from grpo_fast.config.trl import check_names, translate
-from grpo_fast.errors import UserError, one_line
+from grpo_fast.errors import UserError, one_line, shown
 from grpo_fast.named_functions import load_function, time_of_change
 from grpo_kernels import PRESETS, PolicyObjective
 from grpo_kernels.objective import function_objective
@@ -66,6 +67,30 @@ def names_checked(cls: type[T]) -> type[T]:
 
     cls.__init__ = checked
     return cls
+
+
+def described_fields(docstring: str) -> dict[str, str]:
+    """The fields that the docstring of a configuration describes, each with its lines."""
+    parts = re.split(r"^ {8}(?=\w+: )", docstring.partition("Args:\n")[2], flags=re.MULTILINE)[1:]
+    return {part.partition(":")[0]: f"        {part.rstrip()}\n" for part in parts}
+
+
+def with_inherited_fields(cls: type[T]) -> type[T]:
+    """`cls`, a subclass of `GRPOConfig`, whose docstring, and so its help, also describes the inherited fields."""
+    own = described_fields(cls.__doc__ or "")
+    shared = described_fields(GRPOConfig.__doc__ or "")
+    lines = [text for name, text in shared.items() if name not in cls.unused_fields | own.keys()]
+    cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n{''.join(lines)}"
+    return cls
+
+
+def refuse_unused(config: GRPOConfig, names: Iterable[str], what: str) -> None:
+    """Refuse values other than the default for fields that have no effect in `what`."""
+    for name in names:
+        own = type(config).__dataclass_fields__[name]
+        default = own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
+        if getattr(config, name) != default:
+            raise UserError(f"{name}={shown(getattr(config, name))} has no effect in {what}; leave it out")
 
 
 @names_checked
@@ -407,9 +432,10 @@ class GRPOConfig:
     resume_from_checkpoint: bool = False
     script_objects: dict[str, str] | None = None
 
-    # The command that takes such a configuration, and the fields that it does not use.
+    # The command that takes such a configuration, the fields that it does not use, and whether rewards train.
     command: ClassVar[str] = "train"
     unused_fields: ClassVar[frozenset[str]] = frozenset()
+    needs_rewards: ClassVar[bool] = True
 
     def __post_init__(self):
         translate(self)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from grpo_fast.config.fields import GRPOConfig, names_checked
+from grpo_fast.config.fields import GRPOConfig, names_checked, refuse_unused, with_inherited_fields
 from grpo_fast.config.sizes import UNSET, completions_per_step
 from grpo_fast.errors import UserError, shown
 
@@ -30,6 +29,7 @@ UNUSED_FIELDS = frozenset(
 )
 
 
+@with_inherited_fields
 @names_checked
 @dataclass
 class SFTConfig(GRPOConfig):
@@ -70,15 +70,10 @@ class SFTConfig(GRPOConfig):
 
     command: ClassVar[str] = "sft"
     unused_fields: ClassVar[frozenset[str]] = UNUSED_FIELDS
+    needs_rewards: ClassVar[bool] = False
 
     def __post_init__(self):
-        for name in UNUSED_FIELDS:
-            own = type(self).__dataclass_fields__[name]
-            default = own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
-            if getattr(self, name) != default:
-                raise UserError(
-                    f"{name}={shown(getattr(self, name))} has no effect in supervised fine-tuning; leave it out"
-                )
+        refuse_unused(self, UNUSED_FIELDS, "supervised fine-tuning")
         if self.max_steps == UNSET and self.num_train_epochs is None:
             self.num_train_epochs = DEFAULT_EPOCHS
         if self.max_length is not None and self.max_length < 2:
@@ -101,17 +96,3 @@ class SFTConfig(GRPOConfig):
     @property
     def parts_per_batch(self) -> int:
         return 1
-
-
-def _described(docstring: str) -> dict[str, str]:
-    """The fields that a docstring describes, each with its lines."""
-    body = docstring.partition("Args:\n")[2]
-    parts = re.split(r"^ {8}(?=\w+: )", body, flags=re.MULTILINE)[1:]
-    return {part.partition(":")[0]: f"        {part.rstrip()}\n" for part in parts}
-
-
-# The help lists every field with its meaning, wherever it is described.
-_own = _described(SFTConfig.__doc__)
-SFTConfig.__doc__ = f"{SFTConfig.__doc__.rstrip()}\n" + "".join(
-    text for name, text in _described(GRPOConfig.__doc__).items() if name not in UNUSED_FIELDS | _own.keys()
-)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from grpo_fast.errors import UserError
 from grpo_fast.model.heads import within
 from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
-from grpo_fast.model.policy import CHECKED_LENGTH, FusedPolicy, LossInputs
+from grpo_fast.model.policy import CHECKED_LENGTH, FusedPolicy, LossInputs, Teaching
 from grpo_kernels import PolicyLoss
 
 
@@ -28,6 +29,13 @@ class MicrobatchPolicy(FusedPolicy):
         """
         self._inspect()
         return within(self.model, partial(self._run, microbatch, inputs, with_entropy or inputs is not None))
+
+    @torch.no_grad()
+    def teach(self, microbatch: Microbatch, beta: float) -> Teaching:
+        """What this policy, as a teacher, knows of the microbatch's targets."""
+        self._inspect()
+        hidden, _ = within(self.model, partial(self._hidden_states, microbatch, False, {}))
+        return Teaching(hidden=hidden, head=self._head(), beta=beta)
 
     def check_packing(self, prompt_ids: list[int], padding_free: str) -> bool:
         """Whether sequences can be packed: the model's attention allows it, and packed rows give what padded ones do.

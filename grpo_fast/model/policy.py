@@ -36,7 +36,14 @@ from grpo_fast.model.heads import (
 from grpo_fast.model.images import has_images, image_positions, places_images, twice
 from grpo_fast.model.inputs import check_keywords, check_tensors, check_token_ids, forward_arguments
 from grpo_fast.model.layout import IGNORE_INDEX, PACKING, Microbatch, lay_out
-from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
+from grpo_kernels import (
+    PolicyLoss,
+    PolicyObjective,
+    linear_distillation,
+    linear_logprob,
+    linear_policy_loss,
+    token_weights,
+)
 
 # Largest difference between log-probabilities that are compared before training: those of the head and of the model's
 # own logits, or of packed and of separate rows.
@@ -48,6 +55,16 @@ NOT_REPLACED = "its attention cannot be replaced"
 
 
 @dataclass(kw_only=True)
+class Teaching:
+    """What a teacher knows of a microbatch's targets: hidden states ``[n, H_t]`` and its head, as arguments of
+    `linear_distillation`, in which `beta` chooses the divergence."""
+
+    hidden: Tensor
+    head: dict[str, Any]
+    beta: float
+
+
+@dataclass(kw_only=True)
 class LossInputs:
     """Per-token arguments of `linear_policy_loss`, ``[n]`` or ``[B, K]`` each.
 
@@ -56,6 +73,7 @@ class LossInputs:
             a pass over the head.
         share: this forward's share of the optimizer step, which multiplies its router loss.
         rows: "all" if every token moves the policy; None lets the head ask the device which ones do.
+        teaching: a teacher's view of the tokens; the loss is then the weighted divergence from it, and nothing else.
     """
 
     objective: PolicyObjective
@@ -67,6 +85,7 @@ class LossInputs:
     correct: Callable[..., Tensor] | None = None
     share: float | Tensor = 1.0
     rows: Literal["all"] | None = None
+    teaching: Teaching | None = None
 
 
 class FusedPolicy(nn.Module):
@@ -252,6 +271,8 @@ class FusedPolicy(nn.Module):
             return tuple(parts) if len(parts) > 1 else parts[0]
         if microbatch.cu_seqlens is not None:
             hidden, targets = hidden.flatten(0, -2), targets.flatten()
+        if loss.teaching is not None:
+            return distillation_loss(hidden, head, loss.teaching, loss.weights)
         old_logprobs, correction = loss.old_logprobs, loss.correction
         folds = loss.objective.kind == "vespo" and (correction is not None or loss.correct is not None)
         if loss.correct is not None or (folds and old_logprobs is None):
@@ -434,6 +455,21 @@ def _loss_inputs(
         objective=objective, advantages=flat(advantages), weights=flat(weights), share=share,
         **{name: None if tensor is None else flat(tensor) for name, tensor in others.items()},
     )  # fmt: skip
+
+
+def distillation_loss(hidden: Tensor, head: dict[str, Any], teaching: Teaching, weights: Tensor) -> PolicyLoss:
+    """The weighted divergence from a teacher, with its sum over the tokens of non-zero weight in the statistics."""
+    head = dict(head)
+    if head.pop("process_group", None) is not None:
+        raise UserError("a head whose vocabulary is sharded cannot be distilled; load the model whole")
+    result = linear_distillation(
+        hidden, teacher_hidden=teaching.hidden, weights=weights, beta=teaching.beta, **head,
+        **{f"teacher_{name}": teaching.head.get(name) for name in ("weight", "bias", "softcap")},
+        teacher_logit_scale=teaching.head.get("logit_scale", 1.0),
+    )  # fmt: skip
+    counted = weights != 0
+    stats = {"divergence": result.divergence.sum().double(), "tokens": counted.sum().double()}
+    return PolicyLoss(result.loss, stats, result.divergence, None)
 
 
 @contextmanager

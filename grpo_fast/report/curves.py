@@ -100,7 +100,8 @@ def plot_run(history: list[dict[str, float]], summary: Summary, path: Path) -> N
     ]
     if supervised:
         panels = [
-            panels[1],
+            *panels[1::-1],
+            *panels[3:4],
             ("entropy", "entropy (nats per token)", "#0550ae"),
             ("grad_norm", "gradient norm", "#6e7781"),
             ("learning_rate", "learning rate", "#6e7781"),

@@ -145,6 +145,13 @@ WORDS = {
         lambda c: f"{c.prompts_per_step} prompts x {c.num_generations} completions, loss {c.loss_type}",
         "prompts", True, _train_hints,
     ),
+    "distill": Words(
+        lambda c: (
+            f"{c.prompts_per_step} prompts x {c.num_generations} completions, {c.distillation_loss} divergence from "
+            f"{c.teacher_model_name_or_path}"
+        ),
+        "prompts", True, _sft_hints,
+    ),
     "sft": Words(lambda c: f"{c.prompts_per_step} examples", "rows", False, _sft_hints),
 }  # fmt: skip
 
@@ -157,7 +164,7 @@ def step_figures(metrics: dict[str, float], metric: str) -> str:
     memory = metrics.get("memory/peak_allocated_gib", metrics.get("memory/peak_rss_gib"))
     peak = "" if memory is None else f"  {memory:.1f} GiB"
     speed = f"{metrics['tokens_per_second']:,.0f} tokens/s{peak}"
-    if "reward" not in metrics:
+    if f"rewards/{metric}/mean" not in metrics:
         norm = "" if "grad_norm" not in metrics else f"grad_norm {metrics['grad_norm']:.3f}  "
         return f"{metric} {metrics.get(metric, math.nan):.4f}  {norm}{speed}"
     score = metrics[f"rewards/{metric}/mean"]

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.loading import REFERENCE, train_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
-from grpo_fast.model.policy import LossInputs
+from grpo_fast.model.policy import LossInputs, Teaching
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
 from grpo_fast.train.finite import all_finite, bad_completions, not_finite
@@ -54,6 +54,8 @@ class Learner:
     ):  # fmt: skip
         self.model, self.config, self.accelerator, self.pad_token_id = model, config, accelerator, pad_token_id
         self.objective, self.sharded = config.objective(), sharding.is_sharded(config)
+        # A teacher's view of a microbatch, if the loss is the divergence from it.
+        self.teach: Callable[[Microbatch], Teaching] | None = None
         self.adapter = train_adapter(model, config, adapter) if config.use_peft else None
         prepare_activations(model, config)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
@@ -212,6 +214,8 @@ class Learner:
             while following is not None:
                 microbatch, following = following, next(rest, None)
                 inputs = self.loss_inputs(batch, microbatch.tokens, rows)
+                if self.teach is not None:
+                    inputs.teaching = self.teach(microbatch)
                 with sharding.without_sync(self.policy, following is None):
                     result = self.policy(microbatch, inputs)
                     self.accelerator.backward(result.loss)
@@ -334,6 +338,18 @@ class Learner:
                 scores[microbatch.tokens] = found.float()
         sharding.release(policy)
         return total(scores)
+
+    @torch.no_grad()
+    def divergences(self, batch: StepBatch, teach: Callable[[Microbatch], Teaching]) -> Tensor:
+        """The divergence ``[N]`` of the policy from a teacher at each of the step's tokens of non-zero weight."""
+        self.policy.eval()
+        found = torch.zeros_like(batch.weights)
+        with kept_weight_copies():
+            for microbatch in self.microbatches(batch):
+                inputs = self.loss_inputs(batch, microbatch.tokens)
+                inputs.teaching = teach(microbatch)
+                found[microbatch.tokens] = self.policy(microbatch, inputs).logprobs.float()
+        return total(found)
 
     @torch.no_grad()
     def score_completion(self, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:

@@ -85,7 +85,11 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
     if stats is None:
         return {"loss": loss.item()}
     sums = {name: value.item() for name, value in stats.items()}
-    tokens, ratios = max(sums["tokens"], 1.0), max(sums["ratios"], 1.0)
+    tokens = max(sums["tokens"], 1.0)
+    if "divergence" in sums:
+        # Of a distillation, whose loss is the divergence alone.
+        return {"loss": loss.item(), "divergence": sums["divergence"] / tokens}
+    ratios = max(sums["ratios"], 1.0)
     metrics = {"loss": loss.item(), "entropy": sums["entropy"] / tokens}
     if objective.uses_reference:
         metrics["kl"] = sums["kl"] / tokens
