@@ -312,6 +312,7 @@ intervals. A checkpoint may hold only an adapter; without CONFIG, its run's conf
   --threshold 1.0      a completion with at least this reward is correct
   --batch_size 32      prompts that are sampled and written at once
   --output FOLDER      where samples.jsonl and summary.json go (default: runs/eval-NAME-TIME)
+  --split train        the training prompts instead; samples.jsonl is then data for: grpo-fast sft ... --min_reward 1
   --resume             continue an interrupted evaluation in that folder
   --compare FOLDER     another evaluation of the same prompts: also estimate the difference from it
   --thinking_budgets 0,256,1024
@@ -320,11 +321,13 @@ intervals. A checkpoint may hold only an adapter; without CONFIG, its run's conf
 
 def evaluate(argv: Sequence[str]) -> int:
     """Write an evaluation's folder and print its metrics."""
-    defaults = {"k": None, "threshold": "1", "batch_size": "32", "output": None, "compare": None}
+    defaults = {"k": None, "threshold": "1", "batch_size": "32", "output": None, "compare": None, "split": "test"}
     options, argv = _options(argv, ("greedy", "resume"), thinking_budgets=None, **defaults)
     k = _numbers("--k", options.k, "from 1 on, as in 1,4,8")
     budgets = _numbers("--thinking_budgets", options.thinking_budgets, "from 0 on, as in 0,256,1024")
     batch_size = _count("--batch_size", options.batch_size, "prompts")
+    if options.split not in ("test", "train"):
+        raise UserError(f"--split={shown(options.split)} is not allowed: it must be test or train")
     try:
         threshold = float(options.threshold)
     except ValueError:
@@ -346,7 +349,9 @@ def evaluate(argv: Sequence[str]) -> int:
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (user_path(path) if path else None for path in (options.output, options.compare))
-    chosen = EvalOptions(options.greedy, k, threshold, batch_size, folder, options.resume, other, budgets)
+    chosen = EvalOptions(
+        options.greedy, k, threshold, batch_size, folder, options.resume, other, budgets, options.split
+    )
     (BudgetCurve if budgets else EvalRun)(config, chosen).run()
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_fast.config import GRPOConfig
+from grpo_fast.config import SELECTIVE_ESTIMATORS, GRPOConfig
 from grpo_fast.data import Row, encode_rows, load_rows, prepare_rows
 from grpo_fast.distributed.processes import connect, is_main, on_main, size
 from grpo_fast.distributed.rng import rng_state
@@ -292,6 +292,10 @@ class GRPOTrainer(TrainingRun):
             rewards, counted = rewards.only(kept), counted & kept
         num_sequences = None if kept is None else int(kept.sum())
         advantages = reward_advantages(rewards, weights, config, lengths=lengths)
+        if config.advantage_estimator in SELECTIVE_ESTIMATORS:
+            counted = counted & (advantages.outcome != 0)
+            num_sequences = max(int(counted.sum()), 1)
+            metrics["frac_selected"] = counted.float().mean().item()
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         metrics |= group_metrics(groups.rewards.total, config.num_generations)

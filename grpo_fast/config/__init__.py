@@ -3,6 +3,7 @@
 from grpo_fast.config.checks import (
     ESTIMATOR_NAMES,
     LARGEST_REWARD,
+    SELECTIVE_ESTIMATORS,
     UNCENTRED,
     check_complete,
     check_repeatable,
@@ -17,6 +18,7 @@ __all__ = [
     "ESTIMATOR_NAMES",
     "FREE_FIELDS",
     "LARGEST_REWARD",
+    "SELECTIVE_ESTIMATORS",
     "TRL_FIELDS_INSTEAD",
     "UNCENTRED",
     "UNSET",

@@ -20,6 +20,9 @@ LARGEST_REWARD = 3.4028234663852886e38
 UNCENTRED = ("none", "best_only")
 # Built-in values of advantage_estimator.
 ESTIMATOR_NAMES = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl")
+# Those that choose completions and learn them as in supervised fine-tuning; the others are in no mean of the loss.
+SELECTIVE_ESTIMATORS = ("raft", "rejection_sampling")
+ESTIMATOR_NAMES += SELECTIVE_ESTIMATORS
 
 _RANGES = [
     (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),

@@ -232,8 +232,9 @@ class GRPOConfig:
         incomplete_groups: a completion that no function rewarded has no advantage itself (keep), or its whole group is
             left out of the loss (drop), or it ends the run (error).
         advantage_estimator: advantages in place of reward_baseline and scale_rewards: reinforce_plus_plus,
-            reinforce_plus_plus_baseline, opo, gpg or maxrl (docs/objectives.md); or a function of your own, by dotted
-            path or as ``file.py:function``.
+            reinforce_plus_plus_baseline, opo, gpg or maxrl (docs/objectives.md); raft or rejection_sampling, which
+            learn the best or the right completions alone; or a function of your own, by dotted path or as
+            ``file.py:function``.
         multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).

@@ -44,8 +44,8 @@ class SFTConfig(GRPOConfig):
         completion_only_loss: learn the completion alone (default, for a prompt with its completion), or the prompt,
             too. Text and messages without a prompt have no completion.
         assistant_only_loss: in messages, learn the assistant's turns alone.
-        min_reward: use only the rows whose column ``reward`` is at least this, as in the samples of ``grpo-fast eval``
-            and ``grpo-fast sample``.
+        min_reward: use only the rows whose column ``reward`` is at least this, and each of them once: rejection
+            sampling, from the samples that ``grpo-fast eval --split train`` leaves.
         answer_column: the column that is learned, where there is no ``completion`` (default: ``answer``; in Alpaca's
             data ``output``); ``reward_model.ground_truth`` is part of a column.
         per_device_train_batch_size: examples of one process in an optimizer step, times gradient_accumulation_steps.

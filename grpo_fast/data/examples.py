@@ -47,9 +47,8 @@ def load_examples(config: SFTConfig) -> tuple[list[Example], list[Example]]:
     raw, test = load_splits(config)
     train = read_examples(raw, config, config.dataset_name)
     if test is None:
-        kept = [row for row in raw if _is_kept(row, config)]
         rows = [{"prompt": example.prompt, "example": example} for example in train]
-        rows, test_rows = hold_out(rows, [json.dumps(row, sort_keys=True, default=str) for row in kept])
+        rows, test_rows = hold_out(rows, [json.dumps(example) for example in train])
         train, held_out = ([row["example"] for row in part] for part in (rows, test_rows))
     else:
         held_out = read_examples(test, config, config.eval_dataset_name or f"{config.dataset_name}, held out")
@@ -61,16 +60,21 @@ def load_examples(config: SFTConfig) -> tuple[list[Example], list[Example]]:
 
 
 def read_examples(rows: list[Row], config: SFTConfig, source: str) -> list[Example]:
-    """The examples in `rows`, without those below `min_reward`; `source` names the rows in errors.
+    """The examples in `rows`, with `min_reward` only those above, each once; `source` names the rows in errors.
 
     Raises:
         UserError: names the number of the row that has nothing to learn, or something else than text.
     """
-    build, examples = load_template(config), []
+    build, examples, seen = load_template(config), [], set()
     for number, row in enumerate(rows, 1):
         try:
-            if _is_kept(row, config):
-                examples.append(_example(row, config, build))
+            if not _is_kept(row, config):
+                continue
+            example = _example(row, config, build)
+            if config.min_reward is None or (key := json.dumps(example)) not in seen:
+                examples.append(example)
+            if config.min_reward is not None:
+                seen.add(key)
         except UserError as error:
             raise UserError(f"{source}, row {number}: {error}") from None
     return examples

@@ -58,6 +58,8 @@ class EvalOptions:
         resume: continue an interrupted evaluation in that folder.
         compare: the folder of another evaluation of the same prompts, to estimate the difference of the means.
         thinking_budgets: thinking budgets at which to evaluate (`evaluation.budgets`); empty for the configuration's.
+        split: ``"test"`` for the held-out prompts, or ``"train"`` for those of training, for instance to learn from
+            the right completions.
     """
 
     greedy: bool = False
@@ -68,6 +70,7 @@ class EvalOptions:
     resume: bool = False
     compare: Path | None = None
     thinking_budgets: tuple[int, ...] = ()
+    split: str = "test"
 
 
 class EvalRun:
@@ -111,17 +114,19 @@ class EvalRun:
             config.code_isolation,
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
-        _, held_out = load_rows(replace(config, max_eval_samples=None))
-        self.rows = held_out[: config.max_eval_samples]
-        self.rewards.check_rows(self.rows, "held-out data")
+        train, held_out = load_rows(replace(config, max_eval_samples=None))
+        self.kind = "training" if options.split == "train" else "held-out"
+        self.rows = train if options.split == "train" else held_out[: config.max_eval_samples]
+        self.rewards.check_rows(self.rows, f"{self.kind} data")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         verify_model(Path(config.model_name_or_path))
         model, self.tokenizer = load_trained(config)
         # Nothing is trained, so prompts need not fit a microbatch.
         endless, positions = replace(config, max_tokens_per_microbatch=2**62), max_positions(model.config)
-        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, "held-out", warn)
-        check_split(config, held_out, self.tokenizer)
+        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, self.kind, warn)
+        if options.split == "test":
+            check_split(config, held_out, self.tokenizer)
         check_vocabulary(model, self.prompts, self.tokenizer)
         if not config.load_in_4bit:
             model.to(device)
@@ -181,7 +186,7 @@ class EvalRun:
         lines = self.keep_whole_batches()
         count, temperature = self.sampling.num_generations, self.sampling.temperature
         how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
-        title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
+        title = f"{self.config.model_name_or_path} on {len(self.prompts)} {self.kind} prompts, {how} each"
         if (budget := self.sampling.thinking_budget) is not None:
             title += f", thinking budget {budget}"
         progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
@@ -233,6 +238,7 @@ class EvalRun:
                 "prompt": rows[place]["prompt"],
                 "completion": text,
                 "rewards": dict(zip(self.rewards.names, values, strict=True)),
+                "reward": None if (total := scored.total[index].item()) != total else total,
                 "finish_reason": response.finish_reason,
                 "length": len(response.token_ids),
                 **closed,
@@ -245,7 +251,7 @@ class EvalRun:
         words += ["--greedy"] * options.greedy
         for name in ("k", "thinking_budgets"):
             words += [f"--{name}", ",".join(map(str, getattr(options, name)))] if getattr(options, name) else []
-        for name in ("threshold", "batch_size", "compare"):
+        for name in ("threshold", "batch_size", "compare", "split"):
             if (value := getattr(options, name)) != getattr(EvalOptions, name):
                 words += [f"--{name}", str(value)]
         return f"{command()} {shlex.join(words)}"

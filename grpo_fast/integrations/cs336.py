@@ -51,6 +51,7 @@ from grpo_fast.integrations.cs336_sampling import (
     mode,
     take_step,
 )
+from grpo_fast.train.selection import right_ones
 from grpo_kernels import masked_mean
 
 __all__ = [
@@ -391,7 +392,10 @@ def expert_iteration(
             names = [name for name in ("reward", "format_reward", "answer_reward") if name in texts[0]]
             figures = {f"mean_{name}": sum(float(text[name]) for text in texts) / len(texts) for name in names}
             # An empty response has nothing to learn from.
-            kept = [text for text in texts if text["reward"] >= 1 and encode(tokenizer, text["response"])]
+            right = right_ones(torch.tensor([float(text["reward"]) for text in texts])).tolist()
+            kept = [
+                text for text, good in zip(texts, right, strict=True) if good and encode(tokenizer, text["response"])
+            ]
             figures["num_correct"] = float(len(kept))
             if not kept:
                 warnings.warn(f"step {step}: no response is right, so nothing is learned", stacklevel=2)

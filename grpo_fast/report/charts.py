@@ -22,6 +22,7 @@ CHARTS = {
     "groups/reward_std": ("reward spread within the groups (mean std)", "amber", ()),
     "groups/reward_mean_std": ("reward spread between the groups (std of their means)", "amber", ()),
     "frac_reward_zero_std": ("groups with equal rewards", "amber", ()),
+    "frac_selected": ("completions that are learned (share)", "amber", ()),
     "advantages/mean": ("advantage, mean", "blue", ()),
     "advantages/std": ("advantage, spread (std)", "amber", ()),
     "completions/mean_length": (

@@ -84,6 +84,7 @@ class LearningSignals:
             return "no reward"
         # Rewards that are not centred give a gradient even if they are all equal.
         centred = self.config.reward_baseline not in UNCENTRED or not metrics["reward"]
+        centred = centred and not metrics.get("frac_selected")
         if metrics["frac_reward_zero_std"] != 1 or not centred:
             return None
         if metrics["reward_std"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grpo_fast.errors import UserError, one_line, say
 from grpo_fast.named_functions import load_function
+from grpo_fast.train.selection import best_ones, right_ones
 
 ARGUMENTS = ("rewards", "lengths")
 
@@ -76,6 +77,16 @@ def maxrl(rewards: Tensor) -> Tensor:
     return torch.where(mean > 0, _centred(rewards) / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
 
 
+def raft(rewards: Tensor) -> Tensor:
+    """RAFT: 1 for the completion of the highest reward of each group, which alone is trained on."""
+    return best_ones(rewards).double()
+
+
+def rejection_sampling(rewards: Tensor) -> Tensor:
+    """Online rejection sampling: 1 for every completion whose reward is at least 1; only these are trained on."""
+    return right_ones(rewards).double()
+
+
 ESTIMATORS = {
     "reinforce_plus_plus": Estimator(
         reinforce_plus_plus,
@@ -97,6 +108,10 @@ ESTIMATORS = {
         "`gpg`, whose `a` is completions over completions with a reward other than 0",
     ),
     "maxrl": Estimator(maxrl, "MaxRL, 2602.02710", "`(r - mean of the group) / mean of the group`", "none"),
+    "raft": Estimator(raft, "RAFT, 2304.06767", "1 for the best of the group; the others are left out", "none"),
+    "rejection_sampling": Estimator(
+        rejection_sampling, "RAFT of 2504.11343", "1 where the reward is at least 1; the others are left out", "none"
+    ),
 }
 
 

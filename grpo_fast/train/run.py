@@ -309,8 +309,9 @@ class TrainingRun(ABC):
         """Metrics on the held-out prompts after this step, which may be the best so far."""
         self.evaluated_step, self.held_out = self.step, self.measure()
         score, state = self.held_out[self.score_name], self.state
-        better = score < state.best_score if self.lower_is_better else score > state.best_score
-        if self.config.keep_best and (better or not state.best_step):
+        sign = -1 if self.lower_is_better else 1
+        # A score that is NaN is not better than any.
+        if self.config.keep_best and sign * score > (sign * state.best_score if state.best_step else -math.inf):
             state.best_step, state.best_score = self.step, score
         progress.evaluated(self.step, score, best=state.best_step == self.step)
         return self.held_out

@@ -67,7 +67,7 @@ def test_eval_writes_samples_and_summary(trained, tmp_path):
     made = evaluate(tmp_path / "eval", trained / "config.yaml", "--k", "2,4", "--batch_size", 8)
     lines = samples(tmp_path / "eval")
     assert len(lines) == 80
-    assert set(lines[0]) == {"index", "prompt", "completion", "rewards", "finish_reason", "length"}
+    assert set(lines[0]) == {"index", "prompt", "completion", "reward", "rewards", "finish_reason", "length"}
     assert [line["index"] for line in lines] == [index for index in range(20) for _ in range(4)]
     for line in lines:
         answer = "".join(sorted(line["prompt"].removesuffix(">")))

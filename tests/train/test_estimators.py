@@ -39,6 +39,8 @@ FORMULAS = {
     "maxrl": lambda: [
         [(value - statistics.mean(row)) / (statistics.mean(row) or 1) for value in row] for row in REWARDS
     ],
+    "raft": lambda: [[float(place == row.index(max(row))) for place in range(len(row))] for row in REWARDS],
+    "rejection_sampling": lambda: [[float(value >= 1) for value in row] for row in REWARDS],
 }
 
 
