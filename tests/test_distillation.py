@@ -78,7 +78,7 @@ def test_exact_distillation_is_the_divergence_of_full_logits(tmp_path, teacher, 
 
 def test_sampled_distillation_estimates_the_exact_gradient(tmp_path, teacher):
     """Its advantages are differences of log-probabilities; its mean gradient over many samples is the exact one's."""
-    made = trainer(tmp_path, teacher, distillation_loss="sampled", num_generations=256, generation_batch_size=2048)
+    made = trainer(tmp_path, teacher, distillation_loss="sampled", num_generations=128, generation_batch_size=1024)
     plain, theirs = copy_of(made.model), AutoModelForCausalLM.from_pretrained(teacher)
     batch, metrics = made.collect()
     log_p, log_q = log_probs(plain, batch.samples), log_probs(theirs, batch.samples).detach()
@@ -91,20 +91,20 @@ def test_sampled_distillation_estimates_the_exact_gradient(tmp_path, teacher):
     ours, exact = (
         torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (made.model, plain)
     )  # fmt: skip
-    assert torch.cosine_similarity(ours, exact, dim=0) > 0.9
+    assert torch.cosine_similarity(ours, exact, dim=0) > 0.8
 
 
 def test_distillation_learns_the_teacher_and_measures_rewards(tmp_path, teacher):
-    fields = {"max_steps": 25, "eval_steps": 10, "keep_best": True, "learning_rate": 1e-2}
+    fields = {"max_steps": 12, "eval_steps": 6, "keep_best": True, "learning_rate": 2e-2}
     summary = trainer(tmp_path / "with", teacher, reward_funcs=["exact_answer"], **fields).train()
-    assert (summary.metric, summary.steps) == ("reverse_kl", 25)
-    assert summary.best_score < 0.7 * summary.before
+    assert (summary.metric, summary.steps) == ("reverse_kl", 12)
+    assert summary.best_score < 0.8 * summary.before
     last = figures(tmp_path / "with")[-1]
     assert {"reverse_kl", "rewards/exact_answer/mean", "eval/reverse_kl", "eval/rewards/exact_answer/mean"} <= set(last)
     assert "reverse_kl on held-out prompts" in (tmp_path / "with" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("form", ["exact", "sampled"])
+@pytest.mark.parametrize("form", ["exact", pytest.param("sampled", marks=pytest.mark.long)])
 def test_resumed_distillation_is_bit_identical(tmp_path, teacher, form):
     fields = {"distillation_loss": form, "save_steps": 1, "max_steps": 3}
     seed_generators(0)

@@ -12,7 +12,7 @@ import torch
 from grpo_kernels import linear_distillation
 from grpo_kernels.linear_distillation import divergence_ref
 
-N, H, H_TEACHER, V = 13, 6, 9, 31
+N, H, H_TEACHER, V = 13, 4, 7, 19
 BETAS = (0.0, 0.3, 1.0)
 MIB = 2**20
 
@@ -60,7 +60,7 @@ def backward(tensors, options, **more):
     return result.loss.detach(), result.divergence, *(leaf.grad for leaf in leaves.values())
 
 
-@pytest.mark.parametrize("budget", [None, 2_000], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("budget", [None, 1_000], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_linear_distillation_equals_the_reference(options, beta, budget):
@@ -74,7 +74,7 @@ def test_linear_distillation_equals_the_reference(options, beta, budget):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", [{}, OPTIONS["one temperature per token"]], ids=["plain", "transforms"])
 def test_linear_distillation_gradcheck(options, beta):
     tensors, options = problem(), with_options(options)
     bias = options.pop("bias", None)
@@ -194,8 +194,8 @@ def test_linear_distillation_shapes_and_second_backward():
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"teacher_weight": torch.zeros(V + 1, H_TEACHER)}, ValueError, r"same vocabulary, got weight \[31, 6\]"),
-        ({"teacher_weight": torch.zeros(V, H_TEACHER + 1)}, ValueError, "hidden has H=9, but weight .V, H. has H=10"),
+        ({"teacher_weight": torch.zeros(V + 1, H_TEACHER)}, ValueError, r"same vocabulary, got weight \[19, 4\]"),
+        ({"teacher_weight": torch.zeros(V, H_TEACHER + 1)}, ValueError, "hidden has H=7, but weight .V, H. has H=8"),
         ({"teacher_hidden": torch.zeros(N - 1, H_TEACHER)}, ValueError, r"teacher_hidden must have shape \[13"),
         ({"weights": torch.ones(N - 1)}, ValueError, "weights"),
         ({"weights": torch.ones(N, dtype=torch.int64)}, TypeError, "weights"),
