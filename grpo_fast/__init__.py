@@ -12,19 +12,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_fast.config import GRPOConfig
+    from grpo_fast.config import DistillConfig, GRPOConfig, SFTConfig
+    from grpo_fast.distillation import DistillationTrainer
     from grpo_fast.integrations import cs336
     from grpo_fast.model.policy import FusedPolicy
+    from grpo_fast.sft.trainer import SFTTrainer
     from grpo_fast.trainer import GRPOTrainer
     from grpo_kernels import __version__
 
-__all__ = ["FusedPolicy", "GRPOConfig", "GRPOTrainer", "__version__", "cs336"]
+__all__ = [
+    "DistillConfig",
+    "DistillationTrainer",
+    "FusedPolicy",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "cs336",
+]
 
 # Imported when they are asked for: reward workers import parts of this package and must not load torch.
 _HOMES = {
+    "DistillConfig": "grpo_fast.config",
+    "DistillationTrainer": "grpo_fast.distillation",
     "FusedPolicy": "grpo_fast.model.policy",
     "GRPOConfig": "grpo_fast.config",
     "GRPOTrainer": "grpo_fast.trainer",
+    "SFTConfig": "grpo_fast.config",
+    "SFTTrainer": "grpo_fast.sft.trainer",
     "cs336": "grpo_fast.integrations.cs336",
     "__version__": "grpo_kernels",
 }

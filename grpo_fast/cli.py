@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import math
 import os
@@ -12,13 +11,14 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partialmethod
 from types import TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from grpo_fast.arguments import parse_config
-from grpo_fast.config import DistillConfig, GRPOConfig, SFTConfig
+from grpo_fast.config import DistillConfig, SFTConfig
 from grpo_fast.convert.command import CONVERT_USAGE, convert
 from grpo_fast.errors import UserError, import_extra, nearest, printable, say, shown
 from grpo_fast.files import user_path
@@ -26,6 +26,9 @@ from grpo_fast.recipes import describe_recipes
 from grpo_fast.report.terminal import open_standard_streams, print_error, silence
 from grpo_fast.startup import leaving_at_once
 from grpo_kernels import __version__
+
+if TYPE_CHECKING:
+    from grpo_fast.train.run import TrainingRun
 
 USAGE = """usage: grpo-fast train CONFIG [--field value ...]
 
@@ -187,27 +190,42 @@ def quiet_libraries() -> None:
 
 
 def train(argv: Sequence[str]) -> int:
-    return _train(parse_config(argv), "grpo_fast.trainer", "GRPOTrainer")
+    config = parse_config(argv)
+    with _importing():
+        from grpo_fast.trainer import GRPOTrainer
+
+    return _run_to_the_end(GRPOTrainer(config))
 
 
 def sft(argv: Sequence[str]) -> int:
-    return _train(parse_config(argv, kind=SFTConfig), "grpo_fast.sft.trainer", "SFTTrainer")
+    config = parse_config(argv, kind=SFTConfig)
+    with _importing():
+        from grpo_fast.sft.trainer import SFTTrainer
+
+    return _run_to_the_end(SFTTrainer(config))
 
 
 def distill(argv: Sequence[str]) -> int:
-    return _train(parse_config(argv, kind=DistillConfig), "grpo_fast.distillation", "DistillationTrainer")
+    config = parse_config(argv, kind=DistillConfig)
+    with _importing():
+        from grpo_fast.distillation import DistillationTrainer
+
+    return _run_to_the_end(DistillationTrainer(config))
 
 
-def _train(config: GRPOConfig, module: str, trainer: str) -> int:
-    """The run of a configuration with a trainer, whose module takes long to import."""
+@contextmanager
+def _importing() -> Iterator[None]:
+    """A context for the imports of a trainer, which take long."""
     with leaving_at_once():
         quiet_libraries()
         import_extra("accelerate", "train")
-        from grpo_fast.distributed.processes import disconnect
+        yield
 
-        made = getattr(importlib.import_module(module), trainer)
 
-    made(config).train()
+def _run_to_the_end(run: TrainingRun) -> int:
+    from grpo_fast.distributed.processes import disconnect
+
+    run.train()
     disconnect()
     return 0
 

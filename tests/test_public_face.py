@@ -44,7 +44,8 @@ def test_public_names_are_those_of_their_modules():
 
 
 def test_dir_lists_the_public_names():
-    names = ["FusedPolicy", "GRPOConfig", "GRPOTrainer", "__version__", "cs336"]
+    names = ["DistillConfig", "DistillationTrainer", "FusedPolicy", "GRPOConfig", "GRPOTrainer", "SFTConfig"]
+    names += ["SFTTrainer", "__version__", "cs336"]
     assert sorted(grpo_fast.__all__) == names
     assert run("import grpo_fast; print(dir(grpo_fast))") == str(names)
     assert all(getattr(grpo_fast, name) is not None for name in names)
@@ -52,7 +53,7 @@ def test_dir_lists_the_public_names():
 
 
 def test_unknown_attribute_is_named_with_the_known_ones():
-    with pytest.raises(AttributeError, match="module 'grpo_fast' has no attribute 'Trainer'; it has FusedPolicy, GRPO"):
+    with pytest.raises(AttributeError, match="module 'grpo_fast' has no attribute 'Trainer'; it has DistillConfig, "):
         _ = grpo_fast.Trainer
     with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
         exec("from grpo_fast import Trainer")
