@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
-from grpo_fast.config import GRPOConfig, check_complete, check_repeatable, name_unknown
+from grpo_fast.config import DistillConfig, GRPOConfig, SFTConfig, check_complete, check_repeatable, name_unknown
 from grpo_fast.errors import UserError, import_extra, one_line, shown
 from grpo_fast.files import read_yaml
 from grpo_fast.recipes import find_config
@@ -77,8 +77,19 @@ def _check_file(path: Path, known: set[str], kind: type[GRPOConfig]) -> None:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold fields and values, as in: learning_rate: 1e-5")
+    _refuse_others(path, set(map(str, content)), known, kind)
     if wrong := _unused(map(str, content), kind) or name_unknown(map(str, content), known):
         raise UserError(f"{path}: {wrong}")
+
+
+def _refuse_others(path: Path, names: set[str], known: set[str], kind: type[GRPOConfig]) -> None:
+    """Refuse the configuration of another command, such as the config.yaml of its run's folder."""
+    for other in (GRPOConfig, SFTConfig, DistillConfig):
+        theirs = other.__dataclass_fields__.keys() - other.unused_fields
+        if not names <= known and names <= theirs:
+            raise UserError(
+                f"{path} is for grpo-fast {other.command}; give a configuration of grpo-fast {kind.command}"
+            )
 
 
 def _unused(names: Iterable[str], kind: type[GRPOConfig]) -> str:

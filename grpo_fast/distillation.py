@@ -53,7 +53,8 @@ class DistillationSignals(LearningSignals):
 class DistillationTrainer(GRPOTrainer):
     """Distils a teacher into a student, on what the student samples, and writes the run folder.
 
-        DistillationTrainer(DistillConfig(model_name_or_path=..., teacher_model_name_or_path=..., dataset_name=...)).train()
+        config = DistillConfig(model_name_or_path=..., teacher_model_name_or_path=..., dataset_name=...)
+        DistillationTrainer(config).train()
 
     The score is the reverse KL on completions of the held-out prompts, exact over the vocabulary, a mean over their
     tokens (nats).
@@ -61,7 +62,7 @@ class DistillationTrainer(GRPOTrainer):
     Raises:
         UserError: the configuration, the data or a model would make the run fail later, or student and teacher have
             other vocabularies.
-    """  # noqa: E501
+    """
 
     lower_is_better = True
     config: DistillConfig

@@ -165,3 +165,15 @@ def test_distill_recipes_are_valid(name, capsys):
     assert config.run_name == name
     assert main(["distill", name, "--max_length=3"]) == 2
     assert "unknown option --max_length" in capsys.readouterr().err
+
+
+def test_distill_refuses_a_teachers_code_from_a_foreign_run_folder(tmp_path, capsys):
+    """A configuration inside a run's folder may have come from anywhere."""
+    (tmp_path / "metrics.jsonl").touch()
+    path = tmp_path / "config.yaml"
+    kwargs = {"trust_remote_code": True}
+    path.write_text(json.dumps({**STUDENT, "teacher_model_name_or_path": "t", "teacher_model_init_kwargs": kwargs}))
+    assert main(["distill", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "lies in a run's folder that was not written here by you" in said
+    assert "--teacher_model_init_kwargs" in said

@@ -14,7 +14,7 @@ from grpo_fast.config import FREE_FIELDS
 from grpo_fast.errors import UserError, say
 from grpo_fast.report.curves import column, known, mean, new_panels, plain, save_figure, smooth
 from grpo_fast.report.run import Run, read_run
-from grpo_fast.report.summary import is_share, show
+from grpo_fast.report.summary import LOSSES, is_share, show
 
 COLORS = ["#1f6feb", "#1a7f37", "#cf222e", "#9a6700", "#8250df", "#0a7f8c", "#bf3989", "#57606a", "#000000", "#bc4c00"]
 # Fields in which runs of one curve may differ: their names and folders, the seed, and what changes no result.
@@ -105,7 +105,7 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
     """Draw each entry as a panel: every seed as a thin line, the mean over a setting's seeds as a thick one."""
     figure, axes = new_panels(1, len(panels), (1 + 5 * len(panels), 4.8), sharey=True)
     values = [value for curves in panels.values() for curve in curves for _, line in curve.lines for value in line]
-    share = is_share(*known(values))
+    share = is_share(*known(values), metric=metric)
     ended = all(curve.after for curves in panels.values() for curve in curves)
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for index, curve in enumerate(curves):
@@ -123,7 +123,7 @@ def plot_curves(panels: dict[str, list[Curve]], metric: str, path: Path) -> None
             title="held out, after training" if ended else "mean over the last tenth of the steps", title_fontsize=8,
             fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False,
         )  # fmt: skip
-    axes[0, 0].set_ylabel(f"{plain(metric)} (sampled in training)")
+    axes[0, 0].set_ylabel(f"{plain(metric)} ({'' if metric in LOSSES else 'sampled '}in training)")
     save_figure(figure, path)
 
 
@@ -133,7 +133,7 @@ def print_curves(curves: list[Curve], metric: str) -> None:
 
     from grpo_fast.report.console import Terminal
 
-    share = is_share(*(value for curve in curves for value in curve.last))
+    share = is_share(*(value for curve in curves for value in curve.last), metric=metric)
     columns = {"in the last tenth": "last", "held out, before": "before", "held out, after": "after"}
     columns = {title: name for title, name in columns.items() if any(getattr(curve, name) for curve in curves)}
     table = Table("runs", title=metric, title_justify="left")

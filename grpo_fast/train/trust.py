@@ -39,6 +39,9 @@ def named_code(config: GRPOConfig) -> dict[str, Any]:
         "trust_remote_code": config.trust_remote_code,
         "attn_implementation": "/" in (config.attn_implementation or ""),
         "model_init_kwargs": bool(_CODE_ARGUMENTS & set(config.model_init_kwargs or {})),
+        "teacher_model_init_kwargs": bool(
+            _CODE_ARGUMENTS & set(getattr(config, "teacher_model_init_kwargs", None) or {})
+        ),
     }
     return {name: getattr(config, name) for name, does in names_code.items() if does}
 

@@ -121,6 +121,12 @@ def test_sft_command_learns_and_leaves_a_run_folder(tmp_path, capsys):
     page = (folder / "report.html").read_text()
     assert "loss on held-out prompts" in page
     assert "finished after 13 steps" in page
+    capsys.readouterr()
+    assert main(["compare", str(folder), "--output", str(tmp_path / "compare.png")]) == 0
+    assert "%" not in capsys.readouterr().out
+    assert main(["train", str(folder / "config.yaml")]) == 2
+    message = "config.yaml is for grpo-fast sft; give a configuration of grpo-fast train"
+    assert message in capsys.readouterr().err
     assert main(["sft", str(folder / "config.yaml"), "--resume", "--max_steps", "14"]) == 0
     assert figures(folder)[-1]["step"] == 14
 
