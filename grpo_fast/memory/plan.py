@@ -55,8 +55,10 @@ SAMPLED_BYTES = 24
 LOGIT_COPIES, SORTED_BYTES = 3, 16
 # Fields that change what `count_weights` counts.
 COUNTED = ("dtype", "use_peft", "lora_r", "load_in_4bit", "use_bnb_nested_quant", "optim", "optim_offload")
-# Lengths at which activations are traced to find the longest answer; lengths in between are interpolated.
-LENGTHS = [1024 << (2 * step) for step in range(6)]
+# Lengths at which activations are traced to find the longest answer; others are interpolated, or extrapolated up to the
+# longest answer that is searched.
+LENGTHS = [1024, 4096, 16_384, 65_536]
+LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,11 @@ def _optimizer_bytes(count: int, config: GRPOConfig) -> int:
 
 
 def plan_memory(
-    config: GRPOConfig, model_config: Any, prompt_tokens: int = 512, tracer: Tracer | None = None
+    config: GRPOConfig,
+    model_config: Any,
+    prompt_tokens: int = 512,
+    tracer: Tracer | None = None,
+    interpolated: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of a run whose completions all have `max_completion_length` tokens.
 
@@ -175,11 +181,13 @@ def plan_memory(
         model_config: the model's transformers configuration.
         prompt_tokens: length of the longest prompt.
         tracer: reuses the traces of earlier plans for the same model.
+        interpolated: trace only a few lengths, which serve all plans with the same settings: faster, an upper bound.
 
     Raises:
         UserError: the model cannot be built or traced.
     """
-    return _Planner(config, tracer or Tracer(model_config), prompt_tokens).plan(config.max_completion_length)
+    planner = _Planner(config, tracer or Tracer(model_config), prompt_tokens)
+    return planner.plan(config.max_completion_length, interpolated)
 
 
 def longest_answer(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> int:
@@ -253,7 +261,11 @@ class _Planner:
         return Setup(config, self.text.num_hidden_layers, tokens, predicted, gathered, masked)
 
     def between(self, setup: Setup) -> Traced:
-        """A trace interpolated between two of `LENGTHS`: an upper bound, because peaks are convex in the length."""
+        """A trace interpolated between two of `LENGTHS`: an upper bound, because peaks are convex in the length.
+
+        Beyond the last length it is extrapolated. Peaks are largest sums of parts that grow linearly, and the part that
+        is the largest there stays so.
+        """
         high = next((length for length in LENGTHS[1:] if length >= setup.tokens), LENGTHS[-1])
         low = LENGTHS[LENGTHS.index(high) - 1]
         ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0, masked=0)) for t in (low, high)]
@@ -395,7 +407,7 @@ class _Planner:
 
     def longest(self, vram: int, shortest: int = 0) -> int:
         """The longest completion that fits, at most the model's positions; `shortest` (0 or one that fits) if none."""
-        positions = getattr(self.text, "max_position_embeddings", None) or LENGTHS[-1]
+        positions = getattr(self.text, "max_position_embeddings", None) or LONGEST
         low, high = shortest, max(positions - self.prompt_tokens, 0)
         if high <= low:
             return high
