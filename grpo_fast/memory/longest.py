@@ -24,6 +24,14 @@ TRAINED: dict[str, Changes] = {
     "LoRA": {"use_peft": True, "load_in_4bit": False},
     "QLoRA (4-bit)": {"use_peft": True, "load_in_4bit": True},
 }
+# The same with frozen layers in host memory: every sampled token waits for the bus, so these are taken if nothing else
+# fits.
+HOST = {
+    "LoRA, layers on host": TRAINED["LoRA"],
+    "QLoRA, layers on host": TRAINED["QLoRA (4-bit)"],
+}
+# Shares of the layers that wait in host memory, the most saving first.
+HOST_SHARES = (1.0, 0.75, 0.5, 0.25)
 # Choices that only cost time: the settings of each, from the one that saves the most memory to the fastest.
 CHOICES: tuple[tuple[Changes, ...], ...] = (
     ({"optim_offload": True, "optim": "adamw_torch_fused"}, {"optim": "adamw_torch_8bit"}, {}),
@@ -42,7 +50,7 @@ class Longest:
     """The longest answers with one way to train.
 
     Attributes:
-        trained: a key of `TRAINED`.
+        trained: a key of `TRAINED` or `HOST`.
         answer: tokens of the longest answer; 0 if not even one token fits.
         by_memory: what `answer` would be if the model had positions without end.
         switches: the fields that the search set.
@@ -61,7 +69,7 @@ class Longest:
 def longest_answers(
     config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int, tell: Callable[[str], Any] = lambda text: None
 ) -> list[Longest]:
-    """The longest answers for each way to train, in the order of `TRAINED`.
+    """The longest answers for each way to train, in the order of `TRAINED` and `HOST`.
 
     Args:
         config: the run; its switches are replaced, its other fields stay.
@@ -73,16 +81,22 @@ def longest_answers(
         UserError: the model cannot be built or traced.
     """
     found = []
-    for trained, changes in TRAINED.items():
+    for trained, changes in (TRAINED if config.use_vllm else TRAINED | HOST).items():
         tell(trained)
-        found.append(_Search(replace_all(config, changes), tracer, vram, prompt_tokens).longest(trained))
+        search = _Search(replace_all(config, changes), tracer, vram, prompt_tokens)
+        found.append(search.longest(trained, on_host=trained in HOST))
     return found
 
 
 def best(found: list[Longest]) -> Longest:
-    """The most capable way to train of those whose answers are about as long as the longest."""
-    longest = max(each.answer for each in found)
-    return next(each for each in found if each.answer >= KEPT * longest)
+    """The most capable way to train of those whose answers are about as long as the longest.
+
+    Layers wait in host memory only if nothing fits without that.
+    """
+    on_device = [each for each in found if each.trained in TRAINED]
+    ways = on_device if any(each.answer for each in on_device) else found
+    longest = max(each.answer for each in ways)
+    return next(each for each in ways if each.answer >= KEPT * longest)
 
 
 def replace_all(config: GRPOConfig, changes: Changes) -> GRPOConfig:
@@ -92,7 +106,7 @@ def replace_all(config: GRPOConfig, changes: Changes) -> GRPOConfig:
     """
     precision = {} if config.use_cpu else {"dtype": "bfloat16", "bf16": False}
     off = {"optim_offload": False, "activation_offloading": False, "tiled_mlp": False, "gradient_checkpointing": False}
-    return replace(config, **precision, **off, **changes)
+    return replace(config, **precision, **off, layers_on_host=0, **changes)
 
 
 class _Search:
@@ -103,8 +117,9 @@ class _Search:
         positions = max_positions(tracer.model_config)
         self.most = max(positions - prompt_tokens, 0) if positions else LONGEST
 
-    def longest(self, trained: str) -> Longest:
-        choices = [[setting for setting in choice if self.allowed(setting)] for choice in CHOICES]
+    def longest(self, trained: str, on_host: bool) -> Longest:
+        listed = [self.host_choice(), *CHOICES] if on_host else CHOICES
+        choices = [[setting for setting in choice if self.allowed(setting)] for choice in listed]
         taken = [choice[0] for choice in choices]
         by_memory = self.answer(merged(taken), LONGEST)
         if not by_memory:
@@ -120,6 +135,11 @@ class _Search:
         answer = self.answer(switches, self.most)
         config = self.fastest(switches, answer)
         return Longest(trained, answer, by_memory, switches, config, self.plan(config, interpolated=False))
+
+    def host_choice(self) -> list[Changes]:
+        layers = self.tracer.model_config.get_text_config().num_hidden_layers
+        counts = (max(round(share * layers), 1) for share in HOST_SHARES)
+        return [{"layers_on_host": count, "gradient_checkpointing": True} for count in counts]
 
     def allowed(self, setting: Changes) -> bool:
         """Whether the device and the model permit a setting."""

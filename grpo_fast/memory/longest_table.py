@@ -27,7 +27,10 @@ MODELS = (
 SIZES = (16, 24, 48, 80)
 PROMPT_TOKENS = 512
 START, END = "<!-- longest answers -->", "<!-- end of longest answers -->"
-LETTERS = {"all weights": "all", "LoRA": "LoRA", "QLoRA (4-bit)": "QLoRA"}
+SHORT = {
+    "all weights": "all", "LoRA": "LoRA", "QLoRA (4-bit)": "QLoRA", "LoRA, layers on host": "LoRA, host",
+    "QLoRA, layers on host": "QLoRA, host",
+}  # fmt: skip
 
 
 def cell(model: str, gigabytes: int, tracer: Tracer | None = None) -> str:
@@ -37,7 +40,7 @@ def cell(model: str, gigabytes: int, tracer: Tracer | None = None) -> str:
     if not found.answer:
         return "none"
     beyond = f" ({found.by_memory:,})" if found.by_memory > 1.02 * found.answer else ""
-    return f"{found.answer:,}{beyond} {LETTERS[found.trained]}"
+    return f"{found.answer:,}{beyond} {SHORT[found.trained]}"
 
 
 def table(tell: Callable[[str], Any]) -> list[str]:

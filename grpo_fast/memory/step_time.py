@@ -105,18 +105,22 @@ def estimate_step(config: GRPOConfig, model_config: Any, plan: MemoryPlan, promp
     if config.uses_reference:
         work += forward + attention
     training = completions * work / flops
+    bus = device.bus * 1e9 * BUS
+    # Once in the forward and once in the backward: layers for every microbatch of one answer, and all layers' inputs.
+    waiting = plan.host.get("frozen layers", 0)
+    moved = 2 * completions * waiting * config.num_iterations
     if config.activation_offloading:
-        moved = 2 * completions * sequence * text.hidden_size * 2 * layers
-        training = max(training, moved / (device.bus * 1e9 * BUS))
+        moved += 2 * completions * sequence * text.hidden_size * 2 * layers
+    training = max(training, moved / bus)
     if config.optim_offload:
-        training += 4 * plan.trained / (device.bus * 1e9 * BUS)
+        training += 4 * plan.trained / bus
 
     # Answers start short: on average they take half of their room.
     mean_length = prompt_tokens + answer / 2
     at_once = min(max(config.max_tokens_per_generation_batch // mean_length, 1), completions)
     weights = plan.rollout.get("vLLM's weights") or plan.rollout.get("weights", 0)
     mean_cache = 4 * keys * head_dim * layers * mean_length * at_once
-    token = max((weights + mean_cache) / reads, 2 * plan.parameters * at_once / flops)
+    token = max((weights + waiting + mean_cache) / reads, waiting / bus, 2 * plan.parameters * at_once / flops)
     if not config.use_vllm:
         token = max(token, LAYER_LAUNCHES * layers)
     return StepTime(completions / at_once * answer * token, training, gpu)

@@ -8,10 +8,10 @@ ZeRO-Infinity (Rajbhandari et al., 2021) and of FlexGen (Sheng et al., 2023), fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grpo_fast.errors import UserError
 from grpo_fast.model.activations import checkpointed_layers
 
+T = TypeVar("T")
 SLOTS = 2
 # Smaller weights stay on the device: norms and biases.
 MIN_BYTES = 1 << 16
@@ -156,7 +157,7 @@ def keep_layers_on_host(
     return moved
 
 
-def spread(layers: list, count: int) -> list:
+def spread(layers: Sequence[T], count: int) -> list[T]:
     """`count` of the layers at even distances, the last one among them; all if there are not more."""
     total = len(layers)
     count = min(count, total)

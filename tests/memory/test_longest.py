@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.cli import main
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
-from grpo_fast.memory.longest import CHOICES, best, longest_answers
+from grpo_fast.memory.longest import CHOICES, HOST, TRAINED, best, longest_answers
 from grpo_fast.memory.longest_table import END, SIZES, START, cell
 from grpo_fast.memory.plan import GIB, longest_answer, plan_memory
 from grpo_fast.memory.shapes import SHAPES, known_config, known_shape
@@ -98,7 +98,7 @@ def test_known_shape(name, key):
 
 def test_longest_answers_fit_and_longer_ones_do_not(config, tracer, found):
     """Every number is checked by the plan itself; one token more, or the next faster setting, does not fit."""
-    assert [each.trained for each in found] == ["all weights", "LoRA", "QLoRA (4-bit)"]
+    assert [each.trained for each in found] == [*TRAINED, *HOST]
     for each in found:
         plan = plan_memory(each.config, tracer.model_config, 512, tracer)
         assert plan.fits(VRAM)
@@ -113,7 +113,8 @@ def test_longest_answers_fit_and_longer_ones_do_not(config, tracer, found):
                 max_tokens_per_generation_batch=512 + int(1.01 * each.answer),
             )
             assert not plan_memory(longer, tracer.model_config, 512, tracer).fits(VRAM)
-    assert found[0].by_memory < found[1].by_memory < found[2].by_memory
+    memory = {each.trained: each.by_memory for each in found}
+    assert memory["all weights"] < memory["LoRA"] < memory["QLoRA (4-bit)"] <= memory["QLoRA, layers on host"]
 
 
 def test_longest_answers_are_at_least_those_of_any_single_switch(config, tracer, found):
@@ -128,15 +129,24 @@ def test_longest_answers_are_at_least_those_of_any_single_switch(config, tracer,
 def test_longest_answers_take_no_switch_that_is_not_needed(config, tracer):
     """With plenty of memory, no switch is set; the choices' last settings are the defaults."""
     found = longest_answers(config, tracer, 2000 * GIB, 512)
-    assert all(each.answer == 32_768 - 512 and each.switches == {} for each in found)
+    assert all(each.answer == 32_768 - 512 for each in found)
+    assert all(each.switches == {} for each in found if each.trained in TRAINED)
+    # A quarter of the layers, the fewest that are tried.
+    assert found[-1].switches == {"layers_on_host": 6, "gradient_checkpointing": True}
     assert best(found).trained == "all weights"
     assert all(choice[-1] == {} for choice in CHOICES)
 
 
 def test_longest_answers_of_a_device_without_room(config, tracer):
     found = longest_answers(config, tracer, 2 * GIB, 512)
-    assert [each.answer for each in found[:1]] == [0]
+    assert found[0].answer == 0
     assert found[0].plan is None
+
+
+def test_best_takes_layers_on_host_only_if_nothing_else_fits(found):
+    assert best(found).trained in TRAINED
+    nothing = [replace(each, answer=0) if each.trained in TRAINED else each for each in found]
+    assert best(nothing).trained in HOST
 
 
 def test_longest_command_writes_a_recipe_that_fits(traced, capsys, tmp_path, monkeypatch):
