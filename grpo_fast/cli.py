@@ -12,8 +12,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partialmethod
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -263,13 +264,16 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
-PLAN_USAGE = """usage: grpo-fast plan [CONFIG] --vram SIZE [--prompt_tokens 512] [--field value ...]
+PLAN_USAGE = """usage: grpo-fast plan [CONFIG] --vram SIZE [--longest] [--prompt_tokens 512] [--field value ...]
 
 Estimate the memory of a run from the model's configuration alone: it needs no weights, no GPU and no data.
 The exit status is 1 if the run does not fit.
 
   --vram SIZE          memory of the GPU: 24GiB, 80GB (default: that of this machine's GPU)
   --prompt_tokens N    length of the longest prompt (default: 512)
+  --longest            search the switches that allow the longest answers, and write them as a recipe and a chart
+  --output FILE.yaml   where --longest writes them (default: MODEL-SIZE.yaml and .png in the current folder)
+  --gpu NAME           the device for which --longest estimates seconds (default: a usual one of that size)
   --model NAME         short for --model_name_or_path; also a config.json or its folder
   --field value        any field of the configuration, as for train"""
 
@@ -277,14 +281,21 @@ The exit status is 1 if the run does not fit.
 def plan(argv: Sequence[str]) -> int:
     """Print the memory that a run needs; returns 1 if it does not fit."""
     argv = ["--model_name_or_path" + a.removeprefix("--model") if re.match(r"--model(=|$)", a) else a for a in argv]
-    options, argv = _options(argv, vram=None, prompt_tokens="512")
+    options, argv = _options(argv, ("longest",), vram=None, prompt_tokens="512", output=None, gpu=None)
     prompt_tokens = _count("--prompt_tokens", options.prompt_tokens, "tokens")
+    if not options.longest and (options.output or options.gpu):
+        raise UserError("--output and --gpu belong to --longest")
     # A plan uses no data and no rewards, but the fields must not be empty.
-    config = parse_config([*argv, "--dataset_name=any", "--reward_funcs=[any]", "--reward_weights=null"])
+    placeholders = ["--dataset_name=any", "--reward_funcs=[any]", "--reward_weights=null"]
+    config, complete = parse_config([*argv, *placeholders]), False
+    if options.longest:
+        with suppress(UserError):
+            config, complete = parse_config(argv), True
     with leaving_at_once():
         quiet_libraries()
         import torch
 
+        from grpo_fast.memory.longest_report import print_longest
         from grpo_fast.memory.report import parse_size, print_plan
 
     if options.vram is not None:
@@ -293,6 +304,11 @@ def plan(argv: Sequence[str]) -> int:
         size = torch.cuda.get_device_properties(0).total_memory
     else:
         raise UserError("this machine has no GPU whose memory could be read; set it with --vram 24GiB")
+    if options.longest:
+        model = Path(config.model_name_or_path).stem if Path(config.model_name_or_path).exists() else None
+        name = model or config.model_name_or_path.rsplit("/", 1)[-1]
+        output = user_path(options.output or f"{name}-{size / (1 << 30):.3g}GiB.yaml")
+        return 0 if print_longest(config, size, prompt_tokens, output, options.gpu, not complete) else 1
     return 0 if print_plan(config, size, prompt_tokens) else 1
 
 

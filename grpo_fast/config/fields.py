@@ -35,9 +35,9 @@ FREE_FIELDS = frozenset(
         "log_completions_steps", "script_objects", "eval_steps", "keep_best",
         "report_to", "reward_timeout", "on_reward_error", "code_isolation", "save_steps", "save_total_limit",
         "resume_from_checkpoint", "max_tokens_per_microbatch", "max_tokens_per_generation_batch", "max_buffer_mib",
-        "gradient_checkpointing", "activation_offloading", "use_liger_kernel", "tiled_mlp", "attn_implementation",
-        "fsdp", "padding_free", "share_prompts", "use_cpu", "trust_remote_code", "vllm_mode", "vllm_server_base_url",
-        "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_max_model_length",
+        "gradient_checkpointing", "activation_offloading", "layers_on_host", "use_liger_kernel", "tiled_mlp",
+        "attn_implementation", "fsdp", "padding_free", "share_prompts", "use_cpu", "trust_remote_code", "vllm_mode",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_max_model_length",
         "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "sync_tolerance",
     )
 )  # fmt: skip
@@ -119,6 +119,8 @@ class GRPOConfig:
         use_bnb_nested_quant: also quantise the scales of the 4-bit blocks.
         gradient_checkpointing: recompute activations in the backward instead of storing them.
         activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory.
+        layers_on_host: decoder layers whose frozen weights wait in pinned host memory and are copied to the GPU one
+            layer ahead of the computation; with use_peft and gradient_checkpointing.
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
         tiled_mlp: compute MLPs in tiles of 2048 tokens, recomputed in the backward, to bound their intermediates.
         dataset_name: a .jsonl, .json, .csv (each also .gz) or .parquet file, a hub name, or a built-in:
@@ -300,6 +302,7 @@ class GRPOConfig:
     use_bnb_nested_quant: bool = False
     gradient_checkpointing: bool = False
     activation_offloading: bool = False
+    layers_on_host: int = 0
     use_liger_kernel: bool = False
     tiled_mlp: bool = False
 

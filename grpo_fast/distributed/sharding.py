@@ -52,6 +52,8 @@ def check_processes(config: GRPOConfig, accelerator: Accelerator) -> None:
         )
     if config.use_vllm and config.vllm_mode == "colocate":
         raise UserError("vllm_mode='colocate' supports one process only; several require vllm_mode='server'")
+    if config.layers_on_host:
+        raise UserError("layers_on_host supports one process only")
     if not is_sharded(config):
         return
     for name, allowed in _SHARDED_ONLY.items():

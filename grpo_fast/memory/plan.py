@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.memory.trace import Setup, Traced, Tracer, weights_dtype
 from grpo_fast.model.attention import Group
+from grpo_fast.model.host_layers import ALIGNMENT, MIN_BYTES, SLOTS, spread
 from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
 from grpo_fast.rollout.transformers import not_continuous
 from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache, sequences_at_once
@@ -55,8 +57,10 @@ SAMPLED_BYTES = 24
 LOGIT_COPIES, SORTED_BYTES = 3, 16
 # Fields that change what `count_weights` counts.
 COUNTED = ("dtype", "use_peft", "lora_r", "load_in_4bit", "use_bnb_nested_quant", "optim", "optim_offload")
-# Lengths at which activations are traced to find the longest answer; lengths in between are interpolated.
-LENGTHS = [1024 << (2 * step) for step in range(6)]
+# Lengths at which activations are traced to find the longest answer; others are interpolated, or extrapolated up to the
+# longest answer that is searched.
+LENGTHS = [1024, 4096, 16_384, 65_536]
+LONGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,10 @@ def usable(vram: int) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of parameters (`parameters`, `trained`), and bytes of what belongs to them."""
+    """Numbers of parameters (`parameters`, `trained`), and bytes of what belongs to them.
+
+    `layers` are the bytes of each decoder layer that can wait in host memory.
+    """
 
     parameters: int
     trained: int
@@ -117,6 +124,7 @@ class Weights:
     optimizer: int
     head_trained: bool
     largest_4bit: int
+    layers: tuple[int, ...]
 
 
 def count_weights(model: nn.Module, config: GRPOConfig) -> Weights:
@@ -137,16 +145,35 @@ def count_weights(model: nn.Module, config: GRPOConfig) -> Weights:
     if config.load_in_4bit:
         weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         quantised = {id(w): w for w in weights if w is not head.weight and id(w) not in adapter_ids}
+
+    def stored(parameter: torch.Tensor) -> int:
+        return _bytes_4bit(parameter.numel(), config) if id(parameter) in quantised else parameter.nbytes
+
+    def packed(parameter: torch.Tensor) -> int:
+        """Without the scales of 4-bit weights, which stay on the device."""
+        return math.ceil(parameter.numel() / 2) if id(parameter) in quantised else parameter.nbytes
+
+    waiting = []
+    for layer in _decoder_layers(model):
+        sizes = [packed(p) for p in layer.parameters() if not p.requires_grad and id(p) not in adapter_ids]
+        waiting.append(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes if size >= MIN_BYTES))
     return Weights(
         parameters=sum(p.numel() for p in own),
         trained=sum(p.numel() for p in trained),
-        bytes=sum(_bytes_4bit(p.numel(), config) if id(p) in quantised else p.nbytes for p in own),
+        bytes=sum(map(stored, own)),
         adapters=sum(p.nbytes for p in adapters),
         gradients=sum(p.nbytes for p in trained),
         optimizer=sum(_optimizer_bytes(p.numel(), config) for p in trained),
         head_trained=head.weight.requires_grad,
         largest_4bit=max((w.nbytes for w in quantised.values()), default=0),
+        layers=tuple(waiting),
     )
+
+
+def _decoder_layers(model: nn.Module) -> Iterable[nn.Module]:
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return next(lists, ())
 
 
 def _bytes_4bit(count: int, config: GRPOConfig) -> int:
@@ -166,7 +193,11 @@ def _optimizer_bytes(count: int, config: GRPOConfig) -> int:
 
 
 def plan_memory(
-    config: GRPOConfig, model_config: Any, prompt_tokens: int = 512, tracer: Tracer | None = None
+    config: GRPOConfig,
+    model_config: Any,
+    prompt_tokens: int = 512,
+    tracer: Tracer | None = None,
+    interpolated: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of a run whose completions all have `max_completion_length` tokens.
 
@@ -175,11 +206,13 @@ def plan_memory(
         model_config: the model's transformers configuration.
         prompt_tokens: length of the longest prompt.
         tracer: reuses the traces of earlier plans for the same model.
+        interpolated: trace only a few lengths, which serve all plans with the same settings: faster, an upper bound.
 
     Raises:
         UserError: the model cannot be built or traced.
     """
-    return _Planner(config, tracer or Tracer(model_config), prompt_tokens).plan(config.max_completion_length)
+    planner = _Planner(config, tracer or Tracer(model_config), prompt_tokens)
+    return planner.plan(config.max_completion_length, interpolated)
 
 
 def longest_answer(config: GRPOConfig, tracer: Tracer, vram: int, prompt_tokens: int) -> int:
@@ -210,6 +243,11 @@ class _Planner:
         traced = trace(setup)
         fixed = {"weights": weights.bytes, "adapters": weights.adapters, "unpacked 4-bit layer": weights.largest_4bit}
         host = {}
+        if config.layers_on_host:
+            layers = spread(weights.layers, config.layers_on_host)
+            host["frozen layers"] = sum(layers)
+            fixed["weights"] -= sum(layers)
+            fixed["slots for layers"] = SLOTS * max(layers, default=0)
         offloads = config.optim_offload or config.optim == "paged_adamw_8bit"
         (host if offloads else fixed)["optimizer state"] = weights.optimizer
         training = {**fixed, "gradients": weights.gradients}
@@ -253,7 +291,11 @@ class _Planner:
         return Setup(config, self.text.num_hidden_layers, tokens, predicted, gathered, masked)
 
     def between(self, setup: Setup) -> Traced:
-        """A trace interpolated between two of `LENGTHS`: an upper bound, because peaks are convex in the length."""
+        """A trace interpolated between two of `LENGTHS`: an upper bound, because peaks are convex in the length.
+
+        Beyond the last length it is extrapolated. Peaks are largest sums of parts that grow linearly, and the part that
+        is the largest there stays so.
+        """
         high = next((length for length in LENGTHS[1:] if length >= setup.tokens), LENGTHS[-1])
         low = LENGTHS[LENGTHS.index(high) - 1]
         ends = [self.tracer.trace(replace(setup, tokens=t, predicted=t, gathered=1.0, masked=0)) for t in (low, high)]
@@ -395,7 +437,7 @@ class _Planner:
 
     def longest(self, vram: int, shortest: int = 0) -> int:
         """The longest completion that fits, at most the model's positions; `shortest` (0 or one that fits) if none."""
-        positions = getattr(self.text, "max_position_embeddings", None) or LENGTHS[-1]
+        positions = getattr(self.text, "max_position_embeddings", None) or LONGEST
         low, high = shortest, max(positions - self.prompt_tokens, 0)
         if high <= low:
             return high

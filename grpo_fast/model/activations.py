@@ -99,7 +99,7 @@ def offload_checkpoints(model: nn.Module, min_bytes: int = MIN_OFFLOADED_BYTES) 
     Raises:
         UserError: the model's layers do not checkpoint themselves.
     """
-    layers = list(_checkpointed_layers(model))
+    layers = list(checkpointed_layers(model))
     if not layers:
         raise UserError(f"activation_offloading=True: {type(model).__name__} has no layers that checkpoint themselves")
     offloader = ActivationOffloader(min_bytes)
@@ -110,10 +110,11 @@ def offload_checkpoints(model: nn.Module, min_bytes: int = MIN_OFFLOADED_BYTES) 
     return offloader
 
 
-def _checkpointed_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """In the order of the forward. Modules that contain layers have the same attributes, but do not checkpoint."""
+def checkpointed_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a model that checkpoint themselves, in the order of the forward."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+            # Modules that contain layers have the same attributes, but do not checkpoint.
             below = (m for child in module.children() for m in child.modules())
             if not any(getattr(m, "gradient_checkpointing", False) for m in below):
                 yield module

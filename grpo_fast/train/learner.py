@@ -25,6 +25,7 @@ from grpo_fast.errors import NotFiniteError, UserError
 from grpo_fast.model import packing
 from grpo_fast.model.activations import prepare_activations
 from grpo_fast.model.attention import install
+from grpo_fast.model.host_layers import keep_layers_on_host
 from grpo_fast.model.layout import Microbatch
 from grpo_fast.model.loading import REFERENCE, train_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
@@ -58,6 +59,7 @@ class Learner:
         self.teach: Callable[[Microbatch], Teaching] | None = None
         self.adapter = train_adapter(model, config, adapter) if config.use_peft else None
         prepare_activations(model, config)
+        self.host_layers = keep_layers_on_host(model, config.layers_on_host, accelerator.device)
         policy = MicrobatchPolicy(model, config.temperature, config.max_buffer_bytes)
         policy.eval()
         # Unless it is sharded, it waits on the CPU and is on the device only while it scores.

@@ -13,6 +13,8 @@ from grpo_fast.data import check_lengths
 from grpo_fast.memory.plan import GIB, count_weights, longest_answer, plan_memory, total
 from grpo_fast.memory.switches import switches
 from grpo_fast.memory.trace import Setup, Tracer, _trace
+from grpo_fast.model.activations import prepare_activations
+from grpo_fast.model.host_layers import keep_layers_on_host
 from grpo_fast.model.loading import add_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
@@ -299,3 +301,20 @@ def test_plan_memory_reference_and_offloaded_state_are_in_host_memory():
     assert plan.host == {"optimizer state": 12 * plan.parameters, "reference": 4 * plan.parameters}
     assert "optimizer state" not in plan.training
     assert plan.moments["reference"]["reference"] == 4 * plan.parameters
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6, 9])
+def test_plan_memory_layers_on_host_equal_the_real_model(count):
+    """The weights that leave the device, and the slots that stay on it, to the byte."""
+    model_config = medium()
+    shared = {"use_peft": True, "gradient_checkpointing": True, "max_completion_length": 100, "dtype": "bfloat16"}
+    config = settings(layers_on_host=count, max_tokens_per_microbatch=200, **shared)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=torch.bfloat16)
+    add_adapter(model, config)
+    prepare_activations(model, config)
+    layers = keep_layers_on_host(model, count, torch.device("cpu"))
+    plan, without = (plan_memory(one, model_config, 50) for one in (config, replace(config, layers_on_host=0)))
+    assert plan.host["frozen layers"] == layers.bytes_on_host
+    assert plan.training["slots for layers"] == sum(slot.numel() for slot in layers.slots)
+    assert without.training["weights"] - plan.training["weights"] == layers.bytes_on_host
+    assert without.peak - plan.peak == layers.bytes_on_host - plan.training["slots for layers"]
