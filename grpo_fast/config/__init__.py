@@ -6,6 +6,7 @@ from grpo_fast.config.checks import (
     UNCENTRED,
     check_complete,
     check_repeatable,
+    ignored_settings,
 )
 from grpo_fast.config.fields import FREE_FIELDS, GRPOConfig
 from grpo_fast.config.sizes import UNSET, steps_of_epochs
@@ -21,6 +22,7 @@ __all__ = [
     "GRPOConfig",
     "check_complete",
     "check_repeatable",
+    "ignored_settings",
     "name_unknown",
     "steps_of_epochs",
 ]
