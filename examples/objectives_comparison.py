@@ -25,7 +25,11 @@ from grpo_fast.report.compare import COLORS
 from grpo_fast.report.curves import new_panels, save_figure, smooth
 from grpo_fast.trainer import GRPOTrainer
 
-TASKS = {"sort": "sort_small", "countdown": "smollm2_countdown"}
+# Task -> recipe, the fields that all its runs change, and the metric to compare.
+TASKS = {
+    "sort": ("sort_small", {"max_steps": 240, "learning_rate": 1e-3, "entropy_coef": 0.05}, "reward"),
+    "countdown": ("smollm2_countdown", {}, "reward"),
+}
 SHARED = {"num_iterations": 4, "log_completions_steps": 0}
 # Objective -> the fields in which its runs differ.
 OBJECTIVES = {
@@ -45,7 +49,7 @@ OBJECTIVES = {
     "dapo, remax": {"loss_type": "dapo", "advantage_estimator": "remax"},
     "dapo, reinforce++": {"loss_type": "dapo", "advantage_estimator": "reinforce_plus_plus"},
 }
-COLUMNS = ("task", "objective", "seed", "steps", "metric", "before", "after", "train_seconds")
+COLUMNS = ("task", "objective", "seed", "score", "steps", "metric", "before", "after", "train_seconds")
 # The 97.5% quantile of Student's t for 1, 2, 3 ... degrees of freedom, and the limit beyond.
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -88,18 +92,20 @@ def chosen_objectives(text: str) -> list[str]:
 def train(task: str, name: str, seed: int, output_dir: Path, fields: list[str]) -> tuple[dict, list[dict]]:
     """Make one run, unless it is finished; returns its row and the points of its curve."""
     folder = output_dir / f"{name.replace(', ', '_').replace(' ', '_')}-seed{seed}"
-    given = {**SHARED, **OBJECTIVES[name], "run_name": name, "seed": seed, "output_dir": folder}
+    recipe, changes, metric = TASKS[task]
+    given = {**SHARED, **changes, **OBJECTIVES[name], "run_name": name, "seed": seed, "output_dir": folder}
     given["resume_from_checkpoint"] = True
     options = [f"--{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in given.items()]
-    config = parse_config([TASKS[task], *options, *fields])
+    config = parse_config([recipe, *options, *fields])
     summary = folder / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["steps"] != config.max_steps:
         GRPOTrainer(config).train()
     found = json.loads(summary.read_text())
-    row = {"task": task, "objective": name, "seed": seed} | {column: found[column] for column in COLUMNS[3:]}
-    metric = f"rewards/{found['metric']}/mean"
-    values = [(entry["step"], entry[metric]) for entry in read_metrics(folder / "metrics.jsonl") if metric in entry]
-    return row, [{"step": step, "value": value} for step, value in values]
+    history = [entry for entry in read_metrics(folder / "metrics.jsonl") if metric in entry]
+    last = [entry[metric] for entry in history][-max(len(history) // 10, 1) :]
+    row = {"task": task, "objective": name, "seed": seed, "score": round(statistics.mean(last), 5)}
+    row |= {column: found[column] for column in COLUMNS[4:]}
+    return row, [{"step": entry["step"], "value": round(entry[metric], 5)} for entry in history]
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -113,18 +119,18 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def table(runs: list[dict]) -> dict[str, str]:
-    """For each objective, its held-out score after training."""
+    """For each objective, its mean score with the 95% interval, and that of each run."""
     lines = {}
     for name in dict.fromkeys(run["objective"] for run in runs):
-        after = [run["after"] for run in runs if run["objective"] == name]
-        mean, half = interval(after)
-        each = ", ".join(f"{value:.3f}" for value in after)
+        scores = [run["score"] for run in runs if run["objective"] == name]
+        mean, half = interval(scores)
+        each = ", ".join(f"{value:.3f}" for value in scores)
         lines[name] = f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "") + f" ({each})"
     return lines
 
 
 def draw(runs: list[dict], curves: list[dict], path: Path) -> None:
-    """The training curves, mean over seeds, and the held-out scores with their 95% intervals."""
+    """The training curves, mean over seeds, and the means of their last tenth with 95% intervals over the seeds."""
     names = list(dict.fromkeys(run["objective"] for run in runs))
     figure, axes = new_panels(1, 2, (12, 1.6 + 0.34 * max(len(names), 9)))
     left, right = axes[0]
@@ -136,17 +142,16 @@ def draw(runs: list[dict], curves: list[dict], path: Path) -> None:
         steps = [point["step"] for point in lines[0]]
         means = [statistics.mean(values) for values in zip(*smoothed, strict=False)]
         left.plot(steps[: len(means)], means, color=color, linestyle=style, linewidth=1.6)
-        after = [run["after"] for run in runs if run["objective"] == name]
-        mean, half = interval(after)
+        scores = [run["score"] for run in runs if run["objective"] == name]
+        mean, half = interval(scores)
         right.errorbar([mean], [index], xerr=[[half], [half]], fmt="o", color=color, capsize=3)
-        right.plot(after, [index] * len(after), "|", color=color, markersize=9, alpha=0.7)
-    metric = runs[0]["metric"]
-    left.set(xlabel="optimizer step", ylabel=f"{metric} (sampled in training)")
+        right.plot(scores, [index] * len(scores), "|", color=color, markersize=9, alpha=0.7)
+    metric = TASKS[runs[0]["task"]][2]
+    left.set(xlabel="optimizer step", ylabel=f"{metric}, sampled in training")
     left.set_title("mean over seeds", loc="left", fontsize=11)
     right.set_yticks(range(len(names)), names)
     right.invert_yaxis()
-    right.set_xlim(-0.02, 1.02)
-    right.set_xlabel(f"{metric} on held-out prompts, after training")
+    right.set_xlabel(f"{metric}, mean of the last tenth of the steps")
     count = len({run["seed"] for run in runs})
     right.set_title(f"dots: mean of {count} seeds with its 95% interval; ticks: the runs", loc="left", fontsize=11)
     save_figure(figure, path)

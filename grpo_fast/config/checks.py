@@ -55,7 +55,11 @@ _RANGES = [
         lambda v: v >= 0,
         "at least 0",
     ),
-    (("top_entropy_quantile", "warmup_ratio", "length_penalty", "length_penalty_share"), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (
+        ("top_entropy_quantile", "warmup_ratio", "length_penalty", "length_penalty_share"),
+        lambda v: 0 <= v <= 1,
+        "from 0 to 1",
+    ),
     (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
     (("vllm_server_port",), lambda v: 1 <= v <= 65535, "from 1 to 65535"),
     (

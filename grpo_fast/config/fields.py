@@ -163,8 +163,8 @@ class GRPOConfig:
             length-normalised form), cut off at the bounds (truncate) or zero outside (mask).
         vllm_importance_sampling_clip_max: upper bound of the ratio; None for none.
         vllm_importance_sampling_clip_min: lower bound of the ratio; None for none.
-        rollout_rs: leave out tokens (token) or sequences (seq) whose divergence of vLLM's probabilities from the
-            trainer's is out of bounds: by the estimate k1, k2 or k3 of a token, or its sum, mean or max over a sequence.
+        rollout_rs: leave out tokens (token) or sequences (seq) where vLLM's probabilities differ too much from the
+            trainer's, by the estimate k1, k2 or k3 of a token's divergence, or its sum, mean or max over a sequence.
         rollout_rs_threshold: the largest k2 or k3 that is kept; for k1 the largest ratio of vLLM's probability to the
             trainer's.
         rollout_rs_threshold_lower: the smallest such ratio (k1 alone; default: 1 / rollout_rs_threshold).
@@ -175,8 +175,9 @@ class GRPOConfig:
             bit-identical.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, dro, clip_cov or kl_cov (docs/objectives.md); or a
-            loss function of your own, by dotted path or as ``file.py:function`` (docs/how-to/add-an-objective.md).
+            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, dro, clip_cov or kl_cov
+            (docs/objectives.md); or a loss function of your own, by dotted path or as ``file.py:function``
+            (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.

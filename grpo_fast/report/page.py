@@ -50,7 +50,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
         curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
-        diagnosis=diagnose_run(run.history), warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=run.damaged,
+        diagnosis=diagnose_run(run.history), warnings=run.warnings,
+        completions=completions, changed=changed, unchanged=unchanged, damaged=run.damaged,
     )  # fmt: skip
     output = output or folder / "report.html"
     with writing(output):

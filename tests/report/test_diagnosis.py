@@ -1,7 +1,5 @@
 """What the report says of an objective, from the metrics of a run."""
 
-import math
-
 import pytest
 
 from grpo_fast.report.diagnosis import diagnose_run
@@ -44,9 +42,10 @@ def test_diagnosis_of_an_ordinary_run_finds_nothing():
 
 
 def test_page_shows_figures_by_position_and_findings(folder):
-    steps = {f"position/entropy_{part}": (lambda part: lambda s: part + s / 100)(part) for part in range(1, 5)}
-    lines = history(**steps, **{"objective/masked_tokens": lambda s: 0.5 if s < 11 else math.nan})
-    write_lines(folder / "metrics.jsonl", [{k: v for k, v in line.items() if v == v} for line in lines])
+    lines = history(**{"objective/masked_tokens": lambda s: 0.5})
+    for line in lines:
+        line |= {f"position/entropy_{part}": part + line["step"] / 100 for part in range(1, 5)}
+    write_lines(folder / "metrics.jsonl", lines)
     words = page(folder).words
     assert "What the objective did Flat: 50% of the tokens were left out" in words
     assert "first quarter 1.015 → 1.195" in words

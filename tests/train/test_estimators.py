@@ -236,11 +236,11 @@ def test_estimator_is_refused_beside_what_it_replaces(tmp_path):
         config(tmp_path, advantage_estimator="opo", scale_rewards="none")
     with pytest.raises(UserError, match="advantage_estimator='opp' is not allowed: it must be one of reinforce_plus_"):
         config(tmp_path, advantage_estimator="opp")
-    with pytest.raises(UserError, match="rewards must be 0 or 1, got 0.25; pkpo takes any"):
+    with pytest.raises(UserError, match=r"rewards must be 0 or 1, got 0\.25; pkpo takes any"):
         estimate_advantages("pass_at_k", torch.tensor(REWARDS), torch.ones(4, 4))
     with pytest.raises(UserError, match="advantage_k=5 must be at most the 4 completions of a prompt"):
         estimate_advantages("pkpo", torch.tensor(REWARDS), torch.ones(4, 4), advantage_k=5)
-    with pytest.raises(UserError, match="length_penalty=0.1 requires an advantage_estimator that takes it"):
+    with pytest.raises(UserError, match=r"length_penalty=0\.1 requires an advantage_estimator that takes it"):
         config(tmp_path, length_penalty=0.1)
     with pytest.raises(UserError, match="advantage_k=3 has no effect: 'opo' does not take it"):
         trainer(tmp_path / "run", advantage_estimator="opo", advantage_k=3)
