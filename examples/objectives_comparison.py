@@ -82,7 +82,7 @@ def chosen_objectives(text: str) -> list[str]:
     """The objectives named in `text`, with semicolons or commas between them; "all" for all of them."""
     if text == "all":
         return list(OBJECTIVES)
-    names = [name.strip() for name in text.split(";" if ";" in text else ",")]
+    names = [name.strip() for name in text.split(";" if ";" in text else ",") if name.strip()]
     for name in names:
         if name not in OBJECTIVES:
             raise UserError(f"--objectives: {name!r} is unknown; there is: {'; '.join(OBJECTIVES)}")
