@@ -49,7 +49,7 @@ OBJECTIVES = {
     "dapo, remax": {"loss_type": "dapo", "advantage_estimator": "remax"},
     "dapo, reinforce++": {"loss_type": "dapo", "advantage_estimator": "reinforce_plus_plus"},
 }
-COLUMNS = ("task", "objective", "seed", "score", "steps", "metric", "before", "after", "train_seconds")
+COLUMNS = ("task", "objective", "seed", "score", "steps", "metric", "before", "after")
 # The 97.5% quantile of Student's t for 1, 2, 3 ... degrees of freedom, and the limit beyond.
 QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 

@@ -144,8 +144,8 @@ def test_objectives_comparison_continues_where_it_stopped(tmp_path, monkeypatch,
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * 4
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"dapo, remax +[\d.]+ ± [\d.]+ \([\d.]+, [\d.]+\)", capsys.readouterr().out)
-    with pytest.raises(UserError, match="--objectives: 'grop' is unknown; there is: reinforce; unclipped"):
-        comparison.chosen_objectives("dapo,grop")
+    with pytest.raises(UserError, match="--objectives: 'ppo' is unknown; there is: reinforce; unclipped"):
+        comparison.chosen_objectives("dapo,ppo")
 
 
 def test_objectives_comparison_configurations_are_valid(monkeypatch):

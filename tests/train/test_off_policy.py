@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from grpo_fast.config import GRPOConfig, ignored_settings
 from grpo_fast.errors import UserError
 from grpo_fast.train.diagnosis import diagnose
-from grpo_kernels import covariance_mask
+from grpo_kernels import REJECTION_MODES, covariance_mask
 from support.runs import figures, trainer
 from support.small import SMALL
 
@@ -204,6 +205,11 @@ def test_settings_without_effect_are_named(fields, words):
     lines = ignored_settings(config, config.objective())
     assert len(lines) == bool(words)
     assert words in "".join(lines)
+
+
+def test_config_takes_every_mode_of_rejection():
+    modes = [name for hint in get_args(get_type_hints(GRPOConfig)["rollout_rs"]) for name in get_args(hint)]
+    assert tuple(modes) == REJECTION_MODES
 
 
 def test_trainer_says_which_settings_have_no_effect(tmp_path, capsys):
