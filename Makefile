@@ -10,12 +10,12 @@ INSTALL := -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-seeds sort-comparison smollm2 test test-fast test-long test-kill test-oldest test-peers test-vllm \
-	test-gpu test-triton test-emulated fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory \
+.PHONY: help demo demo-seeds sort-comparison objectives-comparison smollm2 test test-fast test-long test-kill test-oldest \
+	test-peers test-vllm test-gpu test-triton test-emulated fuzz bench bench-race bench-rollout bench-trl bench-ops bench-gpu bench-gpu-memory \
 	gpu-proof plots docs lint doctor sanitize clean
 
 help:
-	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } /^[a-z0-9-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^##@ / { print "\n" substr($$0, 5) } /^[a-z0-9-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' Makefile
 
 # Environments. Each `.name` file in one says that what it is named after is installed there.
 
@@ -85,6 +85,9 @@ smollm2: $(VENV)/.smollm2  ## fine-tune SmolLM2-135M-Instruct on additions (a fe
 
 sort-comparison: $(VENV)/.train  ## compare baselines, ratios and references in one figure (CPU; continues if stopped)
 	$(BIN)/python examples/sort_comparison.py $(ARGS)
+
+objectives-comparison: $(VENV)/.train  ## a table of objectives over seeds, with intervals (CPU; continues if stopped)
+	$(BIN)/python examples/objectives_comparison.py $(ARGS)
 
 doctor: $(VENV)/.train  ## which kernels run on this machine, and whether their results are right
 	$(BIN)/python -m grpo_kernels.doctor

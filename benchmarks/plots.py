@@ -161,6 +161,16 @@ def loss_table(rows: Rows) -> str:
     return by_contender("operation", lambda row: f"{row['operation']}, N={int(row['N']):,}", cell, measured(rows))
 
 
+def own_loss_table(rows: Rows) -> str:
+    columns = {
+        "formula": lambda row: row["formula"],
+        "from": lambda row: f"{row['from']}, N={int(row['N']):,}",
+        "loss": lambda row: row["loss"],
+        "time": lambda row: f"{seconds(row)} ({number(row, 'to_built_in'):.2f}x)",
+    }
+    return by_row(columns, measured(rows))
+
+
 def growth_table(rows: Rows) -> str:
     figures = {"seconds": "time", "beyond_gradients_bytes": "memory"}
     return by_contender(
@@ -182,6 +192,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "trl-subclass": ("trl_subclass", lambda rows: by_row(SUBCLASS, measured(rows))),
     "race": ("race", race_table),
     "loss": ("loss", loss_table),
+    "own-loss": ("own_loss", own_loss_table),
     "growth": ("growth_fit", growth_table),
 }
 

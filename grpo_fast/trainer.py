@@ -5,6 +5,7 @@ rollout -> rewards -> advantages -> drop what carries no gradient -> microbatche
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_fast.config import SELECTIVE_ESTIMATORS, GRPOConfig
+from grpo_fast.config import SELECTIVE_ESTIMATORS, GRPOConfig, ignored_settings
 from grpo_fast.data import Row, encode_rows, load_rows, prepare_rows
 from grpo_fast.distributed.processes import connect, is_main, on_main, size
 from grpo_fast.distributed.rng import rng_state
@@ -31,14 +32,14 @@ from grpo_fast.rollout import Sampling, build_rollout, check_engine, check_suppo
 from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe, tolerance
 from grpo_fast.rollout.sampler import Sampler
-from grpo_fast.train import checkpoint
+from grpo_fast.train import checkpoint, entropy_control
 from grpo_fast.train.advantages import reward_advantages
 from grpo_fast.train.batch import StepBatch, build_step_batch
 from grpo_fast.train.checkpoint import TrainerState
 from grpo_fast.train.downsampling import kept_completions
-from grpo_fast.train.estimators import load_estimator
+from grpo_fast.train.estimators import check_estimator, needs_greedy
 from grpo_fast.train.finite import check_finite
-from grpo_fast.train.groups import Groups, sample_groups, score_responses, token_advantages
+from grpo_fast.train.groups import Groups, sample_and_score, sample_groups, score_responses, token_advantages
 from grpo_fast.train.learner import Learner
 from grpo_fast.train.metrics import (
     advantage_metrics,
@@ -107,8 +108,9 @@ class GRPOTrainer(TrainingRun):
         """Load and check everything, and restore the checkpoint that was `found`."""
         config, objects = self.config, self.objects
         self.objective = config.objective()
-        if config.advantage_estimator is not None:
-            load_estimator(config.advantage_estimator)
+        for line in ignored_settings(config, self.objective):
+            self.warn(line)
+        check_estimator(config)
         check_support(config)
         self.rewards = RewardModel(
             objects.reward_funcs or config.reward_funcs, config.reward_weights, config.reward_timeout,
@@ -273,7 +275,12 @@ class GRPOTrainer(TrainingRun):
         indices, self.ahead = self.ahead or self.draw(count), []
         rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
         responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
-        groups = Groups(rows, prompts, *score_responses(self.rewards, self.tokenizer, rows, prompts, responses))
+        scored = score_responses(self.rewards, self.tokenizer, rows, prompts, responses)
+        groups = Groups(rows, prompts, *scored)
+        if needs_greedy(self.config):
+            sampling = dataclasses.replace(self.sampling, num_generations=1, temperature=0.0)
+            arguments = (self.rollout, self.rewards, self.tokenizer, rows, prompts, sampling)
+            groups.greedy = sample_and_score(*arguments)[2].total
         if self.config.incomplete_groups == "error":
             groups.check_complete(self.config.num_generations)
         return groups
@@ -291,7 +298,7 @@ class GRPOTrainer(TrainingRun):
             ).flatten()
             rewards, counted = rewards.only(kept), counted & kept
         num_sequences = None if kept is None else int(kept.sum())
-        advantages = reward_advantages(rewards, weights, config, lengths=lengths)
+        advantages = reward_advantages(rewards, weights, config, lengths=lengths, greedy=groups.greedy)
         if config.advantage_estimator in SELECTIVE_ESTIMATORS:
             counted = counted & (advantages.outcome != 0)
             num_sequences = max(int(counted.sum()), 1)
@@ -299,16 +306,18 @@ class GRPOTrainer(TrainingRun):
         self.signals.see(groups.rewards.total.tolist())
         metrics |= reward_metrics(self.rewards.names, groups.rewards, advantages.equal)
         metrics |= group_metrics(groups.rewards.total, config.num_generations)
+        if groups.greedy is not None:
+            metrics["greedy_reward"] = groups.greedy.nanmean().item()
         batch = build_step_batch(groups.samples(), counted, self.objective, config, groups.mask(), num_sequences)
         batch.drawn, batch.weights = drawn, batch.weights.to(self.accelerator.device)
-        if config.corrects_sampler:
+        if config.uses_sampling_logprobs:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]
             batch.sampling_logprobs = torch.tensor(sampled).to(batch.weights)
         if config.uses_reference:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:
             penalty, metrics["kl"] = self.learner.kl_penalty(batch)
-            advantages = reward_advantages(rewards, weights, config, penalty, lengths)
+            advantages = reward_advantages(rewards, weights, config, penalty, lengths, groups.greedy)
         batch.set_advantages(token_advantages(groups, advantages, self.tokenizer), self.objective)
         metrics |= advantage_metrics(batch)
         if self.logs_completions() and is_main():
@@ -316,6 +325,13 @@ class GRPOTrainer(TrainingRun):
                 for line in groups.lines(self.step + 1, self.rewards.names, batch):
                     file.write(line)
         return batch, metrics | completion_metrics(groups.responses)
+
+    def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
+        if self.config.use_adaptive_entropy:
+            self.learner.objective = entropy_control.with_bonus(self.objective, self.config, self.state)
+        metrics = super().update(batch, keep_logprobs)
+        skipped = metrics.get("skipped_update") == 1.0
+        return metrics if skipped else metrics | entropy_control.observe(self.config, self.state, metrics)
 
     def logs_completions(self) -> bool:
         """Whether completions are due to be written in one of the steps on the coming generation batch."""

@@ -9,6 +9,7 @@ from grpo_fast.errors import UserError
 from grpo_kernels import PRESETS, PolicyObjective
 from grpo_kernels.custom_loss import SETTINGS, parameters_of
 
+COVARIANCE = ("covariance_ratio", "covariance_low", "covariance_high")
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"]}
 # TRL's name of a loss setting, the name in PolicyObjective, and a value that no preset has.
 LOSS_SETTINGS = [
@@ -25,6 +26,11 @@ LOSS_SETTINGS = [
     ("vespo_lambda_pos", "vespo_lambda_pos", 1.2),
     ("vespo_k_neg", "vespo_k_neg", 1.7),
     ("vespo_lambda_neg", "vespo_lambda_neg", 1.8),
+    ("kl_clip", "kl_clip", 9.0),
+    ("covariance_ratio", "covariance_ratio", 0.3),
+    ("covariance_low", "covariance_low", 0.5),
+    ("covariance_high", "covariance_high", 9.0),
+    ("covariance_kl", "covariance_kl", 0.7),
 ]
 
 
@@ -34,7 +40,9 @@ def test_objective_has_each_loss_setting(field, name, value, loss_type):
     # The bound of `delta` must be above that of epsilon, which is infinite in "unclipped".
     fields = {"epsilon": 0.2, field: value} if field == "delta" else {field: value}
     function = PRESETS[loss_type].function
-    ignored = function and set(fields) & set(SETTINGS) - parameters_of(function).keys()
+    taken = parameters_of(function).keys() if function else set()
+    of_functions = {*SETTINGS, *(() if "selected" in taken else COVARIANCE)}
+    ignored = function and set(fields) & of_functions - taken
     if ignored:
         with pytest.raises(UserError, match=r"has no effect: the function of loss_type=.* takes no"):
             GRPOConfig(**BASE, loss_type=loss_type, **fields)

@@ -87,6 +87,8 @@ def test_train_with_the_same_seed_gives_the_same_run(tmp_path):
 def test_gradient_does_not_depend_on_the_token_budget(tmp_path, loss_type):
     made = trainer(tmp_path, loss_type=loss_type, beta=0.05, model_init_kwargs=SMALL["model_init_kwargs"])
     batch, _ = made.collect()
+    if made.objective.needs_selection:
+        batch.selected = made.learner.high_covariance(batch)
     gradients = []
     layouts = ((10_000, True, "auto"), (10_000, True, "never"), (10_000, False, "never"), (24, True, "auto"))
     for budget, packed, shares in (*layouts, (6, False, "never")):

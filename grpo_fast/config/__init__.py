@@ -7,6 +7,7 @@ from grpo_fast.config.checks import (
     UNCENTRED,
     check_complete,
     check_repeatable,
+    ignored_settings,
 )
 from grpo_fast.config.distill import DistillConfig
 from grpo_fast.config.fields import FREE_FIELDS, GRPOConfig
@@ -27,6 +28,7 @@ __all__ = [
     "SFTConfig",
     "check_complete",
     "check_repeatable",
+    "ignored_settings",
     "name_unknown",
     "steps_of_epochs",
 ]

@@ -19,7 +19,10 @@ LARGEST_REWARD = 3.4028234663852886e38
 # Baselines that leave a reward to learn from even where all rewards of a group are equal.
 UNCENTRED = ("none", "best_only")
 # Built-in values of advantage_estimator.
-ESTIMATOR_NAMES = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl")
+ESTIMATOR_NAMES = (
+    "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl", "remax", "pass_at_k", "pkpo",
+    "grpo_passk", "length_penalised", "grpo_lambda",
+)  # fmt: skip
 # Those that choose completions and learn them as in supervised fine-tuning; the others are in no mean of the loss.
 SELECTIVE_ESTIMATORS = ("raft", "rejection_sampling")
 ESTIMATOR_NAMES += SELECTIVE_ESTIMATORS
@@ -31,7 +34,7 @@ _RANGES = [
             "generation_batch_size", "max_completion_length", "num_generations_eval", "num_iterations", "max_steps",
             "max_tokens_per_generation_batch", "max_tokens_per_microbatch", "max_buffer_mib", "logging_steps",
             "max_train_samples", "max_eval_samples", "lora_r", "lora_alpha", "save_total_limit",
-            "max_num_gen_batches", "ref_model_sync_steps", "vllm_max_model_length",
+            "max_num_gen_batches", "ref_model_sync_steps", "vllm_max_model_length", "advantage_k",
         ),
         lambda v: v >= 1,
         "at least 1",
@@ -39,7 +42,8 @@ _RANGES = [
     (
         (
             "temperature", "learning_rate", "adam_epsilon", "reward_timeout", "sync_tolerance", "vllm_server_timeout",
-            "num_train_epochs",
+            "num_train_epochs", "off_policy_mask_threshold", "rollout_rs_threshold", "rollout_rs_threshold_lower",
+            "entropy_coef_max",
         ),
         lambda v: v > 0,
         "above 0",
@@ -49,15 +53,23 @@ _RANGES = [
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
             "eval_steps", "advantage_eps", "relative_weight", "baseline_weight", "vllm_importance_sampling_clip_max",
             "vllm_importance_sampling_clip_min", "thinking_budget", "max_skipped_updates",
-            "layers_on_host",
+            "layers_on_host", "entropy_target", "entropy_coef_delta", "entropy_coef_min",
         ),
         lambda v: v >= 0,
         "at least 0",
     ),
-    (("top_entropy_quantile", "warmup_ratio"), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (
+        ("top_entropy_quantile", "warmup_ratio", "length_penalty", "length_penalty_share"),
+        lambda v: 0 <= v <= 1,
+        "from 0 to 1",
+    ),
     (("seed",), lambda v: 0 <= v < 2**63, "at least 0 and below 2**63"),
     (("vllm_server_port",), lambda v: 1 <= v <= 65535, "from 1 to 65535"),
-    (("top_p", "ref_model_mixup_alpha", "vllm_gpu_memory_utilization"), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (
+        ("top_p", "ref_model_mixup_alpha", "vllm_gpu_memory_utilization", "covariance_ratio"),
+        lambda v: 0 < v <= 1,
+        "above 0 and at most 1",
+    ),
     (("min_p", "adam_beta1", "adam_beta2", "lora_dropout"), lambda v: 0 <= v < 1, "at least 0 and below 1"),
 ]  # fmt: skip
 # A field, what it requires where it is set, and how an error names that.
@@ -86,6 +98,28 @@ _REQUIRED = [
         "update, and the correction accounts for completions that are one step old",
     ),
 ]
+# The settings that a built-in kind of objective takes, of those that belong to some kinds alone.
+_KIND_SETTINGS = {
+    "clip": ("epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+    "cispo": ("epsilon_high", "importance_sampling_level"),
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg", "importance_sampling_level"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "importance_sampling_level"),
+    "reinforce": (),
+}
+# The settings of the tokens that a function takes as `selected`.
+_SELECTION = ("covariance_ratio", "covariance_low", "covariance_high")
+# Settings that another one switches on.
+_SWITCHED = {
+    "kl_clip": "beta",
+    "entropy_coef_min": "use_adaptive_entropy",
+    "entropy_coef_max": "use_adaptive_entropy",
+    "entropy_coef_delta": "use_adaptive_entropy",
+    "entropy_target": "use_adaptive_entropy",
+    "ref_model_sync_steps": "sync_ref_model",
+    "ref_model_mixup_alpha": "sync_ref_model",
+    "max_num_gen_batches": "dynamic_sampling",
+    "keep_generations": "num_generations_kept",
+}
 # What multi_objective_aggregation="normalize_then_sum" requires.
 _NORMALIZE_THEN_SUM = (
     ("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False), ("relative_weight", 1.0),
@@ -118,6 +152,7 @@ def check_config(config: Any) -> None:
         if getattr(config, name) and not holds(config):
             raise UserError(f"{name} requires {required}")
     _check_combinations(config)
+    _check_masks(config)
     if config.loss_type not in PRESETS:
         # The user's code runs only after the check of who may name it.
         return
@@ -220,7 +255,9 @@ def check_objective_settings(config: Any, objective: PolicyObjective) -> None:
         "epsilon": "epsilon",
         "epsilon_high": "epsilon_high",
         "delta": "delta",
+        "covariance_kl": "covariance_kl",
         "importance_sampling_level": "ratio",
+        **dict.fromkeys(_SELECTION, "selected"),
     }
     for name, argument in needed.items():
         if getattr(config, name) is not None and argument not in taken:
@@ -228,6 +265,58 @@ def check_objective_settings(config: Any, objective: PolicyObjective) -> None:
                 f"{name}={shown(getattr(config, name))} has no effect: the function of loss_type={config.loss_type!r} "
                 f"takes no {argument!r}"
             )
+
+
+def ignored_settings(config: Any, objective: PolicyObjective) -> list[str]:
+    """A line for each setting of `config` that has no effect on its `objective` or without another setting."""
+    fields = config.__dataclass_fields__
+    changed = {name for name in fields if getattr(config, name) != fields[name].default}
+    lines = []
+    if objective.function is None:
+        taken = _KIND_SETTINGS[objective.kind]
+        if objective.kl_bias_correction and config.beta and not config.kl_in_reward:
+            taken = (*taken, "importance_sampling_level")
+        owners = {name for names in _KIND_SETTINGS.values() for name in names}
+        owners |= {*_SELECTION, "covariance_kl"}
+        lines += [
+            f"{name}={shown(getattr(config, name))} has no effect with loss_type={config.loss_type!r}"
+            for name in fields
+            if name in (owners & changed) - set(taken)
+        ]
+    lines += [
+        f"{name}={shown(getattr(config, name))} has no effect without {switch}"
+        for name, switch in _SWITCHED.items()
+        if name in changed and not getattr(config, switch)
+    ]
+    return lines
+
+
+def _check_masks(c: Any) -> None:
+    """Refuse masks of tokens and sequences that could never act, or that lack a bound."""
+    if c.rollout_rs is None:
+        for name in ("rollout_rs_threshold", "rollout_rs_threshold_lower"):
+            if getattr(c, name) is not None:
+                raise UserError(f"{name}={shown(getattr(c, name))} requires rollout_rs: what it bounds")
+    else:
+        if not c.use_vllm:
+            raise UserError(f"rollout_rs={c.rollout_rs!r} requires use_vllm: transformers samples the trainer's policy")
+        if c.rollout_rs_threshold is None:
+            raise UserError(f"rollout_rs={c.rollout_rs!r} requires rollout_rs_threshold")
+        if c.rollout_rs_threshold_lower is not None and not c.rollout_rs.endswith("k1"):
+            raise UserError(f"rollout_rs_threshold_lower requires a rollout_rs of k1, not {c.rollout_rs!r}")
+    if c.off_policy_mask_threshold is not None and not c.use_vllm and c.updates_per_batch == 1:
+        raise UserError(
+            f"off_policy_mask_threshold={shown(c.off_policy_mask_threshold)} has no effect: without use_vllm, the only "
+            "update on a batch is that of the policy that sampled it; set num_iterations or steps_per_generation"
+        )
+    if c.use_adaptive_entropy and c.entropy_coef_min > c.entropy_coef_max:
+        raise UserError(
+            f"entropy_coef_min={shown(c.entropy_coef_min)} is above entropy_coef_max={shown(c.entropy_coef_max)}"
+        )
+    if c.advantage_estimator is None:
+        for name in ("advantage_k", "length_penalty", "length_penalty_share"):
+            if getattr(c, name) is not None:
+                raise UserError(f"{name}={shown(getattr(c, name))} requires an advantage_estimator that takes it")
 
 
 def _check_combinations(c: Any) -> None:

@@ -190,6 +190,11 @@ class GRPOConfig:
             length-normalised form), cut off at the bounds (truncate) or zero outside (mask).
         vllm_importance_sampling_clip_max: upper bound of the ratio; None for none.
         vllm_importance_sampling_clip_min: lower bound of the ratio; None for none.
+        rollout_rs: leave out tokens (token) or sequences (seq) where vLLM's probabilities differ too much from the
+            trainer's, by the estimate k1, k2 or k3 of a token's divergence, or its sum, mean or max over a sequence.
+        rollout_rs_threshold: the largest k2 or k3 that is kept; for k1 the largest ratio of vLLM's probability to the
+            trainer's.
+        rollout_rs_threshold_lower: the smallest such ratio (k1 alone; default: 1 / rollout_rs_threshold).
         sync_tolerance: end the run if, after a weight sync, log-probabilities of sampler and trainer on a probe differ
             by more than this (default: 1e-3 in float32, 0.3 in bfloat16 and with `bf16`).
         sample_ahead: sample the next batch on a vLLM server while training on this one. Its completions are then one
@@ -197,8 +202,9 @@ class GRPOConfig:
             bit-identical.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo or dro (docs/objectives.md); or a loss function
-            of your own, by dotted path or as ``file.py:function`` (docs/how-to/add-an-objective.md).
+            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, dro, clip_cov or kl_cov
+            (docs/objectives.md); or a loss function of your own, by dotted path or as ``file.py:function``
+            (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.
@@ -207,7 +213,20 @@ class GRPOConfig:
         beta: weight of the KL term to the initial policy.
         use_bias_correction_kl: multiply the KL estimate by the ratio.
         kl_estimator: estimate of the KL term in the loss: k1, k2 or k3.
+        kl_clip: largest magnitude of that estimate, beyond which it has no gradient (default: none).
+        off_policy_mask_threshold: leave out the negative advantages of a completion whose log-probabilities have fallen
+            by more than this, nats per token, since it was sampled (DeepSeek-V3.2; default: leave out none).
+        covariance_ratio: share of the tokens that clip_cov and kl_cov select (default: 2e-4).
+        covariance_low: clip_cov's lower bound of the covariance (default: 1).
+        covariance_high: clip_cov's upper bound of the covariance (default: 5).
+        covariance_kl: kl_cov's weight of the penalty on the selected tokens (default: 1).
         entropy_coef: weight of the entropy bonus.
+        use_adaptive_entropy: adapt that weight after each update, and give the bonus only while the entropy is at most
+            entropy_target (Skywork-OR1).
+        entropy_target: nats per token.
+        entropy_coef_delta: how much the weight rises or falls with each update.
+        entropy_coef_min: lower bound of the weight.
+        entropy_coef_max: upper bound of the weight.
         top_entropy_quantile: share of the step's tokens, those of highest entropy, that carry the policy gradient;
             below 1, each update costs one more forward.
         sapo_temperature_pos: sapo's temperature for positive advantages.
@@ -234,9 +253,14 @@ class GRPOConfig:
         incomplete_groups: a completion that no function rewarded has no advantage itself (keep), or its whole group is
             left out of the loss (drop), or it ends the run (error).
         advantage_estimator: advantages in place of reward_baseline and scale_rewards: reinforce_plus_plus,
-            reinforce_plus_plus_baseline, opo, gpg or maxrl (docs/objectives.md); raft or rejection_sampling, which
-            learn the best or the right completions alone; or a function of your own, by dotted path or as
-            ``file.py:function``.
+            reinforce_plus_plus_baseline, opo, gpg, maxrl, remax, pass_at_k, pkpo, grpo_passk, length_penalised or
+            grpo_lambda (docs/objectives.md); raft or rejection_sampling, which learn the best or the right completions
+            alone; or a function of your own, by dotted path or as ``file.py:function``.
+        advantage_k: k of pass_at_k and pkpo (default: 4).
+        length_penalty: largest share of a reward that length_penalised and grpo_lambda take off for length
+            (default: 0.2).
+        length_penalty_share: share of the prompts, those answered best, in which grpo_lambda penalises length
+            (default: 0.2).
         multi_objective_aggregation: sum rewards, then normalise; or normalise each in its group, then their sum in the
             batch (normalize_then_sum, GDPO).
         dynamic_sampling: replace prompts whose completions all have the same reward by others (DAPO).
@@ -359,6 +383,15 @@ class GRPOConfig:
     ] = "sequence_mask"
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
+    rollout_rs: (
+        Literal[
+            "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3", "seq_mean_k1", "seq_mean_k2",
+            "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+        ]
+        | None
+    ) = None  # fmt: skip
+    rollout_rs_threshold: float | None = None
+    rollout_rs_threshold_lower: float | None = None
     sync_tolerance: float | None = None
     sample_ahead: bool = False
     max_tokens_per_generation_batch: int = 65536
@@ -371,7 +404,18 @@ class GRPOConfig:
     beta: float = 0.0
     use_bias_correction_kl: bool = True
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_clip: float | None = None
+    off_policy_mask_threshold: float | None = None
+    covariance_ratio: float | None = None
+    covariance_low: float | None = None
+    covariance_high: float | None = None
+    covariance_kl: float | None = None
     entropy_coef: float = 0.0
+    use_adaptive_entropy: bool = False
+    entropy_target: float = 0.2
+    entropy_coef_delta: float = 0.005
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
     top_entropy_quantile: float = 1.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
@@ -392,6 +436,9 @@ class GRPOConfig:
     baseline_weight: float = 0.0
     incomplete_groups: Literal["keep", "drop", "error"] = "keep"
     advantage_estimator: str | None = None
+    advantage_k: int | None = None
+    length_penalty: float | None = None
+    length_penalty_share: float | None = None
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     dynamic_sampling: bool = False
     max_num_gen_batches: int = 10
@@ -463,6 +510,12 @@ class GRPOConfig:
         return self.use_vllm and self.vllm_importance_sampling_correction
 
     @property
+    def uses_sampling_logprobs(self) -> bool:
+        """Whether the loss needs the sampler's log-probabilities."""
+        masks = self.rollout_rs is not None or self.off_policy_mask_threshold is not None
+        return self.corrects_sampler or (self.use_vllm and masks)
+
+    @property
     def prompts_per_step(self) -> int:
         """The prompts of a generation batch."""
         return self.generation_batch_size // self.num_generations
@@ -498,6 +551,9 @@ class GRPOConfig:
         changes = {name: value for name, value in changes.items() if value is not None}
         if self.kl_in_reward:
             changes["beta"] = 0.0
+        if self.use_adaptive_entropy:
+            # The largest bonus of an update: all completions count for the entropy.
+            changes["entropy_coef"] = self.entropy_coef_max
         check_objective_settings(self, preset)
         return dataclasses.replace(preset, **changes)
 

@@ -97,8 +97,6 @@ TRL = Trainer(
         Row(("vllm_importance_sampling_cap",), ("vllm_importance_sampling_clip_max",)),
         Row(("disable_dropout",), (), "set the dropout of the model's config to 0"),
         Row(("use_liger_loss",), (), "not needed: the loss never builds the logits", lambda _: {}),
-        Row(("use_adaptive_entropy",), ("entropy_coef",), "constant here"),
-        Row(("off_policy_mask_threshold",), (), "`vllm_importance_sampling_mode: sequence_mask` masks by the ratio"),
         Row(("load_in_8bit",), (), "use `load_in_4bit`"),
         Row(("use_dora",), (), "use `use_rslora`, or neither"),
         Row(("lora_task_type",), (), "not needed", lambda _: {}),

@@ -7,12 +7,17 @@ from typing import Any
 from grpo_fast.convert.rows import NoCounterpart, Row, Theirs, Trainer, choice, fixed
 from grpo_fast.convert.trl import report_to
 from grpo_fast.errors import shown
+from grpo_kernels import REJECTION_MODES
 
 # `loss_agg_mode` of the clipped loss.
 _AGGREGATIONS = {
     "token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum-norm": "dr_grpo",
 }  # fmt: skip
-_LOSS_MODES = {"gpg": "reinforce", "gspo": "gspo", "cispo": "cispo", "sapo": "sapo"}
+_LOSS_MODES = {
+    "gpg": "reinforce", "gspo": "gspo", "cispo": "cispo", "sapo": "sapo", "geo_mean": "gmpo", "clip_cov": "clip_cov",
+    "kl_cov": "kl_cov", "dppo_tv": "dppo_tv", "dppo_kl": "dppo_kl",
+}  # fmt: skip
+_ESTIMATORS = ("reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "remax", "grpo_passk")
 _KL_TYPES = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 
@@ -75,6 +80,30 @@ def _loss(theirs: Theirs) -> dict[str, Any]:
     if mode in _LOSS_MODES:
         return {"loss_type": _LOSS_MODES[mode]}
     raise NoCounterpart(f"no loss_type is {mode} with {aggregation}; docs/objectives.md has those that there are")
+
+
+def _covariance(theirs: Theirs) -> dict[str, Any]:
+    """The settings of the loss mode that is used."""
+    names = {
+        "clip_cov": {
+            "clip_cov_ratio": "covariance_ratio", "clip_cov_lb": "covariance_low", "clip_cov_ub": "covariance_high",
+        },
+        "kl_cov": {"kl_cov_ratio": "covariance_ratio", "ppo_kl_coef": "covariance_kl"},
+    }.get(theirs.get("actor.policy_loss.loss_mode", "vanilla"), {})  # fmt: skip
+    given = {ours: theirs.get(f"actor.policy_loss.{name}") for name, ours in names.items()}
+    return {ours: value for ours, value in given.items() if value is not None}
+
+
+def _rejection(theirs: Theirs) -> dict[str, Any]:
+    mode = theirs.get("algorithm.rollout_correction.rollout_rs")
+    if mode is None:
+        return {}
+    bound = str(theirs.get("algorithm.rollout_correction.rollout_rs_threshold"))
+    if mode not in REJECTION_MODES or "," in bound:
+        raise NoCounterpart(f"set rollout_rs to one of {', '.join(REJECTION_MODES)}, and rollout_rs_threshold")
+    lower, _, upper = bound.rpartition("_")
+    made = {"rollout_rs": mode, "rollout_rs_threshold": float(upper)}
+    return made | ({"rollout_rs_threshold_lower": float(lower)} if lower else {})
 
 
 def _kl(theirs: Theirs) -> dict[str, Any]:
@@ -231,6 +260,10 @@ VERL = Trainer(
         Row(("actor.clip_ratio_c",), ("delta",), "3 by default there, none here"),
         Row(("actor.policy_loss.loss_mode", "actor.loss_agg_mode"), ("loss_type",),
             "[objectives.md](objectives.md) has the pairs", _loss),
+        Row(("actor.policy_loss.clip_cov_ratio", "actor.policy_loss.clip_cov_lb", "actor.policy_loss.clip_cov_ub",
+             "actor.policy_loss.kl_cov_ratio", "actor.policy_loss.ppo_kl_coef"),
+            ("covariance_ratio", "covariance_low", "covariance_high", "covariance_kl"),
+            "those of the `loss_mode`", _covariance),
         Row(("actor.tau_pos", "actor.tau_neg"), ("sapo_temperature_pos", "sapo_temperature_neg")),
         Row(("actor.entropy_coeff",), ("entropy_coef",)),
         Row(("actor.use_kl_loss", "actor.kl_loss_coef", "actor.kl_loss_type"), ("beta", "kl_estimator"),
@@ -238,9 +271,10 @@ VERL = Trainer(
         Row(("algorithm.use_kl_in_reward", "algorithm.kl_ctrl.kl_coef"), ("kl_in_reward", "beta"),
             "a sequence's KL; a constant coefficient", _kl_in_reward),
         Row(("algorithm.adv_estimator",), ("reward_baseline",),
-            "`grpo` is `mean`, `rloo` is `leave_one_out`; no critic, so no `gae`",
+            "`grpo` is `mean`, `rloo` is `leave_one_out`; others are `advantage_estimator`; no critic, so no `gae`",
             choice("algorithm.adv_estimator", {
                 "grpo": {}, "rloo": {"reward_baseline": "leave_one_out", "scale_rewards": "none"},
+                **{name: {"advantage_estimator": name} for name in _ESTIMATORS},
             }, "set reward_baseline: mean for GRPO, leave_one_out for RLOO; there is no critic")),
         Row(("algorithm.norm_adv_by_std_in_grpo",), ("scale_rewards",), "`group` or `none`",
             lambda theirs: {} if theirs["algorithm.norm_adv_by_std_in_grpo"] else {"scale_rewards": "none"}),
@@ -249,6 +283,9 @@ VERL = Trainer(
         Row(("algorithm.rollout_correction.rollout_is", "algorithm.rollout_correction.rollout_is_threshold"),
             ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"),
             "`token` is `token_truncate`, `sequence` is `sequence_truncate`", _correction),
+        Row(("algorithm.rollout_correction.rollout_rs", "algorithm.rollout_correction.rollout_rs_threshold"),
+            ("rollout_rs", "rollout_rs_threshold"), "one criterion; `0.5_2.0` sets `rollout_rs_threshold_lower`, too",
+            _rejection),
         Row(("actor.optim.lr", "actor.optim.weight_decay", "actor.optim.betas"),
             ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2"),
             "verl's weight decay is 0.01 by default", _adam),
@@ -297,8 +334,6 @@ VERL = Trainer(
     ),
     (
         "actor.checkpoint.", "actor.profiler.", "actor.fsdp_config.", "actor.shuffle", "actor.use_fused_kernels",
-        "actor.policy_loss.clip_cov_ratio", "actor.policy_loss.clip_cov_lb", "actor.policy_loss.clip_cov_ub",
-        "actor.policy_loss.kl_cov_ratio", "actor.policy_loss.ppo_kl_coef",
         "actor.entropy_from_logits_with_chunking", "actor.entropy_checkpointing", "actor.use_remove_padding",
         "ref.", "reward_model.", "rollout.multi_turn.", "rollout.agent.", "rollout.trace.", "rollout.profiler.",
         "rollout.engine_kwargs.", "algorithm.gamma", "algorithm.lam", "algorithm.kl_penalty", "algorithm.pf_ppo.",

@@ -83,6 +83,7 @@ class LossInputs:
     ref_logprobs: Tensor | None = None
     correction: Tensor | None = None
     correct: Callable[..., Tensor] | None = None
+    selected: Tensor | None = None
     share: float | Tensor = 1.0
     rows: Literal["all"] | None = None
     teaching: Teaching | None = None
@@ -160,6 +161,7 @@ class FusedPolicy(nn.Module):
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         correction: Tensor | None = None,
+        selected: Tensor | None = None,
         share: float = 1.0,
         return_entropy: bool = False,
         return_aux_loss: bool = False,
@@ -185,7 +187,7 @@ class FusedPolicy(nn.Module):
             weights: ``[B, K]``, mask and normaliser from `grpo_kernels.token_weights`. By default those of this call
                 alone; pass them if several calls make up one optimizer step.
             objective: what is minimised, such as ``grpo_kernels.PRESETS["dapo"]``.
-            old_logprobs, ref_logprobs, correction: ``[B, K]``, as in `grpo_kernels.policy_loss`.
+            old_logprobs, ref_logprobs, correction, selected: ``[B, K]``, as in `grpo_kernels.policy_loss`.
             share: factor of a mixture of experts' router loss, which is a mean over the tokens of this call: 1 / calls,
                 or the call's share of the tokens, if several calls make up one optimizer step.
             return_entropy: entropies (nats) as well.
@@ -214,6 +216,7 @@ class FusedPolicy(nn.Module):
             raise UserError(f"share must be a number, got {share!r:.60}")
         given = {
             "weights": weights, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "correction": correction,
+            "selected": selected,
         }  # fmt: skip
         check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -287,7 +290,8 @@ class FusedPolicy(nn.Module):
         result = linear_policy_loss(
             hidden, targets=targets, advantages=loss.advantages, weights=loss.weights, objective=loss.objective,
             old_logprobs=old_logprobs, ref_logprobs=loss.ref_logprobs, correction=correction,
-            cu_seqlens=microbatch.cu_seqlens, return_entropy=with_entropy, rows=loss.rows, **head,
+            selected=loss.selected, cu_seqlens=microbatch.cu_seqlens, return_entropy=with_entropy, rows=loss.rows,
+            **head,
         )  # fmt: skip
         return result._replace(
             loss=result.loss if router is None else result.loss + loss.share * router,

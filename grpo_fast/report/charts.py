@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_fast.report.curves import column, held_out_points, known, mean, score_name, smooth
+from grpo_fast.report.diagnosis import POSITIONS
 
 # The size of a chart and the margins for its axes, in SVG units.
 WIDTH, HEIGHT = 340, 172
@@ -36,6 +37,13 @@ CHARTS = {
     "kl": ("KL to the reference policy", "red", ()),
     "entropy": ("entropy (nats per token)", "teal", ()),
     "clip_ratio/region_mean": ("clipped ratios", "teal", ()),
+    "objective/clipped_high": ("no gradient, positive advantage (share of tokens)", "teal", ()),
+    "objective/clipped_low": ("no gradient, negative advantage (share of tokens)", "teal", ()),
+    "objective/selected_tokens": ("tokens treated apart", "teal", ()),
+    "objective/masked_tokens": ("tokens left out", "teal", ()),
+    "objective/masked_sequences": ("completions left out", "teal", ()),
+    "objective/effective_sample_size": ("effective sample size (share of tokens)", "teal", ()),
+    "entropy_coef": ("weight of the entropy bonus", "red", ()),
     "grad_norm": ("gradient norm", "grey", ()),
     "learning_rate": ("learning rate", "grey", ()),
     "tokens_per_second": ("tokens per second", "grey", ()),
@@ -45,7 +53,7 @@ CHARTS = {
 # Metrics without a chart: they are part of another one, or their course says nothing.
 UNDRAWN = {
     "step", "num_tokens", "step_time", "completions/min_length", "completions/max_length", "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
+    "clip_ratio/high_mean", *(f"position/{name}_{part}" for name in POSITIONS for part in range(1, 5)),
 }  # fmt: skip
 
 Points = list[tuple[float, float] | None]

@@ -15,6 +15,7 @@ from grpo_fast.errors import one_line, printable, writing
 from grpo_fast.report import charts
 from grpo_fast.report.charts import draw_curves, figure
 from grpo_fast.report.curves import column, known, number
+from grpo_fast.report.diagnosis import diagnose_run
 from grpo_fast.report.run import Run, read_completions, read_run
 from grpo_fast.report.summary import clock, is_share, show
 
@@ -49,7 +50,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
         style=style, script=script, script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         name=run.config.get("run_name") or run.folder.absolute().name, facts=facts(run), tiles=tiles(run),
         curves=draw_curves(run.history, run.summary), box=charts, plan=plan_bars(run), fold_after=FOLD_AFTER,
-        warnings=run.warnings, completions=completions, changed=changed, unchanged=unchanged, damaged=run.damaged,
+        diagnosis=diagnose_run(run.history), warnings=run.warnings,
+        completions=completions, changed=changed, unchanged=unchanged, damaged=run.damaged,
     )  # fmt: skip
     output = output or folder / "report.html"
     with writing(output):

@@ -34,7 +34,7 @@ def check_support(config: GRPOConfig) -> None:
     Raises:
         UserError: `top_p`, `top_k` or `min_p` is set for a run whose loss corrects for vLLM's log-probabilities.
     """
-    if not config.corrects_sampler:
+    if not config.uses_sampling_logprobs:
         return
     for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
         value = getattr(config, name)

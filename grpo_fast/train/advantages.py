@@ -15,7 +15,7 @@ from grpo_fast.config import UNCENTRED, GRPOConfig
 from grpo_fast.data.encoding import completion_text
 from grpo_fast.errors import UserError
 from grpo_fast.rewards.engine import Rewards, Steps
-from grpo_fast.train.estimators import estimate_advantages
+from grpo_fast.train.estimators import SETTINGS, estimate_advantages
 
 Deviation = Literal["sample", "population"]
 
@@ -222,8 +222,9 @@ class RewardAdvantages:
 
 
 def reward_advantages(
-    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None, lengths: Tensor | None = None
-) -> RewardAdvantages:
+    rewards: Rewards, weights: Tensor, config: GRPOConfig, penalty: Tensor | None = None,
+    lengths: Tensor | None = None, greedy: Tensor | None = None,
+) -> RewardAdvantages:  # fmt: skip
     """Advantages of completions and steps, before they are spread over the tokens.
 
     The functions that rewarded whole completions make up the outcome; the steps that a function rewarded are normalised
@@ -234,6 +235,7 @@ def reward_advantages(
         weights: ``[F]``, the functions' weights.
         penalty: ``[B]``, subtracted from the outcome's reward.
         lengths: ``[B]``, tokens of the completions, for `advantage_estimator`; None for whether groups are equal alone.
+        greedy: ``[P]``, rewards of the prompts' greedy completions, for an estimator that takes them.
     """
     size, scale, baseline = config.num_generations, config.scale_rewards, config.reward_baseline
     if config.incomplete_groups == "drop":
@@ -260,7 +262,8 @@ def reward_advantages(
                     "advantage_estimator takes the rewards of completions, and a reward function gave steps"
                 )
             grid = total.view(-1, size), lengths.view(-1, size)
-            values = estimate_advantages(config.advantage_estimator, *grid)
+            settings = {name: getattr(config, name) for name in SETTINGS}
+            values = estimate_advantages(config.advantage_estimator, *grid, greedy, **settings)
             outcome = outcome._replace(values=values.flatten().to(total.dtype))
     made, equal = {}, outcome.equal
     for index in process:

@@ -19,7 +19,8 @@ class StepBatch:
     `counted` is ``[S]``, whether a completion is in the loss at all; `active` lists the samples that are computed;
     `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
     `sampling_logprobs` are the sampler's, whose difference from the trainer's `correction` accounts for; `mask` is 0
-    for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well.
+    for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well;
+    `selected` marks the tokens that the objective treats apart.
     """
 
     samples: list[Sample]
@@ -35,6 +36,7 @@ class StepBatch:
     sampling_logprobs: Tensor | None = None
     correction: Tensor | None = None
     mask: Tensor | None = None
+    selected: Tensor | None = None
 
     def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
         """Set the advantage of every token ``[N]``, and leave out the samples that cannot move the policy."""

@@ -51,6 +51,8 @@ class TrainerState:
     fixed: dict[str, Any]  # what a resumed run must have in common with this one
     best_step: int = 0  # the step with the best score on the held-out prompts so far, 0 for none
     best_score: float = -math.inf  # its score; null in the file without one
+    entropy_coef: float | None = None  # of adaptive entropy control, and the entropy that it has last seen
+    entropy: float | None = None
     files: dict[str, int] = field(default_factory=dict)  # lengths of the checkpoint's other files, bytes
     sha256: dict[str, str] = field(default_factory=dict)  # their checksums
     format: int = FORMAT

@@ -72,7 +72,7 @@ def _bad_completions(
     groups = [sample.group for sample in batch.samples]
     columns = {
         "log-probability": logprobs, "advantage": batch.advantages, "old log-probability": batch.old_logprobs,
-        "reference log-probability": batch.ref_logprobs, "correction": correction,
+        "reference log-probability": batch.ref_logprobs, "correction": correction, "selection": batch.selected,
     }  # fmt: skip
     for index in batch.active:
         at = slice(int(batch.offsets[index]), int(batch.offsets[index + 1]))
@@ -81,7 +81,7 @@ def _bad_completions(
         loss = policy_loss(
             leaf, parts["advantage"], batch.weights[at], objective, old_logprobs=parts["old log-probability"],
             ref_logprobs=parts["reference log-probability"], correction=parts["correction"],
-            cu_seqlens=torch.tensor([0, leaf.numel()], device=leaf.device),
+            selected=parts["selection"], cu_seqlens=torch.tensor([0, leaf.numel()], device=leaf.device),
         ).loss  # fmt: skip
         (slope,) = torch.autograd.grad(loss, leaf)
         if loss.isfinite() and slope.isfinite().all():

@@ -25,13 +25,17 @@ from grpo_fast.train.batch import StepBatch
 
 @dataclass
 class Groups:
-    """P prompts and their completions, the G completions of a prompt in a row."""
+    """P prompts and their completions, the G completions of a prompt in a row.
+
+    `greedy` ``[P]`` are the rewards of one more completion each, of the likeliest tokens, if the advantages need them.
+    """
 
     rows: list[dict[str, Any]]
     prompts: list[list[int]]
     responses: list[Response]
     texts: list[str]
     rewards: Rewards
+    greedy: Tensor | None = None
 
     def samples(self) -> list[Sample]:
         size = len(self.responses) // len(self.prompts)
@@ -82,12 +86,17 @@ class Groups:
         for name in ("total", "each", "errors"):
             rewards[name] = getattr(self.rewards, name).clone()
             rewards[name][inside] = getattr(others.rewards, name)
+        greedy = self.greedy
+        if greedy is not None and others.greedy is not None:
+            greedy = greedy.clone()
+            greedy[places] = others.greedy
         return Groups(
             _put(self.rows, places, others.rows),
             _put(self.prompts, places, others.prompts),
             _put(self.responses, inside, others.responses),
             _put(self.texts, inside, others.texts),
             self.rewards._replace(**rewards),
+            greedy,
         )
 
 

@@ -33,11 +33,13 @@ from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_o
 from grpo_fast.model.policy import LossInputs, Teaching
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
+from grpo_fast.train.diagnosis import diagnose
 from grpo_fast.train.finite import all_finite, bad_completions, not_finite
 from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
+from grpo_fast.train.off_policy import loss_correction, sampling_correction
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
-from grpo_kernels import high_entropy_mask, masked_mean, sampling_ratio
+from grpo_kernels import covariance_mask, high_entropy_mask, masked_mean
 from grpo_kernels.weight_copies import kept_weight_copies
 
 
@@ -137,8 +139,9 @@ class Learner:
         batch.old_logprobs = self.score(self.policy, batch)
         if batch.sampling_logprobs is not None:
             offsets = batch.offsets.to(batch.weights.device)
-            batch.correction = self.sampling_ratio(batch.old_logprobs, batch.sampling_logprobs, offsets, batch.weights)
-        return batch.split(count, self.objective, self.config)
+            arguments = (batch.old_logprobs, batch.sampling_logprobs, offsets, batch.weights)
+            batch.correction = sampling_correction(self.config, *arguments)
+        return batch.split(count, self.config.objective(), self.config)
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step on a generation batch.
@@ -149,6 +152,8 @@ class Learner:
         """
         if self.config.top_entropy_quantile < 1:
             batch.high_entropy = self.high_entropy(batch)
+        if self.objective.needs_selection:
+            batch.selected = self.high_covariance(batch)
         metrics = self.accumulate_gradients(batch, keep_logprobs)
         # A tensor in torchao's optimizers.
         learning_rate = float(self.scheduler.get_last_lr()[0])
@@ -192,10 +197,8 @@ class Learner:
     def bad_completions(self, batch: StepBatch) -> str:
         """The completions whose loss is not finite under the current policy, in any process; one more forward."""
         self.policy.eval()
-        logprobs, correction = self.score(self.policy, batch), batch.correction
-        if correction is None and batch.sampling_logprobs is not None:
-            offsets = batch.offsets.to(logprobs.device)
-            correction = self.sampling_ratio(logprobs, batch.sampling_logprobs, offsets, batch.weights)
+        logprobs = self.score(self.policy, batch)
+        correction = self.correction(batch, logprobs)
         found = gather(lambda: bad_completions(batch, self.objective, logprobs, correction))
         return next(filter(None, found), "")
 
@@ -208,7 +211,7 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         has_parts = self.objective.uses_reference or self.objective.entropy_coef
-        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects or has_parts else None
+        seen, entropy = torch.zeros_like(batch.weights), torch.zeros_like(batch.weights)
         rows = self.known_rows(batch)
         with own_random_numbers(), kept_weight_copies():
             rest = iter(self.microbatches(batch))
@@ -223,27 +226,32 @@ class Learner:
                     self.accelerator.backward(result.loss)
                 loss += result.loss.detach()
                 stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
-                if seen is not None:
-                    seen[microbatch.tokens] = result.logprobs.float()
+                seen[microbatch.tokens] = result.logprobs.float()
+                entropy[microbatch.tokens] = result.entropy.float()
                 # Its graph would stay in memory beside the next microbatch's forward.
                 del result
         if size() > 1 and stats is not None:
             # All processes have the same number of microbatches.
             loss, *sums = total(torch.stack([loss.double(), *(value.double() for value in stats.values())]))
             stats = dict(zip(stats, sums, strict=True))
-        if seen is not None:
-            total(seen)
+        total(seen)
+        total(entropy)
         # Without any active group the gradient is zero, not absent: the optimizer's moments still decay.
         for parameter in self.policy.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         metrics = loss_metrics(loss, stats, self.objective)
+        # As in the microbatches.
+        correction = self.correction(batch, seen)
+        if stats is not None:
+            metrics |= diagnose(batch, self.objective, seen, entropy, self.step_advantages(batch), correction)
         if corrects:
             offsets = batch.offsets.to(seen.device)
-            batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, offsets, batch.weights)
+            batch.correction = sampling_correction(self.config, seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
         if has_parts and stats is not None:
-            metrics |= loss_parts(metrics["loss"], batch, seen, self.step_advantages(batch), self.objective)
+            weighed = dataclasses.replace(batch, correction=correction)
+            metrics |= loss_parts(metrics["loss"], weighed, seen, self.step_advantages(batch), self.objective)
         if keep_logprobs:
             batch.old_logprobs = seen
         return metrics
@@ -255,7 +263,8 @@ class Learner:
     def known_rows(self, batch: StepBatch) -> Literal["all"] | None:
         """ "all" if every token of the active completions moves the policy, so that microbatches need not ask which."""
         mode = self.config.vllm_importance_sampling_mode
-        if batch.sampling_logprobs is not None and batch.correction is None and "mask" in mode:
+        rejects = "mask" in mode or self.config.rollout_rs is not None
+        if batch.sampling_logprobs is not None and batch.correction is None and rejects:
             return None
         # Forced tokens have no weight.
         moves = batch.weights != 0
@@ -266,22 +275,32 @@ class Learner:
 
     def loss_inputs(self, batch: StepBatch, tokens: Tensor, rows: Literal["all"] | None = None) -> LossInputs:
         """What the loss needs of the step's `tokens`."""
-        names = ("advantages", "weights", "old_logprobs", "ref_logprobs", "correction")
+        names = ("advantages", "weights", "old_logprobs", "ref_logprobs", "correction", "selected")
         fields = {name: value[tokens] for name in names if (value := getattr(batch, name)) is not None}
         if batch.high_entropy is not None:
             fields["advantages"] = fields["advantages"] * batch.high_entropy[tokens]
-        if batch.sampling_logprobs is not None and batch.correction is None:
-            sampled, mask = batch.sampling_logprobs[tokens], batch.weights[tokens]
-            fields["correct"] = partial(self.sampling_ratio, sampling_logprobs=sampled, mask=mask)
+        if self.corrects_now(batch):
+            sampled = None if batch.sampling_logprobs is None else batch.sampling_logprobs[tokens]
+            fields["correct"] = partial(
+                loss_correction, config=self.config, advantages=fields["advantages"], mask=fields["weights"],
+                old_logprobs=fields.get("old_logprobs"), sampling_logprobs=sampled,
+                known=fields.pop("correction", None),
+            )  # fmt: skip
         share = len(tokens) / int(batch.offsets.diff()[batch.active].sum())
         return LossInputs(objective=self.objective, share=share, rows=rows, **fields)
 
-    def sampling_ratio(self, logprobs: Tensor, sampling_logprobs: Tensor, cu_seqlens: Tensor, mask: Tensor) -> Tensor:
-        """``rho_t`` for the tokens of whole sequences; 1 for those without weight, which were forced."""
-        config = self.config
-        return sampling_ratio(
-            logprobs, sampling_logprobs, config.vllm_importance_sampling_mode, cu_seqlens=cu_seqlens, mask=mask,
-            clip_max=config.vllm_importance_sampling_clip_max, clip_min=config.vllm_importance_sampling_clip_min,
+    def corrects_now(self, batch: StepBatch) -> bool:
+        """Whether the loss's factor depends on the log-probabilities of the update itself."""
+        sampled = batch.sampling_logprobs is not None
+        masks = self.config.off_policy_mask_threshold is not None and (sampled or batch.old_logprobs is not None)
+        return masks or (sampled and batch.correction is None)
+
+    def correction(self, batch: StepBatch, logprobs: Tensor) -> Tensor | None:
+        """The loss's factor ``[N]`` under the policy's `logprobs` of all tokens; None if it is 1 for all."""
+        return loss_correction(
+            logprobs, self.config, advantages=self.step_advantages(batch), mask=batch.weights,
+            old_logprobs=batch.old_logprobs, sampling_logprobs=batch.sampling_logprobs, known=batch.correction,
+            cu_seqlens=batch.offsets.to(logprobs.device),
         )  # fmt: skip
 
     def microbatches(self, batch: StepBatch) -> Iterator[Microbatch]:
@@ -364,10 +383,27 @@ class Learner:
         sharding.release(self.policy)
         return logprobs
 
-    def high_entropy(self, batch: StepBatch) -> Tensor:
-        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the current policy."""
-        counted = batch.weights != 0
+    def score_counted(self, batch: StepBatch, entropy: bool = False) -> Tensor:
+        """`score` of all completions in the loss under the current policy, groups without variance included."""
         samples = batch.counted.nonzero().squeeze(1).tolist()
         self.policy.eval()
-        entropy = self.score(self.policy, dataclasses.replace(batch, active=samples), entropy=True)
-        return high_entropy_mask(entropy, counted, self.config.top_entropy_quantile)
+        return self.score(self.policy, dataclasses.replace(batch, active=samples), entropy=entropy)
+
+    def high_entropy(self, batch: StepBatch) -> Tensor:
+        """``[N]`` bool: the `top_entropy_quantile` of all counted tokens, by the entropies of the current policy."""
+        entropy = self.score_counted(batch, entropy=True)
+        return high_entropy_mask(entropy, batch.weights != 0, self.config.top_entropy_quantile)
+
+    def high_covariance(self, batch: StepBatch) -> Tensor:
+        """``[N]`` bool: the tokens of high covariance of log-probability and advantage that the objective asks for."""
+        o, logprobs, advantages = self.objective, self.score_counted(batch), self.step_advantages(batch)
+        counted, candidates = batch.weights != 0, None
+        if o.covariance_low is not None and batch.old_logprobs is not None:
+            # As in verl, tokens that the clip leaves without a gradient are not drawn.
+            ratio = torch.exp(logprobs - batch.old_logprobs)
+            clipped = torch.where(advantages > 0, ratio > o.upper_bound, ratio < o.lower_bound)
+            candidates = counted & ~clipped
+        return covariance_mask(
+            logprobs, advantages, counted, o.covariance_ratio, low=o.covariance_low, high=o.covariance_high,
+            candidates=candidates,
+        )  # fmt: skip

@@ -111,7 +111,7 @@ def loss_parts(
     """
     if not (objective.uses_reference or objective.entropy_coef):
         return {}
-    shared = {"correction": batch.correction, "old_logprobs": batch.old_logprobs}
+    shared = {"correction": batch.correction, "old_logprobs": batch.old_logprobs, "selected": batch.selected}
     shared["cu_seqlens"] = batch.offsets.to(logprobs.device)
     # In float64, so that differences of sums keep their digits.
     logprobs, without_bonus = logprobs.double(), replace(objective, entropy_coef=0.0)

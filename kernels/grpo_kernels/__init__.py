@@ -9,6 +9,7 @@ from grpo_kernels.linear_distillation import DistillationLoss, linear_distillati
 from grpo_kernels.linear_logprob import linear_logprob
 from grpo_kernels.linear_policy_loss import linear_policy_loss
 from grpo_kernels.masked_mean import masked_mean
+from grpo_kernels.masks import REJECTION_MODES, covariance_mask, off_policy_mask, rejection_mask
 from grpo_kernels.objective import PRESETS, PolicyObjective, register_objective
 from grpo_kernels.policy_loss import PolicyLoss, policy_loss
 from grpo_kernels.sampling_ratio import SAMPLING_RATIO_MODES, sampling_ratio
@@ -18,19 +19,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "REJECTION_MODES",
     "SAMPLING_RATIO_MODES",
     "DistillationLoss",
     "PolicyLoss",
     "PolicyObjective",
     "__version__",
+    "covariance_mask",
     "high_entropy_mask",
     "kl_estimate",
     "linear_distillation",
     "linear_logprob",
     "linear_policy_loss",
     "masked_mean",
+    "off_policy_mask",
     "policy_loss",
     "register_objective",
+    "rejection_mask",
     "sampling_ratio",
     "token_weights",
 ]

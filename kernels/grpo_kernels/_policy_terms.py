@@ -25,6 +25,7 @@ class Tokens(NamedTuple):
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     correction: Tensor | None = None
+    selected: Tensor | None = None
 
     def take(self, rows: Tensor | slice) -> Tokens:
         return Tokens(*(None if field is None else field[rows] for field in self))
@@ -93,7 +94,7 @@ def policy_terms(
 
     Unless the level is the token's, every sequence of `offsets` must be complete.
     """
-    o, (A, w, old, ref, rho) = objective, tokens
+    o, (A, w, old, ref, rho, selected) = objective, tokens
     counted = w != 0
     # Garbage under a zero weight must not turn 0 * inf into NaN, so it is replaced before any arithmetic.
     logp = torch.where(counted, logprobs, 0.0)
@@ -119,13 +120,15 @@ def policy_terms(
     else:
         old = None if old is None else torch.where(counted, old, 0.0)
         reference = None if ref is None else torch.where(counted, ref, 0.0)
-        parts = function_terms(o.function, o.settings, scale, counted, logp, log_ratio, old, A, reference, offsets)
+        parts = function_terms(
+            o.function, o.settings, scale, counted, logp, log_ratio, old, A, reference, selected, offsets
+        )
         active = (A != 0) | (not o.scales_with_advantage)
     loss, through_ratio, grad = (torch.where(active & counted, part, 0.0) for part in parts)
 
     kl = zero
     if ref is not None:
-        kl, kl_slope = kl_and_derivative(logp, torch.where(counted, ref, 0.0), o.kl)
+        kl, kl_slope = kl_and_derivative(logp, torch.where(counted, ref, 0.0), o.kl, o.kl_clip)
         if o.beta != 0.0:
             factor = o.beta * w * (ratio if o.kl_bias_correction else 1.0)
             loss = loss + factor * kl

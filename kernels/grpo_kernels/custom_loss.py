@@ -20,9 +20,9 @@ from torch import Tensor
 from grpo_kernels._checks import require
 
 # What a function may take, by the names of its parameters.
-TENSORS = ("logprobs", "old_logprobs", "advantages", "ratio", "ref_logprobs", "cu_seqlens")
+TENSORS = ("logprobs", "old_logprobs", "advantages", "ratio", "ref_logprobs", "selected", "cu_seqlens")
 # Settings of `PolicyObjective` that a function may take as well.
-SETTINGS = ("epsilon", "epsilon_high", "delta")
+SETTINGS = ("epsilon", "epsilon_high", "delta", "covariance_kl")
 # Sequences of the probe, in tokens.
 PROBED_LENGTHS = (3, 1, 4)
 
@@ -73,6 +73,7 @@ def function_terms(
     old_logprobs: Tensor | None,  # [N]
     advantages: Tensor,  # [N]
     ref_logprobs: Tensor | None,  # [N]
+    selected: Tensor | None,  # [N]
     cu_seqlens: Tensor | None,  # [S + 1]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``scale * function(...)`` of every token, and the derivatives of its sum, ``[N]`` each.
@@ -99,6 +100,7 @@ def function_terms(
             "advantages": taken(advantages),
             "ratio": torch.exp(log_ratio_leaf) if "ratio" in wanted else None,
             "ref_logprobs": taken(ref_logprobs),
+            "selected": taken(selected),
             "cu_seqlens": cu_seqlens,
         }
         given = {name: tensors[name] if name in tensors else settings[name] for name in wanted}
@@ -140,7 +142,7 @@ def check_function(function: Callable[..., Tensor], settings: Mapping[str, Any],
             value, through, direct = function_terms(
                 function, settings, torch.ones_like(logprobs), torch.ones_like(logprobs).bool(), logprobs,
                 logprobs - old[part], old[part],
-                advantages[part], old[part] + 0.1 * noise[2, part], offsets,
+                advantages[part], old[part] + 0.1 * noise[2, part], (noise[2, part] > 0).double(), offsets,
             )  # fmt: skip
         except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__

@@ -64,18 +64,26 @@ def kl_estimate_ref(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3
     return {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.exp(-d) - 1 + d}[estimator]()
 
 
-def kl_and_derivative(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+def kl_and_derivative(
+    logprobs: Tensor, ref_logprobs: Tensor, estimator: str, clip: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The estimate and its derivative with respect to `logprobs`, both elementwise.
+
+    Outside of ``[-clip, clip]`` the estimate is cut off and has no derivative, as with `torch.clamp`.
 
     ``expm1`` keeps k3 accurate where policy and reference nearly agree, which is where training spends its time.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
-        return d, torch.ones_like(d)
-    if estimator == "k2":
-        return d.square() / 2, d
-    excess = torch.expm1(-d)
-    return excess + d, -excess
+        value, slope = d, torch.ones_like(d)
+    elif estimator == "k2":
+        value, slope = d.square() / 2, d
+    else:
+        excess = torch.expm1(-d)
+        value, slope = excess + d, -excess
+    if clip is None:
+        return value, slope
+    return value.clamp(-clip, clip), torch.where(value.abs() > clip, 0.0, slope)
 
 
 class _KLEstimate(torch.autograd.Function):

@@ -47,6 +47,7 @@ def linear_policy_loss(
     old_logprobs: Tensor | None = None,  # [N] or [B, T]
     ref_logprobs: Tensor | None = None,  # [N] or [B, T]
     correction: Tensor | None = None,  # [N] or [B, T]
+    selected: Tensor | None = None,  # [N] or [B, T]
     cu_seqlens: Tensor | None = None,  # [S + 1]
     bias: Tensor | None = None,  # [V]
     temperature: float | Tensor = 1.0,  # [N] or [B, T]
@@ -66,7 +67,8 @@ def linear_policy_loss(
         hidden: ``[N, H]`` packed or ``[B, T, H]`` padded, floating point.
         weight, targets, bias, temperature, logit_scale, softcap, max_buffer_bytes, process_group: as in
             `linear_logprob`; targets are ``[N]`` or ``[B, T]``.
-        advantages, weights, objective, old_logprobs, ref_logprobs, correction, cu_seqlens: as in `policy_loss`.
+        advantages, weights, objective, old_logprobs, ref_logprobs, correction, selected, cu_seqlens: as in
+            `policy_loss`.
         return_entropy: also return (and sum up) entropies; implied by ``objective.entropy_coef``.
         skip_inactive: skip the forward of rows whose coefficient is known to be zero. Their log-probabilities and
             entropies are NaN, and the statistics do not count them.
@@ -103,7 +105,8 @@ def linear_policy_loss(
     )
     loss = make_token_loss(
         op, targets.shape, hidden.device, call.head.dtype, objective, backend, advantages=advantages, weights=weights,
-        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, cu_seqlens=cu_seqlens,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, selected=selected,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
     if objective.entropy_coef != 0.0:
         call = replace(call, with_entropy=True)

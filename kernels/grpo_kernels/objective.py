@@ -56,10 +56,15 @@ class PolicyObjective:
         beta: weight of the KL term, >= 0.
         kl: KL estimator, ``"k1"``, ``"k2"`` or ``"k3"``.
         kl_bias_correction: multiply the KL estimate by the ratio (DeepSeek-V3.2; TRL's `use_bias_correction_kl`).
+        kl_clip: bound of the KL estimate's magnitude, beyond which it has no gradient (None: no bound). verl always
+            bounds k3 by 10.
         entropy_coef: weight of the entropy bonus.
         sapo_temperature_pos, sapo_temperature_neg: ``"sapo"``'s temperature for A > 0 and for A <= 0.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``"vespo"``'s power and decay of the ratio for
             A > 0 and for A < 0.
+        covariance_ratio, covariance_low, covariance_high: the tokens that `covariance_mask` selects for a `function`
+            that takes `selected`.
+        covariance_kl: weight of the selected tokens' KL penalty in ``PRESETS["kl_cov"]``.
         aggregation: the normaliser that `token_weights` includes in the weights:
             ``"sequence_mean"``: 1 / (S * length of the sequence),
             ``"token_mean"``: 1 / (tokens of the step),
@@ -81,6 +86,7 @@ class PolicyObjective:
     beta: float = 0.0
     kl: str = "k3"
     kl_bias_correction: bool = False
+    kl_clip: float | None = None
     entropy_coef: float = 0.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
@@ -88,6 +94,10 @@ class PolicyObjective:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    covariance_ratio: float = 2e-4
+    covariance_low: float | None = None
+    covariance_high: float | None = None
+    covariance_kl: float = 1.0
     aggregation: str = "sequence_mean"
     function: Callable[..., Tensor] | None = None
     scales_with_advantage: bool = False
@@ -139,6 +149,11 @@ class PolicyObjective:
     def uses_reference(self) -> bool:
         """Whether the loss needs log-probabilities of a reference policy, as its KL term does."""
         return self.beta != 0.0 or self._takes("ref_logprobs")
+
+    @property
+    def needs_selection(self) -> bool:
+        """Whether the loss needs `selected` tokens."""
+        return self._takes("selected")
 
     @property
     def whole_sequences(self) -> bool:
@@ -202,6 +217,10 @@ PRESETS: dict[str, PolicyObjective] = _Presets(
         "dppo_kl": function_objective(published_losses.dppo_kl, scales_with_advantage=True),
         "gmpo": function_objective(published_losses.gmpo, aggregation="sequence_mean", scales_with_advantage=True),
         "dro": function_objective(published_losses.dro),
+        "clip_cov": function_objective(
+            published_losses.clip_cov, covariance_low=1.0, covariance_high=5.0, scales_with_advantage=True
+        ),
+        "kl_cov": function_objective(published_losses.kl_cov),
     }
 )
 BUILT_IN = frozenset(PRESETS)
@@ -218,8 +237,9 @@ def register_objective(name: str, function: Callable[..., Tensor], **fields: Any
         name: the preset's name. It replaces one of your own, but no built-in one.
         function: returns the loss of each token ``[N]``. It takes any of these by name: ``logprobs``, ``old_logprobs``
             (`logprobs` without a gradient on the first update), ``advantages``, ``ref_logprobs``, ``ratio`` (of the
-            objective's `level`, differentiable), all ``[N]``; ``cu_seqlens [S + 1]``, offsets of whole sequences; and
-            the fields ``epsilon``, ``epsilon_high`` and ``delta``. Without ``cu_seqlens`` it may get any
+            objective's `level`, differentiable) and ``selected`` (1 for the tokens of `covariance_mask`, else 0), all
+            ``[N]``; ``cu_seqlens [S + 1]``, offsets of whole sequences; and the fields ``epsilon``, ``epsilon_high``,
+            ``delta`` and ``covariance_kl``. Without ``cu_seqlens`` it may get any
             part of the tokens, so a token's loss must depend on that token alone. With it, it gets counted tokens of
             whole sequences, and no token may depend on another sequence.
         **fields: fields of `PolicyObjective`; by default ``aggregation="token_mean"``, and the function's own defaults

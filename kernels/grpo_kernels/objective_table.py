@@ -113,7 +113,7 @@ SOURCES: dict[str, Source] = {
         "is `W` here and a token's in TRL",
     ),
     "gpg": Source(
-        "GPG, 2504.02546, eq. 5",
+        "GPG, 2504.02546",
         "`1/N Σ_i Σ_t A logp_t`",
         "none",
         "`loss_mode: gpg`",
@@ -135,11 +135,27 @@ SOURCES: dict[str, Source] = {
         "verl adds 1e-8 inside its logarithm",
     ),
     "gmpo": Source(
-        "GMPO, 2507.20673, eq. 4",
+        "GMPO, 2507.20673",
         "`1/S Σ_i A exp(1/abs(o_i) Σ_t clip(log r_t, -0.4, 0.4))`, one-sided by the sign of `A`",
         "`GMPOTrainer` (experimental)",
         "`loss_mode: geo_mean`",
         "`epsilon` is a distance of `log r_t` from 0, as there",
+    ),
+    "clip_cov": Source(
+        "Clip-Cov, 2505.22617",
+        "`1/N Σ_i Σ_t (1 - M_t) clip(r_t)`; `M_t` is 1 for a random 2e-4 of the tokens, of those whose covariance of "
+        "`logp_t` and `A` is between 1 and 5",
+        "none",
+        "`loss_mode: clip_cov`",
+        "the means are those of the step, verl's those of a microbatch; `covariance_ratio`, `covariance_low` and "
+        "`covariance_high` are its `clip_cov_ratio`, `clip_cov_lb` and `clip_cov_ub`",
+    ),
+    "kl_cov": Source(
+        "KL-Cov, 2505.22617",
+        "`1/N Σ_i Σ_t r_t A - M_t abs(log r_t)`; `M_t` is 1 for the 2e-4 of the tokens with the highest covariance",
+        "none",
+        "`loss_mode: kl_cov`",
+        "as above; `covariance_ratio` and `covariance_kl` are its `kl_cov_ratio` and `ppo_kl_coef`",
     ),
     "dro": Source(
         "DRO, 2405.19107, in Tinker's form",

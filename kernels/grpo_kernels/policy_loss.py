@@ -59,6 +59,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,  # [N] or [B, T]
     entropy: Tensor | None = None,  # [N] or [B, T]
     correction: Tensor | None = None,  # [N] or [B, T]
+    selected: Tensor | None = None,  # [N] or [B, T]
     cu_seqlens: Tensor | None = None,  # [S + 1]
     backend: str = "auto",
 ) -> PolicyLoss:
@@ -74,6 +75,8 @@ def policy_loss(
         ref_logprobs: log-probabilities of the reference policy; needed if ``objective.uses_reference``.
         entropy: per-token entropies, for the bonus and for the statistics.
         correction: the constant ``rho_t`` for the difference between sampler and trainer.
+        selected: 1 for the tokens that the objective treats apart, else 0, such as those of `covariance_mask`; needed
+            if ``objective.needs_selection``.
         cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed if
             ``objective.whole_sequences``.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -95,7 +98,8 @@ def policy_loss(
     backend = choose_backend(op, backend, logprobs.device, dtype)
     tokens = make_token_loss(
         op, logprobs.shape, logprobs.device, dtype, objective, backend, advantages=advantages, weights=weights,
-        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, cu_seqlens=cu_seqlens,
+        old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, correction=correction, selected=selected,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
     checks.require(
         objective.entropy_coef == 0.0 or entropy is not None, f"{op}: entropy_coef needs the entropy argument"
@@ -119,7 +123,7 @@ def policy_loss_ref(
     """The equation above, differentiated by autograd: what the tests compare with. Returns (loss, statistics)."""
     counted = tokens.weights != 0
     tokens = Tokens(*(None if field is None else torch.where(counted, field, 0.0) for field in tokens))
-    o, (A, w, old, ref, rho) = objective, tokens
+    o, (A, w, old, ref, rho, selected) = objective, tokens
     logp = torch.where(counted, logprobs, 0.0).to(w.dtype)
     log_ratio = logp - (logp.detach() if old is None else old)
     counts = counted.to(logp.dtype)
@@ -143,7 +147,7 @@ def policy_loss_ref(
     elif o.kind == "vespo":
         per_token = -vespo_weight(ratio, A, o).detach() * A * logp
     elif o.function is not None:
-        per_token = _call_function(o, logp, ratio, old, A, ref, offsets, counted)
+        per_token = _call_function(o, logp, ratio, old, A, ref, selected, offsets, counted)
     else:
         per_token = -A * logp
     if rho is not None:
@@ -151,6 +155,7 @@ def policy_loss_ref(
     kl = torch.zeros_like(logp)
     if ref is not None:
         kl = kl_estimate_ref(logp, ref, o.kl)
+        kl = kl if o.kl_clip is None else kl.clamp(-o.kl_clip, o.kl_clip)
         per_token = per_token + o.beta * kl * (ratio if o.kl_bias_correction else 1.0)
     if entropy is not None:
         per_token = per_token - o.entropy_coef * entropy
@@ -163,12 +168,12 @@ def policy_loss_ref(
     return loss, torch.stack([torch.as_tensor(s, dtype=logp.dtype, device=logp.device) for s in sums]).detach()
 
 
-def _call_function(o, logp, ratio, old, A, ref, offsets, counted) -> Tensor:
+def _call_function(o, logp, ratio, old, A, ref, selected, offsets, counted) -> Tensor:
     """The objective's own function on the counted tokens, differentiated by autograd."""
     lengths = None if offsets is None else torch.stack([part.sum() for part in counted.tensor_split(offsets[1:-1])])
     tensors = {
         "logprobs": logp, "old_logprobs": logp.detach() if old is None else old, "advantages": A, "ratio": ratio,
-        "ref_logprobs": ref,
+        "ref_logprobs": ref, "selected": selected,
     }  # fmt: skip
     tensors = {name: None if values is None else values[counted] for name, values in tensors.items()}
     if lengths is not None:
@@ -223,6 +228,12 @@ def make_token_loss(
         not objective.uses_reference or fields["ref_logprobs"] is not None,
         f"{op}: {f'beta={objective.beta}' if objective.beta else 'the objective'} needs ref_logprobs",
     )
+    checks.require(
+        not objective.needs_selection or fields.get("selected") is not None,
+        f"{op}: the objective needs selected, the tokens that it treats apart; see covariance_mask",
+    )
+    if fields.get("selected") is not None and not fields["selected"].is_floating_point():
+        fields["selected"] = fields["selected"].to(dtype)
     checks.require_floating(op, advantages=advantages, **fields)
     checks.require_device(op, device, advantages=advantages, **fields)
     needed_by = None

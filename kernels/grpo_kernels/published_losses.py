@@ -59,3 +59,22 @@ def gmpo(
 def dro(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, tau: float = 0.05) -> Tensor:
     """DRO (arXiv 2405.19107): a policy gradient with a squared penalty on the log-ratio, in Tinker's form."""
     return -advantages * logprobs + tau / 2 * (logprobs - old_logprobs).square()
+
+
+def clip_cov(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, selected: Tensor, epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Clip-Cov (arXiv 2505.22617): PPO's clip, and no gradient for the `selected` tokens of high covariance."""
+    ratio, high = torch.exp(logprobs - old_logprobs), epsilon if epsilon_high is None else epsilon_high
+    clipped = torch.where(advantages > 0, ratio.clamp(max=1 + high), ratio.clamp(min=1 - epsilon))
+    return (-clipped * advantages).masked_fill(selected != 0, 0.0)
+
+
+def kl_cov(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, selected: Tensor, covariance_kl: float = 1.0
+) -> Tensor:
+    """KL-Cov (arXiv 2505.22617): the importance-weighted policy gradient, and for the `selected` tokens of the highest
+    covariance a penalty on the distance ``|log ratio|`` to the old policy."""
+    log_ratio = logprobs - old_logprobs
+    return -torch.exp(log_ratio) * advantages + covariance_kl * selected * log_ratio.abs()

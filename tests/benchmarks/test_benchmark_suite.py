@@ -19,6 +19,7 @@ from benchmarks.harness import measure, trainers
 from benchmarks.harness.contenders import BY_NAME, FLOOR, OURS, Contender, choose, floor_call, forward_backward
 from benchmarks.harness.measure import Deadline, Run, Times, fit_exponent, format_value, interleave, slug
 from benchmarks.harness.problem import Shape, errors, grpo_loss, make_problem, norm_error, verdict
+from benchmarks.own_loss import run_own_loss
 from grpo_fast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -465,3 +466,11 @@ def test_race_cut_short_keeps_the_earlier_result(tmp_path, monkeypatch):
     assert "| trainer | steps to 75% |" in table
     assert "| grpo-fast, seed 1 | 4 | 8 s | 2.0 s |" in table
     assert [path.name for path in plots.draw(run.folder)] == ["race.png"]
+
+
+def test_own_loss_measures_two_forms_of_one_result(tmp_path):
+    run_own_loss(Run(CPU, quick=True, repeats=1, output=tmp_path))
+    rows = measure.read_csv(next(tmp_path.glob("*/own_loss.csv")))
+    assert len(rows) == 2 * 2 * 2
+    assert {row["loss"] for row in rows} == {"built in", "own function"}
+    assert all(row["status"] == "ok" and float(row["seconds"]) > 0 for row in rows)

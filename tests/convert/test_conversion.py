@@ -222,6 +222,24 @@ def test_convert_notes_what_has_no_counterpart(content, note):
         ({"actor_rollout_ref__actor__loss_agg_mode": "seq-mean-token-sum-norm"}, {"loss_type": "dr_grpo"}),
         ({"actor_rollout_ref__actor__policy_loss__loss_mode": "gspo"}, {"loss_type": "gspo"}),
         (
+            {"actor_rollout_ref__actor__policy_loss__loss_mode": "clip_cov",
+             "actor_rollout_ref__actor__policy_loss__clip_cov_ratio": 0.001,
+             "actor_rollout_ref__actor__policy_loss__clip_cov_ub": 4.0,
+             "actor_rollout_ref__actor__policy_loss__ppo_kl_coef": 0.5},
+            {"loss_type": "clip_cov", "covariance_ratio": 0.001, "covariance_high": 4.0},
+        ),
+        (
+            {"actor_rollout_ref__actor__policy_loss__loss_mode": "kl_cov",
+             "actor_rollout_ref__actor__policy_loss__ppo_kl_coef": 0.5},
+            {"loss_type": "kl_cov", "covariance_kl": 0.5},
+        ),
+        (
+            {"actor_rollout_ref__rollout__name": "vllm", "algorithm__rollout_correction__rollout_rs": "seq_mean_k1",
+             "algorithm__rollout_correction__rollout_rs_threshold": "0.5_2.0"},
+            {"rollout_rs": "seq_mean_k1", "rollout_rs_threshold": 2.0, "rollout_rs_threshold_lower": 0.5},
+        ),
+        ({"algorithm__adv_estimator": "remax"}, {"advantage_estimator": "remax"}),
+        (
             {"actor_rollout_ref__actor__use_kl_loss": True, "actor_rollout_ref__actor__kl_loss_type": "mse"},
             {"beta": 0.001, "kl_estimator": "k2", "use_bias_correction_kl": False},
         ),

@@ -174,7 +174,7 @@ def test_microbatch_without_targets_has_no_gradient(backend, preset, frozen):
     objective = dataclasses.replace(PRESETS[preset], beta=0.1, entropy_coef=0.1)
     result = linear_policy_loss(
         hidden, weight, nothing.long(), nothing, nothing, objective, old_logprobs=nothing, ref_logprobs=nothing,
-        cu_seqlens=torch.tensor([0]),
+        selected=nothing, cu_seqlens=torch.tensor([0]),
     )  # fmt: skip
     result.loss.backward()
     assert hidden.grad.shape == (0, 16)

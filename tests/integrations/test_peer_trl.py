@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_kernels import PRESETS, PolicyObjective, high_entropy_mask, policy_loss, token_weights
+from grpo_kernels import (
+    PRESETS,
+    PolicyObjective,
+    high_entropy_mask,
+    off_policy_mask,
+    policy_loss,
+    token_weights,
+)
 from support.oracle import relative_error
 
 pytest.importorskip("trl", minversion="1.16")
@@ -241,6 +248,57 @@ def test_rloo_equals_trl():
     assert metrics["clip_ratio/high_mean"] == pytest.approx((stats["clip_high"] / stats["ratios"]).item())
     assert metrics["clip_ratio/low_mean"] == pytest.approx((stats["clip_low"] / stats["ratios"]).item())
     assert stats["clip_high"] + stats["clip_low"] > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("bounds", [(0.4, 0.4), (0.2, 0.3)])
+def test_gmpo_equals_trl(bounds, beta):
+    """TRL's experimental GMPOTrainer: the bounds are those of the log-ratio, and the KL is a mean over sequences."""
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+    batch = make()
+    leaf = leaves(batch)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf["logprobs"], leaf["entropy"], None),
+        accelerator=ACCELERATOR,
+        model=SimpleNamespace(training=True),
+        epsilon_low=bounds[0],
+        epsilon_high=bounds[1],
+        beta=beta,
+        top_entropy_quantile=1.0,
+        current_gradient_accumulation_steps=1,
+        aux_loss_enabled=False,
+        _metrics={"train": defaultdict(list)},
+    )
+    mask = batch["mask"].double()
+    inputs = {
+        "prompt_ids": torch.zeros(B, 2, dtype=torch.long),
+        "prompt_mask": torch.ones(B, 2, dtype=torch.long),
+        "completion_ids": torch.zeros(mask.shape, dtype=torch.long),
+        "completion_mask": mask,
+        "advantages": batch["advantages"],
+        "old_per_token_logps": batch["old_logprobs"],
+        "ref_per_token_logps": batch["ref_logprobs"],
+    }
+    loss = gmpo.GMPOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    objective = dataclasses.replace(PRESETS["gmpo"], epsilon=bounds[0], epsilon_high=bounds[1], beta=beta)
+    our, our_grads, _ = our_loss(batch, objective)
+    assert leaf["logprobs"].grad.any()
+    assert relative_error(our, loss) < TOLERANCE
+    assert relative_error(our_grads["logprobs"], leaf["logprobs"].grad) < TOLERANCE
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.1, 0.3])
+def test_off_policy_mask_equals_trl(threshold):
+    batch, left_out = make(), 0
+    batch["old_logprobs"][2, 1] = float("nan")
+    mask, advantages = batch["mask"].double(), batch["advantages"][:, None]
+    arguments = batch["logprobs"], batch["old_logprobs"]
+    theirs = GRPOTrainer.get_off_policy_mask(advantages, *arguments, mask, threshold)
+    ours = off_policy_mask(*arguments, advantages.expand(B, T), threshold, mask=mask)
+    assert torch.equal(ours, theirs.expand(B, T).float())
+    left_out += (ours == 0).any(1).sum().item()
+    assert 0 < left_out < B
 
 
 @pytest.mark.parametrize("quantile", [0.1, 0.2, 0.5])

@@ -69,6 +69,10 @@ def binary_kl(p, old):
     return old * math.log(old / p) + (1 - old) * math.log((1 - old) / (1 - p))
 
 
+def kl_cov(s):
+    return token_ratio(s) * s["A"] - s["selected"] * (s["logp"] - s["old"]).abs()
+
+
 def gmpo(s):
     """The paper's product over tokens, of each `min` (A > 0) or `max` (A < 0) of a ratio and its bound."""
     ratio, bounds = token_ratio(s), (math.exp(-0.4), math.exp(0.4))
@@ -97,6 +101,10 @@ FORMULAS = {
     "dppo_tv": lambda batch: sum(dppo(s, lambda p, old: abs(p - old), 0.15).sum() for s in batch) / TOKENS,
     "dppo_kl": lambda batch: sum(dppo(s, binary_kl, 0.05).sum() for s in batch) / TOKENS,
     "gmpo": lambda batch: sum(gmpo(s) for s in batch) / SEQUENCES,
+    "clip_cov": lambda batch: (
+        sum(((1 - s["selected"]) * clipped(token_ratio(s), s["A"])).sum() for s in batch) / TOKENS
+    ),
+    "kl_cov": lambda batch: sum(kl_cov(s).sum() for s in batch) / TOKENS,
     "dro": lambda batch: sum((s["A"] * s["logp"] - 0.025 * (s["logp"] - s["old"]) ** 2).sum() for s in batch) / TOKENS,
 }
 
@@ -119,6 +127,7 @@ def make(spread=0.6):
         "advantages": torch.tensor([0.7, -0.9, -1.3, 0.4, 0.6, -0.2], dtype=torch.float64),
         "ref_logprobs": old + 0.5 * torch.randn(TOKENS, dtype=torch.float64),
         "entropy": 3 * torch.rand(TOKENS, dtype=torch.float64),
+        "selected": (torch.arange(TOKENS) % 3 == 0).double(),
         "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0),
     }
 
@@ -126,7 +135,7 @@ def make(spread=0.6):
 def by_formula(batch, formula):
     """(loss, gradient) of ``-formula``, a function of a list of sequences."""
     logp = batch["logprobs"].clone().requires_grad_()
-    names = {"old": "old_logprobs", "ref": "ref_logprobs", "entropy": "entropy"}
+    names = {"old": "old_logprobs", "ref": "ref_logprobs", "entropy": "entropy", "selected": "selected"}
     columns = {"logp": logp.split(LENGTHS), **{name: batch[key].split(LENGTHS) for name, key in names.items()}}
     sequences = [
         {"A": A, **{name: parts[index] for name, parts in columns.items()}}
@@ -150,6 +159,7 @@ def by_us(batch, objective, token_advantages=None):
         old_logprobs=batch["old_logprobs"],
         ref_logprobs=batch["ref_logprobs"] if objective.uses_reference else None,
         entropy=batch["entropy"],
+        selected=batch["selected"] if objective.needs_selection else None,
         cu_seqlens=batch["cu_seqlens"],
     )
     result.loss.backward()

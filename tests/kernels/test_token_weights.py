@@ -43,6 +43,7 @@ def test_losses_of_parts_add_up(preset, cuts):
     objective = PRESETS[preset]
     weights = token_weights(MASK, objective.aggregation, constant_length=10)
     fields = {"advantages": torch.randn(4, 5), "old_logprobs": torch.randn(4, 5) * 0.1 - 1, "weights": weights}
+    fields["selected"] = torch.rand(4, 5) < 0.3
     logprobs = (torch.randn(4, 5) * 0.1 - 1).requires_grad_()
     whole = policy_loss(logprobs, objective=objective, **fields)
     (gradient,) = torch.autograd.grad(whole.loss, logprobs)

@@ -125,6 +125,52 @@ def test_sort_comparison_configurations_are_valid(monkeypatch):
         assert {name: getattr(config, name) for name in changes} == changes
 
 
+def test_objectives_comparison_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import objectives_comparison as comparison
+
+    made = []
+    trainer = comparison.GRPOTrainer
+    monkeypatch.setattr(comparison, "GRPOTrainer", lambda config: made.append(config) or trainer(config))
+    small = ["--max_steps", "4", "--generation_batch_size", "16", "--max_eval_samples", "5"]
+    for seeds in ("1", "2"):
+        arguments = ["--seeds", seeds, "--objectives", "dapo, remax;", "--output_dir", str(tmp_path), *small]
+        comparison.main(arguments)
+    runs = [(config.loss_type, config.advantage_estimator, config.seed) for config in made]
+    assert runs == [("dapo", "remax", 1), ("dapo", "remax", 2)]
+    rows = (tmp_path / "runs.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert rows[0].startswith("task,objective,seed,score")
+    assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * 4
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"dapo, remax +[\d.]+ ± [\d.]+ \([\d.]+, [\d.]+\)", capsys.readouterr().out)
+    with pytest.raises(UserError, match="--objectives: 'ppo' is unknown; there is: reinforce; unclipped"):
+        comparison.chosen_objectives("dapo,ppo")
+
+
+def test_objectives_comparison_configurations_are_valid(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import objectives_comparison as comparison
+
+    for task, (recipe, changes, _) in comparison.TASKS.items():
+        for fields in list(comparison.OBJECTIVES.values())[: None if task == "sort" else 1]:
+            given = {**comparison.SHARED, **changes, **fields}
+            config = parse_config([recipe, *(f"--{k}={json.dumps(v).strip(chr(34))}" for k, v in given.items())])
+            assert {name: getattr(config, name) for name in given} == given
+
+
+def test_interval_is_students():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from objectives_comparison import interval
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    mean, half = interval([1.0, 2.0, 4.0])
+    # scipy.stats.t.interval(0.95, 2, loc=7 / 3, scale=scipy.stats.sem([1, 2, 4]))
+    assert mean - half == pytest.approx(-1.4612, abs=1e-3)
+    assert mean + half == pytest.approx(6.1279, abs=1e-3)
+
+
 def test_read_curves_warns_of_damaged_records(tmp_path, capsys):
     run = write_run(tmp_path / "run", [0.5, 0.6])
     with (run / "metrics.jsonl").open("a") as file:

@@ -222,16 +222,20 @@ def test_update_refuses_a_loss_that_is_not_finite(tmp_path):
     assert torch.equal(before, weights(made.model))
 
 
-def test_far_ratio_ends_in_finite_weights_or_a_clear_stop(tmp_path):
-    """Whatever the objective, and however its KL term is weighted."""
-    made = trainer(tmp_path, lr_scheduler_type="constant")
+KL_TERMS = {"none": {"beta": 0.0}, **{kl: {"beta": 0.1, "kl": kl} for kl in ("k1", "k2", "k3")}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+def test_far_ratio_ends_in_finite_weights_or_a_clear_stop(tmp_path, dtype):
+    """Whatever the objective, its KL term and the dtype."""
+    made = trainer(tmp_path, lr_scheduler_type="constant", dtype=dtype)
     batch, _ = made.collect()
     scored, start = made.learner.score(made.learner.policy, batch), weights(made.model)
     stops = 0
-    for preset, beta, distance in itertools.product(PRESETS, (0.0, 0.1), (-200.0, 200.0)):
-        case = preset, beta, distance
+    for preset, kl, distance in itertools.product(PRESETS, KL_TERMS, (-200.0, 200.0)):
+        case = preset, kl, distance
         torch.nn.utils.vector_to_parameters(start.clone(), made.model.parameters())
-        made.learner.objective = dataclasses.replace(PRESETS[preset], beta=beta, kl_bias_correction=True)
+        made.learner.objective = dataclasses.replace(PRESETS[preset], **KL_TERMS[kl], kl_bias_correction=True)
         batch.old_logprobs = batch.ref_logprobs = scored + distance
         stopped, metrics = None, {"loss": 0.0}
         try:
@@ -244,3 +248,21 @@ def test_far_ratio_ends_in_finite_weights_or_a_clear_stop(tmp_path):
         assert math.isfinite(metrics["loss"]), case
         assert weights(made.model).isfinite().all(), case
     assert stops > 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kl_clip_trains_on_through_a_reference_far_away(tmp_path, dtype):
+    """With every estimator; without the bound, k3 stops the run."""
+    made = trainer(tmp_path, lr_scheduler_type="constant", dtype=dtype)
+    batch, _ = made.collect()
+    scored, start = made.learner.score(made.learner.policy, batch), weights(made.model)
+    for kl, distance in itertools.product(("k1", "k2", "k3"), (-200.0, 200.0)):
+        made.learner.objective = dataclasses.replace(PRESETS["dapo"], beta=0.1, kl=kl, kl_clip=10.0)
+        batch.ref_logprobs = scored + distance
+        torch.nn.utils.vector_to_parameters(start.clone(), made.model.parameters())
+        metrics = made.learner.update(batch)
+        assert math.isfinite(metrics["loss"] + metrics["kl"] + metrics["grad_norm"])
+        assert weights(made.model).isfinite().all()
+    made.learner.objective = dataclasses.replace(PRESETS["dapo"], beta=0.1)
+    with pytest.raises(NotFiniteError, match="because of completion"):
+        made.learner.update(batch)

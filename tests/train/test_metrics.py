@@ -51,7 +51,9 @@ def test_loss_parts_add_up_to_the_loss(loss_type, terms):
     count = len(batch.weights)
     logprobs, batch.old_logprobs, batch.ref_logprobs = -torch.rand(3, count)
     entropy = torch.rand(count)
+    batch.selected = (torch.arange(count) % 3 == 0).float() if objective.needs_selection else None
     given = {"old_logprobs": batch.old_logprobs, "ref_logprobs": batch.ref_logprobs, "cu_seqlens": batch.offsets}
+    given["selected"] = batch.selected
     loss = policy_loss(logprobs, batch.advantages, batch.weights, objective, entropy=entropy, **given).loss.item()
     parts = loss_parts(loss, batch, logprobs, batch.advantages, objective)
     names = {"beta": "loss/kl", "entropy_coef": "loss/entropy"}

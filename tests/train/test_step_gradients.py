@@ -36,6 +36,8 @@ def step(objective, old_shift=0.0):
         with torch.no_grad():
             logprobs = plain_logprobs(tiny_model(), SAMPLES)
         batch.old_logprobs = logprobs + old_shift * torch.randn_like(logprobs)
+    if objective.needs_selection:
+        batch.selected = torch.rand_like(batch.weights) < 0.3
     if objective.uses_reference:
         batch.ref_logprobs = torch.randn(batch.weights.shape, dtype=torch.float64) - 3
     return batch, counted
@@ -71,7 +73,7 @@ def gradient(objective, batch, microbatches, layout, adapters=False):
     total = 0.0
     for part in parts:
         microbatch = build_microbatch(batch.samples, part, batch.offsets, 0, packed)
-        names = ("advantages", "weights", "old_logprobs", "ref_logprobs")
+        names = ("advantages", "weights", "old_logprobs", "ref_logprobs", "selected")
         fields = {name: getattr(batch, name) for name in names}
         inputs = LossInputs(
             objective=objective, **{n: None if f is None else f[microbatch.tokens] for n, f in fields.items()}
@@ -85,7 +87,10 @@ def gradient(objective, batch, microbatches, layout, adapters=False):
 def reference_gradient(objective, batch, adapters=False):
     """Full logits of all completions at once, and the loss by its definition."""
     model, trained = trained_model(adapters)
-    tokens = Tokens(batch.advantages.double(), batch.weights.double(), batch.old_logprobs, batch.ref_logprobs)
+    tokens = Tokens(
+        batch.advantages.double(), batch.weights.double(), batch.old_logprobs, batch.ref_logprobs,
+        selected=None if batch.selected is None else batch.selected.double(),
+    )  # fmt: skip
     loss, _ = policy_loss_ref(plain_logprobs(model, batch.samples), tokens, objective, None, batch.offsets)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trained])

@@ -60,7 +60,7 @@ SIZES = (
     "splits",
 )
 NUMBERS = ("logit_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
-NUMBERS += ("decay_pos", "decay_neg", "beta", "entropy_coef")
+NUMBERS += ("decay_pos", "decay_neg", "beta", "kl_clip", "entropy_coef")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
     **dict.fromkeys(NUMBERS, "fp32"),

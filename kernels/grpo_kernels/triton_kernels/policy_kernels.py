@@ -10,6 +10,8 @@ added up afterwards, always in the same order. Clip bounds and coefficients are 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +73,7 @@ def _objective(
 @triton.jit
 def _terms(
     at, mask, counted, w, logp, A, ratio, share, ref_logprobs, correction, entropy,
-    low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
+    low, high, delta, pos, neg, decay_pos, decay_neg, beta, kl_clip, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +92,10 @@ def _terms(
     kl = tl.zeros(w.shape, tl.float32)
     if HAS_REF:
         kl, kl_slope = kl_terms(logp - tl.where(counted, tl.load(ref_logprobs + at, mask, other=0.0), 0.0), KL)
+        # NaN passes.
+        outside = tl.abs(kl) > kl_clip
+        kl = tl.where(outside, tl.where(kl > 0, kl_clip, -kl_clip), kl)
+        kl_slope = tl.where(outside, 0.0, kl_slope)
         if beta != 0.0:
             factor = beta * w
             if KL_BIAS_CORRECTION:
@@ -132,7 +138,7 @@ def _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD:
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
 def policy_tokens(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
-    N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
+    N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, kl_clip, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -142,7 +148,7 @@ def policy_tokens(
     counted, w, logp, A, log_ratio = _load_tokens(at, mask, logprobs, advantages, weights, old_logprobs, HAS_OLD)
     through, direct, block_sums = _terms(
         at, mask, counted, w, logp, A, tl.exp(log_ratio), counted.to(tl.float32), ref_logprobs, correction, entropy,
-        low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
+        low, high, delta, pos, neg, decay_pos, decay_neg, beta, kl_clip, entropy_coef,
         KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_BIAS_CORRECTION,
     )  # fmt: skip
     tl.store(grad_logprobs + at, through + direct, mask)
@@ -153,7 +159,7 @@ def policy_tokens(
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=_POINTERS)
 def policy_sequences(
     logprobs, advantages, weights, old_logprobs, ref_logprobs, correction, entropy, offsets, grad_logprobs, sums,
-    N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
+    N, low, high, delta, pos, neg, decay_pos, decay_neg, beta, kl_clip, entropy_coef,
     KIND: tl.constexpr, KL: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_CORRECTION: tl.constexpr, HAS_ENTROPY: tl.constexpr, KL_BIAS_CORRECTION: tl.constexpr, PRODUCT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -186,7 +192,7 @@ def policy_sequences(
         through, direct, block_sums = _terms(
             at, mask, counted, w, logp, A, tl.zeros([BLOCK], tl.float32) + sequence_ratio,
             counted.to(tl.float32) / length, ref_logprobs, correction, entropy,
-            low, high, delta, pos, neg, decay_pos, decay_neg, beta, entropy_coef,
+            low, high, delta, pos, neg, decay_pos, decay_neg, beta, kl_clip, entropy_coef,
             KIND, KL, HAS_DELTA, HAS_REF, HAS_CORRECTION, HAS_ENTROPY, KL_BIAS_CORRECTION,
         )  # fmt: skip
         throughs += through
@@ -222,7 +228,7 @@ def policy_terms_triton(
     """`_policy_terms.policy_terms` in one kernel; float32 ``[N]`` tensors."""
     o, N = objective, logprobs.numel()
     fields = (None if field is None else field.contiguous() for field in (logprobs, *tokens, entropy))
-    logprobs, advantages, weights, old, ref, correction, entropy = fields
+    logprobs, advantages, weights, old, ref, correction, _, entropy = fields
     by_sequence = o.level != "token"
     programs = offsets.numel() - 1 if by_sequence else -(-N // BLOCK)
     # Unchecked offsets may leave tokens without a sequence; they have no gradient.
@@ -233,7 +239,7 @@ def policy_terms_triton(
         policy_sequences if by_sequence else policy_tokens, logprobs.device, programs,
         logprobs, advantages, weights, old, ref, correction, entropy, offsets, grad, sums,
         N, o.lower_bound, o.upper_bound, o.delta or 0.0, *shape, o.vespo_lambda_pos, o.vespo_lambda_neg,
-        float(o.beta), float(o.entropy_coef),
+        float(o.beta), math.inf if o.kl_clip is None else float(o.kl_clip), float(o.entropy_coef),
         KIND=KINDS[o.kind], KL=int(o.kl[1]), HAS_DELTA=o.delta is not None, HAS_OLD=old is not None,
         HAS_REF=ref is not None, HAS_CORRECTION=correction is not None, HAS_ENTROPY=entropy is not None,
         KL_BIAS_CORRECTION=o.kl_bias_correction, PRODUCT=o.level == "product", BLOCK=BLOCK, num_warps=WARPS,
