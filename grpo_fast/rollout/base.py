@@ -136,6 +136,10 @@ class Rollout:
     def sync(self, model: nn.Module) -> None:
         """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on."""
 
+    def take_figures(self) -> dict[str, float]:
+        """Metrics of what was sampled since the last call, by name."""
+        return {}
+
     def sleep(self) -> None:
         """Release memory while the policy is trained."""
 
