@@ -529,7 +529,7 @@ class GRPOTrainer:
             with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:
                 for line in groups.lines(self.step + 1, self.rewards.names, batch):
                     file.write(line)
-        return batch, metrics | completion_metrics(groups.responses)
+        return batch, metrics | completion_metrics(groups.responses) | self.rollout.engine.take_figures()
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         """One optimizer step; its errors name the step.
