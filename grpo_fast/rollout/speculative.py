@@ -29,7 +29,7 @@ FIXED_TOKENS_ELSEWHERE = 128.0
 # By how much a step with drafts must be expected to be better.
 MARGIN = 0.1
 # Most steps without drafts after one in which they would not have paid.
-LONGEST_REST = 15
+LONGEST_REST = 3
 
 
 class Speculation:
