@@ -22,10 +22,9 @@ from grpo_fast.rollout.drafts import Acceptance, Answers, DraftToken, GroupText
 from grpo_fast.rollout.rows import plain_layers
 from grpo_fast.rollout.slots import SlotsCache
 
-# A step costs as much as so many tokens, and each token of each row one more. The time of a token's arithmetic and that
-# of reading the weights decide: measured on a CPU with 2 cores, 24 to 28; GPUs have far more arithmetic.
-FIXED_TOKENS = {"cpu": 24.0}
-FIXED_TOKENS_ELSEWHERE = 128.0
+# A step costs as much as so many tokens, and each token of each row one more. The time of reading the weights and that
+# of a token's arithmetic decide. Measured on a CPU: 14 with one thread and 28 with two. A GPU's number is a low guess.
+FIXED_TOKENS_PER_THREAD, COUNTED_THREADS, FIXED_TOKENS_ELSEWHERE = 12.0, 4, 128.0
 # By how much a step with drafts must be expected to be better.
 MARGIN = 0.1
 # Most steps without drafts after one in which they would not have paid.
@@ -58,6 +57,13 @@ class Speculation:
         return figures
 
 
+def fixed_tokens(device: torch.device) -> float:
+    """What a step costs beside its tokens, in tokens."""
+    if device.type != "cpu":
+        return FIXED_TOKENS_ELSEWHERE
+    return FIXED_TOKENS_PER_THREAD * min(torch.get_num_threads(), COUNTED_THREADS)
+
+
 def attention_of(model: nn.Module) -> str:
     """The name of the model's own attention function."""
     return (model.config.get_text_config()._attn_implementation or "").removeprefix(PREFIX)
@@ -84,7 +90,7 @@ class SpeculativeDecoder(Decoder):
         self.speculation = speculation
         windows = [getattr(layer, "sliding_window", None) for layer in plain_layers(self.model.config)]
         self.cache = SlotsCache(windows, attention_of(self.model) == "eager")
-        self.fixed = FIXED_TOKENS.get(self.device.type, FIXED_TOKENS_ELSEWHERE)
+        self.fixed = fixed_tokens(self.device)
         self.groups: dict[int, GroupText] = {}
         self.streams: dict[int, np.random.Generator] = {}
         self.rest = self.resting = 0

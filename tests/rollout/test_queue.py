@@ -132,7 +132,7 @@ def test_async_rollout_continues_answers_with_new_weights(monkeypatch):
 class Scripted(SeparateEngine):
     """Says the tokens of a script, whatever the weights are."""
 
-    script: list[int] = []
+    script = ()
 
     def complete(self, ids, sampling, generator):
         said = ids[1:]
@@ -223,7 +223,7 @@ def test_run_with_max_staleness_0_is_the_run_without_it(tmp_path, separate):
 
 
 def test_run_with_max_staleness_resumed_draws_each_prompt_once(tmp_path, separate):
-    """What was sampled ahead and not trained on is sampled again; with dynamic sampling, batches take further groups."""
+    """What was sampled ahead and not trained on is sampled again, also where batches take further groups."""
     fields = {**FIELDS, "max_staleness": 2, "dynamic_sampling": True, "eval_steps": 2}
     rows = []
     for resume, max_steps in enumerate((2, 5)):
