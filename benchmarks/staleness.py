@@ -88,7 +88,9 @@ class Clock:
     def sample_part(self) -> None:
         """Sample a part of every open answer, which begins when the sampler is free."""
         answers, times = self.queue.open(), self.times
-        most = {answer: self.part if len(answer.tokens) < self.before_last else self.batch.longest for answer in answers}
+        most = {
+            answer: self.part if len(answer.tokens) < self.before_last else self.batch.longest for answer in answers
+        }
         counts = {each: min(self.length(each) - len(each.tokens), most[each]) for each in answers}
         seconds, before = 0.0, 0
         for place, count in enumerate(sorted(counts.values())):
