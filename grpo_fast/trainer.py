@@ -407,7 +407,7 @@ class GRPOTrainer:
         """Train, and yield the metrics of every optimizer step; a generation batch serves `updates_per_batch` steps."""
         config, state = self.config, self.state
         if config.max_staleness:
-            prompts = ((index, self.train_prompts[index]) for index in self.order)
+            prompts = ((index, self.train_prompts[index]) for index in self.prompt_order())
             batches = math.ceil((config.max_steps - state.step) / config.updates_per_batch)
             self.rollout.begin(
                 prompts, self.sampling, self.tokenizer, config.max_staleness, config.prompts_per_step, batches

@@ -35,16 +35,17 @@ class AsyncRollout:
         sampling: the run's.
         stops: finds the run's stop texts.
         eos_token_ids: tokens that end a completion.
+        seed: of the parts' seeds.
     """
 
     def __init__(
         self, engine: Rollout, queue: GroupQueue, sampling: Sampling, stops: StopTexts | None,
-        eos_token_ids: Container[int],
+        eos_token_ids: Container[int], seed: int,
     ):  # fmt: skip
         self.engine, self.queue, self.sampling, self.stops = engine, queue, sampling, stops
         self.eos_token_ids = eos_token_ids
         # A generator for the thread: with torch's default one, the order of draws would be undefined.
-        self.seeds = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        self.seeds = torch.Generator().manual_seed(seed)
         self.part, self.last_part = part_lengths(sampling.max_completion_length)
         self.changed = Condition()
         self.busy = self.stopped = False
@@ -78,10 +79,12 @@ class AsyncRollout:
             UserError: the engine failed, and it is not held.
         """
         with self.changed:
-            self.changed.wait_for(lambda: not self.busy or self.holds)
-            if self.error is not None:
-                raise self.error
+            # First of all, or the thread could begin part after part.
             self.holds += 1
+            self.changed.wait_for(lambda: not self.busy)
+            if self.error is not None:
+                self.holds -= 1
+                raise self.error
 
     def release(self) -> None:
         with self.changed:

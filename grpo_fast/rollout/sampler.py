@@ -60,13 +60,15 @@ class Sampler:
         """Begin to sample ahead in a thread; the arguments are those of `GroupQueue`."""
         self.refresh()
         self.queued, self.version, self.group = True, 0, new_group()
+        # Every process draws it, so that their generators stay in the same state.
+        seed = int(torch.randint(2**62, ()))
 
         def start() -> None:
             engine = self.engine.engine if isinstance(self.engine, DealtRollout) else self.engine
             queue = GroupQueue(prompts, sampling.num_generations, max_staleness, per_step, batches)
             stops = stop_texts(tokenizer, sampling)
             ends = eos_token_ids(self.model, tokenizer)
-            self.stream = AsyncRollout(engine, queue, sampling, stops, ends).start()
+            self.stream = AsyncRollout(engine, queue, sampling, stops, ends, seed).start()
 
         on_main(start, self.group)
 
@@ -76,8 +78,9 @@ class Sampler:
         Raises:
             UserError: the engine failed.
         """
-        with self.free_engine():
-            self.refresh()
+        if self.stale:
+            with self.free_engine():
+                self.refresh()
         return on_main(lambda: self.stream.take(count), self.group)
 
     @contextmanager

@@ -15,6 +15,7 @@ from grpo_fast.rollout.asynchronous import AsyncRollout, part_lengths
 from grpo_fast.rollout.queue import GroupQueue
 from grpo_fast.rollout.stops import stop_texts
 from grpo_fast.train.checkpoint import checkpoints
+from grpo_fast.trainer import GRPOTrainer
 from support import text_models
 from support.separate import SeparateEngine, use_separate_engine
 from support.small import trainer, weights
@@ -95,10 +96,11 @@ def test_async_rollout_continues_answers_with_new_weights(monkeypatch):
     sampler = text_models.rollout()
     model = sampler.model
     engine = SeparateEngine(model, sampler.tokenizer)
+    engine.eos_token_ids = set()
     engine.sync(model)
     prompts = itertools.cycle([(0, [5, 9, 11]), (1, [7])])
     groups = GroupQueue(prompts, 2, 1, 2, 10)
-    stream = AsyncRollout(engine, groups, Sampling(2, 8, temperature=0.7), None, engine.eos_token_ids)
+    stream = AsyncRollout(engine, groups, Sampling(2, 8, temperature=0.7), None, engine.eos_token_ids, 0)
     assert stream.sample_part()
     assert [len(answer.tokens) for answer in groups.open()] == [3] * 8
     assert groups.take(2) is None
@@ -114,19 +116,16 @@ def test_async_rollout_continues_answers_with_new_weights(monkeypatch):
     contexts = engine.contexts[1]
     assert contexts[0][:3] == [5, 9, 11]
     assert len(contexts[0]) == 6
-    taken = stream.take(2)
-    for group in taken:
+    for group in stream.take(2):
         for answer in group.answers:
             tokens, reason, logprobs, _, _, versions = answer.response
-            assert reason == ("stop" if tokens[-1] in engine.eos_token_ids else "length")
-            assert len(tokens) == 8 or reason == "stop"
-            assert versions == [0] * 3 + [1] * (len(tokens) - 3)
+            assert reason == "length"
+            assert versions == [0] * 3 + [1] * 5
             for place, (token, logprob, version) in enumerate(zip(tokens, logprobs, versions, strict=True)):
                 ids = torch.tensor([answer.prompt + tokens[:place]])
                 with torch.no_grad():
                     scores = engine.weights[version](input_ids=ids).logits[0, -1] / 0.7
                 assert logprob == pytest.approx(scores.log_softmax(-1)[token].item(), abs=1e-5)
-    assert any(set(answer.response.versions) == {0, 1} for group in taken for answer in group.answers)
 
 
 class Scripted(SeparateEngine):
@@ -151,7 +150,7 @@ def test_async_rollout_finds_a_stop_text_across_parts(monkeypatch):
     sampling = Sampling(1, 6, generation_kwargs={"stop": ["</answer>"]})
     groups = GroupQueue(itertools.repeat((0, [7])), 1, 0, 1, 1)
     stops = stop_texts(sampler.tokenizer, sampling)
-    stream = AsyncRollout(engine, groups, sampling, stops, engine.eos_token_ids).start()
+    stream = AsyncRollout(engine, groups, sampling, stops, engine.eos_token_ids, 0).start()
     ((answer,),) = [group.answers for group in stream.take(1)]
     stream.close()
     assert answer.response == Response(Scripted.script[:4], "stop", [-1.0] * 4, 0, versions=[0] * 4)
@@ -163,7 +162,7 @@ def test_async_rollout_raises_the_error_of_its_thread():
             raise UserError("the server no longer answers")
 
     sampler = text_models.rollout()
-    stream = AsyncRollout(Dying(sampler.model, sampler.tokenizer), queue(), Sampling(2, 4), None, ()).start()
+    stream = AsyncRollout(Dying(sampler.model, sampler.tokenizer), queue(), Sampling(2, 4), None, (), 0).start()
     for call in (lambda: stream.take(1), stream.hold):
         with pytest.raises(UserError, match="the server no longer answers"):
             call()
@@ -172,6 +171,8 @@ def test_async_rollout_raises_the_error_of_its_thread():
 @pytest.fixture
 def separate(monkeypatch):
     use_separate_engine(monkeypatch.setattr)
+    # Plots and pages take longer than these runs.
+    monkeypatch.setattr(GRPOTrainer, "write_end", lambda *arguments: None)
 
 
 def collected(made):
@@ -214,7 +215,7 @@ def test_run_with_max_staleness_0_is_the_run_without_it(tmp_path, separate):
     ends = []
     for name, fields in (("plain", {}), ("zero", {"max_staleness": 0})):
         AcceleratorState._reset_state(reset_partial_state=True)
-        made = trainer(tmp_path / name, **FIELDS, **fields)
+        made = trainer(tmp_path / name, **{**FIELDS, "max_steps": 2}, **fields)
         made.train()
         assert made.rollout.stream is None
         ends.append((weights(made.model), [entry["loss"] for entry in read_metrics(tmp_path / name / "metrics.jsonl")]))
