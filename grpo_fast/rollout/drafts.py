@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -157,19 +157,21 @@ class Acceptance:
             tried[token.kind] /= 2
             right[token.kind] /= 2
 
-    def best_length(self, drafts: list[list[DraftToken]], most: int, fixed: float, margin: float) -> int:
+    def best_length(
+        self, drafts: list[list[DraftToken]], most: int, cost: Callable[[int], float], margin: float
+    ) -> int:  # fmt: skip
         """How many tokens of each draft to verify, at most `most`, so that a step yields the most tokens for its cost.
 
-        A step of R rows and n draft tokens costs as much as `fixed` + R (1 + n) tokens, whether drafts are as long or
-        not. A longer step must be better by the share `margin`.
+        `cost` is that of a step by its number of tokens; one of R rows and n draft tokens has R (1 + n), whether all
+        drafts are as long or not. A longer step must be better by the share `margin`.
         """
         rows, best = len(drafts), 0
         reached, expected = [1.0] * rows, float(rows)
-        best_rate = expected / (fixed + rows) * (1 + margin)
+        best_rate = expected / cost(rows) * (1 + margin)
         for count in range(1, most + 1):
             for row, draft in enumerate(drafts):
                 reached[row] *= self.rate(draft[count - 1]) if len(draft) >= count else 0.0
             expected += sum(reached)
-            if (rate := expected / (fixed + rows * (1 + count))) > best_rate:
+            if (rate := expected / cost(rows * (1 + count))) > best_rate:
                 best, best_rate = count, rate
         return best

@@ -38,7 +38,7 @@ class FixedDecoder(Decoder):
 @pytest.fixture
 def eager(monkeypatch):
     """Verify drafts whatever they cost."""
-    monkeypatch.setattr(speculative, "fixed_tokens", lambda device: 1e9)
+    monkeypatch.setattr(speculative, "step_cost", lambda device: lambda tokens: 1e9 + tokens)
 
 
 def speculating(sampler, limit=4):
@@ -148,7 +148,7 @@ def test_speculative_sampling_learns_from_earlier_epochs(monkeypatch, eager):
 
 def test_speculative_decoder_without_a_gain_takes_single_tokens(monkeypatch):
     """Where a step's cost grows with its tokens, drafts that are mostly wrong are not verified."""
-    monkeypatch.setattr(speculative, "fixed_tokens", lambda device: 0.0)
+    monkeypatch.setattr(speculative, "step_cost", lambda device: float)
     sampler = text_models.rollout()
     plain, fast, decoders = both(monkeypatch, sampler, Sampling(6, 30, temperature=1.5))
     assert_same(plain, fast)
@@ -217,14 +217,14 @@ def test_acceptance_weighs_tokens_against_their_cost():
     assert acceptance.rate(sure) > 0.99
     assert acceptance.rate(unsure) < 0.01
     assert max(map(max, acceptance.tried)) <= Acceptance.FADE
-    arguments = {"most": 4, "fixed": 24.0, "margin": 0.1}
+    arguments = {"most": 4, "cost": lambda tokens: 24.0 + tokens, "margin": 0.1}
     assert acceptance.best_length([[sure] * 4], **arguments) == 4
     assert acceptance.best_length([[sure] * 2], **arguments) == 2
     assert acceptance.best_length([[sure, unsure, sure]], **arguments) == 1
     assert acceptance.best_length([[unsure] * 4], **arguments) == 0
     # One sure row of many does not pay for the tokens that all rows compute.
     assert acceptance.best_length([[sure] * 4] + [[]] * 40, **arguments) == 0
-    assert acceptance.best_length([[sure] * 4] + [[]] * 40, most=4, fixed=1e9, margin=0.0) == 4
+    assert acceptance.best_length([[sure] * 4] + [[]] * 40, most=4, cost=lambda tokens: 1e9 + tokens, margin=0.0) == 4
 
 
 def test_run_with_speculative_tokens_logs_acceptance(tmp_path):
