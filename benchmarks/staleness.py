@@ -172,7 +172,7 @@ def body() -> None:
     made.add_argument("--median", default="600", help="tokens of an answer")
     made.add_argument("--sigma", default="0.8", help="of the logarithm of the lengths")
     made.add_argument("--longest", default="4096", help="max_completion_length")
-    made.add_argument("--batches", default="40", help="of the simulated run")
+    made.add_argument("--batches", default="20", help="of the simulated run")
     made.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the results")
     chosen = vars(made.parse_args())
     kinds = dict.fromkeys(("prompts", "num_generations", "median", "longest", "batches", "max_staleness"), int)
