@@ -47,6 +47,7 @@ from grpo_fast.train.metrics import (
     group_metrics,
     peak_memory,
     reward_metrics,
+    staleness_metrics,
 )
 from grpo_fast.train.run import TrainingRun
 from grpo_fast.train.run_folder import choose_run_folder, release
@@ -111,6 +112,11 @@ class GRPOTrainer(TrainingRun):
         for line in ignored_settings(config, self.objective):
             self.warn(line)
         check_estimator(config)
+        if config.max_staleness and needs_greedy(config):
+            raise UserError(
+                f"advantage_estimator={config.advantage_estimator!r} needs a greedy completion of each prompt, which "
+                "max_staleness does not sample; set max_staleness=0"
+            )
         check_support(config)
         self.rewards = RewardModel(
             objects.reward_funcs or config.reward_funcs, config.reward_weights, config.reward_timeout,
@@ -203,6 +209,12 @@ class GRPOTrainer(TrainingRun):
     def steps(self) -> Iterator[dict[str, float]]:
         """Train, and yield the metrics of every optimizer step; a generation batch serves `updates_per_batch` steps."""
         config, state = self.config, self.state
+        if config.max_staleness:
+            prompts = ((index, self.train_prompts[index]) for index in self.prompt_order())
+            batches = math.ceil((config.max_steps - state.step) / config.updates_per_batch)
+            self.rollout.begin(
+                prompts, self.sampling, self.tokenizer, config.max_staleness, config.prompts_per_step, batches
+            )
         while state.step < config.max_steps:
             start = time.perf_counter()
             batch, figures = self.collect()
@@ -272,9 +284,13 @@ class GRPOTrainer(TrainingRun):
 
     def sample(self, count: int) -> Groups:
         """The next `count` prompts, their completions (sampled now, unless they were sampled ahead) and rewards."""
-        indices, self.ahead = self.ahead or self.draw(count), []
+        taken = self.rollout.take(count) if self.config.max_staleness else []
+        indices, self.ahead = [group.row for group in taken] or self.ahead or self.draw(count), []
         rows, prompts = [self.train_rows[i] for i in indices], [self.train_prompts[i] for i in indices]
-        responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
+        if taken:
+            responses = [answer.response for group in taken for answer in group.answers]
+        else:
+            responses = self.rollout.finish() or self.rollout.generate(prompts, self.sampling)
         scored = score_responses(self.rewards, self.tokenizer, rows, prompts, responses)
         groups = Groups(rows, prompts, *scored)
         if needs_greedy(self.config):
@@ -324,7 +340,8 @@ class GRPOTrainer(TrainingRun):
             with LinesFile(self.run_folder / "completions" / f"completions_{self.step + 1:05d}.jsonl") as file:
                 for line in groups.lines(self.step + 1, self.rewards.names, batch):
                     file.write(line)
-        return batch, metrics | completion_metrics(groups.responses)
+        metrics |= completion_metrics(groups.responses) | self.rollout.engine.take_figures()
+        return batch, metrics | staleness_metrics(groups.responses, self.rollout.version)
 
     def update(self, batch: StepBatch, keep_logprobs: bool = False) -> dict[str, float]:
         if self.config.use_adaptive_entropy:

@@ -52,8 +52,8 @@ _RANGES = [
         (
             "top_k", "beta", "weight_decay", "max_grad_norm", "warmup_steps", "log_completions_steps", "save_steps",
             "eval_steps", "advantage_eps", "relative_weight", "baseline_weight", "vllm_importance_sampling_clip_max",
-            "vllm_importance_sampling_clip_min", "thinking_budget", "max_skipped_updates",
-            "layers_on_host", "entropy_target", "entropy_coef_delta", "entropy_coef_min",
+            "vllm_importance_sampling_clip_min", "thinking_budget", "max_skipped_updates", "max_staleness",
+            "speculative_tokens", "layers_on_host", "entropy_target", "entropy_coef_delta", "entropy_coef_min",
         ),
         lambda v: v >= 0,
         "at least 0",
@@ -96,6 +96,17 @@ _REQUIRED = [
         lambda c: c.corrects_sampler and c.vllm_mode == "server",
         "use_vllm, vllm_mode='server' and vllm_importance_sampling_correction: only a server can sample during an "
         "update, and the correction accounts for completions that are one step old",
+    ),
+    (
+        "max_staleness",
+        lambda c: c.corrects_sampler and c.vllm_mode == "server",
+        "use_vllm, vllm_mode='server' and vllm_importance_sampling_correction: only a server can sample during an "
+        "update, and the correction accounts for tokens that older weights sampled",
+    ),
+    (
+        "speculative_tokens",
+        lambda c: not c.use_vllm,
+        "use_vllm=false: it is for sampling with transformers",
     ),
 ]
 # The settings that a built-in kind of objective takes, of those that belong to some kinds alone.
@@ -336,6 +347,13 @@ def _check_combinations(c: Any) -> None:
         raise UserError(
             "thinking_budget is not possible with use_vllm, because vLLM does not say which tokens it forced: set "
             "use_vllm=false, or leave out thinking_budget"
+        )
+    if c.max_staleness and c.sample_ahead:
+        raise UserError("max_staleness takes the place of sample_ahead; set only one of them")
+    if c.max_staleness and "min_new_tokens" in (c.generation_kwargs or {}):
+        raise UserError(
+            "max_staleness is not possible with generation_kwargs: min_new_tokens, which would count again where an "
+            "answer goes on with new weights; leave out one of them"
         )
     if c.share_prompts == "always" and c.padding_free == "never":
         raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")

@@ -200,7 +200,12 @@ class GRPOConfig:
         sample_ahead: sample the next batch on a vLLM server while training on this one. Its completions are then one
             step old, which the correction accounts for. A resumed run samples its first batch again and is not
             bit-identical.
+        max_staleness: the same with a queue: a token may have been sampled by weights that are up to so many syncs
+            older than those that it trains. Answers that a sync interrupts go on with the new weights; each token keeps
+            the log-probability of those that drew it. 0 for none.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
+        speculative_tokens: with transformers, verify up to so many tokens at once that other answers to the prompt
+            suggest, where that pays; the distribution stays the same (docs/sampling.md). 0 for none.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
             dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, dro, clip_cov or kl_cov
             (docs/objectives.md); or a loss function of your own, by dotted path or as ``file.py:function``
@@ -394,7 +399,9 @@ class GRPOConfig:
     rollout_rs_threshold_lower: float | None = None
     sync_tolerance: float | None = None
     sample_ahead: bool = False
+    max_staleness: int = 0
     max_tokens_per_generation_batch: int = 65536
+    speculative_tokens: int = 0
 
     loss_type: str = "dapo"
     epsilon: float | None = None

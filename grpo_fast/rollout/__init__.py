@@ -58,7 +58,8 @@ def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_
         UserError: the engine cannot be started or reached, or cannot sample from this model.
     """
     if not config.use_vllm:
-        return TransformersRollout(model, tokenizer, config.max_tokens_per_generation_batch)
+        budget = config.max_tokens_per_generation_batch
+        return TransformersRollout(model, tokenizer, budget, config.speculative_tokens)
     if config.vllm_mode == "server":
         from grpo_fast.rollout.vllm.server import VLLMServer
 

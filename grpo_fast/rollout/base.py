@@ -87,6 +87,7 @@ class Response(NamedTuple):
     `logprobs` are log-probabilities of the tokens under the sampled distribution: after temperature and filters.
     `past` is set where a stop text ended the completion: how many characters its last token has after that text.
     `mask` is False where a token was not sampled but forced, to close the thinking; None if all were sampled.
+    `versions` are those of the weights that sampled each token (with `max_staleness`): how many syncs came before.
     """
 
     token_ids: list[int]
@@ -94,6 +95,7 @@ class Response(NamedTuple):
     logprobs: list[float] | None = None
     past: int | None = None
     mask: list[bool] | None = None
+    versions: list[int] | None = None
 
     @property
     def ended(self) -> bool:
@@ -135,6 +137,10 @@ class Rollout:
 
     def sync(self, model: nn.Module) -> None:
         """Sample from the weights of `model` (a transformers causal LM, or its PeftModel) from now on."""
+
+    def take_figures(self) -> dict[str, float]:
+        """Metrics of what was sampled since the last call, by name."""
+        return {}
 
     def sleep(self) -> None:
         """Release memory while the policy is trained."""

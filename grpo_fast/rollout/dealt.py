@@ -56,6 +56,10 @@ class DealtRollout(Rollout):
         with self.gathered():
             self._each(lambda: self.engine.sync(model))
 
+    def take_figures(self) -> dict[str, float]:
+        """Those of this process's engine."""
+        return {} if self.engine is None else self.engine.take_figures()
+
     def sleep(self) -> None:
         self._each(lambda: self.engine.sleep())
 

@@ -148,8 +148,11 @@ class Decoder:
         """Keys and values of all but the last token of each sequence, right-aligned."""
         ids, mask = left_padded([(each.prompt + each.tokens)[:-1] for each in sequences], 0, self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        columns = max(PREFILL_TOKENS // len(sequences), 1)
+        return self.fill(DynamicCache(config=self.model.config), ids, mask, positions)
+
+    def fill(self, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> DynamicCache:
+        """`cache` with the keys and values of `ids` ``[rows, width]``, computed in parts."""
+        columns = max(PREFILL_TOKENS // len(ids), 1)
         for first in range(0, ids.shape[1], columns):
             part = slice(first, first + columns)
             self.model.base_model(
@@ -205,7 +208,7 @@ class Decoder:
         self.width += 1
         self.steps += 1
         self.rows_computed += len(self.live)
-        tokens, logprobs = self.choose(logits)
+        tokens, logprobs = self.choose(logits, self.live)
         done = []
         for row, (sequence, token, logprob) in enumerate(zip(self.live, tokens, logprobs, strict=True)):
             if (response := self.add(sequence, token, logprob)) is not None:
@@ -231,28 +234,33 @@ class Decoder:
         reason, mask = "stop" if ended or past is not None else "length", None if thinking is None else thinking.mask
         return Response(sequence.tokens, reason, sequence.logprobs, past, mask)
 
-    def choose(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """A token for every row of ``[rows, vocab]``, and its log-probability after the filters."""
+    def uniforms(self, sequences: list[Sequence]) -> Tensor | None:
+        """The random number in [0, 1) for each sequence's next token ``[rows, 1]`` float64; None leaves it to torch."""
+        return None
+
+    def choose(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float]]:
+        """A token for each of `sequences` from ``[rows, vocab]``, and its log-probability after the filters."""
         tokens = torch.empty(len(logits), dtype=torch.long, device=self.device)
         logprobs = torch.empty(len(logits), device=self.device)
-        for alike in self.alike():
+        for alike in self.alike(sequences):
             for rows in alike.split(self.chunk_rows):
                 scores = (logits if len(rows) == len(logits) else logits[rows]).float()
                 ids, prompt_length = rows[:, None], 1
+                chosen = [sequences[row] for row in rows.tolist()]
                 if self.reads_tokens:
-                    sequences = [self.live[row] for row in rows.tolist()]
-                    ids = torch.tensor([sequence.prompt + sequence.tokens for sequence in sequences])
-                    ids, prompt_length = ids.to(self.device), len(sequences[0].prompt)
-                tokens[rows], logprobs[rows] = sample(self.filters(prompt_length)(ids, scores), self.greedy)
+                    ids = torch.tensor([sequence.prompt + sequence.tokens for sequence in chosen])
+                    ids, prompt_length = ids.to(self.device), len(chosen[0].prompt)
+                scores = self.filters(prompt_length)(ids, scores)
+                tokens[rows], logprobs[rows] = sample(scores, self.greedy, self.uniforms(chosen))
         drawn = logprobs.tolist()
         if any(map(math.isnan, drawn)):
             raise not_finite()
         return tokens.tolist(), drawn
 
-    def alike(self) -> list[Tensor]:
+    def alike(self, sequences: list[Sequence]) -> list[Tensor]:
         """Rows whose logits can be filtered together: all, or those with equal prompt and completion lengths."""
         groups: dict[tuple[int, int] | None, list[int]] = {}
-        for row, sequence in enumerate(self.live):
+        for row, sequence in enumerate(sequences):
             key = (len(sequence.prompt), len(sequence.tokens)) if self.reads_tokens else None
             groups.setdefault(key, []).append(row)
         return [torch.tensor(rows, device=self.device) for rows in groups.values()]
@@ -270,10 +278,11 @@ def not_finite() -> UserError:
     return UserError("the policy's probabilities are no longer finite; try a smaller learning_rate")
 
 
-def sample(scores: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+def sample(scores: Tensor, greedy: bool, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sample a token from each row of ``[rows, vocab]`` float32 scores; returns it and its log-probability ``[rows]``.
 
-    It inverts the cumulative probabilities, in float64, at one random number for each row.
+    It inverts the cumulative probabilities, in float64, at one random number for each row: at `uniforms`, in [0, 1)
+    ``[rows, 1]`` float64, or at new ones of torch's default generator.
     """
     logprobs = scores.log_softmax(-1)
     if greedy:
@@ -281,6 +290,7 @@ def sample(scores: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
     else:
         cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
         # In (0, total], so that a token with probability 0 is never chosen.
-        reached = (1 - torch.rand_like(cumulated[:, :1])) * cumulated[:, -1:]
+        drawn = torch.rand_like(cumulated[:, :1]) if uniforms is None else uniforms
+        reached = (1 - drawn) * cumulated[:, -1:]
         tokens = torch.searchsorted(cumulated, reached).clamp(max=scores.shape[1] - 1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)

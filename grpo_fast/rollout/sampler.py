@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.rollout.base import Response, Rollout, Sampling
+from grpo_fast.distributed.processes import is_main, new_group, on_main
+from grpo_fast.rollout.asynchronous import AsyncRollout
+from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
+from grpo_fast.rollout.dealt import DealtRollout
 from grpo_fast.rollout.probe import Probe
+from grpo_fast.rollout.queue import Group, GroupQueue
+from grpo_fast.rollout.stops import stop_texts
 
 
 class Sampler:
@@ -32,14 +39,62 @@ class Sampler:
         self.engine, self.model, self.probe, self.score = engine, model, probe, score
         self.stale, self.asleep = engine.copies_weights, False
         self.ahead: Future | None = None
+        # With a queue, the first process samples from it; `version` counts the syncs since it began.
+        self.queued, self.version = False, 0
+        self.stream: AsyncRollout | None = None
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
-        self.refresh()
-        self.engine.check(prompt_ids, sampling)
+        with self.free_engine():
+            self.refresh()
+            self.engine.check(prompt_ids, sampling)
 
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> list[Response]:
+        with self.free_engine():
+            self.refresh()
+            return self.engine.generate(prompt_ids, sampling)
+
+    def begin(
+        self, prompts: Iterator[tuple[int, list[int]]], sampling: Sampling, tokenizer: Any, max_staleness: int,
+        per_step: int, batches: int,
+    ):  # fmt: skip
+        """Begin to sample ahead in a thread; the arguments are those of `GroupQueue`."""
         self.refresh()
-        return self.engine.generate(prompt_ids, sampling)
+        self.queued, self.version, self.group = True, 0, new_group()
+        # Every process draws it, so that their generators stay in the same state.
+        seed = int(torch.randint(2**62, ()))
+
+        def start() -> None:
+            engine = self.engine.engine if isinstance(self.engine, DealtRollout) else self.engine
+            queue = GroupQueue(prompts, sampling.num_generations, max_staleness, per_step, batches)
+            stops = stop_texts(tokenizer, sampling)
+            ends = eos_token_ids(self.model, tokenizer)
+            self.stream = AsyncRollout(engine, queue, sampling, stops, ends, seed).start()
+
+        on_main(start, self.group)
+
+    def take(self, count: int) -> list[Group]:
+        """Wait for the next `count` groups of the queue that `begin` began; they are the same in every process.
+
+        Raises:
+            UserError: the engine failed.
+        """
+        if self.stale:
+            with self.free_engine():
+                self.refresh()
+        return on_main(lambda: self.stream.take(count), self.group)
+
+    @contextmanager
+    def free_engine(self) -> Iterator[None]:
+        """A context in which the engine does not sample ahead."""
+        if not self.queued:
+            yield
+            return
+        on_main(lambda: self.stream.hold(), self.group)
+        try:
+            yield
+        finally:
+            if is_main():
+                self.stream.release()
 
     def start(self, prompt_ids: list[list[int]], sampling: Sampling) -> None:
         """Start sampling from the current weights in a thread, while the trainer goes on."""
@@ -67,6 +122,10 @@ class Sampler:
             self.engine.sync(self.model)
             self.probe.check(self.engine, self.score)
             self.stale = False
+            if self.queued:
+                self.version += 1
+                if self.stream is not None:
+                    self.stream.synced()
 
     def weights_change(self) -> None:
         """Call before training: marks the engine's copy as stale, and puts an engine in this process to sleep."""
@@ -76,6 +135,8 @@ class Sampler:
             self.asleep = True
 
     def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
         self.engine.close()
 
 

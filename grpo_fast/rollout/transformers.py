@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from grpo_fast.errors import UserError, one_line
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.decode import Decoder, left_padded, not_finite
 from grpo_fast.rollout.rows import cache_argument, forward_arguments, plain_layers
+from grpo_fast.rollout.speculative import Speculation, SpeculativeDecoder, check_speculation
 from grpo_fast.rollout.stops import StopCriterion, StopTexts, ending, stop_texts
 from grpo_fast.rollout.thinking import ForcedTokens, ThinkingBudget
 
@@ -46,10 +47,18 @@ class TransformersRollout(Rollout):
         model: a transformers causal LM; sampling uses eval mode and restores the mode afterwards.
         tokenizer: its tokenizer, with a padding token.
         max_tokens: budget of cached tokens; with `generate`, of prompts and longest completions in one batch.
+        speculative_tokens: most draft tokens for each sequence and step (see `rollout.speculative`); 0 for none.
+
+    Raises:
+        UserError: `speculative_tokens` are not possible with this model.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, max_tokens: int):
+    def __init__(self, model: nn.Module, tokenizer, max_tokens: int, speculative_tokens: int = 0):
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.speculation = None
+        if speculative_tokens:
+            check_speculation(model, speculative_tokens, not_continuous(model))
+            self.speculation = Speculation(speculative_tokens)
         self.eos_token_ids = eos_token_ids(model, tokenizer)
         self.warning = padded_warning(model)
 
@@ -76,7 +85,8 @@ class TransformersRollout(Rollout):
                 ids, attention_mask=torch.ones_like(ids), generation_config=config, custom_generate=processors
             )
 
-        decoder = Decoder(
+        kind = Decoder if self.speculation is None else partial(SpeculativeDecoder, self.speculation)
+        decoder = kind(
             self.model, self.max_tokens, sampling.max_completion_length, self.eos_token_ids, filters,
             any(FILTERS[name] for name in sampling.filters), sampling.temperature == 0,
             stop_texts(self.tokenizer, sampling), thinking_budget(self.tokenizer, sampling),
@@ -93,6 +103,9 @@ class TransformersRollout(Rollout):
             except (TypeError, ValueError) as error:
                 given = sampling.generation_kwargs
                 raise UserError(f"generation_kwargs={given!r} is not allowed: {one_line(error)}") from None
+
+    def take_figures(self) -> dict[str, float]:
+        return {} if self.speculation is None else self.speculation.take_figures()
 
     def _padded(self, prompt_ids: list[list[int]], sampling: Sampling, config: GenerationConfig) -> list[Response]:
         groups: dict[int, list[Response]] = {}

@@ -76,6 +76,12 @@ def completion_metrics(responses: list[Response]) -> dict[str, float]:
     return metrics
 
 
+def staleness_metrics(responses: list[Response], version: int) -> dict[str, float]:
+    """By how many syncs the weights that sampled a token are older than those of `version`: mean and largest."""
+    stale = [version - own for response in responses for own in response.versions or []]
+    return {"sampling/staleness/mean": sum(stale) / len(stale), "sampling/staleness/max": max(stale)} if stale else {}
+
+
 def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: PolicyObjective) -> dict[str, float]:
     """From the sums of `linear_policy_loss`, added up over the microbatches of a step; `stats` is None without any.
 

@@ -93,6 +93,14 @@ def test_sampling_ahead_from_a_server_by_the_first_process(runs, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_sampling_from_a_queue_by_the_first_process(runs, mode):
+    entries = figures(runs[2] / mode / "queued")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    assert entries[0]["sampling/staleness/max"] == 0
+    assert all(entry["sampling/staleness/max"] <= 1 for entry in entries)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_runs_resumed_with_two_processes_are_the_same(runs, mode):
     folder = runs[2] / mode
     assert_same_run(folder / "resumed", folder / "sampled")

@@ -45,6 +45,7 @@ CASES = {
 # In 16 bits the order of a sum shows.
 ALLOWED = {"bfloat16": (1e-2, 0.1)}
 SERVED = {"use_vllm": True, "vllm_mode": "server", "sample_ahead": True, "beta": 0.0}
+QUEUED = {"use_vllm": True, "vllm_mode": "server", "max_staleness": 1, "beta": 0.0}
 STEPS = 5
 # Metrics of the whole step, which are equal except for rounding.
 FIGURES = ("loss", "entropy", "grad_norm", "kl")
@@ -213,6 +214,7 @@ def work(rank: int, port: int, folder: Path) -> None:
             train(folder / mode / "two then one", Given, max_steps=2, **fields)
             train(folder / mode / "one then two", Given, resume=True, **fields)
             train(folder / mode / "served", Served, **SERVED, **fields)
+            train(folder / mode / "queued", Served, **QUEUED, **fields)
             train(folder / mode / "sampled", None, **fields)
             train(folder / mode / "resumed", None, max_steps=2, **fields)
             train(folder / mode / "resumed", None, resume=True, **fields)

@@ -1,6 +1,7 @@
 """Runs in separate processes, killed by SIGKILL and SIGTERM, or on a full disk."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import random
@@ -18,14 +19,15 @@ from grpo_fast.cli import main
 from grpo_fast.config import GRPOConfig
 from grpo_fast.train.checkpoint import checkpoints, find_checkpoint, read_state
 from grpo_fast.train.run_folder import LOCK_FILE
-from support.runs import assert_same_run, config, trainer
+from support.runs import assert_same_run, config, figures, trainer
+from support.separate import use_separate_engine
 
 # `make test-kill` asks for 20.
 KILLS = int(os.environ.get("KILLS", "3"))
 
 
-def child(fields: dict, output: str, limit: int | None = None) -> None:
-    """A run in a separate process, which exits with the command line's status."""
+def child(fields: dict, output: str, limit: int | None = None, ahead: bool = False) -> None:
+    """A run in a separate process, which exits with the command line's status; `ahead`: its engine samples ahead."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with open(output, "w") as file:
@@ -33,6 +35,8 @@ def child(fields: dict, output: str, limit: int | None = None) -> None:
         os.dup2(file.fileno(), 2)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if ahead:
+        use_separate_engine()
     path = Path(f"{output}.yaml")
     path.write_text(yaml.safe_dump(fields))
     sys.exit(main(["train", str(path)]))
@@ -46,8 +50,8 @@ def start(tmp_path, monkeypatch):
     context.set_forkserver_preload(["grpo_fast.trainer", "transformers.models.llama.modeling_llama", "jsonargparse"])
     children = []
 
-    def start_child(settings: GRPOConfig, limit: int | None = None):
-        arguments = (dataclasses.asdict(settings), str(tmp_path / "output"), limit)
+    def start_child(settings: GRPOConfig, limit: int | None = None, ahead: bool = False):
+        arguments = (dataclasses.asdict(settings), str(tmp_path / "output"), limit, ahead)
         children.append(context.Process(target=child, args=arguments))
         children[-1].start()
         return children[-1]
@@ -104,6 +108,47 @@ def test_run_killed_at_random_moments_ends_like_an_uninterrupted_run(tmp_path, s
     assert last.exitcode == 0, Path(tmp_path / "output").read_text()
     assert_same_run(folder, tmp_path / "whole")
     assert [path.name for path in folder.glob(".*")] == [LOCK_FILE]
+
+
+def prompts_of_steps(folder: Path) -> list[list[str]]:
+    """The prompts of each step, from the completions that the run logged."""
+    found = []
+    for path in sorted((folder / "completions").glob("*.jsonl")):
+        lines = map(json.loads, path.read_text().splitlines())
+        found.append(list(dict.fromkeys((line["group"], line["prompt"]) for line in lines)))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_queue_killed_at_random_moments_loses_and_repeats_no_prompt(tmp_path, start):
+    """Repeated SIGKILLs while answers are sampled ahead; every step has the prompts of an uninterrupted run."""
+    max_steps, moments = 6 * KILLS, random.Random(1)
+    fields = {
+        "max_steps": max_steps, "use_vllm": True, "vllm_mode": "server", "max_staleness": 2, "log_completions_steps": 1,
+        "generation_batch_size": 8, "dataset_kwargs": {"length": 2, "test_size": 3}, "sync_tolerance": 1e-2,
+    }  # fmt: skip
+    whole = start(config(tmp_path / "whole", **fields), ahead=True)
+    whole.join()
+    assert whole.exitcode == 0, Path(tmp_path / "output").read_text()
+    folder, kills = tmp_path / "run", 0
+    settings = config(folder, resume_from_checkpoint=True, **fields)
+    while kills < KILLS:
+        process, before = start(settings, ahead=True), newest_step(folder)
+        while newest_step(folder) == before and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, Path(tmp_path / "output").read_text()
+        kills += 1
+    last = start(settings, ahead=True)
+    last.join()
+    assert last.exitcode == 0, Path(tmp_path / "output").read_text()
+    steps = prompts_of_steps(folder)
+    assert len(steps) == max_steps
+    assert steps == prompts_of_steps(tmp_path / "whole")
+    assert all(entry["sampling/staleness/max"] <= 2 for entry in figures(folder))
 
 
 def test_run_ends_at_a_second_sigterm(tmp_path, start):
