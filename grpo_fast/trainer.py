@@ -6,6 +6,7 @@ rollout -> rewards -> advantages -> drop what carries no gradient -> microbatche
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from grpo_fast.data import Row, encode_rows, load_rows, prepare_rows
 from grpo_fast.distributed.processes import connect, is_main, on_main, size
 from grpo_fast.distributed.rng import rng_state
 from grpo_fast.distributed.sharding import whole_weights
+from grpo_fast.errors import UserError
 from grpo_fast.evaluation.held_out import evaluate
 from grpo_fast.files import LinesFile
 from grpo_fast.memory.report import write_plan
