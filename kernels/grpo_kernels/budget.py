@@ -22,6 +22,12 @@ FLOPS_PER_BYTE = 227
 # A chunk's launches, in rounds of tiles: about 60 microseconds of 2 milliseconds, for a vocabulary of 152k.
 LAUNCHES = 0.03
 
+# A block's launches, in rounds of tiles: about 5 of 50 microseconds, at a hidden size of 4096.
+BLOCK_LAUNCHES = 0.1
+# Scratch for the float32 products of a block of the vocabulary: at most this, and this share of the byte budget beside
+# a buffer for a chunk's logits and without one.
+SCRATCH_BYTES, SCRATCH_SHARE, SCORING_SCRATCH_SHARE = 512 * MIB, 0.125, 0.5
+
 # What a CPU works on at once, rows of the buffer or copies of operands: small enough for the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB
 # The largest share of the byte budget for such a block. Two exist at once.
@@ -75,6 +81,22 @@ def wave_rows(num_rows: int, most: int, hidden_size: int, processors: int, train
         return whole * (rounds(rows) + chunk) + (rounds(rest) + chunk if rest else 0.0), rows
 
     return min(range(longest, longest // 2, -TILE_ROWS), key=time)
+
+
+@lru_cache(maxsize=4096)
+def product_columns(num_rows: int, vocab: int, most: int, width: int, processors: int) -> int:
+    """Columns of a block of the vocabulary whose products are made at once: a multiple of `width`, at most `most`.
+
+    Like `wave_rows`, it takes the least time by the rounds of tiles, and by the launches of a block.
+    """
+    longest = max(min(most, -(-vocab // width) * width) // width * width, width)
+
+    def time(columns: int) -> tuple[float, int]:
+        whole, rest = divmod(vocab, columns)
+        rounds = [-(-(-(-num_rows // TILE_ROWS) * -(-size // TILE_COLUMNS)) // processors) for size in (columns, rest)]
+        return whole * (rounds[0] + BLOCK_LAUNCHES) + (rounds[1] + BLOCK_LAUNCHES if rest else 0.0), columns
+
+    return min(range(longest, longest // 2, -width), key=time)
 
 
 def row_slices(num_rows: int, rows: int) -> Iterator[slice]:

@@ -180,21 +180,21 @@ def test_autotuning_measures_each_head_once(monkeypatch, tmp_path):
     launches.clear()
     # Another number of tokens uses the same entry of the file.
     (tmp_path / "cache" / "tiles.json").write_text(json.dumps({next(iter(known)): vars(slower)}))
-    tiles.known_tiles.cache_clear()
+    tiles.tuned.forget()
     again = linear_logprob(**{k: v if k == "weight" else v[:5] for k, v in arguments.items()}, backend="triton")
     assert launches == [slower]
     torch.testing.assert_close(again, first[:5])
     # After a damaged file, or one with other contents, the tiles are measured again.
     for damaged in ("{", "[1]", json.dumps({next(iter(known)): {"width": 3}})):
         (tmp_path / "cache" / "tiles.json").write_text(damaged)
-        tiles.known_tiles.cache_clear()
+        tiles.tuned.forget()
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
         assert json.loads((tmp_path / "cache" / "tiles.json").read_text()).popitem()[1]["rows"] > 0
     # Without a writable folder, the process keeps its measurements in memory.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(
-        UserWarning, match="tuned tiles cannot be stored in .*; set GRPO_KERNELS_CACHE to a writable folder"
+        UserWarning, match="measurements cannot be stored in .*; set GRPO_KERNELS_CACHE to a writable folder"
     ):
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
     launches.clear()
@@ -211,7 +211,7 @@ def test_tiles_that_do_not_fit_are_left_out(autotune, monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "_refused", set())
     monkeypatch.setenv("GRPO_KERNELS_AUTOTUNE", autotune)
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path))
-    tiles.known_tiles.cache_clear()
+    tiles.tuned.forget()
     original, launches, fitting = triton_head.TritonHead.launch_forward, [], {candidates[1]}
 
     def limited(head, tile, *args):
@@ -229,7 +229,7 @@ def test_tiles_that_do_not_fit_are_left_out(autotune, monkeypatch, tmp_path):
     assert launches[-2:] == [candidates[1]] * 2
     assert launches.count(candidates[0]) == 1
     fitting.clear()
-    tiles.known_tiles.cache_clear()
+    tiles.tuned.forget()
     for said in ("Required: 311352, Hardware limit: 232448", "refused before"):
         with pytest.raises(RuntimeError, match=rf"^no tile of head_forward fits interpreter .*{said}.*backend='torch'"):
             linear_logprob(**arguments, backend="triton")

@@ -7,15 +7,14 @@ candidates are measured once for each head instead, and the fastest is stored on
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
+
+from grpo_kernels.triton_kernels.tuning_file import TuningFile
 
 KIB = 1 << 10
 
@@ -108,11 +107,11 @@ def splits_of(row_blocks: int, tiles: int, programs: int) -> tuple[int, int]:
     return splits, costs[splits][1]
 
 
-def cache_file() -> Path:
-    folder = os.environ.get("GRPO_KERNELS_CACHE") or Path.home() / ".cache" / "grpo_kernels"
-    return Path(folder) / "tiles.json"
+def _tile(fields: dict) -> Tile:
+    return Tile(**fields)
 
 
+tuned = TuningFile("tiles.json", _tile)
 # Tiles that the device had too little shared memory for in this process: (architecture and key, tile).
 _refused: set[tuple[str, Tile]] = set()
 
@@ -133,51 +132,16 @@ def tiles_to_try(
     candidates = tuple(tile for tile in candidates if (name, tile) not in _refused)
     if os.environ.get("GRPO_KERNELS_AUTOTUNE") != "1" or len(candidates) <= 1:
         return candidates
-    path = cache_file()
-    known = known_tiles(path)
+    known = tuned.known()
     if known.get(name) not in candidates:
         seconds = {tile: measure(tile) for tile in candidates}
         fastest = min(candidates, key=seconds.__getitem__)
         if seconds[fastest] == float("inf"):
             return candidates
-        known[name] = fastest
-        _write(path, {**_read(path), name: asdict(fastest)})
+        tuned.keep(name, fastest, asdict(fastest))
     return known[name], *(tile for tile in candidates if tile != known[name])
 
 
 def refuse_tile(tile: Tile, architecture: str, key: str) -> None:
     """Leave `tile` out of `tiles_to_try` for such heads from now on."""
     _refused.add((f"{architecture} {key}", tile))
-
-
-@lru_cache(maxsize=1)
-def known_tiles(path: Path) -> dict[str, Tile]:
-    """The fastest tiles on disk, read once by a process, and those that it has found since."""
-    try:
-        return {name: Tile(**fields) for name, fields in _read(path).items()}
-    except TypeError:
-        return {}
-
-
-def _read(path: Path) -> dict:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write(path: Path, known: dict) -> None:
-    """Replace the file in one step, so that processes that tune at the same time never read half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(known, indent=1, sort_keys=True))
-        os.replace(part, path)
-    except OSError as error:
-        # This process keeps its measurements in memory; only the next one measures again.
-        warnings.warn(
-            f"grpo_kernels: tuned tiles cannot be stored in {path} ({error.strerror}); set GRPO_KERNELS_CACHE to a "
-            "writable folder",
-            stacklevel=2,
-        )

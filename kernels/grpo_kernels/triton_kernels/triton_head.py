@@ -19,10 +19,12 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
-from grpo_kernels.budget import equal_parts
+from grpo_kernels.budget import SCORING_SCRATCH_SHARE, SCRATCH_BYTES, SCRATCH_SHARE, TILE_ROWS, equal_parts
+from grpo_kernels.triton_kernels.engines import MEASURED_ROWS, decided, entry, measure, named_engine
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
+from grpo_kernels.triton_kernels.product_forward import Products, forward_by_products
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
@@ -33,6 +35,8 @@ COMBINE_ROWS, COMBINE_WARPS = 128, 4
 # Parts of tiles that one program of `head_gradient` processes.
 GRADIENT_PARTS = 16
 GRADIENT_ROWS, GRADIENT_WARPS = 64 if interpreting() else 16, 4
+# The same where the parts are those of `row_statistics`, wider than those of any tile of products.
+WIDE_GRADIENT_ROWS, WIDEST_PART = 2, 256
 
 
 def descriptors_fit(*matrices: Tensor) -> bool:
@@ -46,6 +50,11 @@ def descriptors_fit(*matrices: Tensor) -> bool:
 # below 4 for any vocabulary of up to 2**20 tokens. UNIT is half of float16's largest number, and lets probabilities
 # down to 2e-9 keep all of its digits.
 UNIT, ENTROPY_BOUND = 2.0**15, 4.0
+
+
+def gradient_rows(part: int) -> int:
+    """Rows of a program of `head_gradient` whose parts are `part` columns wide."""
+    return WIDE_GRADIENT_ROWS if part > WIDEST_PART else GRADIENT_ROWS
 
 
 def padded_columns(buffer: Tensor) -> int:
@@ -80,24 +89,64 @@ class TritonHead(Head):
     buffer_alignment = 16
 
     scale_ = staticmethod(scale_unless_one_)
+    padded_columns = staticmethod(padded_columns)
 
     @property
     def buffer_dtype(self) -> torch.dtype:
         return self.operand_dtype if self.operand_dtype.itemsize == 2 else self.dtype
 
+    def scratch_bytes(self, scoring: bool = False) -> int:
+        """Memory for the float32 products of a part of the vocabulary, unless `head_forward` makes the logits."""
+        sizes = MEASURED_ROWS, self.weight.shape[1], self.sizing_vocab
+        engine, _ = self._decided(sizes, scoring)
+        # Ranks whose engines differ must still agree on chunks.
+        shared = self.process_group is not None and self.weight.device.type == "cuda" and named_engine() is None
+        if engine == "fused" and not shared:
+            return 0
+        share = SCORING_SCRATCH_SHARE if scoring else SCRATCH_SHARE
+        return min(int(share * self.max_buffer_bytes), SCRATCH_BYTES)
+
+    def _decided(self, sizes: tuple[int, int, int], scoring: bool) -> tuple[str | None, str]:
+        stored = 0 if scoring else self.buffer_dtype.itemsize
+        alone, softcap = self.process_group is None, self.softcap is not None
+        return decided(self.weight.device, self.operand_dtype, sizes, stored, softcap, alone)
+
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
         narrow = self.narrow_bytes() + 4 * 4 * processors(self.weight.device)
-        return torch.empty(equal_parts(num_rows, self.max_buffer_bytes // narrow), 0, device=self.weight.device)
+        scratch = self.scratch_bytes(scoring=True)
+        length = equal_parts(num_rows, (self.max_buffer_bytes - scratch) // narrow)
+        if scratch and length < num_rows and not self.on_cpu:
+            # Products have no part of a tile more than they need.
+            length = -(-length // TILE_ROWS) * TILE_ROWS
+        return torch.empty(length, 0, device=self.weight.device)
 
     def operand(self, rows: Tensor) -> Tensor:
         # The kernel takes 16-bit operands without widening.
         return rows.to(self.operand_dtype).contiguous()
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        return self.with_tile(
-            "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
-        )
+        return self.over_shards(self.launches(rows, out, with_entropy)[self.engine(rows, out, with_entropy)]())
+
+    def launches(self, rows: Rows, out: Tensor, with_entropy: bool) -> dict[str, Callable[[], RowStatistics]]:
+        """The forward of this rank's shard by each engine of `ENGINES`."""
+        return {
+            "fused": lambda: self.with_tile(
+                "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
+            ),
+            "products": lambda: forward_by_products(self, Products(self, rows.hidden), rows, out, with_entropy),
+        }
+
+    def engine(self, rows: Rows, out: Tensor, with_entropy: bool) -> str:
+        """Which engine runs the forward of `rows`; it is measured where this has to be done, and decided before."""
+        sizes, scoring = (*rows.hidden.shape, self.vocab_size), out.shape[1] == 0
+        engine, predicted = self._decided(sizes, scoring)
+        if engine is None and sizes[0] >= MEASURED_ROWS:
+            _, H, V = sizes
+            stored = 0 if scoring else out.element_size()
+            name = entry(out.device, self.operand_dtype, H, V, stored, self.softcap is not None)
+            engine = measure(name, rows.hidden, self.launches(rows, out, with_entropy))
+        return engine or predicted
 
     def with_tile(self, kernel: str, rows: Rows, out: Tensor, with_entropy: bool, launch: Callable[[Tile], T]) -> T:
         """`launch` with the first tile of the table that the device has the resources for, or with the tuned one.
@@ -170,14 +219,20 @@ class TritonHead(Head):
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        statistics = torch.empty(4, N, dtype=torch.float32, device=device)
+        return self.combined(partials, targets, tile_maximum, tile.part, with_entropy)
+
+    def combined(
+        self, partials: Tensor, targets: Tensor, tile_maximum: Tensor, tile_width: int, with_entropy: bool
+    ) -> RowStatistics:
+        """The statistics of this rank's shard from those of its splits, ``partials [4, splits, C]``."""
+        _, splits, N = partials.shape
+        statistics = torch.empty(4, N, dtype=torch.float32, device=partials.device)
         run_kernel(
-            combine_splits, device, -(-N // COMBINE_ROWS), partials, statistics, targets, N, V, splits,
-            CHECK_TARGETS=self.process_group is None, BLOCK=COMBINE_ROWS, num_warps=COMBINE_WARPS,
+            combine_splits, partials.device, -(-N // COMBINE_ROWS), partials, statistics, targets, N, self.vocab_size,
+            splits, CHECK_TARGETS=self.process_group is None, BLOCK=COMBINE_ROWS, num_warps=COMBINE_WARPS,
         )  # fmt: skip
         maximum, total, weighted, target = statistics
-        mine = RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile.part)
-        return self.over_shards(mine)
+        return RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile_width)
 
     def recompute_(
         self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
@@ -258,6 +313,7 @@ class TritonHead(Head):
     ) -> tuple[Tensor, Tensor | None]:
         (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
         N, V = e.shape
+        program_rows = gradient_rows(stats.tile_width)
         grad_logprobs, grad_entropy, scale, row_scale = self.row_scaled(
             e.dtype, grad_logprobs, grad_entropy, stats.total, temperature
         )
@@ -266,7 +322,7 @@ class TritonHead(Head):
             None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
         )
         run_kernel(
-            head_gradient, e.device, -(-N // GRADIENT_ROWS) * -(-V // (GRADIENT_PARTS * stats.tile_width)),
+            head_gradient, e.device, -(-N // program_rows) * -(-V // (GRADIENT_PARTS * stats.tile_width)),
             e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, targets,
             temperature, grad_logprobs, grad_entropy, N, V, padded_columns(e), e.stride(0),
             scale, self.softcap or 1.0,
@@ -275,6 +331,6 @@ class TritonHead(Head):
             HAS_GRAD=grad_logprobs is not None,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
             ROW_SCALED=row_scale is not None,
-            PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
+            PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=program_rows, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         return e, row_scale

@@ -1,0 +1,123 @@
+"""Which engine runs the forward of a head on a GPU.
+
+    fused      `head_forward`: one kernel, whose logits stay in registers
+    products   cuBLAS's products of a block of the vocabulary, float32 in memory, then `row_statistics`
+
+Both give the same statistics and store the same exponentials. cuBLAS multiplies faster, but 8 bytes for each logit are
+written and read, so the better one depends on the GPU and on H. It is measured on a head's first chunk of at least
+MEASURED_ROWS rows and kept on disk; until then, for shorter chunks and with a process group, whose ranks must not
+measure apart, it is the one with the lower predicted time. GRPO_KERNELS_ENGINE names an engine instead.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor
+
+from grpo_kernels._checks import require
+from grpo_kernels.gpus import predicted_forward, rates_of
+from grpo_kernels.triton_kernels import launch
+from grpo_kernels.triton_kernels.tuning_file import TuningFile
+
+ENGINES = ("fused", "products")
+# Shorter chunks take microseconds, whichever engine runs them, and say nothing of long ones.
+MEASURED_ROWS = 1024
+
+
+def named_engine() -> str | None:
+    """The engine that GRPO_KERNELS_ENGINE names, if any.
+
+    Raises:
+        ValueError: it names another.
+    """
+    name = os.environ.get("GRPO_KERNELS_ENGINE") or None
+    require(
+        name is None or name in ENGINES,
+        f"GRPO_KERNELS_ENGINE={name} is not allowed: it must be {' or '.join(ENGINES)}, or unset",
+    )
+    return name
+
+
+def _valid(value: Any) -> str:
+    if value not in ENGINES:
+        raise ValueError(value)
+    return value
+
+
+measured = TuningFile("engines.json", _valid)
+
+
+@lru_cache(maxsize=256)
+def predicted(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int], stored_bytes: int) -> str:
+    """The engine with the lower predicted time; "fused" on a GPU whose rates are not known."""
+    rates = rates_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and not torch.version.hip else None
+    return faster(rates, sizes, stored_bytes) if rates is not None and dtype.itemsize == 2 else "fused"
+
+
+def faster(rates: Any, sizes: tuple[int, int, int], stored_bytes: int) -> str:
+    return min(ENGINES, key=lambda engine: predicted_forward(rates, engine, sizes, stored_bytes))
+
+
+@lru_cache(maxsize=256)
+def entry(device: torch.device, dtype: torch.dtype, H: int, V: int, stored_bytes: int, softcap: bool) -> str:
+    """The name of a head's measurement in the file."""
+    kind = str(dtype).removeprefix("torch.")
+    versions = f"torch {torch.__version__} triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name(device)} {versions} {kind} {softcap=} {H=} {V=} store={stored_bytes > 0}"
+
+
+def decided(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int], stored_bytes: int, softcap: bool, alone: bool
+) -> tuple[str | None, str]:
+    """(The engine that is named, measured or need not be measured, or None; the predicted one).
+
+    Args:
+        sizes: rows, H and V.
+        stored_bytes: for each logit, 0 for scoring.
+        alone: no other rank shares the head.
+    """
+    N, H, V = sizes
+    named = named_engine()
+    if named is not None or V == 0:
+        return named or "fused", named or "fused"
+    if launch.planned() is not None:
+        chosen = launch.planned().engine
+        if chosen is None:
+            rates = launch.planned().rates
+            chosen = "fused" if rates is None else faster(rates, sizes, stored_bytes)
+        return chosen, chosen
+    if device.type != "cuda" or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
+        # Where TF32 is allowed, products of float32 operands would be rounded to it.
+        return "fused", "fused"
+    guess = predicted(device, dtype, sizes, stored_bytes)
+    if not alone:
+        return guess, guess
+    return measured.known().get(entry(device, dtype, H, V, stored_bytes, softcap)), guess
+
+
+def measure(name: str, tensor: torch.Tensor, launches: dict[str, Callable[[], Any]]) -> str | None:
+    """The faster of two launches, measured and stored as `name`; None where nothing can be measured."""
+    if isinstance(tensor, FakeTensor) or torch.cuda.is_current_stream_capturing():
+        return None
+    seconds = {}
+    for engine, run in launches.items():
+        try:
+            seconds[engine] = triton.testing.do_bench(run, warmup=5, rep=50, return_mode="median")
+        except RuntimeError as error:
+            warnings.warn(
+                f"grpo_kernels: the engine {engine!r} is left out, since it failed when it was measured: "
+                f"{str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
+    if not seconds:
+        return None
+    fastest = min(seconds, key=seconds.__getitem__)
+    measured.keep(name, fastest)
+    return fastest

@@ -1,0 +1,88 @@
+"""The forward of a head by cuBLAS's products and `row_statistics`, a block of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from grpo_kernels._head import Rows, RowStatistics
+from grpo_kernels.budget import SCRATCH_BYTES, SCRATCH_SHARE, product_columns
+from grpo_kernels.triton_kernels.launch import interpreting, processors, run_kernel
+from grpo_kernels.triton_kernels.row_kernels import row_statistics
+from grpo_kernels.triton_kernels.tiles import splits_of
+
+if TYPE_CHECKING:
+    from grpo_kernels.triton_kernels.triton_head import TritonHead
+
+# Columns that share a stored maximum, rows and warps of a program, and how many programs run on a processor at once.
+ROW_WIDTH, ROW_ROWS, ROW_WARPS = (64, 16, 4) if interpreting() else (512, 4, 4)
+ROW_PROGRAMS = 8
+
+
+class Scales(NamedTuple):
+    """Factors of products whose operands were scaled."""
+
+    rows: Tensor  # [C] float32
+    columns: Tensor  # [v] float32
+
+
+class Multiply(Protocol):
+    def __call__(self, block: slice, out: Tensor) -> Scales | None:
+        """Write the products of the rows with a block of the vocabulary into ``out [C, v]``, float32."""
+
+
+class Products:
+    """``hidden @ weight.T`` of 16-bit or float32 operands, without rounding the results."""
+
+    def __init__(self, head: TritonHead, hidden: Tensor):
+        self.head, self.hidden = head, hidden.to(head.product_dtype)
+
+    def __call__(self, block: slice, out: Tensor) -> None:
+        head = self.head
+        weight = head.weight[block].to(head.operand_dtype).to(head.product_dtype)
+        options = {"out_dtype": torch.float32} if weight.dtype != torch.float32 else {}
+        torch.mm(self.hidden, weight.t(), out=out, **options)
+
+
+def forward_by_products(
+    head: TritonHead, multiply: Multiply, rows: Rows, out: Tensor, with_entropy: bool
+) -> RowStatistics:
+    """As `TritonHead.launch_forward`, over this rank's shard: e into ``out [C, V]``, unless it has no columns."""
+    (_, targets, temperature), device = rows, out.device
+    N, V, store = targets.shape[0], head.vocab_size, out.shape[1] > 0
+    # A buffer that grew beyond the byte budget allows for more.
+    share = min(int(SCRATCH_SHARE * out.numel() * out.element_size()), SCRATCH_BYTES)
+    most = max(head.scratch_bytes(scoring=not store), share) // (4 * max(N, 1))
+    columns = product_columns(N, V, most, ROW_WIDTH, processors(device))
+    blocks = [slice(start, min(start + columns, V)) for start in range(0, V, columns)]
+    tiles = [-(-(block.stop - block.start) // ROW_WIDTH) for block in blocks]
+    row_blocks = -(-N // ROW_ROWS)
+    splits = [splits_of(row_blocks, count, ROW_PROGRAMS * processors(device)) for count in tiles]
+    total = sum(count for count, _ in splits)
+    scratch = torch.empty(N, columns, dtype=torch.float32, device=device)
+    partials = torch.empty(4, total, N, dtype=torch.float32, device=device)
+    tile_maximum = torch.empty(sum(tiles) if store else 0, N, dtype=torch.float32, device=device)
+    first_split = first_tile = 0
+    for block, count, (each, tiles_per_split) in zip(blocks, tiles, splits, strict=True):
+        width = block.stop - block.start
+        scales = multiply(block, scratch[:, :width])
+        stored = out[:, block] if store else out
+        run_kernel(
+            row_statistics, device, row_blocks * each,
+            scratch[:, : count * ROW_WIDTH], *(scales or (None, None)), None if head.bias is None else head.bias[block],
+            targets, temperature, partials[:, first_split : first_split + each], stored,
+            tile_maximum[first_tile : first_tile + count], N, width, head.padded_columns(stored), block.start,
+            scratch.stride(0), stored.stride(0), total * N, tiles_per_split, each,
+            head.logit_scale, head.softcap or 1.0,
+            HAS_SCALES=scales is not None,
+            HAS_BIAS=head.bias is not None,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_SOFTCAP=head.softcap is not None,
+            WITH_ENTROPY=with_entropy,
+            STORE=store,
+            WIDTH=ROW_WIDTH, ROWS=ROW_ROWS, num_warps=ROW_WARPS,
+        )  # fmt: skip
+        first_split, first_tile = first_split + each, first_tile + count
+    return head.combined(partials, targets, tile_maximum, ROW_WIDTH, with_entropy)
