@@ -29,8 +29,11 @@ class Scales(NamedTuple):
 
 
 class Multiply(Protocol):
-    def __call__(self, block: slice, out: Tensor) -> Scales | None:
-        """Write the products of the rows with a block of the vocabulary into ``out [C, v]``, float32."""
+    def __call__(self, block: slice, width: int) -> tuple[Tensor, Scales | None]:
+        """The products with v columns of the vocabulary, float32, as the first of ``[C, width]``, and their scales.
+
+        The memory may be that of the block before; what lies in the columns from v on does not matter.
+        """
 
 
 class Products:
@@ -38,12 +41,17 @@ class Products:
 
     def __init__(self, head: TritonHead, hidden: Tensor):
         self.head, self.hidden = head, hidden.to(head.product_dtype)
+        self.scratch: Tensor | None = None
 
-    def __call__(self, block: slice, out: Tensor) -> None:
+    def __call__(self, block: slice, width: int) -> tuple[Tensor, None]:
         head = self.head
+        if self.scratch is None:
+            # The first block is the widest.
+            self.scratch = torch.empty(self.hidden.shape[0], width, dtype=torch.float32, device=self.hidden.device)
         weight = head.weight[block].to(head.operand_dtype).to(head.product_dtype)
         options = {"out_dtype": torch.float32} if weight.dtype != torch.float32 else {}
-        torch.mm(self.hidden, weight.t(), out=out, **options)
+        torch.mm(self.hidden, weight.t(), out=self.scratch[:, : weight.shape[0]], **options)
+        return self.scratch[:, :width], None
 
 
 def forward_by_products(
@@ -61,20 +69,19 @@ def forward_by_products(
     row_blocks = -(-N // ROW_ROWS)
     splits = [splits_of(row_blocks, count, ROW_PROGRAMS * processors(device)) for count in tiles]
     total = sum(count for count, _ in splits)
-    scratch = torch.empty(N, columns, dtype=torch.float32, device=device)
     partials = torch.empty(4, total, N, dtype=torch.float32, device=device)
     tile_maximum = torch.empty(sum(tiles) if store else 0, N, dtype=torch.float32, device=device)
     first_split = first_tile = 0
     for block, count, (each, tiles_per_split) in zip(blocks, tiles, splits, strict=True):
         width = block.stop - block.start
-        scales = multiply(block, scratch[:, :width])
+        products, scales = multiply(block, count * ROW_WIDTH)
         stored = out[:, block] if store else out
         run_kernel(
             row_statistics, device, row_blocks * each,
-            scratch[:, : count * ROW_WIDTH], *(scales or (None, None)), None if head.bias is None else head.bias[block],
+            products, *(scales or (None, None)), None if head.bias is None else head.bias[block],
             targets, temperature, partials[:, first_split : first_split + each], stored,
             tile_maximum[first_tile : first_tile + count], N, width, head.padded_columns(stored), block.start,
-            scratch.stride(0), stored.stride(0), total * N, tiles_per_split, each,
+            products.stride(0), stored.stride(0), total * N, tiles_per_split, each,
             head.logit_scale, head.softcap or 1.0,
             HAS_SCALES=scales is not None,
             HAS_BIAS=head.bias is not None,
