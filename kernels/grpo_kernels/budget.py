@@ -25,8 +25,9 @@ LAUNCHES = 0.03
 # A block's launches, in rounds of tiles: about 5 of 50 microseconds, at a hidden size of 4096.
 BLOCK_LAUNCHES = 0.1
 # Scratch for the float32 products of a block of the vocabulary: at most this, and this share of the byte budget beside
-# a buffer for a chunk's logits and without one.
-SCRATCH_BYTES, SCRATCH_SHARE, SCORING_SCRATCH_SHARE = 512 * MIB, 0.125, 0.5
+# a buffer for a chunk's logits and without one. Chunks without a buffer leave room for this many columns in it.
+SCRATCH_BYTES, SCRATCH_SHARE, SCORING_SCRATCH_SHARE = 512 * MIB, 0.125, 0.25
+SCRATCH_COLUMNS = 4096
 
 # What a CPU works on at once, rows of the buffer or copies of operands: small enough for the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB

@@ -29,6 +29,8 @@ from grpo_kernels.triton_kernels.tuning_file import TuningFile
 ENGINES = ("fused", "products")
 # Shorter chunks take microseconds, whichever engine runs them, and say nothing of long ones.
 MEASURED_ROWS = 1024
+# Runs of each engine that are timed.
+ROUNDS = 5
 
 
 def named_engine() -> str | None:
@@ -54,10 +56,14 @@ def _valid(value: Any) -> str:
 measured = TuningFile("engines.json", _valid)
 
 
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 @lru_cache(maxsize=256)
 def predicted(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int], stored_bytes: int) -> str:
     """The engine with the lower predicted time; "fused" on a GPU whose rates are not known."""
-    rates = rates_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and not torch.version.hip else None
+    rates = rates_of(torch.cuda.get_device_name(device)) if not torch.version.hip else None
     return faster(rates, sizes, stored_bytes) if rates is not None and dtype.itemsize == 2 else "fused"
 
 
@@ -93,7 +99,7 @@ def decided(
             rates = launch.planned().rates
             chosen = "fused" if rates is None else faster(rates, sizes, stored_bytes)
         return chosen, chosen
-    if device.type != "cuda" or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
+    if not on_gpu(device) or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
         # Where TF32 is allowed, products of float32 operands would be rounded to it.
         return "fused", "fused"
     guess = predicted(device, dtype, sizes, stored_bytes)
@@ -103,21 +109,35 @@ def decided(
 
 
 def measure(name: str, tensor: torch.Tensor, launches: dict[str, Callable[[], Any]]) -> str | None:
-    """The faster of two launches, measured and stored as `name`; None where nothing can be measured."""
+    """The fastest of the launches, measured in turns and stored as `name`; None where nothing can be measured."""
     if isinstance(tensor, FakeTensor) or torch.cuda.is_current_stream_capturing():
         return None
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
     for engine, run in launches.items():
         try:
-            seconds[engine] = triton.testing.do_bench(run, warmup=5, rep=50, return_mode="median")
+            # Compiles its kernels.
+            run()
+            seconds[engine] = []
         except RuntimeError as error:
             warnings.warn(
-                f"grpo_kernels: the engine {engine!r} is left out, since it failed when it was measured: "
-                f"{str(error).splitlines()[0]}",
+                f"grpo_kernels: the engine {engine!r} is left out, since it failed: {str(error).splitlines()[0]}",
                 stacklevel=2,
             )
+    for _ in range(ROUNDS if len(seconds) > 1 else 0):
+        for engine, times in seconds.items():
+            times.append(timed(launches[engine]))
     if not seconds:
         return None
-    fastest = min(seconds, key=seconds.__getitem__)
+    fastest = min(seconds, key=lambda engine: sorted(seconds[engine])[len(seconds[engine]) // 2 :][:1])
     measured.keep(name, fastest)
     return fastest
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Milliseconds of a run on the current GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

@@ -19,7 +19,14 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
-from grpo_kernels.budget import SCORING_SCRATCH_SHARE, SCRATCH_BYTES, SCRATCH_SHARE, TILE_ROWS, equal_parts
+from grpo_kernels.budget import (
+    SCORING_SCRATCH_SHARE,
+    SCRATCH_BYTES,
+    SCRATCH_COLUMNS,
+    SCRATCH_SHARE,
+    TILE_ROWS,
+    equal_parts,
+)
 from grpo_kernels.triton_kernels.engines import MEASURED_ROWS, decided, entry, measure, named_engine
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
@@ -114,11 +121,13 @@ class TritonHead(Head):
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
         narrow = self.narrow_bytes() + 4 * 4 * processors(self.weight.device)
-        scratch = self.scratch_bytes(scoring=True)
-        length = equal_parts(num_rows, (self.max_buffer_bytes - scratch) // narrow)
-        if scratch and length < num_rows and not self.on_cpu:
-            # Products have no part of a tile more than they need.
-            length = -(-length // TILE_ROWS) * TILE_ROWS
+        most, scratch = self.max_buffer_bytes // narrow, self.scratch_bytes(scoring=True)
+        if scratch:
+            most = min(most, scratch // (4 * max(min(self.sizing_vocab, SCRATCH_COLUMNS), 1)))
+        length = equal_parts(num_rows, most)
+        if scratch and length < num_rows and most >= TILE_ROWS:
+            # Whole tiles of products, but for the last chunk.
+            length = min(-(-length // TILE_ROWS), most // TILE_ROWS) * TILE_ROWS
         return torch.empty(length, 0, device=self.weight.device)
 
     def operand(self, rows: Tensor) -> Tensor:
