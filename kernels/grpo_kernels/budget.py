@@ -28,6 +28,8 @@ BLOCK_LAUNCHES = 0.1
 # a buffer for a chunk's logits and without one. Chunks without a buffer leave room for this many columns in it.
 SCRATCH_BYTES, SCRATCH_SHARE, SCORING_SCRATCH_SHARE = 512 * MIB, 0.125, 0.25
 SCRATCH_COLUMNS = 4096
+# Rows whose products with a block of the vocabulary are made at once, at most: for more, the weight is read again.
+PRODUCT_ROWS = 8448
 
 # What a CPU works on at once, rows of the buffer or copies of operands: small enough for the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB
@@ -91,13 +93,37 @@ def product_columns(num_rows: int, vocab: int, most: int, width: int, processors
     Like `wave_rows`, it takes the least time by the rounds of tiles, and by the launches of a block.
     """
     longest = max(min(most, -(-vocab // width) * width) // width * width, width)
+    return min(
+        range(longest, longest // 2, -width),
+        key=lambda columns: (product_rounds(num_rows, vocab, columns, processors), columns),
+    )
 
-    def time(columns: int) -> tuple[float, int]:
-        whole, rest = divmod(vocab, columns)
-        rounds = [-(-(-(-num_rows // TILE_ROWS) * -(-size // TILE_COLUMNS)) // processors) for size in (columns, rest)]
-        return whole * (rounds[0] + BLOCK_LAUNCHES) + (rounds[1] + BLOCK_LAUNCHES if rest else 0.0), columns
 
-    return min(range(longest, longest // 2, -width), key=time)
+def product_rounds(num_rows: int, vocab: int, columns: int, processors: int) -> float:
+    """Rounds of tiles, and of launches, of the products with the whole vocabulary in blocks of `columns`."""
+    whole, rest = divmod(vocab, columns)
+    rounds = [-(-(-(-num_rows // TILE_ROWS) * -(-size // TILE_COLUMNS)) // processors) for size in (columns, rest)]
+    return whole * (rounds[0] + BLOCK_LAUNCHES) + (rounds[1] + BLOCK_LAUNCHES if rest else 0.0)
+
+
+@lru_cache(maxsize=4096)
+def product_rows(num_rows: int, most: int, vocab: int, scratch_bytes: int, width: int, processors: int) -> int:
+    """Rows of a chunk, at most `most`, whose products lie in `scratch_bytes` and take the least time for all rows."""
+    most = min(most, PRODUCT_ROWS, scratch_bytes // (4 * min(vocab, SCRATCH_COLUMNS)))
+    if num_rows <= most or most < 2 * TILE_ROWS:
+        return max(min(num_rows, most), 1)
+
+    def rounds(rows: int) -> float:
+        columns = product_columns(rows, vocab, scratch_bytes // (4 * rows), width, processors)
+        return product_rounds(rows, vocab, columns, processors)
+
+    def time(rows: int) -> tuple[float, int]:
+        whole, rest = divmod(num_rows, rows)
+        return whole * rounds(rows) + (rounds(rest) if rest else 0.0), rows
+
+    longest = most // TILE_ROWS * TILE_ROWS
+    # Shorter ones read the weight more often.
+    return min(range(longest, longest // 2 - 1, -TILE_ROWS), key=time)
 
 
 def row_slices(num_rows: int, rows: int) -> Iterator[slice]:

@@ -23,6 +23,7 @@ ENGINES = {
 # that moves gigabytes.
 MEMORY_BOUND = {
     "head_gradient": (16, 16, 80),
+    "row_statistics": (16, 16, 112),
     "scale_unless_one": (2, 2, 80),
     "combine_splits": (4, 4, 64),
     "policy_tokens": (4, 4, 64),
@@ -66,6 +67,12 @@ def test_kernels_compile_for_architecture(architecture):
             loads, stores, registers = MEMORY_BOUND[report["kernel"]]
             # Rows whose bound is no multiple of 16 may be read and written one number at a time.
             single = "odd V" in report["variant"]
+            if architecture == "gfx942" and report["variant"].split(" options")[0].endswith("part 512"):
+                # A wavefront of 64 threads moves 512 bytes at a time.
+                loads = stores = 8
+            if "score" in report["variant"]:
+                # Statistics alone.
+                stores = 4
             assert report["load_bytes"] >= (2 if single else loads), report
             assert report["store_bytes"] >= (2 if single else stores), report
             assert report["registers"] <= registers, report

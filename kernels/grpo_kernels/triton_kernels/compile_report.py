@@ -59,6 +59,7 @@ SIZES = (
     "out_stride",
     "stride",
     "plane_stride",
+    "maximum_stride",
     "first_column",
     "tiles_per_split",
     "splits",

@@ -53,5 +53,4 @@ class FP8TritonHead(TritonHead):
         return min(int(SCORING_SCRATCH_SHARE * self.max_buffer_bytes), SCRATCH_BYTES)
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        multiply = FP8Products(self, rows.hidden)
-        return self.over_shards(forward_by_products(self, multiply, rows, out, with_entropy))
+        return self.over_shards(forward_by_products(self, FP8Products, rows, out, with_entropy))

@@ -84,7 +84,7 @@ def _products(
 @triton.jit
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
-    N, V, padded_columns, out_stride, logit_scale, softcap,
+    maximum_stride, V, padded_columns, out_stride, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def _fold_tile(
                 e.to(out.dtype.element_ty),
                 row_mask[:, None] & (column < padded_columns - first_column)[None, :],
             )
-        tl.store(tile_maximum + (first_column // WIDTH).to(tl.int64) * N + rows, tile_max, row_mask)
+        tl.store(tile_maximum + (first_column // WIDTH).to(tl.int64) * maximum_stride + rows, tile_max, row_mask)
     maximum, total, weighted = _merge(maximum, total, weighted, tile_max, tile_total, tile_weighted, WITH_ENTROPY)
     return maximum, total, weighted, at_target
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from grpo_kernels._head import Rows, RowStatistics
-from grpo_kernels.budget import SCRATCH_BYTES, SCRATCH_SHARE, product_columns
+from grpo_kernels.budget import SCRATCH_BYTES, SCRATCH_SHARE, product_columns, product_rows, row_slices
 from grpo_kernels.triton_kernels.launch import interpreting, processors, run_kernel
 from grpo_kernels.triton_kernels.row_kernels import row_statistics
 from grpo_kernels.triton_kernels.tiles import splits_of
@@ -55,22 +56,58 @@ class Products:
 
 
 def forward_by_products(
-    head: TritonHead, multiply: Multiply, rows: Rows, out: Tensor, with_entropy: bool
+    head: TritonHead,
+    products: Callable[[TritonHead, Tensor], Multiply],
+    rows: Rows,
+    out: Tensor,
+    with_entropy: bool,
 ) -> RowStatistics:
-    """As `TritonHead.launch_forward`, over this rank's shard: e into ``out [C, V]``, unless it has no columns."""
-    (_, targets, temperature), device = rows, out.device
-    N, V, store = targets.shape[0], head.vocab_size, out.shape[1] > 0
+    """As `TritonHead.launch_forward`, over this rank's shard: e into ``out [C, V]``, unless it has no columns.
+
+    Args:
+        products: makes what multiplies of the head and some rows of hidden states.
+    """
+    N, V, device = rows.hidden.shape[0], head.vocab_size, out.device
+    store = out.shape[1] > 0
     # A buffer that grew beyond the byte budget allows for more.
     share = min(int(SCRATCH_SHARE * out.numel() * out.element_size()), SCRATCH_BYTES)
-    most = max(head.scratch_bytes(scoring=not store), share) // (4 * max(N, 1))
-    columns = product_columns(N, V, most, ROW_WIDTH, processors(device))
+    scratch = max(head.scratch_bytes(scoring=not store), share)
+    each = product_rows(N, N, V, scratch, ROW_WIDTH, processors(device))
+    tile_maximum = torch.empty(-(-V // ROW_WIDTH) if store else 0, N, dtype=torch.float32, device=device)
+    parts = []
+    for at in row_slices(N, each):
+        temperature = None if rows.temperature is None else rows.temperature[at]
+        part = Rows(rows.hidden[at], rows.targets[at], temperature)
+        multiply = products(head, part.hidden)
+        parts.append(_part_by_products(head, multiply, part, out[at], tile_maximum[:, at], scratch, with_entropy))
+    if len(parts) == 1:
+        return parts[0]
+    target, maximum, total, weighted, *_ = zip(*parts, strict=True)
+    return RowStatistics(
+        torch.cat(target), torch.cat(maximum), torch.cat(total), torch.cat(weighted) if with_entropy else None,
+        tile_maximum, ROW_WIDTH,
+    )  # fmt: skip
+
+
+def _part_by_products(
+    head: TritonHead,
+    multiply: Multiply,
+    rows: Rows,
+    out: Tensor,  # [C, V]
+    tile_maximum: Tensor,  # [tiles, C]
+    scratch: int,
+    with_entropy: bool,
+) -> RowStatistics:
+    """The forward of as many rows as are multiplied at once."""
+    (_, targets, temperature), device = rows, out.device
+    N, V, store = targets.shape[0], head.vocab_size, out.shape[1] > 0
+    columns = product_columns(N, V, scratch // (4 * max(N, 1)), ROW_WIDTH, processors(device))
     blocks = [slice(start, min(start + columns, V)) for start in range(0, V, columns)]
     tiles = [-(-(block.stop - block.start) // ROW_WIDTH) for block in blocks]
     row_blocks = -(-N // ROW_ROWS)
     splits = [splits_of(row_blocks, count, ROW_PROGRAMS * processors(device)) for count in tiles]
     total = sum(count for count, _ in splits)
     partials = torch.empty(4, total, N, dtype=torch.float32, device=device)
-    tile_maximum = torch.empty(sum(tiles) if store else 0, N, dtype=torch.float32, device=device)
     first_split = first_tile = 0
     for block, count, (each, tiles_per_split) in zip(blocks, tiles, splits, strict=True):
         width = block.stop - block.start
@@ -81,7 +118,7 @@ def forward_by_products(
             products, *(scales or (None, None)), None if head.bias is None else head.bias[block],
             targets, temperature, partials[:, first_split : first_split + each], stored,
             tile_maximum[first_tile : first_tile + count], N, width, head.padded_columns(stored), block.start,
-            products.stride(0), stored.stride(0), total * N, tiles_per_split, each,
+            products.stride(0), stored.stride(0), total * N, tile_maximum.stride(0), tiles_per_split, each,
             head.logit_scale, head.softcap or 1.0,
             HAS_SCALES=scales is not None,
             HAS_BIAS=head.bias is not None,

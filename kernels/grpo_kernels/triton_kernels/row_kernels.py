@@ -14,7 +14,7 @@ from grpo_kernels.triton_kernels.head_kernels import _fold_tile
 
 
 @triton.jit(
-    do_not_specialize=["N", "V", "first_column", "tiles_per_split", "splits"],
+    do_not_specialize=["N", "V", "first_column", "plane_stride", "maximum_stride", "tiles_per_split", "splits"],
     do_not_specialize_on_alignment=[
         "bias", "targets", "temperature", "row_scale", "column_scale", "partials", "tile_maximum",
     ],
@@ -36,6 +36,7 @@ def row_statistics(
     stride,
     out_stride,
     plane_stride,  # of partials
+    maximum_stride,  # of tile_maximum
     tiles_per_split,
     splits,
     logit_scale,
@@ -70,7 +71,8 @@ def row_statistics(
         if HAS_SCALES:
             z *= scale[:, None] * tl.load(column_scale + start + column, column < V - start, other=0.0)[None, :]
         statistics = _fold_tile(
-            z, statistics, 0, start, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V,
+            z, statistics, 0, start, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
+            maximum_stride, V,
             padded_columns, out_stride, logit_scale, softcap,
             HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, WITH_ENTROPY, STORE, False, WIDTH,
         )  # fmt: skip

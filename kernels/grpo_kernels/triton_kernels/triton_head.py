@@ -22,16 +22,15 @@ from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels.budget import (
     SCORING_SCRATCH_SHARE,
     SCRATCH_BYTES,
-    SCRATCH_COLUMNS,
     SCRATCH_SHARE,
-    TILE_ROWS,
     equal_parts,
+    product_rows,
 )
 from grpo_kernels.triton_kernels.engines import MEASURED_ROWS, decided, entry, measure, named_engine
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
-from grpo_kernels.triton_kernels.product_forward import Products, forward_by_products
+from grpo_kernels.triton_kernels.product_forward import ROW_WIDTH, Products, forward_by_products
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
@@ -122,13 +121,11 @@ class TritonHead(Head):
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
         narrow = self.narrow_bytes() + 4 * 4 * processors(self.weight.device)
         most, scratch = self.max_buffer_bytes // narrow, self.scratch_bytes(scoring=True)
-        if scratch:
-            most = min(most, scratch // (4 * max(min(self.sizing_vocab, SCRATCH_COLUMNS), 1)))
-        length = equal_parts(num_rows, most)
-        if scratch and length < num_rows and most >= TILE_ROWS:
-            # Whole tiles of products, but for the last chunk.
-            length = min(-(-length // TILE_ROWS), most // TILE_ROWS) * TILE_ROWS
-        return torch.empty(length, 0, device=self.weight.device)
+        if not scratch:
+            return torch.empty(equal_parts(num_rows, most), 0, device=self.weight.device)
+        V = max(self.sizing_vocab, 1)
+        rows = product_rows(num_rows, most, V, scratch, ROW_WIDTH, processors(self.weight.device))
+        return torch.empty(rows, 0, device=self.weight.device)
 
     def operand(self, rows: Tensor) -> Tensor:
         # The kernel takes 16-bit operands without widening.
@@ -143,7 +140,7 @@ class TritonHead(Head):
             "fused": lambda: self.with_tile(
                 "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
             ),
-            "products": lambda: forward_by_products(self, Products(self, rows.hidden), rows, out, with_entropy),
+            "products": lambda: forward_by_products(self, Products, rows, out, with_entropy),
         }
 
     def engine(self, rows: Rows, out: Tensor, with_entropy: bool) -> str:
