@@ -30,7 +30,6 @@ from grpo_kernels.linear_policy_loss import _LinearPolicyLoss
 from grpo_kernels.objective import PRESETS
 from grpo_kernels.policy_loss import make_token_loss
 
-
 # case -> products of N x H x V multiplications in it
 CASES = {"trainable": 3, "frozen": 2, "scoring": 1}
 

@@ -94,8 +94,10 @@ def linear_logprob(
             same on all of them, and so are the results and hidden's gradient. The shards' sizes are exchanged once
             for each weight, so ranks must replace a weight by another together.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
-        precision: ``"fp8"`` rounds hidden states and weight to float8_e4m3fn for the product, without gradients: on a
-            GPU from sm_89 on (a CPU emulates it). XXX
+        precision: ``"fp8"`` rounds hidden states and weight to float8_e4m3fn for the product, to check a sampler's
+            scores at twice the rate; without gradients, on a GPU from sm_89 on (a CPU emulates it). Log-probabilities
+            are then off by about 4% of the standard deviation of a token's logits: by 0.24 on average, and up to 1.4,
+            for SmolLM2-135M-Instruct, where bfloat16 operands cost 0.007. Importance ratios need ``None``.
 
     Returns:
         ``logprobs [...]`` or ``(logprobs, entropy)``, float32 (float64 for float64 inputs), differentiable in
@@ -103,7 +105,7 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes or devices do not fit, a target id is outside the vocabulary (checked on CPU, and on a GPU
-            with GRPO_KERNELS_DEBUG=1), or an option is out of range or unknown.
+            with GRPO_KERNELS_DEBUG=1), an option is out of range or unknown, or `precision` is not possible here.
         TypeError: a tensor has the wrong dtype.
     """
     op = "linear_logprob"

@@ -89,7 +89,7 @@ def decided(
         stored_bytes: for each logit, 0 for scoring.
         alone: no other rank shares the head.
     """
-    N, H, V = sizes
+    _, H, V = sizes
     named = named_engine()
     if named is not None or V == 0:
         return named or "fused", named or "fused"

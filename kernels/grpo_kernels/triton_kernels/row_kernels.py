@@ -4,7 +4,7 @@
                      its maximum, sum(exp), sum(exp * log exp) and the target's z, and for training the exponentials
                      and the maxima that they are relative to, as `head_forward` stores them
 
-A program processes a few rows and a range of tiles, so each thread reads 16 bytes at a time and few threads share a row.
+A program processes a few rows and a range of wide tiles: threads read 16 bytes at a time, and few of them share a row.
 """
 
 import triton
