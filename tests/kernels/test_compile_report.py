@@ -51,6 +51,13 @@ def test_kernels_compile_for_architecture(architecture):
         assert report["loop_spills"] == 0, report
         # A spill may occur once per tile of products, but not in each step of its loop.
         assert report["stack"] <= 160, report
+    for tile in (tile for tile in row.half if tile.per_processor > 1):
+        mine = [r for r in heads if f" {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} " in r["variant"]]
+        for report in mine:
+            # A processor of an H100 has 65,536 registers and 228 KiB of shared memory, of which a program takes 1 more.
+            assert tile.per_processor * tile.warps * 32 * (report["registers"] + 1) <= 65536, report
+            assert tile.per_processor * (report["shared"] + 1024) <= 228 * 1024, report
+        assert mine
     product, load = ENGINES[architecture]
     for report in reports:
         if report["product"] and report["variant"].startswith("bf16"):

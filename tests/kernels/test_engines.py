@@ -9,10 +9,13 @@ from test_fake_cuda import SCRIPT
 
 from conftest import DEVICE
 from grpo_kernels import PolicyObjective, budget, linear_logprob, linear_policy_loss
+from grpo_kernels._head import Rows
+from grpo_kernels._head_arguments import make_pass
 from grpo_kernels.budget import product_columns, product_rows
 from grpo_kernels.cost_model import CASES, GPUS, head_cost
 from grpo_kernels.gpus import rates_of
-from grpo_kernels.triton_kernels import engines, product_forward, triton_head
+from grpo_kernels.triton_kernels import engines, launch, product_forward, triton_head
+from grpo_kernels.triton_kernels.tiles import ARCHITECTURES
 from support.fake_cuda import SHARED_BYTES, run_cases
 from support.logprob_cases import make, run
 from support.loss_cases import make as make_loss
@@ -84,6 +87,22 @@ def test_products_propagate_nan(products):
     logprobs = linear_logprob(**arguments, backend="triton")
     assert logprobs.isnan().tolist() == [False, False, True, False, False]
     assert products
+
+
+@interpreted
+def test_pair_of_programs_shares_a_processor():
+    arguments = make(600, 64, 5000, torch.bfloat16, trainable="")
+    _, call = make_pass(
+        "test", *arguments.values(), bias=None, temperature=1.0, logit_scale=1.0, softcap=None, max_buffer_bytes=None,
+        process_group=None, with_entropy=False, backend="triton",
+    )  # fmt: skip
+    programs = {}
+    for tile in ARCHITECTURES["sm_90"].half:
+        planned = launch.PlannedGPU("sm_90", 4)
+        with launch.planning(planned):
+            call.head.launch_forward(tile, Rows(call.hidden, call.targets, None), torch.empty(600, 0), False)
+        programs.setdefault(tile.per_processor, set()).add(planned.record[0].programs)
+    assert programs == {1: {4}, 2: {8}}
 
 
 def test_product_columns_fill_rounds_of_tiles():

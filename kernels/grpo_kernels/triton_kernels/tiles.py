@@ -23,7 +23,8 @@ KIB = 1 << 10
 class Tile:
     """A block of `rows` x `columns` products in steps of `depth`, handled by `warps` in `stages` of loads.
 
-    The statistics are computed for `part` columns at a time, which share one stored maximum.
+    The statistics are computed for `part` columns at a time, which share one stored maximum. Where several programs run
+    on a processor at once, one multiplies while another computes statistics.
     """
 
     rows: int
@@ -32,6 +33,7 @@ class Tile:
     part: int
     warps: int
     stages: int
+    per_processor: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,15 @@ class Architecture:
 
 _SINGLE = (Tile(64, 128, 16, 128, 8, 2), Tile(64, 64, 16, 64, 4, 2))
 _SMALL = (Tile(128, 128, 32, 64, 8, 4), Tile(128, 128, 64, 64, 8, 3), Tile(64, 128, 64, 64, 4, 3))
+# Both programs of a pair fit a processor's registers and shared memory.
+_PAIR = Tile(128, 128, 64, 32, 4, 3, per_processor=2)
 _LARGE = (Tile(128, 256, 64, 64, 8, 4), Tile(128, 128, 64, 64, 8, 4), Tile(128, 256, 64, 64, 8, 3))
 
 ARCHITECTURES = {
     "sm_80": Architecture(163 * KIB, False, _SMALL, _SINGLE),
     "sm_86": Architecture(99 * KIB, False, _SMALL, _SINGLE),
     "sm_89": Architecture(99 * KIB, False, _SMALL, _SINGLE),
-    "sm_90": Architecture(227 * KIB, True, _LARGE, _SINGLE),
+    "sm_90": Architecture(227 * KIB, True, (*_LARGE, _PAIR), _SINGLE),
     # Triton 3.9 cannot lay out a softcap between tensor memory that is read in parts and a store.
     "sm_100": Architecture(227 * KIB, True, _LARGE, _SINGLE, capped=(Tile(128, 128, 64, 128, 8, 4),)),
     "sm_120": Architecture(99 * KIB, True, (Tile(128, 128, 64, 64, 8, 3), Tile(128, 128, 32, 64, 8, 3)), _SINGLE),

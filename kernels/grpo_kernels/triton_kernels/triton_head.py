@@ -60,7 +60,10 @@ UNIT, ENTROPY_BOUND = 2.0**15, 4.0
 
 def gradient_rows(part: int) -> int:
     """Rows of a program of `head_gradient` whose parts are `part` columns wide."""
-    return WIDE_GRADIENT_ROWS if part > WIDEST_PART else GRADIENT_ROWS
+    if part > WIDEST_PART:
+        return WIDE_GRADIENT_ROWS
+    # Every thread has 16 bytes to move.
+    return GRADIENT_ROWS * max(64 // part, 1)
 
 
 def padded_columns(buffer: Tensor) -> int:
@@ -196,7 +199,7 @@ class TritonHead(Head):
         (N, H), V, store = hidden.shape, self.vocab_size, out.shape[1] > 0
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, tiles = -(-N // tile.rows), -(-V // tile.columns)
-        programs = processors(device)
+        programs = tile.per_processor * processors(device)
         splits, tiles_per_split = splits_of(row_blocks, tiles, programs)
         items = row_blocks * splits
         partials = torch.empty(4, splits, N, dtype=torch.float32, device=device)
@@ -269,7 +272,7 @@ class TritonHead(Head):
         (hidden, targets, temperature), weight, device = rows, self.weight, out.device
         (N, H), V = hidden.shape, self.vocab_size
         architecture = ARCHITECTURES[architecture_of(device)]
-        row_blocks, programs = -(-N // tile.rows), processors(device)
+        row_blocks, programs = -(-N // tile.rows), tile.per_processor * processors(device)
         splits, tiles_per_split = splits_of(row_blocks, -(-V // tile.columns), programs)
         items = row_blocks * splits
         descriptors = architecture.descriptors and descriptors_fit(hidden, weight, out)
