@@ -14,7 +14,8 @@ from grpo_kernels._head_arguments import make_pass
 from grpo_kernels.budget import product_columns, product_rows
 from grpo_kernels.cost_model import CASES, GPUS, head_cost
 from grpo_kernels.gpus import rates_of
-from grpo_kernels.triton_kernels import engines, launch, product_forward, triton_head
+from grpo_kernels.triton_kernels import engines, product_forward, triton_head
+from grpo_kernels.triton_kernels.launch import PlannedGPU, planning
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES
 from support.fake_cuda import SHARED_BYTES, run_cases
 from support.logprob_cases import make, run
@@ -98,8 +99,8 @@ def test_pair_of_programs_shares_a_processor():
     )  # fmt: skip
     programs = {}
     for tile in ARCHITECTURES["sm_90"].half:
-        planned = launch.PlannedGPU("sm_90", 4)
-        with launch.planning(planned):
+        planned = PlannedGPU("sm_90", 4)
+        with planning(planned):
             call.head.launch_forward(tile, Rows(call.hidden, call.targets, None), torch.empty(600, 0), False)
         programs.setdefault(tile.per_processor, set()).add(planned.record[0].programs)
     assert programs == {1: {4}, 2: {8}}
