@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from grpo_kernels._checks import IGNORE_INDEX, require
-from grpo_kernels._fp8 import fp8_head
+from grpo_kernels._fp8_scoring import fp8_head
 from grpo_kernels._head_arguments import make_pass
 from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels._fp8 import scaled
-from grpo_kernels._head import Rows, RowStatistics
+from grpo_kernels._head import Head, Rows, RowStatistics
 from grpo_kernels.budget import SCORING_SCRATCH_SHARE, SCRATCH_BYTES
 from grpo_kernels.triton_kernels.product_forward import Scales, forward_by_products
 from grpo_kernels.triton_kernels.triton_head import TritonHead
@@ -18,7 +18,7 @@ DEPTH = 16
 class FP8Products:
     """``hidden @ weight.T`` of FP8 operands."""
 
-    def __init__(self, head: TritonHead, hidden: Tensor):
+    def __init__(self, head: Head, hidden: Tensor):
         self.head = head
         values, self.factors = scaled(hidden)
         self.hidden = _padded(values, values.shape[0], -(-values.shape[1] // DEPTH) * DEPTH)
@@ -53,4 +53,4 @@ class FP8TritonHead(TritonHead):
         return min(int(SCORING_SCRATCH_SHARE * self.max_buffer_bytes), SCRATCH_BYTES)
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        return self.over_shards(forward_by_products(self, FP8Products, rows, out, with_entropy))
+        return self.over_shards(forward_by_products(self, FP8Products, self.combined, rows, out, with_entropy))

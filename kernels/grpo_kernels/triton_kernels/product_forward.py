@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from grpo_kernels._head import Rows, RowStatistics
+from grpo_kernels._head import Head, Rows, RowStatistics
 from grpo_kernels.budget import SCRATCH_BYTES, SCRATCH_SHARE, product_columns, product_rows, row_slices
 from grpo_kernels.triton_kernels.launch import interpreting, processors, run_kernel
 from grpo_kernels.triton_kernels.row_kernels import row_statistics
 from grpo_kernels.triton_kernels.tiles import splits_of
 
-if TYPE_CHECKING:
-    from grpo_kernels.triton_kernels.triton_head import TritonHead
-
+# Elements: rows of a buffer start, and kernels write, at multiples of it.
+ALIGNMENT = 16
 # Columns that share a stored maximum, rows and warps of a program, and how many programs run on a processor at once.
 ROW_WIDTH, ROW_ROWS, ROW_WARPS = (64, 16, 4) if interpreting() else (512, 4, 4)
 ROW_PROGRAMS = 8
+
+
+def padded_columns(buffer: Tensor) -> int:
+    """Up to which column kernels may write in `buffer [C, V]`: a multiple of 16, if its memory goes that far, else V.
+
+    With V itself as the bound, a V that is no multiple of 16 would make every load and store one number wide.
+    """
+    rows, columns = buffer.shape
+    padded = -(-columns // ALIGNMENT) * ALIGNMENT
+    end = buffer.storage_offset() + (rows - 1) * buffer.stride(0) + padded
+    fits = padded <= buffer.stride(0) and end * buffer.element_size() <= buffer.untyped_storage().nbytes()
+    return padded if fits else columns
 
 
 class Scales(NamedTuple):
@@ -40,7 +51,7 @@ class Multiply(Protocol):
 class Products:
     """``hidden @ weight.T`` of 16-bit or float32 operands, without rounding the results."""
 
-    def __init__(self, head: TritonHead, hidden: Tensor):
+    def __init__(self, head: Head, hidden: Tensor):
         self.head, self.hidden = head, hidden.to(head.product_dtype)
         self.scratch: Tensor | None = None
 
@@ -56,8 +67,9 @@ class Products:
 
 
 def forward_by_products(
-    head: TritonHead,
-    products: Callable[[TritonHead, Tensor], Multiply],
+    head: Head,
+    products: Callable[[Head, Tensor], Multiply],
+    combine: Callable[[Tensor, Tensor, Tensor, int, bool], RowStatistics],
     rows: Rows,
     out: Tensor,
     with_entropy: bool,
@@ -66,6 +78,7 @@ def forward_by_products(
 
     Args:
         products: makes what multiplies of the head and some rows of hidden states.
+        combine: `TritonHead.combined`.
     """
     N, V, device = rows.hidden.shape[0], head.vocab_size, out.device
     store = out.shape[1] > 0
@@ -79,7 +92,9 @@ def forward_by_products(
         temperature = None if rows.temperature is None else rows.temperature[at]
         part = Rows(rows.hidden[at], rows.targets[at], temperature)
         multiply = products(head, part.hidden)
-        parts.append(_part_by_products(head, multiply, part, out[at], tile_maximum[:, at], scratch, with_entropy))
+        parts.append(
+            _part_by_products(head, multiply, combine, part, out[at], tile_maximum[:, at], scratch, with_entropy)
+        )
     if len(parts) == 1:
         return parts[0]
     target, maximum, total, weighted, *_ = zip(*parts, strict=True)
@@ -90,8 +105,9 @@ def forward_by_products(
 
 
 def _part_by_products(
-    head: TritonHead,
+    head: Head,
     multiply: Multiply,
+    combine: Callable[[Tensor, Tensor, Tensor, int, bool], RowStatistics],
     rows: Rows,
     out: Tensor,  # [C, V]
     tile_maximum: Tensor,  # [tiles, C]
@@ -117,7 +133,7 @@ def _part_by_products(
             row_statistics, device, row_blocks * each,
             products, *(scales or (None, None)), None if head.bias is None else head.bias[block],
             targets, temperature, partials[:, first_split : first_split + each], stored,
-            tile_maximum[first_tile : first_tile + count], N, width, head.padded_columns(stored), block.start,
+            tile_maximum[first_tile : first_tile + count], N, width, padded_columns(stored), block.start,
             products.stride(0), stored.stride(0), total * N, tile_maximum.stride(0), tiles_per_split, each,
             head.logit_scale, head.softcap or 1.0,
             HAS_SCALES=scales is not None,
@@ -129,4 +145,4 @@ def _part_by_products(
             WIDTH=ROW_WIDTH, ROWS=ROW_ROWS, num_warps=ROW_WARPS,
         )  # fmt: skip
         first_split, first_tile = first_split + each, first_tile + count
-    return head.combined(partials, targets, tile_maximum, ROW_WIDTH, with_entropy)
+    return combine(partials, targets, tile_maximum, ROW_WIDTH, with_entropy)

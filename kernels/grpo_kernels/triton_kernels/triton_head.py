@@ -30,7 +30,13 @@ from grpo_kernels.triton_kernels.engines import MEASURED_ROWS, decided, entry, m
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
-from grpo_kernels.triton_kernels.product_forward import ROW_WIDTH, Products, forward_by_products
+from grpo_kernels.triton_kernels.product_forward import (
+    ALIGNMENT,
+    ROW_WIDTH,
+    Products,
+    forward_by_products,
+    padded_columns,
+)
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
@@ -66,18 +72,6 @@ def gradient_rows(part: int) -> int:
     return GRADIENT_ROWS * max(64 // part, 1)
 
 
-def padded_columns(buffer: Tensor) -> int:
-    """Up to which column kernels may write in `buffer [C, V]`: a multiple of 16, if its memory goes that far, else V.
-
-    With V itself as the bound, a V that is no multiple of 16 would make every load and store one number wide.
-    """
-    rows, columns = buffer.shape
-    padded = -(-columns // TritonHead.buffer_alignment) * TritonHead.buffer_alignment
-    end = buffer.storage_offset() + (rows - 1) * buffer.stride(0) + padded
-    fits = padded <= buffer.stride(0) and end * buffer.element_size() <= buffer.untyped_storage().nbytes()
-    return padded if fits else columns
-
-
 def _normalized(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, like: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -95,10 +89,9 @@ class TritonHead(Head):
 
     # Elements: rows are whole numbers of 16 elements apart whatever V is, so that Triton, which asks whether sizes are
     # multiples of 16, loads and stores 16 bytes at a time; descriptors and cuBLAS need multiples of 16 bytes.
-    buffer_alignment = 16
+    buffer_alignment = ALIGNMENT
 
     scale_ = staticmethod(scale_unless_one_)
-    padded_columns = staticmethod(padded_columns)
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -143,7 +136,7 @@ class TritonHead(Head):
             "fused": lambda: self.with_tile(
                 "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
             ),
-            "products": lambda: forward_by_products(self, Products, rows, out, with_entropy),
+            "products": lambda: forward_by_products(self, Products, self.combined, rows, out, with_entropy),
         }
 
     def engine(self, rows: Rows, out: Tensor, with_entropy: bool) -> str:
