@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -124,8 +125,10 @@ def measure(name: str, tensor: torch.Tensor, launches: dict[str, Callable[[], An
                 stacklevel=2,
             )
     for _ in range(ROUNDS if len(seconds) > 1 else 0):
-        for engine, times in seconds.items():
-            times.append(timed(launches[engine]))
+        # Events belong to the current device.
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            for engine, times in seconds.items():
+                times.append(timed(launches[engine]))
     if not seconds:
         return None
     fastest = min(seconds, key=lambda engine: sorted(seconds[engine])[len(seconds[engine]) // 2 :][:1])
