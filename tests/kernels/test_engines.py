@@ -225,7 +225,7 @@ def test_foreign_files_are_ignored_with_one_line(content, said, gpu, tmp_path):
 
 
 @interpreted
-def test_engine_that_fails_is_left_out(gpu, monkeypatch):
+def test_engine_that_fails_is_left_out(gpu, monkeypatch, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("cuBLAS: not supported\nmore")
 
@@ -234,6 +234,17 @@ def test_engine_that_fails_is_left_out(gpu, monkeypatch):
     with pytest.warns(UserWarning, match="the engine 'products' is left out, since it failed: cuBLAS: not supported$"):
         logprobs = linear_logprob(**arguments, backend="triton")
     assert logprobs.isfinite().all()
+    # The next call in this process does not try it again, but another process does.
+    assert linear_logprob(**arguments, backend="triton").equal(logprobs)
+    assert not (tmp_path / "engines.json").exists()
+
+
+@interpreted
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_products_are_left_out_where_tf32_is_allowed(allowed, gpu, monkeypatch):
+    monkeypatch.setattr(engines, "_rounds_to_tf32", lambda: allowed)
+    linear_logprob(**make(40, 17, 130, trainable=""), backend="triton")
+    assert bool(gpu) != allowed
 
 
 def test_unknown_engine_is_refused(monkeypatch):

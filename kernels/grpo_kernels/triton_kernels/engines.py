@@ -57,6 +57,15 @@ def _valid(value: Any) -> str:
 measured = TuningFile("engines.json", _valid)
 
 
+def _rounds_to_tf32() -> bool:
+    """Whether cuBLAS may round float32 operands, which the fused kernel does not."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        # Torch refuses to answer where its newer setting was used.
+        return True
+
+
 def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -100,8 +109,7 @@ def decided(
             rates = launch.planned().rates
             chosen = "fused" if rates is None else faster(rates, sizes, stored_bytes)
         return chosen, chosen
-    if not on_gpu(device) or (dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32):
-        # Where TF32 is allowed, products of float32 operands would be rounded to it.
+    if not on_gpu(device) or (dtype == torch.float32 and _rounds_to_tf32()):
         return "fused", "fused"
     guess = predicted(device, dtype, sizes, stored_bytes)
     if not alone:
@@ -132,7 +140,11 @@ def measure(name: str, tensor: torch.Tensor, launches: dict[str, Callable[[], An
     if not seconds:
         return None
     fastest = min(seconds, key=lambda engine: sorted(seconds[engine])[len(seconds[engine]) // 2 :][:1])
-    measured.keep(name, fastest)
+    if len(seconds) == len(launches):
+        measured.keep(name, fastest)
+    else:
+        # The failure may be one of this process, such as too little memory.
+        measured.known()[name] = fastest
     return fastest
 
 
