@@ -15,6 +15,7 @@ from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
 from grpo_kernels._head_arguments import make_pass
 from grpo_kernels.triton_kernels import launch, tiles, triton_head
+from grpo_kernels.triton_kernels.engines import ENGINES
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, nearest_architecture, splits_of
 from support.compiled import compiled
 from support.logprob_cases import make, run
@@ -24,7 +25,9 @@ from support.oracle import SLACK, relative_error
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="tests the interpreter")
 
 
-def test_kernels_are_not_recompiled_for_other_token_counts():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kernels_are_not_recompiled_for_other_token_counts(engine, monkeypatch):
+    monkeypatch.setenv("GRPO_KERNELS_ENGINE", engine)
     changes = json.loads(compiled(str(Path(__file__).parents[1] / "support" / "launches.py")))
     assert len(changes) == 10
     assert not any(changes.values()), changes
