@@ -213,12 +213,16 @@ class Head(ABC):
         """Memory for the rows, or the copies of operands, that are processed at once."""
         return cpu_block_bytes(self.max_buffer_bytes) if self.on_cpu else int(BLOCK_SHARE * self.max_buffer_bytes)
 
+    def scratch_bytes(self, scoring: bool = False) -> int:
+        """The part of the byte budget that a forward needs beside the ``[C, V]`` buffer, or without one."""
+        return 0
+
     def rows_per_chunk(self, copies: int = 1) -> int:
         """Rows of which `copies` fit the byte budget, the same on every rank of the group."""
         cast = not self.weight.dtype == self.product_dtype == self.gradient_dtype
         blocks = 2 * self.block_bytes if self.on_cpu or cast else 0
         row_bytes = self.sizing_vocab * self.buffer_dtype.itemsize + self.narrow_bytes()
-        return max((int(self.max_buffer_bytes) - blocks) // row_bytes // copies, 1)
+        return max((int(self.max_buffer_bytes) - blocks - self.scratch_bytes()) // row_bytes // copies, 1)
 
     def row_slices(self, num_rows: int, rows: int) -> Iterator[slice]:
         """Chunks of at most `rows`: of equal length on a CPU, of exactly `rows` but for the last on a GPU."""

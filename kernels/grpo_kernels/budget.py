@@ -22,6 +22,15 @@ FLOPS_PER_BYTE = 227
 # A chunk's launches, in rounds of tiles: about 60 microseconds of 2 milliseconds, for a vocabulary of 152k.
 LAUNCHES = 0.03
 
+# A block's launches, in rounds of tiles: about 5 of 50 microseconds, at a hidden size of 4096.
+BLOCK_LAUNCHES = 0.1
+# Scratch for the float32 products of a block of the vocabulary: at most this, and this share of the byte budget beside
+# a buffer for a chunk's logits and without one. Chunks without a buffer leave room for this many columns in it.
+SCRATCH_BYTES, SCRATCH_SHARE, SCORING_SCRATCH_SHARE = 512 * MIB, 0.125, 0.25
+SCRATCH_COLUMNS = 4096
+# Rows whose products with a block of the vocabulary are made at once, at most: for more, the weight is read again.
+PRODUCT_ROWS = 8448
+
 # What a CPU works on at once, rows of the buffer or copies of operands: small enough for the last-level cache.
 CPU_BLOCK_BYTES = 4 * MIB
 # The largest share of the byte budget for such a block. Two exist at once.
@@ -75,6 +84,46 @@ def wave_rows(num_rows: int, most: int, hidden_size: int, processors: int, train
         return whole * (rounds(rows) + chunk) + (rounds(rest) + chunk if rest else 0.0), rows
 
     return min(range(longest, longest // 2, -TILE_ROWS), key=time)
+
+
+@lru_cache(maxsize=4096)
+def product_columns(num_rows: int, vocab: int, most: int, width: int, processors: int) -> int:
+    """Columns of a block of the vocabulary whose products are made at once: a multiple of `width`, at most `most`.
+
+    Like `wave_rows`, it takes the least time by the rounds of tiles, and by the launches of a block.
+    """
+    longest = max(min(most, -(-vocab // width) * width) // width * width, width)
+    return min(
+        range(longest, longest // 2, -width),
+        key=lambda columns: (product_rounds(num_rows, vocab, columns, processors), columns),
+    )
+
+
+def product_rounds(num_rows: int, vocab: int, columns: int, processors: int) -> float:
+    """Rounds of tiles, and of launches, of the products with the whole vocabulary in blocks of `columns`."""
+    whole, rest = divmod(vocab, columns)
+    rounds = [-(-(-(-num_rows // TILE_ROWS) * -(-size // TILE_COLUMNS)) // processors) for size in (columns, rest)]
+    return whole * (rounds[0] + BLOCK_LAUNCHES) + (rounds[1] + BLOCK_LAUNCHES if rest else 0.0)
+
+
+@lru_cache(maxsize=4096)
+def product_rows(num_rows: int, most: int, vocab: int, scratch_bytes: int, width: int, processors: int) -> int:
+    """Rows of a chunk, at most `most`, whose products lie in `scratch_bytes` and take the least time for all rows."""
+    most = min(most, PRODUCT_ROWS, scratch_bytes // (4 * min(vocab, SCRATCH_COLUMNS)))
+    if num_rows <= most or most < 2 * TILE_ROWS:
+        return max(min(num_rows, most), 1)
+
+    def rounds(rows: int) -> float:
+        columns = product_columns(rows, vocab, scratch_bytes // (4 * rows), width, processors)
+        return product_rounds(rows, vocab, columns, processors)
+
+    def time(rows: int) -> tuple[float, int]:
+        whole, rest = divmod(num_rows, rows)
+        return whole * rounds(rows) + (rounds(rest) if rest else 0.0), rows
+
+    longest = most // TILE_ROWS * TILE_ROWS
+    # Shorter ones read the weight more often.
+    return min(range(longest, longest // 2 - 1, -TILE_ROWS), key=time)
 
 
 def row_slices(num_rows: int, rows: int) -> Iterator[slice]:

@@ -24,40 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 from grpo_kernels._checks import require
 from grpo_kernels._head_arguments import make_pass
+from grpo_kernels.gpus import GPU, GPUS
 from grpo_kernels.linear_logprob import _LinearLogprob
 from grpo_kernels.linear_policy_loss import _LinearPolicyLoss
 from grpo_kernels.objective import PRESETS
 from grpo_kernels.policy_loss import make_token_loss
 
-
-@dataclass(frozen=True)
-class GPU:
-    """Rates that a GPU sustains.
-
-    Attributes:
-        products: flops a second of bfloat16 products by cuBLAS.
-        forward: the same of the kernel `head_forward`.
-        bandwidth: bytes a second.
-        free: bytes of memory that are free when the head runs, for chunks that grow with it.
-        launch: seconds from one small kernel to the next.
-    """
-
-    architecture: str
-    processors: int
-    products: float
-    forward: float
-    bandwidth: float
-    free: int
-    launch: float = 4e-6
-
-
-# Data sheets: 989e12 dense bfloat16 flops a second on both, 3.35e12 and 4.8e12 bytes a second. Large products reach 69%
-# to 80% of that, as power allows, and long copies 90%. The forward's share of cuBLAS's rate is a guess: 76% to 82%.
-# Half of the memory, 80 and 141 GB, is free.
-GPUS = {
-    "h100": GPU("sm_90", 132, 680e12, 560e12, 3.0e12, 40 * 10**9),
-    "h200": GPU("sm_90", 132, 790e12, 600e12, 4.3e12, 70 * 10**9),
-}
 # case -> products of N x H x V multiplications in it
 CASES = {"trainable": 3, "frozen": 2, "scoring": 1}
 
@@ -65,6 +37,7 @@ CASES = {"trainable": 3, "frozen": 2, "scoring": 1}
 # and writing all of them.
 WRITTEN = {
     "head_forward": {"partials", "out", "tile_maximum"},
+    "row_statistics": {"partials", "out", "tile_maximum"},
     "combine_splits": {"statistics"},
     "head_gradient": {"e"},
     "policy_tokens": {"grad_logprobs", "sums"},
@@ -124,6 +97,11 @@ class Cost:
         return sum(step.flops for step in self.steps)
 
     @property
+    def engine(self) -> str:
+        """That of the forward."""
+        return "products" if any(step.name == "row_statistics" for step in self.steps) else "fused"
+
+    @property
     def bytes(self) -> int:
         return sum(step.read + step.written for step in self.steps)
 
@@ -144,7 +122,13 @@ class Cost:
 
 
 def head_cost(
-    case: str, tokens: int, hidden: int, vocabulary: int, gpu: GPU, max_buffer_bytes: int | None = None
+    case: str,
+    tokens: int,
+    hidden: int,
+    vocabulary: int,
+    gpu: GPU,
+    max_buffer_bytes: int | None = None,
+    engine: str | None = None,
 ) -> Cost:
     """Note the steps of a bfloat16 head: the token-level policy loss with its backward, or scoring.
 
@@ -152,15 +136,19 @@ def head_cost(
         case: "trainable", "frozen" (the weight) or "scoring".
         tokens, hidden, vocabulary: N, H and V.
         max_buffer_bytes: as in `linear_policy_loss`.
+        engine: "fused" or "products", as in `triton_kernels.engines`; None for the one that is predicted to be faster.
 
     Raises:
-        ValueError: an unknown case, or a size below 1.
+        ValueError: an unknown case or engine, or a size below 1.
     """
     require(case in CASES, f"head_cost: case must be one of {', '.join(CASES)}, got {case!r}")
     require(min(tokens, hidden, vocabulary) > 0, "head_cost: tokens, hidden and vocabulary must be at least 1")
+    from grpo_kernels.triton_kernels.engines import ENGINES
     from grpo_kernels.triton_kernels.launch import PlannedGPU, planning
 
-    planned = PlannedGPU(gpu.architecture, gpu.processors)
+    known = engine is None or engine in ENGINES
+    require(known, f"head_cost: engine must be one of {', '.join(ENGINES)}, or None, got {engine!r}")
+    planned = PlannedGPU(gpu.architecture, gpu.processors, rates=gpu, engine=engine)
     pretended = _PretendedGPU(tokens, gpu)
     with planning(planned), pretended:
         given = inputs(tokens, hidden, vocabulary, DEVICE)
@@ -314,7 +302,7 @@ def launch_step(launch: Any, processors: int) -> Step:
         blocks = -(-rows // arguments["BLOCK_N"])
         rounds = -(-blocks * arguments["splits"] // processors) * arguments["tiles_per_split"]
         scale = rounds * processors * arguments["BLOCK_N"] * arguments["BLOCK_V"] / (rows * columns)
-    elif launch.kernel == "combine_splits":
+    elif launch.kernel in ("combine_splits", "row_statistics"):
         part = "forward"
     elif launch.kernel == "head_gradient":
         part = "gradient"
@@ -339,6 +327,9 @@ def _operation(func: Any, arguments: tuple, out: Any, head: tuple[int, int], pro
         tiles = math.prod(-(-size // tile) for size, tile in zip((rows, columns), PRODUCT_TILE, strict=True))
         scale = -(-tiles // processors) * processors * math.prod(PRODUCT_TILE) / (rows * columns)
         part = "weight's gradient" if a.shape[1] != V and columns == H else "hidden's gradient"
+        if a.shape[1] == H and b.stride(0) == 1:
+            # Rows of the weight, transposed.
+            part = "forward"
     elif any(tensor.shape[-1:] == head[:1] and tensor.dim() == 2 for tensor in made.values()):
         tall = any(tensor.shape[0] == head[1] for tensor in made.values())
         part = "weight's gradient" if tall else "hidden's gradient"
@@ -348,6 +339,8 @@ def _operation(func: Any, arguments: tuple, out: Any, head: tuple[int, int], pro
 
 def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buffer_bytes: int | None = None) -> str:
     """Tables of predictions for the GPUs `names`: of each case, its parts and the bare products beside the whole."""
+    from grpo_kernels.triton_kernels.engines import ENGINES
+
     lines = [
         f"Predicted, not measured: bfloat16 head, N={tokens} tokens, H={hidden}, V={vocabulary} (doctor --head).",
         "Assumed rates: "
@@ -358,10 +351,17 @@ def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buff
         ),
     ]
     for case, products in CASES.items():
+        both = {
+            (name, engine): head_cost(case, tokens, hidden, vocabulary, GPUS[name], max_buffer_bytes, engine)
+            for name in names
+            for engine in ENGINES
+        }
         costs = {name: head_cost(case, tokens, hidden, vocabulary, GPUS[name], max_buffer_bytes) for name in names}
         first = next(iter(costs.values()))
-        chunks = Counter(step.name for step in first.steps)["head_forward"]
+        chunks = Counter(step.name for step in first.steps)["combine_splits"]
         lines.append(f"\n{case} ({products}U), {chunks} chunk{'s' * (chunks > 1)}, {first.host_waits} host waits")
+        if len({cost.engine for cost in costs.values()}) > 1:
+            lines[-1] += f"; chunks and GB are those of the {names[0].upper()}"
         head = f"  {'':20} {'TFLOP':>8} {'GB':>8}" + "".join(f" {name.upper() + ' ms':>10}" for name in names)
         lines.append(head)
         parts = {name: cost.parts(GPUS[name]) for name, cost in costs.items()}
@@ -374,4 +374,8 @@ def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buff
         lines.append(f"  {'bare products':20} {'':8} {'':8}{floors}")
         ratios = "".join(f" {cost.seconds(GPUS[name]) / cost.floor(GPUS[name]):9.2f}x" for name, cost in costs.items())
         lines.append(f"  {'ratio':20} {'':8} {'':8}{ratios}")
+        lines.append(f"  {'forward by':38}" + "".join(f" {cost.engine:>10}" for cost in costs.values()))
+        for engine in ENGINES:
+            times = "".join(f" {both[name, engine].seconds(GPUS[name]) * 1e3:10.2f}" for name in names)
+            lines.append(f"  {f'predicted with {engine}':38}{times}")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ term times its 1 - tanh**2 under a softcap).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from grpo_kernels._checks import IGNORE_INDEX, require
+from grpo_kernels._fp8_scoring import fp8_head
 from grpo_kernels._head_arguments import make_pass
 from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 
@@ -36,21 +38,21 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
     logit_scale: float = ..., softcap: float | None = ..., return_entropy: Literal[False] = ...,
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
-    process_group: ProcessGroup | None = ..., backend: str = ...,
+    process_group: ProcessGroup | None = ..., backend: str = ..., precision: Literal["fp8"] | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
     logit_scale: float = ..., softcap: float | None = ..., return_entropy: Literal[True],
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
-    process_group: ProcessGroup | None = ..., backend: str = ...,
+    process_group: ProcessGroup | None = ..., backend: str = ..., precision: Literal["fp8"] | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
     logit_scale: float = ..., softcap: float | None = ..., return_entropy: bool,
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
-    process_group: ProcessGroup | None = ..., backend: str = ...,
+    process_group: ProcessGroup | None = ..., backend: str = ..., precision: Literal["fp8"] | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_logprob(
     hidden: Tensor,  # [..., H]
@@ -66,6 +68,7 @@ def linear_logprob(
     max_buffer_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
+    precision: Literal["fp8"] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` under a linear head, and entropies on request: see the top of this module.
 
@@ -91,6 +94,10 @@ def linear_logprob(
             same on all of them, and so are the results and hidden's gradient. The shards' sizes are exchanged once
             for each weight, so ranks must replace a weight by another together.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
+        precision: ``"fp8"`` rounds hidden states and weight to float8_e4m3fn for the product, to check a sampler's
+            scores at twice the rate; without gradients, on a GPU from sm_89 on (a CPU emulates it). Log-probabilities
+            are then off by about 4% of the standard deviation of a token's logits: by 0.24 on average, and up to 1.4,
+            for SmolLM2-135M-Instruct, where bfloat16 operands cost 0.007. Importance ratios need ``None``.
 
     Returns:
         ``logprobs [...]`` or ``(logprobs, entropy)``, float32 (float64 for float64 inputs), differentiable in
@@ -98,7 +105,7 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes or devices do not fit, a target id is outside the vocabulary (checked on CPU, and on a GPU
-            with GRPO_KERNELS_DEBUG=1), or an option is out of range or unknown.
+            with GRPO_KERNELS_DEBUG=1), an option is out of range or unknown, or `precision` is not possible here.
         TypeError: a tensor has the wrong dtype.
     """
     op = "linear_logprob"
@@ -107,6 +114,9 @@ def linear_logprob(
         max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
     call = call.with_rows(op, rows)
+    require(precision in (None, "fp8"), f"{op}: precision must be 'fp8' or None, got {precision!r}")
+    if precision == "fp8":
+        call = replace(call, head=fp8_head(op, call.head, call.needs, backend))
     if backend == "reference":
         require(process_group is None, f"{op}: backend='reference' does not support process_group")
         logprobs, entropy = linear_logprob_ref(call, weight, bias)

@@ -23,6 +23,7 @@ ENGINES = {
 # that moves gigabytes.
 MEMORY_BOUND = {
     "head_gradient": (16, 16, 80),
+    "row_statistics": (16, 16, 112),
     "scale_unless_one": (2, 2, 80),
     "combine_splits": (4, 4, 64),
     "policy_tokens": (4, 4, 64),
@@ -50,6 +51,13 @@ def test_kernels_compile_for_architecture(architecture):
         assert report["loop_spills"] == 0, report
         # A spill may occur once per tile of products, but not in each step of its loop.
         assert report["stack"] <= 160, report
+    for tile in (tile for tile in row.half if tile.per_processor > 1):
+        mine = [r for r in heads if f" {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} " in r["variant"]]
+        for report in mine:
+            # A processor of an H100 has 65,536 registers and 228 KiB of shared memory, of which a program takes 1 more.
+            assert tile.per_processor * tile.warps * 32 * (report["registers"] + 1) <= 65536, report
+            assert tile.per_processor * (report["shared"] + 1024) <= 228 * 1024, report
+        assert mine
     product, load = ENGINES[architecture]
     for report in reports:
         if report["product"] and report["variant"].startswith("bf16"):
@@ -66,6 +74,12 @@ def test_kernels_compile_for_architecture(architecture):
             loads, stores, registers = MEMORY_BOUND[report["kernel"]]
             # Rows whose bound is no multiple of 16 may be read and written one number at a time.
             single = "odd V" in report["variant"]
+            if architecture == "gfx942" and report["variant"].split(" options")[0].endswith("part 512"):
+                # A wavefront of 64 threads moves 512 bytes at a time.
+                loads = stores = 8
+            if "score" in report["variant"]:
+                # Statistics alone.
+                stores = 4
             assert report["load_bytes"] >= (2 if single else loads), report
             assert report["store_bytes"] >= (2 if single else stores), report
             assert report["registers"] <= registers, report

@@ -15,6 +15,7 @@ from conftest import DEVICE
 from grpo_kernels import PolicyObjective, kl_estimate, linear_logprob, linear_policy_loss, masked_mean, policy_loss
 from grpo_kernels._head_arguments import make_pass
 from grpo_kernels.triton_kernels import launch, tiles, triton_head
+from grpo_kernels.triton_kernels.engines import ENGINES
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, nearest_architecture, splits_of
 from support.compiled import compiled
 from support.logprob_cases import make, run
@@ -24,7 +25,9 @@ from support.oracle import SLACK, relative_error
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="tests the interpreter")
 
 
-def test_kernels_are_not_recompiled_for_other_token_counts():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kernels_are_not_recompiled_for_other_token_counts(engine, monkeypatch):
+    monkeypatch.setenv("GRPO_KERNELS_ENGINE", engine)
     changes = json.loads(compiled(str(Path(__file__).parents[1] / "support" / "launches.py")))
     assert len(changes) == 10
     assert not any(changes.values()), changes
@@ -180,21 +183,21 @@ def test_autotuning_measures_each_head_once(monkeypatch, tmp_path):
     launches.clear()
     # Another number of tokens uses the same entry of the file.
     (tmp_path / "cache" / "tiles.json").write_text(json.dumps({next(iter(known)): vars(slower)}))
-    tiles.known_tiles.cache_clear()
+    tiles.tuned.forget()
     again = linear_logprob(**{k: v if k == "weight" else v[:5] for k, v in arguments.items()}, backend="triton")
     assert launches == [slower]
     torch.testing.assert_close(again, first[:5])
     # After a damaged file, or one with other contents, the tiles are measured again.
     for damaged in ("{", "[1]", json.dumps({next(iter(known)): {"width": 3}})):
         (tmp_path / "cache" / "tiles.json").write_text(damaged)
-        tiles.known_tiles.cache_clear()
+        tiles.tuned.forget()
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
         assert json.loads((tmp_path / "cache" / "tiles.json").read_text()).popitem()[1]["rows"] > 0
     # Without a writable folder, the process keeps its measurements in memory.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(
-        UserWarning, match="tuned tiles cannot be stored in .*; set GRPO_KERNELS_CACHE to a writable folder"
+        UserWarning, match="measurements cannot be stored in .*; set GRPO_KERNELS_CACHE to a writable folder"
     ):
         torch.testing.assert_close(linear_logprob(**arguments, backend="triton"), first)
     launches.clear()
@@ -211,7 +214,7 @@ def test_tiles_that_do_not_fit_are_left_out(autotune, monkeypatch, tmp_path):
     monkeypatch.setattr(tiles, "_refused", set())
     monkeypatch.setenv("GRPO_KERNELS_AUTOTUNE", autotune)
     monkeypatch.setenv("GRPO_KERNELS_CACHE", str(tmp_path))
-    tiles.known_tiles.cache_clear()
+    tiles.tuned.forget()
     original, launches, fitting = triton_head.TritonHead.launch_forward, [], {candidates[1]}
 
     def limited(head, tile, *args):
@@ -229,7 +232,7 @@ def test_tiles_that_do_not_fit_are_left_out(autotune, monkeypatch, tmp_path):
     assert launches[-2:] == [candidates[1]] * 2
     assert launches.count(candidates[0]) == 1
     fitting.clear()
-    tiles.known_tiles.cache_clear()
+    tiles.tuned.forget()
     for said in ("Required: 311352, Hardware limit: 232448", "refused before"):
         with pytest.raises(RuntimeError, match=rf"^no tile of head_forward fits interpreter .*{said}.*backend='torch'"):
             linear_logprob(**arguments, backend="triton")

@@ -31,6 +31,8 @@ from grpo_kernels.triton_kernels import (
     head_kernels,
     known_lse_kernels,
     policy_kernels,
+    product_forward,
+    row_kernels,
     scale_kernels,
     triton_head,
 )
@@ -56,6 +58,9 @@ SIZES = (
     "weight_stride_v",
     "out_stride",
     "stride",
+    "plane_stride",
+    "maximum_stride",
+    "first_column",
     "tiles_per_split",
     "splits",
 )
@@ -124,9 +129,13 @@ def head_variants(architecture: str) -> Iterator[Variant]:
         if row.descriptors:
             yield _head_gradient_known(False, tiles[0], dtype, options=False)
     for dtype in ("bf16", "fp16", "fp32"):
-        for options in (False, True):
-            yield _head_gradient(row.half[0].part, dtype, options)
+        for part in (row.half[0].part, product_forward.ROW_WIDTH):
+            for options in (False, True):
+                yield _head_gradient(part, dtype, options)
         yield replace(_head_gradient(row.half[0].part, dtype, False), name=f"{dtype} odd V", odd=frozenset({"V"}))
+        for options in (False, True):
+            yield _row_statistics(dtype, True, options)
+    yield _row_statistics("bf16", False, False)
 
 
 def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entropy: bool, options: bool) -> Variant:
@@ -164,10 +173,21 @@ def _head_gradient(part: int, dtype: str, options: bool) -> Variant:
     constants = {
         "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD": True, "HAS_GRAD_ENTROPY": options,
         "ROW_SCALED": dtype == "fp16", "PART_V": part, "PARTS": triton_head.GRADIENT_PARTS,
-        "ROWS": triton_head.GRADIENT_ROWS,
+        "ROWS": triton_head.gradient_rows(part),
     }  # fmt: skip
     name = f"{dtype} part {part}" + (" options" if options else "")
     return Variant(head_kernels.head_gradient, name, {"e": f"*{dtype}"}, constants, triton_head.GRADIENT_WARPS)
+
+
+def _row_statistics(dtype: str, store: bool, options: bool) -> Variant:
+    """Scoring has the scales of FP8 operands."""
+    constants = {
+        "HAS_SCALES": not store, "HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options,
+        "WITH_ENTROPY": options, "STORE": store, "WIDTH": product_forward.ROW_WIDTH, "ROWS": product_forward.ROW_ROWS,
+    }  # fmt: skip
+    name = f"{dtype} {'store' if store else 'score with scales'}" + (" options" if options else "")
+    types = {"out": f"*{dtype}"}
+    return Variant(row_kernels.row_statistics, name, types, constants, product_forward.ROW_WARPS)
 
 
 def small_variants() -> Iterator[Variant]:
@@ -224,7 +244,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
     registers, stack, loop_spills, assembly = read(compiled.asm)
     loop = "\n".join(product_loop(assembly))
-    product = MATRIX_PRODUCT.search(loop) if "tl.dot" in variant.kernel.src else None
+    product = MATRIX_PRODUCT.search(loop) if "weight" in names else None
     load, load_bytes = widest(LOAD, assembly)
     return Report(
         architecture, variant.kernel.__name__, variant.name, compiled.metadata.shared, registers, stack, loop_spills,

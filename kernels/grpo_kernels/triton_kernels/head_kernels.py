@@ -50,9 +50,41 @@ def _merge(maximum, total, weighted, other_maximum, other_total, other_weighted,
 
 
 @triton.jit
+def _products(
+    hidden, weight, first_row, first_column, rows, row_mask, V, H, hidden_stride, weight_stride_v, weight_stride_h,
+    DESCRIPTORS: tl.constexpr, DOT_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``hidden @ weight.T`` for a tile ``[BLOCK_N, BLOCK_V]``, float32."""
+    column = tl.arange(0, BLOCK_V)
+    column_mask = column < V - first_column
+    weight_rows = (first_column + column).to(tl.int64) * weight_stride_v
+    z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for k in range(0, H, BLOCK_K):
+        if DESCRIPTORS:
+            a = hidden.load([first_row, k])
+            b = weight.load([first_column, k])
+        else:
+            depth = k + tl.arange(0, BLOCK_K)
+            depth_mask = depth < H
+            a = tl.load(
+                hidden + rows[:, None] * hidden_stride + depth[None, :],
+                row_mask[:, None] & depth_mask[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                weight + weight_rows[:, None] + depth[None, :] * weight_stride_h,
+                column_mask[:, None] & depth_mask[None, :],
+                other=0.0,
+            )
+        z = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE).T, z, input_precision="ieee")
+    return z
+
+
+@triton.jit
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
-    N, V, padded_columns, out_stride, logit_scale, softcap,
+    maximum_stride, V, padded_columns, out_stride, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +124,7 @@ def _fold_tile(
                 e.to(out.dtype.element_ty),
                 row_mask[:, None] & (column < padded_columns - first_column)[None, :],
             )
-        tl.store(tile_maximum + (first_column // WIDTH).to(tl.int64) * N + rows, tile_max, row_mask)
+        tl.store(tile_maximum + (first_column // WIDTH).to(tl.int64) * maximum_stride + rows, tile_max, row_mask)
     maximum, total, weighted = _merge(maximum, total, weighted, tile_max, tile_total, tile_weighted, WITH_ENTROPY)
     return maximum, total, weighted, at_target
 
@@ -136,7 +168,6 @@ def head_forward(
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V)
-    column = tl.arange(0, BLOCK_V)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         split = item // row_blocks
         first_row = (item % row_blocks) * BLOCK_N
@@ -150,27 +181,10 @@ def head_forward(
         statistics = (zero + float("-inf"), zero, zero, zero)
         for tile in range(split * tiles_per_split, min((split + 1) * tiles_per_split, tiles)):
             first_column = tile * BLOCK_V
-            column_mask = column < V - first_column
-            weight_rows = (first_column + column).to(tl.int64) * weight_stride_v
-            z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            for k in range(0, H, BLOCK_K):
-                if DESCRIPTORS:
-                    a = hidden.load([first_row, k])
-                    b = weight.load([first_column, k])
-                else:
-                    depth = k + tl.arange(0, BLOCK_K)
-                    depth_mask = depth < H
-                    a = tl.load(
-                        hidden + rows[:, None] * hidden_stride + depth[None, :],
-                        row_mask[:, None] & depth_mask[None, :],
-                        other=0.0,
-                    )
-                    b = tl.load(
-                        weight + weight_rows[:, None] + depth[None, :] * weight_stride_h,
-                        column_mask[:, None] & depth_mask[None, :],
-                        other=0.0,
-                    )
-                z = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE).T, z, input_precision="ieee")
+            z = _products(
+                hidden, weight, first_row, first_column, rows, row_mask, V, H, hidden_stride, weight_stride_v,
+                weight_stride_h, DESCRIPTORS, DOT_DTYPE, BLOCK_N, BLOCK_V, BLOCK_K,
+            )  # fmt: skip
             for part in tl.static_range(BLOCK_V // PART_V):
                 statistics = _fold_tile(
                     _part(z, part, BLOCK_N, BLOCK_V, PART_V), statistics, first_row, first_column + part * PART_V,

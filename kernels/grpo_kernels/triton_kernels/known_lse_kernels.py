@@ -9,7 +9,7 @@ Nothing is reduced over the vocabulary and no exponential is stored, so each log
 import triton
 import triton.language as tl
 
-from grpo_kernels.triton_kernels.head_kernels import _part
+from grpo_kernels.triton_kernels.head_kernels import _part, _products
 from grpo_kernels.triton_kernels.math import expm1, tanh
 
 
@@ -91,7 +91,6 @@ def head_gradient_known(
 ):
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(V, BLOCK_V)
-    column = tl.arange(0, BLOCK_V)
     part_column = tl.arange(0, PART_V)
     for item in range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         split = item // row_blocks
@@ -121,27 +120,10 @@ def head_gradient_known(
             entropy = log_total - tl.load(weighted + rows, row_mask, other=0.0) / row_total
         for tile in range(split * tiles_per_split, min((split + 1) * tiles_per_split, tiles)):
             first_column = tile * BLOCK_V
-            column_mask = column < V - first_column
-            weight_rows = (first_column + column).to(tl.int64) * weight_stride_v
-            z = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-            for k in range(0, H, BLOCK_K):
-                if DESCRIPTORS:
-                    a = hidden.load([first_row, k])
-                    b = weight.load([first_column, k])
-                else:
-                    depth = k + tl.arange(0, BLOCK_K)
-                    depth_mask = depth < H
-                    a = tl.load(
-                        hidden + rows[:, None] * hidden_stride + depth[None, :],
-                        row_mask[:, None] & depth_mask[None, :],
-                        other=0.0,
-                    )
-                    b = tl.load(
-                        weight + weight_rows[:, None] + depth[None, :] * weight_stride_h,
-                        column_mask[:, None] & depth_mask[None, :],
-                        other=0.0,
-                    )
-                z = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE).T, z, input_precision="ieee")
+            z = _products(
+                hidden, weight, first_row, first_column, rows, row_mask, V, H, hidden_stride, weight_stride_v,
+                weight_stride_h, DESCRIPTORS, DOT_DTYPE, BLOCK_N, BLOCK_V, BLOCK_K,
+            )  # fmt: skip
             for part in tl.static_range(BLOCK_V // PART_V):
                 part_start = first_column + part * PART_V
                 gradient = _gradient_of_tile(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from grpo_kernels.gpus import GPU
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, nearest_architecture
 
 
@@ -35,11 +36,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class PlannedGPU:
-    """A GPU that is not there: launches for it are noted in `record`."""
+    """A GPU that is not there: launches for it are noted in `record`.
+
+    Its engine is the one named, or else the one with the lower predicted time at its rates.
+    """
 
     architecture: str
     processors: int
     record: list[Any] = field(default_factory=list)
+    rates: GPU | None = None
+    engine: str | None = None
 
 
 _planned: PlannedGPU | None = None
@@ -54,6 +60,11 @@ def planning(gpu: PlannedGPU) -> Iterator[None]:
         yield
     finally:
         _planned = before
+
+
+def planned() -> PlannedGPU | None:
+    """The GPU that launches are noted for, if any."""
+    return _planned
 
 
 def device_name(device: torch.device) -> str | None:

@@ -7,15 +7,14 @@ candidates are measured once for each head instead, and the fastest is stored on
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
+
+from grpo_kernels.triton_kernels.tuning_file import TuningFile
 
 KIB = 1 << 10
 
@@ -24,7 +23,8 @@ KIB = 1 << 10
 class Tile:
     """A block of `rows` x `columns` products in steps of `depth`, handled by `warps` in `stages` of loads.
 
-    The statistics are computed for `part` columns at a time, which share one stored maximum.
+    The statistics are computed for `part` columns at a time, which share one stored maximum. Where several programs run
+    on a processor at once, one multiplies while another computes statistics.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Tile:
     part: int
     warps: int
     stages: int
+    per_processor: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Architecture:
 
 _SINGLE = (Tile(64, 128, 16, 128, 8, 2), Tile(64, 64, 16, 64, 4, 2))
 _SMALL = (Tile(128, 128, 32, 64, 8, 4), Tile(128, 128, 64, 64, 8, 3), Tile(64, 128, 64, 64, 4, 3))
+# Both programs of a pair fit a processor's registers and shared memory.
+_PAIR = Tile(128, 128, 64, 32, 4, 3, per_processor=2)
 _LARGE = (Tile(128, 256, 64, 64, 8, 4), Tile(128, 128, 64, 64, 8, 4), Tile(128, 256, 64, 64, 8, 3))
 
 ARCHITECTURES = {
     "sm_80": Architecture(163 * KIB, False, _SMALL, _SINGLE),
     "sm_86": Architecture(99 * KIB, False, _SMALL, _SINGLE),
     "sm_89": Architecture(99 * KIB, False, _SMALL, _SINGLE),
-    "sm_90": Architecture(227 * KIB, True, _LARGE, _SINGLE),
+    "sm_90": Architecture(227 * KIB, True, (*_LARGE, _PAIR), _SINGLE),
     # Triton 3.9 cannot lay out a softcap between tensor memory that is read in parts and a store.
     "sm_100": Architecture(227 * KIB, True, _LARGE, _SINGLE, capped=(Tile(128, 128, 64, 128, 8, 4),)),
     "sm_120": Architecture(99 * KIB, True, (Tile(128, 128, 64, 64, 8, 3), Tile(128, 128, 32, 64, 8, 3)), _SINGLE),
@@ -108,11 +111,11 @@ def splits_of(row_blocks: int, tiles: int, programs: int) -> tuple[int, int]:
     return splits, costs[splits][1]
 
 
-def cache_file() -> Path:
-    folder = os.environ.get("GRPO_KERNELS_CACHE") or Path.home() / ".cache" / "grpo_kernels"
-    return Path(folder) / "tiles.json"
+def _tile(fields: dict) -> Tile:
+    return Tile(**fields)
 
 
+tuned = TuningFile("tiles.json", _tile)
 # Tiles that the device had too little shared memory for in this process: (architecture and key, tile).
 _refused: set[tuple[str, Tile]] = set()
 
@@ -133,51 +136,16 @@ def tiles_to_try(
     candidates = tuple(tile for tile in candidates if (name, tile) not in _refused)
     if os.environ.get("GRPO_KERNELS_AUTOTUNE") != "1" or len(candidates) <= 1:
         return candidates
-    path = cache_file()
-    known = known_tiles(path)
+    known = tuned.known()
     if known.get(name) not in candidates:
         seconds = {tile: measure(tile) for tile in candidates}
         fastest = min(candidates, key=seconds.__getitem__)
         if seconds[fastest] == float("inf"):
             return candidates
-        known[name] = fastest
-        _write(path, {**_read(path), name: asdict(fastest)})
+        tuned.keep(name, fastest, asdict(fastest))
     return known[name], *(tile for tile in candidates if tile != known[name])
 
 
 def refuse_tile(tile: Tile, architecture: str, key: str) -> None:
     """Leave `tile` out of `tiles_to_try` for such heads from now on."""
     _refused.add((f"{architecture} {key}", tile))
-
-
-@lru_cache(maxsize=1)
-def known_tiles(path: Path) -> dict[str, Tile]:
-    """The fastest tiles on disk, read once by a process, and those that it has found since."""
-    try:
-        return {name: Tile(**fields) for name, fields in _read(path).items()}
-    except TypeError:
-        return {}
-
-
-def _read(path: Path) -> dict:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write(path: Path, known: dict) -> None:
-    """Replace the file in one step, so that processes that tune at the same time never read half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(known, indent=1, sort_keys=True))
-        os.replace(part, path)
-    except OSError as error:
-        # This process keeps its measurements in memory; only the next one measures again.
-        warnings.warn(
-            f"grpo_kernels: tuned tiles cannot be stored in {path} ({error.strerror}); set GRPO_KERNELS_CACHE to a "
-            "writable folder",
-            stacklevel=2,
-        )

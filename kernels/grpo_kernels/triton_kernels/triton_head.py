@@ -19,10 +19,24 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
-from grpo_kernels.budget import equal_parts
+from grpo_kernels.budget import (
+    SCORING_SCRATCH_SHARE,
+    SCRATCH_BYTES,
+    SCRATCH_SHARE,
+    equal_parts,
+    product_rows,
+)
+from grpo_kernels.triton_kernels.engines import MEASURED_ROWS, decided, entry, measure, named_engine
 from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forward, head_gradient
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
+from grpo_kernels.triton_kernels.product_forward import (
+    ALIGNMENT,
+    ROW_WIDTH,
+    Products,
+    forward_by_products,
+    padded_columns,
+)
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
@@ -33,6 +47,8 @@ COMBINE_ROWS, COMBINE_WARPS = 128, 4
 # Parts of tiles that one program of `head_gradient` processes.
 GRADIENT_PARTS = 16
 GRADIENT_ROWS, GRADIENT_WARPS = 64 if interpreting() else 16, 4
+# The same where the parts are those of `row_statistics`, wider than those of any tile of products.
+WIDE_GRADIENT_ROWS, WIDEST_PART = 2, 256
 
 
 def descriptors_fit(*matrices: Tensor) -> bool:
@@ -48,16 +64,12 @@ def descriptors_fit(*matrices: Tensor) -> bool:
 UNIT, ENTROPY_BOUND = 2.0**15, 4.0
 
 
-def padded_columns(buffer: Tensor) -> int:
-    """Up to which column kernels may write in `buffer [C, V]`: a multiple of 16, if its memory goes that far, else V.
-
-    With V itself as the bound, a V that is no multiple of 16 would make every load and store one number wide.
-    """
-    rows, columns = buffer.shape
-    padded = -(-columns // TritonHead.buffer_alignment) * TritonHead.buffer_alignment
-    end = buffer.storage_offset() + (rows - 1) * buffer.stride(0) + padded
-    fits = padded <= buffer.stride(0) and end * buffer.element_size() <= buffer.untyped_storage().nbytes()
-    return padded if fits else columns
+def gradient_rows(part: int) -> int:
+    """Rows of a program of `head_gradient` whose parts are `part` columns wide."""
+    if part > WIDEST_PART:
+        return WIDE_GRADIENT_ROWS
+    # Every thread has 16 bytes to move.
+    return GRADIENT_ROWS * max(64 // part, 1)
 
 
 def _normalized(
@@ -77,7 +89,7 @@ class TritonHead(Head):
 
     # Elements: rows are whole numbers of 16 elements apart whatever V is, so that Triton, which asks whether sizes are
     # multiples of 16, loads and stores 16 bytes at a time; descriptors and cuBLAS need multiples of 16 bytes.
-    buffer_alignment = 16
+    buffer_alignment = ALIGNMENT
 
     scale_ = staticmethod(scale_unless_one_)
 
@@ -85,19 +97,58 @@ class TritonHead(Head):
     def buffer_dtype(self) -> torch.dtype:
         return self.operand_dtype if self.operand_dtype.itemsize == 2 else self.dtype
 
+    def scratch_bytes(self, scoring: bool = False) -> int:
+        """Memory for the float32 products of a part of the vocabulary, unless `head_forward` makes the logits."""
+        sizes = MEASURED_ROWS, self.weight.shape[1], self.sizing_vocab
+        engine, _ = self._decided(sizes, scoring)
+        # Ranks whose engines differ must still agree on chunks.
+        shared = self.process_group is not None and self.weight.device.type == "cuda" and named_engine() is None
+        if engine == "fused" and not shared:
+            return 0
+        share = SCORING_SCRATCH_SHARE if scoring else SCRATCH_SHARE
+        return min(int(share * self.max_buffer_bytes), SCRATCH_BYTES)
+
+    def _decided(self, sizes: tuple[int, int, int], scoring: bool) -> tuple[str | None, str]:
+        stored = 0 if scoring else self.buffer_dtype.itemsize
+        alone, softcap = self.process_group is None, self.softcap is not None
+        return decided(self.weight.device, self.operand_dtype, sizes, stored, softcap, alone)
+
     def scoring_buffer(self, num_rows: int) -> Tensor:
         """A buffer without columns: scoring stores no logits. Its rows are those of a chunk."""
         narrow = self.narrow_bytes() + 4 * 4 * processors(self.weight.device)
-        return torch.empty(equal_parts(num_rows, self.max_buffer_bytes // narrow), 0, device=self.weight.device)
+        most, scratch = self.max_buffer_bytes // narrow, self.scratch_bytes(scoring=True)
+        if not scratch:
+            return torch.empty(equal_parts(num_rows, most), 0, device=self.weight.device)
+        V = max(self.sizing_vocab, 1)
+        rows = product_rows(num_rows, most, V, scratch, ROW_WIDTH, processors(self.weight.device))
+        return torch.empty(rows, 0, device=self.weight.device)
 
     def operand(self, rows: Tensor) -> Tensor:
         # The kernel takes 16-bit operands without widening.
         return rows.to(self.operand_dtype).contiguous()
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        return self.with_tile(
-            "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
-        )
+        return self.over_shards(self.launches(rows, out, with_entropy)[self.engine(rows, out, with_entropy)]())
+
+    def launches(self, rows: Rows, out: Tensor, with_entropy: bool) -> dict[str, Callable[[], RowStatistics]]:
+        """The forward of this rank's shard by each engine of `ENGINES`."""
+        return {
+            "fused": lambda: self.with_tile(
+                "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
+            ),
+            "products": lambda: forward_by_products(self, Products, self.combined, rows, out, with_entropy),
+        }
+
+    def engine(self, rows: Rows, out: Tensor, with_entropy: bool) -> str:
+        """Which engine runs the forward of `rows`; it is measured where this has to be done, and decided before."""
+        sizes, scoring = (*rows.hidden.shape, self.vocab_size), out.shape[1] == 0
+        engine, predicted = self._decided(sizes, scoring)
+        if engine is None and sizes[0] >= MEASURED_ROWS:
+            _, H, V = sizes
+            stored = 0 if scoring else out.element_size()
+            name = entry(out.device, self.operand_dtype, H, V, stored, self.softcap is not None)
+            engine = measure(name, rows.hidden, self.launches(rows, out, with_entropy))
+        return engine or predicted
 
     def with_tile(self, kernel: str, rows: Rows, out: Tensor, with_entropy: bool, launch: Callable[[Tile], T]) -> T:
         """`launch` with the first tile of the table that the device has the resources for, or with the tuned one.
@@ -141,7 +192,7 @@ class TritonHead(Head):
         (N, H), V, store = hidden.shape, self.vocab_size, out.shape[1] > 0
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, tiles = -(-N // tile.rows), -(-V // tile.columns)
-        programs = processors(device)
+        programs = tile.per_processor * processors(device)
         splits, tiles_per_split = splits_of(row_blocks, tiles, programs)
         items = row_blocks * splits
         partials = torch.empty(4, splits, N, dtype=torch.float32, device=device)
@@ -170,14 +221,20 @@ class TritonHead(Head):
             BLOCK_N=tile.rows, BLOCK_V=tile.columns, PART_V=tile.part, BLOCK_K=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        statistics = torch.empty(4, N, dtype=torch.float32, device=device)
+        return self.combined(partials, targets, tile_maximum, tile.part, with_entropy)
+
+    def combined(
+        self, partials: Tensor, targets: Tensor, tile_maximum: Tensor, tile_width: int, with_entropy: bool
+    ) -> RowStatistics:
+        """The statistics of this rank's shard from those of its splits, ``partials [4, splits, C]``."""
+        _, splits, N = partials.shape
+        statistics = torch.empty(4, N, dtype=torch.float32, device=partials.device)
         run_kernel(
-            combine_splits, device, -(-N // COMBINE_ROWS), partials, statistics, targets, N, V, splits,
-            CHECK_TARGETS=self.process_group is None, BLOCK=COMBINE_ROWS, num_warps=COMBINE_WARPS,
+            combine_splits, partials.device, -(-N // COMBINE_ROWS), partials, statistics, targets, N, self.vocab_size,
+            splits, CHECK_TARGETS=self.process_group is None, BLOCK=COMBINE_ROWS, num_warps=COMBINE_WARPS,
         )  # fmt: skip
         maximum, total, weighted, target = statistics
-        mine = RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile.part)
-        return self.over_shards(mine)
+        return RowStatistics(target, maximum, total, weighted if with_entropy else None, tile_maximum, tile_width)
 
     def recompute_(
         self, rows: Rows, stats: RowStatistics, out: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
@@ -208,7 +265,7 @@ class TritonHead(Head):
         (hidden, targets, temperature), weight, device = rows, self.weight, out.device
         (N, H), V = hidden.shape, self.vocab_size
         architecture = ARCHITECTURES[architecture_of(device)]
-        row_blocks, programs = -(-N // tile.rows), processors(device)
+        row_blocks, programs = -(-N // tile.rows), tile.per_processor * processors(device)
         splits, tiles_per_split = splits_of(row_blocks, -(-V // tile.columns), programs)
         items = row_blocks * splits
         descriptors = architecture.descriptors and descriptors_fit(hidden, weight, out)
@@ -258,6 +315,7 @@ class TritonHead(Head):
     ) -> tuple[Tensor, Tensor | None]:
         (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
         N, V = e.shape
+        program_rows = gradient_rows(stats.tile_width)
         grad_logprobs, grad_entropy, scale, row_scale = self.row_scaled(
             e.dtype, grad_logprobs, grad_entropy, stats.total, temperature
         )
@@ -266,7 +324,7 @@ class TritonHead(Head):
             None if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
         )
         run_kernel(
-            head_gradient, e.device, -(-N // GRADIENT_ROWS) * -(-V // (GRADIENT_PARTS * stats.tile_width)),
+            head_gradient, e.device, -(-N // program_rows) * -(-V // (GRADIENT_PARTS * stats.tile_width)),
             e, stats.tile_maximum, stats.maximum, stats.total, stats.weighted, stats.target, targets,
             temperature, grad_logprobs, grad_entropy, N, V, padded_columns(e), e.stride(0),
             scale, self.softcap or 1.0,
@@ -275,6 +333,6 @@ class TritonHead(Head):
             HAS_GRAD=grad_logprobs is not None,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
             ROW_SCALED=row_scale is not None,
-            PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=GRADIENT_ROWS, num_warps=GRADIENT_WARPS,
+            PART_V=stats.tile_width, PARTS=GRADIENT_PARTS, ROWS=program_rows, num_warps=GRADIENT_WARPS,
         )  # fmt: skip
         return e, row_scale
