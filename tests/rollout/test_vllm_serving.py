@@ -130,9 +130,9 @@ def test_server_requires_its_key_on_every_path(server, monkeypatch):
 
     def status(path, key):
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        body = b'{"method": "get_model", "args": []}'
+        body = b'{"method": "repack_head", "args": []}'
         try:
-            return urllib.request.urlopen(urllib.request.Request(client.base_url + path, body, headers)).status
+            return urllib.request.urlopen(urllib.request.Request(client.base_url + path, body, headers), timeout=60).status
         except urllib.error.HTTPError as error:
             return error.code
 
