@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from grpo_fast.errors import UserError, writing
-
-# Bytes of weights in one file, which are held in memory while it is written.
-FILE_BYTES = 1 << 30
+from grpo_fast.errors import UserError
 
 
 @torch.no_grad()
 def engine_weights(model: nn.Module, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of `model` as in its checkpoint; at most one layer is converted at a time.
 
-    LoRA adapters are left out if not `merged`; otherwise they are merged (``W + scale * B @ A`` in float32, rounded to the dtype of W) without changing the trained
+    LoRA adapters are merged (``W + scale * B @ A`` in float32, rounded to the dtype of W) without changing the trained
     tensors. 4-bit weights are converted to the dtype of the embedding. Sharded tensors are gathered, so every rank must
     call this. A tied head is omitted.
 
     Args:
         model: a transformers causal LM, with or without adapters, or a PeftModel.
+        merged: False leaves the adapters out.
 
     Raises:
         UserError: an adapter is not a plain LoRA.
@@ -53,20 +49,6 @@ def converts_weights(model: nn.Module) -> bool:
     """Whether the checkpoint's tensors have other names or shapes than those of the transformers `model`."""
     known = getattr(model, "_weight_conversions", None)
     return bool(known or get_model_conversion_mapping(model, add_legacy=False))
-
-
-def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> Iterator[dict[str, Tensor]]:
-    """The tensors in groups of at most `most` bytes; a larger tensor is a group by itself."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > most:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.contiguous()
-        size += tensor.nbytes
-    if group:
-        yield group
 
 
 def _tensors(model: nn.Module, merged: bool) -> Iterator[tuple[str, Tensor]]:
