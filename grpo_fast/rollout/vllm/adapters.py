@@ -12,11 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from grpo_fast.errors import one_line
+from grpo_fast.rollout.vllm.kv_plan import RANKS, padded_rank
 from grpo_fast.rollout.vllm.weights import base_model, converts_weights, gather, is_plain
 from grpo_fast.rollout.vllm.wire import write_tensors
 
-# The ranks for which vLLM allocates memory.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The names under which vLLM, like peft, reads an adapter from a folder.
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -61,7 +60,7 @@ def lora_options(model: nn.Module) -> dict[str, Any]:
     return {
         "enable_lora": True,
         "max_loras": 1,
-        "max_lora_rank": next(rank for rank in RANKS if rank >= largest_rank(model)),
+        "max_lora_rank": padded_rank(largest_rank(model)),
         # Only these layers need memory and time for adapters.
         "lora_target_modules": sorted({path.rsplit(".", 1)[-1] for path in adapted_layers(model)}),
     }
@@ -109,7 +108,7 @@ def warn_merged(reason: str) -> str:
 
 def refused_reason(error: Exception) -> str:
     """The reason to merge if vLLM refused the adapters."""
-    return f"vLLM refuses the adapters ({one_line(error, 160)})"
+    return f"vLLM refuses the adapters ({one_line(error)})"
 
 
 def _active(layer: nn.Module) -> list[str]:

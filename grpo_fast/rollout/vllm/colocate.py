@@ -66,7 +66,8 @@ class VLLMColocate(Rollout):
         if adapted and not reason and not common.supports_adapters(type(model).__name__):
             reason = f"vLLM supports no adapters of {type(model).__name__}"
         self.adapters = adapted and not reason
-        self.shares = self.adapters and shared.shares_weights(config, model)
+        obstacle = shared.sharing_obstacle(model) if self.adapters else "there are no adapters"
+        self.shares = obstacle is None
         device = model.device
         if self.shares:
             shared.move_out(model)
@@ -179,7 +180,7 @@ class VLLMColocate(Rollout):
         for output in outputs:
             sampled = output.lora_request.lora_name if output.lora_request else None
             if sampled != wanted:
-                raise RuntimeError(f"VLLMColocate.generate: vLLM sampled with adapters {sampled}, not {wanted}")
+                raise UserError(f"vLLM sampled with adapters {sampled}, not with {wanted} of this run")
         return [
             common.response(
                 list(completion.token_ids),

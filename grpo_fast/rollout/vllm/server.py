@@ -18,7 +18,14 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, one_line, printable, say
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.stops import stop_texts
-from grpo_fast.rollout.vllm.adapters import adapted_layers, largest_rank, merge_reason, warn_merged, write_adapter
+from grpo_fast.rollout.vllm.adapters import (
+    adapted_layers,
+    largest_rank,
+    lora_options,
+    merge_reason,
+    warn_merged,
+    write_adapter,
+)
 from grpo_fast.rollout.vllm.common import (
     model_length,
     needs_tokenizer,
@@ -220,6 +227,10 @@ class VLLMServer(Rollout):
         known, rank = lora.get("max_lora_rank"), largest_rank(model)
         if not isinstance(known, int) or known < rank:
             return f"the rank {rank} is above the server's --max-lora-rank {reprlib.repr(known)}"
+        targets = lora.get("target_modules")
+        missing = set(lora_options(model)["lora_target_modules"]) - set(targets or ())
+        if isinstance(targets, list) and missing:
+            return f"the server's --lora-target-modules lack {', '.join(sorted(missing))}"
         return None
 
     def _repack_head(self) -> None:

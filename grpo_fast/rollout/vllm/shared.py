@@ -8,18 +8,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.config import GRPOConfig
-from grpo_fast.rollout.vllm.adapters import adapted_layers, merge_reason
 from grpo_fast.rollout.vllm.weights import base_model
 
 
-def shares_weights(config: GRPOConfig, model: nn.Module) -> bool:
-    """Whether vLLM in this process uses the trainer's memory for the weights of `model`, as far as can be seen before
-    it has started: it takes the adapters alone, and keeps the weights as the trainer does.
+def sharing_obstacle(model: nn.Module) -> str | None:
+    """Why vLLM cannot use the trainer's memory for the weights of a `model` with adapters that it takes alone; None if
+    it can, as far as can be seen before vLLM has started.
     """
-    if not (config.use_vllm and config.vllm_mode == "colocate" and adapted_layers(model)) or merge_reason(model):
-        return False
-    return len({weight.dtype for _, weight in frozen(model)}) == 1 and not config.load_in_4bit
+    if any(type(weight).__name__ == "Params4bit" for _, weight in frozen(model)):
+        return "vLLM needs the 4-bit weights in 16 bits"
+    dtypes = {weight.dtype for _, weight in frozen(model)}
+    if len(dtypes) > 1:
+        return f"the trainer has weights of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    return None
 
 
 def frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
