@@ -5,8 +5,8 @@
 The same model, prompts and filters for our rollout, one padded call of `generate`, `generate_batch`, which is
 transformers' continuous batching, and, where it is installed, vLLM in this process. One token id in 64 ends a response,
 after at least 8 tokens, so that the lengths are roughly geometric. Before anything is timed, log-probabilities of the
-sampled tokens must agree with those from the model's full logits, ours and vLLM's. Tokens per second count the tokens of
-the responses; vLLM starts and gets the weights before they are counted.
+sampled tokens, ours and vLLM's, must agree with those from the model's full logits. Tokens per second count the tokens
+of the responses; vLLM starts and gets the weights before.
 """
 
 from __future__ import annotations
@@ -231,9 +231,11 @@ def measure_model(run: Run, name: str, case: Case, contenders: list[str]) -> Non
             base = rates[PADDED].median if PADDED in rates and rates[PADDED].seconds else None
             row |= {
                 **times[contender].columns(), "tokens_per_second": rate, "speedup": rate / base if base else None,
-                "mean_tokens": mean, "peak_bytes": peaks[contender],
+                "mean_tokens": mean, "peak_bytes": None if contender == VLLM else peaks[contender],
             }  # fmt: skip
-            text = f"{rate:>9,.0f} tokens/s, {mean:.0f} tokens on average, {show_bytes(peaks[contender])}"
+            # vLLM allocated its cache when it started.
+            memory = "" if contender == VLLM else f", {show_bytes(peaks[contender])}"
+            text = f"{rate:>9,.0f} tokens/s, {mean:.0f} tokens on average{memory}"
         print(f"  {name:24}{contender:16}{text}", flush=True)
         table.add(row)
 

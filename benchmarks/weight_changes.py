@@ -88,11 +88,9 @@ def body() -> None:
         for rate in map(float, chosen.rates.split(",")):
             with tempfile.TemporaryDirectory() as name:
                 row = measure(run, model, rate, optim, 2 if run.quick else chosen.steps, Path(name))
-            print(
-                f"  {model:24}{optim:20}lr {rate:<8g}{row['changed_median']:.3%} of values, {row['sent_median']:.1%} of "
-                f"{show_bytes(2 * row['parameters'])} sent",
-                flush=True,
-            )
+            changed, sent = f"{row['changed_median']:.3%} of values", f"{row['sent_median']:.1%}"
+            whole = show_bytes(2 * row["parameters"])
+            print(f"  {model:24}{optim:20}lr {rate:<8g}{changed}, {sent} of {whole} sent", flush=True)
             table.add({"model": model, "learning_rate": rate, "optim": optim, **row})
 
 

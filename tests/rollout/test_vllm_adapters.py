@@ -249,7 +249,8 @@ def test_sync_sends_all_values_if_memory_has_no_room_for_a_copy(start, monkeypat
     rollout = connect(server.url, model)
     sizes = bf16_steps(rollout, server, model)
     assert len(set(sizes)) == 1
-    assert not rollout.sends_changes and not rollout.sent
+    assert not rollout.sends_changes
+    assert not rollout.sent
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,8 @@ def test_server_command_takes_adapters(tmp_path, monkeypatch, supported, rank):
     monkeypatch.setattr(common, "supports_adapters", lambda architecture: supported)
     config = GRPOConfig(
         model_name_or_path="random-llama", dataset_name="sort_digits", reward_funcs=["exact_answer"], use_vllm=True,
-        vllm_mode="server", use_cpu=True, max_completion_length=5, use_peft=True, lora_r=rank, lora_target_modules=["q_proj", "up_proj"],
+        vllm_mode="server", use_cpu=True, max_completion_length=5, use_peft=True, lora_r=rank,
+        lora_target_modules=["q_proj", "up_proj"],
     )  # fmt: skip
     command = serve.server_command(config, tmp_path, ["--seed", "3"])
     if not supported or rank > 512:

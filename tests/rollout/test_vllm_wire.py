@@ -104,7 +104,8 @@ def test_changes_restore_every_bit(dtype, share, folder):
         apply_changes(wire.read_tensors(verify(inner, checksum)), received)
         for key, tensor in tensors.items():
             assert torch.equal(wire._integers(received[key]), wire._integers(tensor))
-            assert received[key].dtype == dtype and received[key].shape == tensor.shape
+            assert received[key].dtype == dtype
+            assert received[key].shape == tensor.shape
         tensors = step(tensors, share, generator)
 
 

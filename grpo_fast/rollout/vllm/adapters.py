@@ -23,13 +23,15 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of `model` that have an adapter of any kind, by their names without adapters."""
     named = base_model(model).named_modules()
-    return {path: module for path, module in named if hasattr(module, "base_layer") or hasattr(module, "original_module")}
+    return {
+        path: module for path, module in named if hasattr(module, "base_layer") or hasattr(module, "original_module")
+    }
 
 
 def merge_reason(model: nn.Module) -> str | None:
     """Why the adapters of `model` cannot be sent without the weights that they adapt; None if they can.
 
-    The first answer follows from the model alone; whether vLLM supports adapters of its layers shows when it loads them.
+    The answer follows from the model alone; whether vLLM supports adapters of its layers shows when it loads them.
     """
     model = base_model(model)
     layers = adapted_layers(model)

@@ -223,7 +223,7 @@ class VLLMColocate(Rollout):
         self._reset_prefix_cache()
 
     def _load_adapter(self, model: nn.Module) -> None:
-        """Give vLLM the adapters under a new name, by which its prefix cache knows them too, instead of the last ones."""
+        """Give vLLM the adapters under a new name, by which its prefix cache knows them too, in place of the last."""
         from vllm.lora.request import LoRARequest
 
         version = self.syncs + 1

@@ -78,7 +78,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
 
 
 def _adapter_options(config: GRPOConfig, model: nn.Module) -> dict[str, Any]:
-    """The options with which vLLM takes the run's adapters alone; none if it cannot, for which the run gives the reason.
+    """The options with which vLLM takes the run's adapters alone; none if it cannot, and the run will say why.
 
     The adapters are put into `model`.
     """

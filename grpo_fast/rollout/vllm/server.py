@@ -127,8 +127,8 @@ class VLLMServer(Rollout):
     def sync(self, model: nn.Module) -> None:
         """Write the weights of `model`, or its adapters, to the run's folder, and have the server read them.
 
-        Only the owner of this process can read the files, which are removed when they have been read (an adapter's, when
-        the next one has). With several processes, only the first one calls this, with whole weights.
+        Only the owner of this process can read the files, which are removed when they have been read (an adapter's,
+        when the next one has). With several processes, only the first one calls this, with whole weights.
 
         Raises:
             UserError: the folder cannot be written, or the server cannot read it or does not answer.
@@ -275,7 +275,7 @@ class VLLMServer(Rollout):
             raise self._error(f"did not answer with completions ({reason})") from None
 
     def _check_version(self, found: set[str], model: Any) -> None:
-        if self.version is not None and found != {self.version} or self._model() and model != self.version:
+        if self.version is not None and (found != {self.version} or (self.adapters and model != self.version)):
             raise self._other_weights()
 
     def _other_weights(self) -> UserError:

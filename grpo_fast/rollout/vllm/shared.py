@@ -34,6 +34,9 @@ def move_out(model: nn.Module) -> None:
     """Move the frozen weights to main memory, so that they are not on the GPU twice while vLLM starts."""
     for _, parameter in frozen(model):
         parameter.data = parameter.data.cpu()
+    if torch.cuda.is_initialized():
+        # Otherwise torch keeps the memory, and vLLM has as much less.
+        torch.cuda.empty_cache()
 
 
 def move_back(model: nn.Module, device: torch.device) -> None:
@@ -88,7 +91,7 @@ def engine_tensors(engine_model: nn.Module) -> tuple[dict[str, Tensor], dict[str
 
 @contextmanager
 def plain_layers() -> Iterator[None]:
-    """A context in which vLLM, on a CPU, builds layers that keep their weights; otherwise packed copies replace them."""
+    """A context in which vLLM on a CPU builds layers that keep their weights, instead of a packed copy."""
     from vllm.model_executor.layers.linear import LinearBase
 
     # vLLM itself sets it for single layers.
@@ -109,5 +112,3 @@ def keep_plain(engine_model: nn.Module) -> None:
 def _plain(weight: Tensor) -> Tensor:
     """The weight's memory, as a tensor without vLLM's attributes and methods."""
     return weight.detach().as_subclass(torch.Tensor)
-
-
