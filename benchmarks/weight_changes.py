@@ -37,7 +37,7 @@ def measure(run: Run, model: str, rate: float, optim: str, steps: int, folder: P
     config = our_config(
         run.device, folder / "run", model_name_or_path=model, dtype="bfloat16", optim=optim, learning_rate=rate,
         dataset_name="sort_digits" if small else "addition", reward_funcs=["benchmarks.step.parity_reward"],
-        num_generations=8, generation_batch_size=64, max_completion_length=5 if small else 8, max_steps=steps,
+        num_generations=4, generation_batch_size=8, max_completion_length=5 if small else 8, max_steps=steps,
         lr_scheduler_type="constant", warmup_steps=0, max_tokens_per_microbatch=2048, max_eval_samples=1,
         report_to=[],
     )  # fmt: skip
