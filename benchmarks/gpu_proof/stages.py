@@ -249,9 +249,9 @@ def read_vllm(proof: Proof, log: str) -> Finding:
     shown = []
     for row in rows:
         if row["status"] == "ok":
-            freed = f"sleep frees {float(row['freed_gib']):.1f} GiB, " if row.get("freed_gib") else "no sleep on a CPU, "
+            freed = f"sleep frees {float(row['freed_gib']):.1f} GiB" if row.get("freed_gib") else "no sleep on a CPU"
             within = f"sync {float(row['sync_seconds']):.2g} s, log-probabilities within {row['difference']}"
-            shown.append(f"{row['contender']}: {freed}{within}")
+            shown.append(f"{row['contender']}: {freed}, {within}")
     return judged(rows, "; ".join(shown))
 
 

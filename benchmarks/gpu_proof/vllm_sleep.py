@@ -74,8 +74,8 @@ def train(run: Run, setting: Setting, folder: Path, fields: dict[str, Any]) -> d
     """Columns of a training run of `STEPS` steps, with further `fields` of the configuration.
 
     Raises:
-        UserError: vLLM cannot sample here, its log-probabilities are not the trainer's, or it has its own copy of weights
-            that it should share.
+        UserError: vLLM cannot sample here, its log-probabilities are not the trainer's, or it has its own copy of
+            weights that it should share.
     """
     from grpo_fast.trainer import GRPOTrainer
 
