@@ -140,7 +140,8 @@ def test_server_requires_its_key_on_every_path(server, monkeypatch):
         except urllib.error.HTTPError as error:
             return error.code
 
-    for path in ("/inference/v1/generate", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/x"):
+    calls = ("collective_rpc", "update_weight_version", "reset_prefix_cache", "v1/load_lora_adapter", "x")
+    for path in ("/inference/v1/generate", *(f"/{call}" for call in calls)):
         assert status(path, None) == status(path, "another") == 401, path
         assert status(path, "a-secret") != 401, path
     monkeypatch.delenv("VLLM_API_KEY")
