@@ -66,10 +66,12 @@ class VLLMColocate(Rollout):
         if adapted and not reason and not common.supports_adapters(type(model).__name__):
             reason = f"vLLM supports no adapters of {type(model).__name__}"
         self.adapters = adapted and not reason
-        obstacle = shared.sharing_obstacle(model) if self.adapters else "there are no adapters"
-        self.shares = obstacle is None
+        obstacle = shared.sharing_obstacle(model) if self.adapters else None
+        if obstacle:
+            self.warning = f"the weights are in memory twice, because {obstacle}"
+        self.shares = moved = self.adapters and not obstacle
         device = model.device
-        if self.shares:
+        if moved:
             shared.move_out(model)
         try:
             with tempfile.TemporaryDirectory(prefix="grpo-fast-") as folder, undisturbed():
@@ -81,7 +83,7 @@ class VLLMColocate(Rollout):
             self.close()
             raise
         finally:
-            if not self.shares:
+            if moved and not self.shares:
                 shared.move_back(model, device)
         if reason:
             self.warning = adapters.warn_merged(reason)
