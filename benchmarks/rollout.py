@@ -2,18 +2,20 @@
 
     python -m benchmarks.rollout [--models llama-16m,smollm2-135m-instruct] [--longest 256]
 
-The same model, prompts and filters for our rollout, one padded call of `generate`, and `generate_batch`, which is
-transformers' continuous batching. One token id in 64 ends a response, after at least 8 tokens, so that the lengths are
-roughly geometric. Before anything is timed, our log-probabilities of the sampled tokens must agree with those from the
-model's full logits. Tokens per second count the tokens of the responses.
+The same model, prompts and filters for our rollout, one padded call of `generate`, `generate_batch`, which is
+transformers' continuous batching, and, where it is installed, vLLM in this process. One token id in 64 ends a response,
+after at least 8 tokens, so that the lengths are roughly geometric. Before anything is timed, log-probabilities of the
+sampled tokens, ours and vLLM's, must agree with those from the model's full logits. Tokens per second count the tokens
+of the responses; vLLM starts and gets the weights before.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from benchmarks.step import FIRST_TOKEN, RANDOM, Setting, build_model
 from grpo_fast.errors import UserError
 
 KEY = ("model", "dtype", "sequences", "longest_tokens", "contender")
-OURS, PADDED, CONTINUOUS = "grpo-fast", "generate", "generate_batch"
+OURS, PADDED, CONTINUOUS, VLLM = "grpo-fast", "generate", "generate_batch", "vllm"
 MODELS = [*RANDOM, "smollm2-135m-instruct"]
 # One token id in ENDING ends a response, after at least SHORTEST tokens.
 ENDING, SHORTEST = 64, 8
@@ -58,6 +60,9 @@ class Case:
     group: int
     longest: int
     ending: list[int]
+    config: Any = None
+    # vLLM's engine, once it has started.
+    engines: dict[str, Any] = field(default_factory=dict)
 
     @property
     def filters(self) -> dict[str, Any]:
@@ -81,13 +86,14 @@ def build_case(run: Run, name: str, folder: Path, longest: int) -> Case:
     path, vocab = build_model(Setting(name, dtype, prompts, group, 32, longest), folder)
     config = our_config(
         run.device, folder / "run", model_name_or_path=path, dtype=dtype, dataset_name="sort_digits",
-        reward_funcs=["exact_answer"],
+        reward_funcs=["exact_answer"], max_completion_length=longest, num_generations=group,
+        generation_batch_size=prompts * group, use_vllm=True, vllm_enable_sleep_mode=False,
     )  # fmt: skip
     model, tokenizer = load_model(config)
     generator = random.Random(0)
     drawn = [[generator.randrange(FIRST_TOKEN, vocab) for _ in range(32)] for _ in range(prompts)]
     ending = [token for token in range(FIRST_TOKEN, vocab) if token % ENDING == 5]
-    return Case(model.to(run.device).eval(), tokenizer, drawn, group, longest, ending)
+    return Case(model.to(run.device).eval(), tokenizer, drawn, group, longest, ending, config)
 
 
 def ours(case: Case) -> list[tuple[list[int], list[float]]]:
@@ -134,7 +140,27 @@ def continuous(case: Case) -> list[tuple[list[int], list[float]]]:
     return [(list(output.generated_tokens), list(output.logprobs)) for output in outputs.values()]
 
 
-CONTENDERS: dict[str, Callable[[Case], list]] = {OURS: ours, PADDED: padded, CONTINUOUS: continuous}
+def vllm(case: Case) -> list[tuple[list[int], list[float]]]:
+    """vLLM in this process, as the trainer uses it; the first call starts it."""
+    from grpo_fast.rollout import Sampling, build_rollout
+
+    if VLLM not in case.engines:
+        # vLLM bars this token as well before the shortest length.
+        case.model.config.eos_token_id = case.ending[0]
+        engine = build_rollout(case.config, case.model, case.tokenizer, len(case.prompts[0]))
+        case.engines[VLLM] = engine
+        engine.eos_token_ids = set(case.ending)
+        engine.sync(case.model)
+    sampling = Sampling(case.group, case.longest, generation_kwargs=case.filters)
+    return [(response.token_ids, response.logprobs) for response in case.engines[VLLM].generate(case.prompts, sampling)]
+
+
+CONTENDERS: dict[str, Callable[[Case], list]] = {OURS: ours, PADDED: padded, CONTINUOUS: continuous, VLLM: vllm}
+
+
+def present() -> list[str]:
+    """The contenders that are installed."""
+    return [name for name in CONTENDERS if name != VLLM or importlib.util.find_spec("vllm")]
 
 
 @torch.no_grad()
@@ -156,10 +182,17 @@ def logprob_difference(case: Case, responses: list[tuple[list[int], list[float]]
 def measure_model(run: Run, name: str, case: Case, contenders: list[str]) -> None:
     """Measure one model and write its rows: all contenders in turn, with the same seeds."""
     dtype = str(case.model.dtype).removeprefix("torch.")
-    difference = logprob_difference(case, ours(case))
     status: dict[str, dict[str, str]] = {contender: {"status": "ok"} for contender in contenders}
-    if not difference <= LIMITS[dtype]:
-        status[OURS] = {"status": "wrong", "detail": f"log-probabilities differ by {difference:.2g}"}
+    differences: dict[str, float] = {}
+    for contender in {OURS, VLLM} & set(contenders):
+        try:
+            differences[contender] = logprob_difference(case, CONTENDERS[contender](case))
+        except Exception as error:
+            status[contender] = {"status": "failed", "detail": describe_failure(error)}
+            continue
+        if not differences[contender] <= LIMITS[dtype]:
+            detail = f"log-probabilities differ by {differences[contender]:.2g}"
+            status[contender] = {"status": "wrong", "detail": detail}
     rates = {contender: Times() for contender in contenders}
     times = {contender: Times() for contender in contenders}
     lengths: dict[str, list[int]] = {contender: [] for contender in contenders}
@@ -188,8 +221,8 @@ def measure_model(run: Run, name: str, case: Case, contenders: list[str]) -> Non
         row = {
             "model": name, "dtype": dtype, "sequences": len(case.prompts) * case.group,
             "longest_tokens": case.longest, "contender": contender, **status[contender],
-            "prompt_tokens": len(case.prompts[0]), "logprob_difference": difference if contender == OURS else None,
-            "transformers": version("transformers"),
+            "prompt_tokens": len(case.prompts[0]), "logprob_difference": differences.get(contender),
+            "transformers": version("transformers"), "vllm": version("vllm") if contender == VLLM else "",
         }  # fmt: skip
         text = f"{status[contender]['status']}: {status[contender].get('detail', '')}"
         if status[contender]["status"] == "ok" and lengths[contender]:
@@ -198,9 +231,11 @@ def measure_model(run: Run, name: str, case: Case, contenders: list[str]) -> Non
             base = rates[PADDED].median if PADDED in rates and rates[PADDED].seconds else None
             row |= {
                 **times[contender].columns(), "tokens_per_second": rate, "speedup": rate / base if base else None,
-                "mean_tokens": mean, "peak_bytes": peaks[contender],
+                "mean_tokens": mean, "peak_bytes": None if contender == VLLM else peaks[contender],
             }  # fmt: skip
-            text = f"{rate:>9,.0f} tokens/s, {mean:.0f} tokens on average, {show_bytes(peaks[contender])}"
+            # vLLM allocated its cache when it started.
+            memory = "" if contender == VLLM else f", {show_bytes(peaks[contender])}"
+            text = f"{rate:>9,.0f} tokens/s, {mean:.0f} tokens on average{memory}"
         print(f"  {name:24}{contender:16}{text}", flush=True)
         table.add(row)
 
@@ -214,7 +249,11 @@ def run_rollout(run: Run, models: list[str], longest: int = 256, contenders: lis
             continue
         with tempfile.TemporaryDirectory() as folder:
             case = build_case(run, name, Path(folder), longest)
-        measure_model(run, name, case, contenders or list(CONTENDERS))
+        try:
+            measure_model(run, name, case, contenders or present())
+        finally:
+            for engine in case.engines.values():
+                engine.close()
         del case
         release(run.device)
 
@@ -223,12 +262,12 @@ def body() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", help=f"of {', '.join(MODELS)}, with commas (default: by the device)")
     arguments.add_argument("--longest", type=int, default=256, help="tokens of the longest response")
-    arguments.add_argument("--contenders", help=f"of {', '.join(CONTENDERS)}, with commas (default: all)")
+    arguments.add_argument("--contenders", help=f"of {', '.join(CONTENDERS)}, with commas (default: installed ones)")
     chosen = arguments.parse_args()
     run = start(chosen)
     default = "llama-tiny" if run.quick else "llama-16m,smollm2-135m-instruct"
     models = chosen.models or (default if run.device.type == "cpu" else "llama-0.6b")
-    contenders = pick("contenders", chosen.contenders, CONTENDERS)
+    contenders = pick("contenders", chosen.contenders, CONTENDERS) if chosen.contenders else present()
     if chosen.longest < 2:
         raise UserError(f"--longest={chosen.longest} is not allowed: it must be at least 2")
     run_rollout(run, pick("models", models, MODELS), chosen.longest, contenders)

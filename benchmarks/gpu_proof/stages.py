@@ -246,9 +246,13 @@ def read_vllm(proof: Proof, log: str) -> Finding:
     rows = proof.rows("vllm_sleep")
     if not rows:
         return judged(rows, "")
-    row = rows[-1]
-    freed = f"sleep frees {float(row['freed_gib']):.1f} GiB, " if row.get("freed_gib") else "no sleep on a CPU, "
-    return judged(rows, f"{freed}sync {float(row['sync_seconds']):.2g} s, log-probabilities within {row['difference']}")
+    shown = []
+    for row in rows:
+        if row["status"] == "ok":
+            freed = f"sleep frees {float(row['freed_gib']):.1f} GiB" if row.get("freed_gib") else "no sleep on a CPU"
+            within = f"sync {float(row['sync_seconds']):.2g} s, log-probabilities within {row['difference']}"
+            shown.append(f"{row['contender']}: {freed}, {within}")
+    return judged(rows, "; ".join(shown))
 
 
 def read_figures(proof: Proof, log: str) -> Finding:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_proof.vllm_sleep
 
-Our trainer takes four optimizer steps with a random model. Before every step but the first the engine wakes, gets the
+Our trainer takes four optimizer steps with a random model, of all weights, and of LoRA adapters, for which vLLM and the
+trainer share the other weights. Before every step but the first the engine wakes, gets the
 new weights and samples a probe, whose log-probabilities must be the trainer's; after sampling it sleeps, and the
 memory that this frees is measured. On a CPU vLLM frees nothing, so there it does not sleep.
 """
@@ -27,6 +28,8 @@ from grpo_fast.errors import UserError, one_line
 
 KEY = ("model", "dtype", "contender")
 STEPS = 4
+# What is trained, and the fields of the configuration that say so.
+CONTENDERS: dict[str, dict[str, Any]] = {"grpo-fast": {}, "grpo-fast, LoRA": {"use_peft": True, "lora_r": 16}}
 
 
 def setting_for(run: Run) -> Setting:
@@ -67,11 +70,12 @@ class Recorder:
         return statistics.median(self.seconds[name]) if name in self.seconds else math.nan
 
 
-def train(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
-    """Columns of a training run of `STEPS` steps.
+def train(run: Run, setting: Setting, folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a training run of `STEPS` steps, with further `fields` of the configuration.
 
     Raises:
-        UserError: vLLM cannot sample here, or its log-probabilities are not the trainer's.
+        UserError: vLLM cannot sample here, its log-probabilities are not the trainer's, or it has its own copy of
+            weights that it should share.
     """
     from grpo_fast.trainer import GRPOTrainer
 
@@ -83,6 +87,7 @@ def train(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
         eval_dataset_name=str(data), reward_funcs=["benchmarks.step.parity_reward"], num_generations=setting.group,
         generation_batch_size=setting.samples, max_completion_length=setting.longest, max_steps=STEPS,
         learning_rate=1e-4, lr_scheduler_type="constant", use_vllm=True, vllm_mode="colocate",
+        **fields,
     )  # fmt: skip
     recorder = Recorder(run.device)
     trainer = GRPOTrainer(config)
@@ -93,6 +98,9 @@ def train(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
         steps = len(list(trainer.steps()))
     finally:
         trainer.rollout.close()
+    engine = trainer.rollout.engine
+    if engine.shares != bool(fields):
+        raise UserError(f"the weights are not shared: {engine.warning}")
     differences = recorder.results.get("check", [])
     if steps < STEPS or len(differences) < STEPS - 1:
         raise UserError(f"{steps} of {STEPS} steps, {len(differences)} of at least {STEPS - 1} probes")
@@ -106,21 +114,23 @@ def train(run: Run, setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def run_vllm_sleep(run: Run) -> bool:
-    """Train and write the row; whether everything was right."""
+    """Train and write the rows; whether everything was right."""
     peer = f"vllm {require('vllm', 'vllm').__version__}"
     quiet()
-    setting, table = setting_for(run), run.table("vllm_sleep", KEY)
-    row = {"model": setting.model, "dtype": setting.dtype, "contender": "grpo-fast", "peer": peer}
-    with tempfile.TemporaryDirectory() as name:
-        try:
-            row |= {"status": "ok", "detail": "", **train(run, setting, Path(name))}
-        except UserError as error:
-            row |= {"status": "failed", "detail": one_line(error)}
-    if row.get("freed_gib") is not None and not row["freed_gib"] > 0:
-        row |= {"status": "failed", "detail": "no memory was freed while vLLM slept"}
-    table.add(row)
-    print("  ".join(f"{column} {value}" for column, value in row.items()), flush=True)
-    return row["status"] == "ok"
+    setting, table, right = setting_for(run), run.table("vllm_sleep", KEY), True
+    for contender, fields in CONTENDERS.items():
+        row = {"model": setting.model, "dtype": setting.dtype, "contender": contender, "peer": peer}
+        with tempfile.TemporaryDirectory() as name:
+            try:
+                row |= {"status": "ok", "detail": "", **train(run, setting, Path(name), fields)}
+            except UserError as error:
+                row |= {"status": "failed", "detail": one_line(error)}
+        if row.get("freed_gib") is not None and not row["freed_gib"] > 0:
+            row |= {"status": "failed", "detail": "no memory was freed while vLLM slept"}
+        table.add(row)
+        print("  ".join(f"{column} {value}" for column, value in row.items()), flush=True)
+        right = right and row["status"] == "ok"
+    return right
 
 
 def body() -> None:

@@ -29,7 +29,7 @@ from grpo_fast.model.attention import Group
 from grpo_fast.model.host_layers import ALIGNMENT, MIN_BYTES, SLOTS, spread
 from grpo_fast.rollout.decode import CHUNK_LOGITS, PREFILL_TOKENS, STEP_LOGITS
 from grpo_fast.rollout.transformers import not_continuous
-from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache, sequences_at_once
+from grpo_fast.rollout.vllm.kv_plan import padded_rank, plan_engine_cache, sequences_at_once
 from grpo_kernels.budget import (
     CPU_BUFFER_BYTES,
     FROZEN_GPU_BUFFER_BYTES,
@@ -176,6 +176,15 @@ def _decoder_layers(model: nn.Module) -> Iterable[nn.Module]:
     return next(lists, ())
 
 
+def sends_adapters(model: nn.Module) -> bool:
+    """Whether vLLM takes the adapters of `model` without the weights."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from grpo_fast.rollout.vllm import adapters
+
+    return adapters.merge_reason(model) is None
+
+
 def _bytes_4bit(count: int, config: GRPOConfig) -> int:
     blocks = math.ceil(count / BLOCK_4BIT)
     scales = blocks + 4 * math.ceil(blocks / BLOCK_SCALES) if config.use_bnb_nested_quant else 4 * blocks
@@ -232,8 +241,8 @@ class _Planner:
         key = tuple(getattr(config, name) for name in COUNTED), tuple(config.lora_target_modules or ())
         if key not in tracer.counted:
             model = tracer.model(config)
-            tracer.counted[key] = count_weights(model, config), not_continuous(model) is None
-        self.weights, self.continuous = tracer.counted[key]
+            tracer.counted[key] = count_weights(model, config), not_continuous(model) is None, sends_adapters(model)
+        self.weights, self.continuous, self.alone = tracer.counted[key]
 
     def plan(self, answer: int, interpolated: bool = False) -> MemoryPlan:
         """The plan for completions of `answer` tokens; interpolated traces are faster, and an upper bound."""
@@ -384,9 +393,14 @@ class _Planner:
         if config.vllm_mode == "server":
             return {}, sequences_at_once(config, length)
         cache = plan_engine_cache(config, self.tracer.model_config, self.dtype, "cuda", length, sys.maxsize)
-        # vLLM's weights include the adapters, merged.
-        merged = self.weights.parameters - (self.weights.trained if config.use_peft else 0)
-        return {"vLLM's weights": merged * self.dtype.itemsize, "vLLM's KV cache": cache.bytes}, cache.sequences
+        parts = {"vLLM's weights": self.weights.parameters * self.dtype.itemsize, "vLLM's KV cache": cache.bytes}
+        if self.alone:
+            rank = padded_rank(config.lora_r)
+            parts["vLLM's adapters"] = self.weights.trained * rank // config.lora_r * self.dtype.itemsize
+            if not config.load_in_4bit:
+                # They are the trainer's.
+                del parts["vLLM's weights"]
+        return parts, cache.sequences
 
     def sampling(self, states: list[tuple[int, int]], sequences: int) -> dict[str, float]:
         """The KV cache in the largest of `states` (rows, columns), and the logits of one token of each sequence.

@@ -167,8 +167,8 @@ def _notes(console: Terminal, config: GRPOConfig, tracer: Tracer, prompt_tokens:
         console.print(f"{warning}.")
     if config.load_in_4bit and config.use_vllm and config.vllm_mode == "colocate":
         console.print(
-            "vLLM in this process samples from its own 16-bit copy of the weights, merged with the adapters: "
-            "load_in_4bit does not make that smaller."
+            "vLLM in this process samples from its own 16-bit copy of the weights: load_in_4bit does not make that "
+            "smaller, and without it the trainer would share that copy."
         )
     if sequence > config.max_tokens_per_microbatch:
         console.print(

@@ -43,7 +43,7 @@ def test_run_rollout_wrong_logprobs_are_not_timed(run, tmp_path, monkeypatch):
     def wrong(case):
         return [(tokens, [logprob - 0.01 for logprob in logprobs]) for tokens, logprobs in sampled(case)]
 
-    monkeypatch.setattr(rollout, "ours", wrong)
+    monkeypatch.setitem(rollout.CONTENDERS, rollout.OURS, wrong)
     rollout.run_rollout(run, ["llama-tiny"], contenders=[rollout.OURS])
     row = rows(tmp_path)[rollout.OURS]
     assert (row["status"], row["detail"]) == ("wrong", "log-probabilities differ by 0.01")

@@ -226,7 +226,7 @@ def test_plan_memory_cache_is_bounded_by_the_budget(budget, rows, width):
 
 def test_plan_memory_vllm_has_its_own_weights_and_cache():
     """They are absent from training with sleep mode, present without it, and absent with a server."""
-    fields = {"max_completion_length": 900, "generation_batch_size": 8, "use_vllm": True, "use_peft": True}
+    fields = {"max_completion_length": 900, "generation_batch_size": 8, "use_vllm": True}
     model_config = medium()
     plans = {
         name: plan_memory(settings(**fields, **more), model_config, 100)
@@ -243,12 +243,31 @@ def test_plan_memory_vllm_has_its_own_weights_and_cache():
     assert not engine & (asleep.training.keys() | server.rollout.keys())
     assert engine <= awake.training.keys()
     assert awake.peak > asleep.peak > server.peak - 1
-    assert asleep.rollout["vLLM's weights"] == 4 * (asleep.parameters - asleep.trained)
+    assert asleep.rollout["vLLM's weights"] == 4 * asleep.parameters
     token = 2 * model_config.num_key_value_heads * (model_config.hidden_size // model_config.num_attention_heads) * 4
     token *= model_config.num_hidden_layers
     # 1,000 tokens are 63 blocks of 16, and one block stays empty.
     assert asleep.rollout["vLLM's KV cache"] == token * 16 * (8 * 63 + 1)
     assert plans["fewer"].rollout["vLLM's KV cache"] == token * 16 * (3 * 63 + 1)
+
+
+@pytest.mark.parametrize("awake", [False, True])
+def test_plan_memory_vllm_shares_the_weights_with_adapters(monkeypatch, awake):
+    """The plan drops by exactly the weights, also where 4-bit weights are not shared."""
+    fields = {"use_vllm": True, "use_peft": True, "lora_r": 12, "vllm_enable_sleep_mode": not awake}
+    shared = plan_memory(settings(**fields), medium(), 100)
+    weights = 4 * shared.parameters
+    monkeypatch.setattr("grpo_fast.rollout.vllm.adapters.merge_reason", lambda model: "of a test")
+    merged = plan_memory(settings(**fields), medium(), 100)
+    monkeypatch.undo()
+    # vLLM allocates adapters of rank 12 with rank 16.
+    adapters = 4 * shared.trained * 16 // 12
+    for moment, parts in merged.moments.items():
+        both = {**parts, "vLLM's adapters": adapters} if awake or moment == "rollout" else parts
+        assert shared.moments[moment] == {name: size for name, size in both.items() if name != "vLLM's weights"}
+    assert total(merged.rollout) + adapters - total(shared.rollout) == weights == shared.rollout["weights"]
+    quantised = plan_memory(settings(**fields, load_in_4bit=True), medium(), 100)
+    assert quantised.rollout["vLLM's weights"] == weights
 
 
 @pytest.mark.parametrize(("recipe", "model", "vram"), RECIPES)

@@ -1,17 +1,23 @@
 """Real vLLM on a CPU, in process: `make test-vllm`."""
 
 import os
+import re
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from grpo_fast.errors import UserError
 from grpo_fast.rollout import Sampling, build_rollout
+from grpo_fast.rollout.vllm import adapters, shared
 from support.vllm_models import (
     PROMPTS,
+    SHAPE,
     TOKENIZER,
     VOCAB,
+    adapt,
+    check_stale,
     check_sync,
     check_traps,
     colocated,
@@ -157,25 +163,107 @@ def test_colocate_restores_the_process(llama):
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_colocate_samples_with_merged_adapters(rslora):
-    """Also after a step that trains only the adapters; merging does not change the trained tensors."""
-    import peft
-
-    model = make_model("Qwen2")
-    lora = peft.LoraConfig(r=4, lora_alpha=16, use_rslora=rslora, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(model, lora)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    kept = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+@pytest.fixture(scope="module")
+def tuned():
+    """An engine with adapters alone, for tests that may train them."""
+    model = make_model("Qwen2", tied=False)
+    adapted = adapt(model, use_rslora=True, rank_pattern={"q_proj": 7})
     with colocated(model) as rollout:
-        rollout.sync(adapted)
-        assert largest_difference(model, rollout.generate(PROMPTS, Sampling(4, 16))) < 1e-5
-        assert all(torch.equal(parameter, kept[name]) for name, parameter in adapted.named_parameters())
-        with adapted.disable_adapter():
-            assert largest_difference(model, rollout.generate(PROMPTS, Sampling(4, 16))) > 0.1
+        yield rollout, adapted, model
+
+
+def test_colocate_takes_adapters_alone(tuned, monkeypatch):
+    """Each sync sends the adapters, which it does not change, and nothing else."""
+    rollout, adapted, model = tuned
+    assert rollout.warning == ""
+    kept = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    monkeypatch.setattr(rollout, "_load_weights", None)
+    rollout.sync(adapted)
+    assert largest_difference(model, rollout.generate(PROMPTS, Sampling(4, 16))) < 1e-5
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in adapted.named_parameters())
+    with adapted.disable_adapter():
+        assert largest_difference(model, rollout.generate(PROMPTS, Sampling(4, 16))) > 0.1
+    check_sync(rollout, adapted)
+    assert rollout.llm.llm_engine.list_loras() == {rollout.syncs}
+
+
+def test_colocate_probe_detects_stale_adapters(tuned, monkeypatch):
+    """Nothing is sent, or new adapters have the name of old ones, which vLLM then keeps."""
+    rollout, adapted, model = tuned
+    load = rollout._load_adapter
+
+    def same_name(model):
+        rollout.syncs -= 1
+        load(model)
+
+    check_stale(rollout, adapted, model, monkeypatch, "_load_adapter", lambda model: None, same_name)
+
+
+def test_colocate_refuses_completions_of_other_adapters(tuned):
+    rollout, adapted, _ = tuned
+    rollout.sync(adapted)
+    generate = rollout.llm.generate
+    rollout.llm.generate = lambda *arguments, lora_request, **options: generate(*arguments, **options)
+    try:
+        with pytest.raises(UserError, match=r"vLLM sampled with adapters None, not with version \d+ of"):
+            rollout.generate(PROMPTS, Sampling(1, 2))
+    finally:
+        rollout.llm.generate = generate
+
+
+@pytest.mark.parametrize(("name", "tied"), ARCHITECTURES)
+def test_colocate_has_the_weights_once(name, tied):
+    """The trainer's weights are vLLM's memory, fused layers included, before and after training and syncs."""
+    model = make_model(name, tied)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    adapted = adapt(model, target_modules=["q_proj", "v_proj", "down_proj"])
+    with colocated(model) as rollout:
+        (found,) = rollout.llm.apply_model(lambda engine: list(engine.named_parameters()))
+        theirs = {name.replace(".base_layer", ""): weight for name, weight in found}
         check_sync(rollout, adapted)
+        own = dict(shared.frozen(model))
+        assert own.keys() == before.keys()
+        held = {weight.untyped_storage().data_ptr() for weight in theirs.values()}
+        for key, weight in own.items():
+            assert torch.equal(weight, before[key])
+            assert weight.untyped_storage().data_ptr() in held
+            if key in theirs:
+                assert weight.data_ptr() == theirs[key].data_ptr()
+        layer = "model.layers.1."
+        for block, fused, parts in (("self_attn", "qkv_proj", "qkv"), ("mlp", "gate_up_proj", ("gate", "up"))):
+            start = theirs[f"{layer}{block}.{fused}.weight"].data_ptr()
+            for part in parts:
+                weight = own[f"{layer}{block}.{part}_proj.weight"]
+                assert weight.data_ptr() == start
+                start += weight.nbytes
+        # Nothing else of vLLM's model is as large as a weight.
+        numbers = sum(weight.numel() for weight in theirs.values())
+        padding = (numbers - sum(map(torch.Tensor.numel, own.values()))) / SHAPE["hidden_size"]
+        assert padding == (1 if tied else 2) * (320 - VOCAB)
+
+
+def test_colocate_merges_adapters_that_vllm_cannot_take(monkeypatch):
+    """It says why: biases are trained as well, or vLLM refuses the adapters. The trainer keeps its own weights."""
+
+    def unknown_layer(model, folder, write=adapters.write_adapter):
+        checksum = write(model, folder)
+        (folder / adapters.TENSORS).unlink()
+        save_file({"base_model.model.model.layers.0.self_attn.other.lora_A.weight": torch.ones(4, 64)},
+                  folder / adapters.TENSORS)  # fmt: skip
+        return checksum
+
+    for bias, patched, reason in (
+        ("all", adapters.write_adapter, r"because model\.layers\.0\.self_attn\.q_proj\.\S*bias is trained besides the"),
+        ("none", unknown_layer, r"because vLLM refuses the adapters \(.*target modules in .*other"),
+    ):
+        model = make_model("Qwen2")
+        adapted = adapt(model, bias=bias)
+        own = {weight.data_ptr() for _, weight in shared.frozen(model)}
+        monkeypatch.setattr(adapters, "write_adapter", patched)
+        with colocated(model) as rollout:
+            assert re.search(reason, rollout.warning)
+            check_sync(rollout, adapted)
+        assert {weight.data_ptr() for _, weight in shared.frozen(model)} == own
 
 
 def test_colocate_refuses_an_unsupported_model():

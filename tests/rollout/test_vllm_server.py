@@ -16,7 +16,7 @@ from grpo_fast.rollout import Sampling
 from grpo_fast.rollout.vllm import common, json_client, serve
 from grpo_fast.rollout.vllm import server as vllm_server
 from grpo_fast.rollout.vllm.kv_plan import KVPlan
-from grpo_fast.rollout.vllm.weights import in_files
+from grpo_fast.rollout.vllm.wire import in_files
 from support.tiny import tiny_model
 from support.vllm_server import OPTIONS, PROMPTS, FakeServer, connect
 
@@ -68,7 +68,7 @@ def test_sync_sends_the_weights_and_clears_the_prefix_cache(start):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in server.loaded.items())
     steps = [body.get("method", path) for path, body in server.calls if body is not None]
     assert steps == ["load_folder", "repack_head", "/reset_prefix_cache", "/update_weight_version"]
-    (folder,) = server.called("/collective_rpc")[0]["args"]
+    folder = server.called("/collective_rpc")[0]["args"][0]
     assert not Path(folder).exists()
     assert rollout.generate(PROMPTS, Sampling(1, 8))
 

@@ -1,5 +1,6 @@
 """Real vLLM on a CPU, as a server, and training and evaluation with it: `make test-vllm`."""
 
+import copy
 import os
 import shutil
 import signal
@@ -22,9 +23,10 @@ from grpo_fast.evaluation.run import EvalOptions, EvalRun
 from grpo_fast.files import read_metrics
 from grpo_fast.model.loading import load_model
 from grpo_fast.rollout import Sampling, build_rollout
+from grpo_fast.rollout.vllm import server as server_module
 from grpo_fast.trainer import GRPOTrainer
 from support.runs import assert_same_run
-from support.vllm_models import LONG, PROMPTS, TOKENIZER, check_sync, check_traps, colocated
+from support.vllm_models import LONG, PROMPTS, TOKENIZER, adapt, check_stale, check_sync, check_traps, colocated
 
 pytestmark = pytest.mark.vllm
 
@@ -130,13 +132,16 @@ def test_server_requires_its_key_on_every_path(server, monkeypatch):
 
     def status(path, key):
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        body = b'{"method": "get_model", "args": []}'
+        body = b'{"method": "repack_head", "args": []}'
         try:
-            return urllib.request.urlopen(urllib.request.Request(client.base_url + path, body, headers)).status
+            return urllib.request.urlopen(
+                urllib.request.Request(client.base_url + path, body, headers), timeout=60
+            ).status
         except urllib.error.HTTPError as error:
             return error.code
 
-    for path in ("/inference/v1/generate", "/collective_rpc", "/update_weight_version", "/reset_prefix_cache", "/x"):
+    calls = ("collective_rpc", "update_weight_version", "reset_prefix_cache", "v1/load_lora_adapter", "x")
+    for path in ("/inference/v1/generate", *(f"/{call}" for call in calls)):
         assert status(path, None) == status(path, "another") == 401, path
         assert status(path, "a-secret") != 401, path
     monkeypatch.delenv("VLLM_API_KEY")
@@ -164,6 +169,117 @@ def test_server_and_colocate_sample_the_same(server):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
+ADAPTED = {**SERVED, "use_peft": True, "lora_r": 4}
+
+
+@pytest.fixture(scope="module")
+def adapted_server(servers, tmp_path_factory):
+    """A server that takes adapters alone."""
+    server = Server(tmp_path_factory.mktemp("adapted"), **ADAPTED).start()
+    yield server
+    server.kill()
+
+
+def test_server_takes_adapters_alone(adapted_server, monkeypatch):
+    """After the first sync nothing else is sent; the server has one version at a time."""
+    model = served_model()
+    adapted = adapt(model)
+    rollout = adapted_server.rollout(model)
+    assert rollout.warning == ""
+    check_sync(rollout, adapted)
+    monkeypatch.setattr(rollout, "_send_weights", None)
+    check_sync(rollout, adapted)
+    (name,) = [each["id"] for each in rollout.client.request("GET", "/v1/models")["data"] if each["parent"]]
+    assert name == rollout.version
+    rollout.close()
+    assert not [each for each in rollout.client.request("GET", "/v1/models")["data"] if each["parent"]]
+
+
+def test_server_probe_detects_stale_adapters(adapted_server, monkeypatch):
+    """New adapters have the name of old ones, and the old ones' files."""
+    model = served_model()
+    adapted = adapt(model)
+    rollout = adapted_server.rollout(model)
+    write = server_module.write_adapter
+
+    def old_files(model, made, version):
+        with monkeypatch.context() as patch:
+            patch.setattr(server_module, "write_adapter", lambda _, folder: write(old, folder))
+            send(model, made, version)
+
+    send, old = rollout._send_adapter, copy.deepcopy(adapted)
+    check_stale(rollout, adapted, model, monkeypatch, "_send_adapter", old_files)
+    # A version that was never sent is unknown to the server.
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "_send_adapter", lambda *_: None)
+        rollout.sync(adapted)
+        with pytest.raises(UserError, match="sampled from other weights than this run's"):
+            rollout.generate(PROMPTS, Sampling(1, 2))
+
+
+def test_server_without_adapters_gets_merged_weights(server):
+    model = served_model()
+    adapted = adapt(model)
+    rollout = server.rollout(model)
+    assert rollout.warning.endswith("because the server was started without --enable-lora")
+    check_sync(rollout, adapted)
+
+
+def test_server_refuses_damaged_weights(server, monkeypatch):
+    """A bit that flips on the way is noticed before vLLM loads anything."""
+    model = served_model()
+    rollout = server.rollout(model)
+    write = server_module.write_tensors
+
+    def damaged(files, folder):
+        checksum = write(files, folder)
+        (file,) = folder.glob("*.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+        return checksum
+
+    monkeypatch.setattr(server_module, "write_tensors", damaged)
+    with pytest.raises(UserError, match=r"cannot read \S+: its files are not what this process wrote"):
+        rollout.sync(model)
+
+
+def test_server_gets_changed_values_only(servers, tmp_path):
+    """Weights in bfloat16, after a step that changes some of them; a server that lost its copy gets all again."""
+    server = Server(tmp_path / "half", **{**SERVED, "dtype": "bfloat16"}).start()
+    try:
+        model = served_model().bfloat16()
+        rollout = server.rollout(model)
+        sent = []
+        load = rollout._load
+        rollout._load = lambda folder, *rest: sent.append(folder_bytes(folder)) or load(folder, *rest)
+        rollout.sync(model)
+        first = rollout.generate(PROMPTS, Sampling(2, 8, seed=1))
+        for step in range(3):
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.view(-1)[step :: 40 if step else 7] *= 1.05
+            rollout.sync(model)
+        assert sent[1] < sent[0] / 2.5
+        assert max(sent[2:]) < sent[0] / 5
+        after = rollout.generate(PROMPTS, Sampling(2, 8, seed=1))
+        assert after != first
+        # Another connection sends all weights.
+        whole = server.rollout(model)
+        whole.sync(model)
+        assert whole.generate(PROMPTS, Sampling(2, 8, seed=1)) == after
+        # The other's copy is now the base of nothing that the first one sends.
+        rollout.sync(model)
+        assert sent[-1] == sent[0]
+        assert rollout.generate(PROMPTS, Sampling(2, 8, seed=1)) == after
+    finally:
+        server.kill()
+
+
+def folder_bytes(folder):
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 # The sorting recipe, but with a head dimension for which vLLM has kernels.
 RECIPE = {
     "num_generations": 16,
@@ -189,6 +305,20 @@ def test_train_three_steps_of_the_sorting_recipe(server, tmp_path, mode):
     trainer.train()
     first, second, third = rewards(tmp_path)
     assert first < second < third
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_train_adapters_alone(adapted_server, tmp_path, mode):
+    """The probe agrees with the trainer before every step."""
+    config = adapted_server.config(vllm_mode=mode, output_dir=str(tmp_path), **{**RECIPE, "max_steps": 3})
+    trainer = GRPOTrainer(config)
+    assert trainer.rollout.engine.adapters
+    differences, check = [], trainer.rollout.probe.check
+    trainer.rollout.probe.check = lambda *arguments: differences.append(check(*arguments)) or differences[-1]
+    trainer.train()
+    assert len(rewards(tmp_path)) == 3
+    assert len(differences) >= 3
+    assert max(differences) < 1e-5
 
 
 def test_train_resumed_equals_a_whole_run(server, tmp_path):

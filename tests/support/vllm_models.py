@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import transformers
@@ -48,6 +49,16 @@ def make_config(**fields):
     )  # fmt: skip
 
 
+def adapt(model, **fields):
+    """A PeftModel around `model`, whose adapters change its distribution."""
+    lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return adapted
+
+
 @contextmanager
 def colocated(model, **fields):
     rollout = build_rollout(make_config(**fields), model, TOKENIZER, len(LONG))
@@ -91,6 +102,26 @@ def check_sync(rollout, model):
     assert largest_difference(model, rollout.generate(PROMPTS, sampling), 0.7) > 0.1
     rollout.sync(model)
     assert largest_difference(model, rollout.generate(PROMPTS, sampling), 0.7) < 1e-5
+
+
+def check_stale(rollout, adapted, model, monkeypatch, method, *traps):
+    """The probe refuses an engine that keeps old adapters, which each of `traps` does in place of `method`."""
+    probe = Probe(LONG, len(LONG) + 16, 1.0, 1e-3)
+
+    def check():
+        return probe.check(rollout, lambda prompt, ids: scored(model, prompt, ids))
+
+    rollout.sync(adapted)
+    assert check() < 1e-5
+    for trap in traps:
+        optimizer_step(adapted)
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, method, trap)
+            rollout.sync(adapted)
+            with pytest.raises(UserError, match=r"does not have the trainer's weights.*differ by up to"):
+                check()
+        rollout.sync(adapted)
+        assert check() < 1e-5
 
 
 def check_traps(rollout, model, monkeypatch):

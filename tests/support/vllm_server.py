@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.rollout import build_rollout
-from grpo_fast.rollout.vllm.worker import WORKER_EXTENSION, read_folder
+from grpo_fast.rollout.vllm.worker import WORKER_EXTENSION, WorkerExtension
 from support.tiny import tiny_model
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5]]
@@ -23,13 +24,32 @@ OPTIONS = {
 }
 
 
+class FakeWorker(WorkerExtension):
+    """The worker's own methods, with a dict in place of vLLM's model."""
+
+    def __init__(self):
+        self.loaded, self.seen = {}, []
+
+    def reload_weights(self, weights_iterator):
+        self.loaded = {name: tensor.clone() for name, tensor in weights_iterator}
+
+    def repack_head(self):
+        pass
+
+    def look(self, folder):
+        """Note which files there are, and who can read them."""
+        folder = Path(folder)
+        entries = [folder.parent, folder, *folder.iterdir()]
+        self.seen.append({path.name: (path.stat().st_mode & 0o777, path.stat().st_size) for path in entries})
+
+
 class FakeServer:
     """Answers as vLLM does: each completion repeats its seed's last digit; `hook(path, body)` may answer instead."""
 
     def __init__(self, hook=lambda path, body: None, options=OPTIONS):
         self.hook, self.options = hook, options
         self.version = "default"
-        self.calls, self.headers, self.loaded = [], [], {}
+        self.calls, self.headers, self.worker, self.adapters = [], [], FakeWorker(), {}
         self.lock = threading.Lock()
         outer = self
 
@@ -57,6 +77,8 @@ class FakeServer:
         if status == "drop":
             handler.close_connection = True
             return
+        if isinstance(content, tuple):
+            status, content = content
         content = content if isinstance(content, str) else json.dumps(content)
         with suppress(BrokenPipeError):
             handler.send_response(status)
@@ -67,12 +89,33 @@ class FakeServer:
         if path == "/server_info":
             return {"vllm_config": self.options}
         if path == "/inference/v1/generate":
-            return {"choices": [self.choice(index, body) for index in range(body["sampling_params"]["n"])]}
-        if path == "/collective_rpc" and body["method"] == "load_folder":
-            self.loaded = dict(read_folder(Path(body["args"][0])))
+            name = body.get("model")
+            if name is not None and name not in self.adapters:
+                return 404, {"error": {"message": f"The model `{name}` does not exist."}}
+            choices = [self.choice(index, body) for index in range(body["sampling_params"]["n"])]
+            return {"model": name or "base", "choices": choices}
+        if path == "/collective_rpc":
+            try:
+                if body["method"] in ("load_folder", "check_folder"):
+                    self.worker.look(body["args"][0])
+                return {"results": [getattr(self.worker, body["method"])(*body["args"])]}
+            except Exception as error:
+                return 500, str(error)
+        if path == "/v1/load_lora_adapter":
+            folder = Path(body["lora_path"])
+            described = json.loads((folder / "adapter_config.json").read_text())
+            self.adapters[body["lora_name"]] = described, load_file(folder / "adapter_model.safetensors")
+            return f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+            return "Success"
         if path == "/update_weight_version":
             self.version = body["new_version"]
         return {"success": True, "weight_version": self.version}
+
+    @property
+    def loaded(self):
+        return self.worker.loaded
 
     def choice(self, index, body):
         ids = [*body["token_ids"], body["sampling_params"]["seed"] % 10 + index, 1]

@@ -20,7 +20,7 @@ from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.model.loading import base_config
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.stops import stop_texts
-from grpo_fast.rollout.vllm import common
+from grpo_fast.rollout.vllm import adapters, common, shared
 from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache
 from grpo_fast.rollout.vllm.weights import engine_weights
 
@@ -28,8 +28,13 @@ from grpo_fast.rollout.vllm.weights import engine_weights
 class VLLMColocate(Rollout):
     """A vLLM engine in this process. It starts with random weights, so nothing can be sampled before the first `sync`.
 
+    With LoRA, a sync gives it the adapters alone, each version under its own name, and the weights of the base model
+    are in memory once: the trainer's are views of vLLM's. Where that is not possible, vLLM gets its own copy of the
+    weights, if need be with the adapters merged, and `warning` says why.
+
     Sleep uses vLLM's level 2, which discards the weights and the KV cache. (Level 1 keeps a copy of the weights in host
-    memory, but every sync replaces them.) On a CPU vLLM frees no memory, so `sleep` does nothing there.
+    memory, but every sync replaces them.) If the trainer shares the weights, only the KV cache is discarded. On a CPU
+    vLLM frees no memory, so `sleep` does nothing there.
 
     The arguments are those of `build_rollout`.
 
@@ -54,14 +59,42 @@ class VLLMColocate(Rollout):
         self.eos_token_ids, self.tokenizer = eos_token_ids(model, tokenizer), tokenizer
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.sleeps = config.vllm_enable_sleep_mode and self.device == "cuda"
-        self.has_weights = False
-        self.llm = None
+        self.has_weights = self.has_base = False
+        self.llm, self.adapter, self.syncs = None, None, 0
+        adapted = bool(adapters.adapted_layers(model))
+        reason = adapters.merge_reason(model) if adapted else None
+        if adapted and not reason and not common.supports_adapters(type(model).__name__):
+            reason = f"vLLM supports no adapters of {type(model).__name__}"
+        self.adapters = adapted and not reason
+        obstacle = shared.sharing_obstacle(model) if self.adapters else None
+        if obstacle:
+            self.warning = f"the weights are in memory twice, because {obstacle}"
+        self.shares = moved = self.adapters and not obstacle
+        device = model.device
+        if moved:
+            shared.move_out(model)
+        try:
+            with tempfile.TemporaryDirectory(prefix="grpo-fast-") as folder, undisturbed():
+                self._start(config, model, common.model_length(config, longest_prompt), device, Path(folder))
+                if self.adapters:
+                    reason = self._try_adapters(model)
+        except BaseException:
+            self.shares = False
+            self.close()
+            raise
+        finally:
+            if moved and not self.shares:
+                shared.move_back(model, device)
+        if reason:
+            self.warning = adapters.warn_merged(reason)
+
+    def _start(self, config: GRPOConfig, model: nn.Module, length: int, device: torch.device, folder: Path) -> None:
+        """Start vLLM with random weights, and sample one token."""
         dtype = model.get_input_embeddings().weight.dtype
-        length = common.model_length(config, longest_prompt)
         weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         share, total = config.vllm_gpu_memory_utilization, 0
         if self.device == "cuda":
-            total = torch.cuda.get_device_properties(model.device).total_memory
+            total = torch.cuda.get_device_properties(device).total_memory
         if self.device == "cuda" and share is not None:
             available = int(share * total) - weights
         else:
@@ -70,20 +103,24 @@ class VLLMColocate(Rollout):
         kv = plan_engine_cache(config, model.config, dtype, self.device, length, available)
         options = common.engine_options(config, dtype, self.device, length, kv)
         options |= {"kv_cache_memory_bytes": kv.bytes, "enable_sleep_mode": self.sleeps, "seed": config.seed % 2**32}
+        if self.adapters:
+            options |= adapters.lora_options(model)
         if self.device == "cuda":
             # vLLM checks that this share of the GPU is free before it starts.
             options["gpu_memory_utilization"] = min(1.0, (weights + kv.bytes) / total) if share is None else share
-        with tempfile.TemporaryDirectory(prefix="grpo-fast-") as folder, undisturbed():
-            common.save_config(model, Path(folder))
-            common.save_tokenizer(tokenizer, Path(folder), options)
-            name = base_config(config).model_name_or_path if config.trust_remote_code else folder
-            try:
+        common.save_config(model, folder)
+        common.save_tokenizer(self.tokenizer, folder, options)
+        name = base_config(config).model_name_or_path if config.trust_remote_code else str(folder)
+        try:
+            plain = self.shares and self.device == "cpu"
+            with shared.plain_layers() if plain else nullcontext():
                 self.llm = self.vllm.LLM(name, **options)
-                self._generate([[0]], Sampling(1, 1, seed=0))
-            except Exception as error:
-                # An unknown architecture, a head_dim or dtype without a kernel, too little memory: many types.
-                self.close()
-                raise UserError(f"vLLM cannot sample from {type(model).__name__}: {one_line(error)}") from None
+            if plain:
+                self.llm.apply_model(shared.keep_plain)
+            self._generate([[0]], Sampling(1, 1, seed=0))
+        except Exception as error:
+            # An unknown architecture, a head_dim or dtype without a kernel, too little memory: many types.
+            raise UserError(f"vLLM cannot sample from {type(model).__name__}: {one_line(error)}") from None
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
         try:
@@ -104,21 +141,26 @@ class VLLMColocate(Rollout):
             raise UserError(f"vLLM failed while sampling: {one_line(error)}") from error
 
     def sync(self, model: nn.Module) -> None:
-        """Copy the weights of `model`, one tensor at a time and with adapters merged, and clear the prefix cache."""
+        """Copy the weights of `model`, one tensor at a time, or its adapters alone if vLLM has the weights."""
         with undisturbed():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": engine_weights(model)})
-            self._repack_head()
-            self._reset_prefix_cache()
+            if not self.has_base:
+                self._load_weights(model)
+                self.has_base = self.adapters
+            if self.adapters:
+                self._load_adapter(model)
         self.has_weights = True
 
     def sleep(self) -> None:
-        if self.sleeps:
+        if self.sleeps and self.shares:
+            self.llm.sleep(level=0)
+            self.llm.release_kv_cache_memory()
+        elif self.sleeps:
             self.llm.sleep(level=2)
-            self.has_weights = False
+            self.has_weights = self.has_base = False
 
     def wake(self) -> None:
         if self.sleeps:
-            self.llm.wake_up()
+            self.llm.wake_up(["kv_cache"] if self.shares else None)
 
     def close(self) -> None:
         if self.llm is not None:
@@ -135,7 +177,12 @@ class VLLMColocate(Rollout):
         eager = torch.compiler.set_stance("force_eager") if self.device == "cpu" else nullcontext()
         stops = stop_texts(self.tokenizer, sampling)
         with undisturbed(), eager:
-            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+            outputs = self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.adapter)
+        wanted = self.adapter.lora_name if self.adapter else None
+        for output in outputs:
+            sampled = output.lora_request.lora_name if output.lora_request else None
+            if sampled != wanted:
+                raise UserError(f"vLLM sampled with adapters {sampled}, not with {wanted} of this run")
         return [
             common.response(
                 list(completion.token_ids),
@@ -150,9 +197,47 @@ class VLLMColocate(Rollout):
             for completion in output.outputs
         ]
 
+    def _try_adapters(self, model: nn.Module) -> str | None:
+        """Give vLLM weights and adapters, and the trainer vLLM's weights; the reason if the adapters must be merged."""
+        self._load_weights(model)
+        self.has_base = True
+        try:
+            self._load_adapter(model)
+        except Exception as error:
+            # A layer or a rank that it does not support, of which it tells by many types.
+            self.adapters = self.shares = self.has_base = False
+            return adapters.refused_reason(error)
+        if self.shares:
+            (found,) = self.llm.apply_model(shared.engine_tensors)
+            try:
+                shared.adopt(model, shared.views(model, *found))
+            except ValueError as error:
+                # vLLM keeps the weights in another form.
+                self.shares, self.has_base = False, not self.sleeps
+                self.warning = f"the weights are in memory twice, because in vLLM {error}"
+        return None
+
+    def _load_weights(self, model: nn.Module) -> None:
+        """Copy the weights, without adapters or merged with them, and discard what was computed with the old ones."""
+        tensors = engine_weights(model, merged=not self.adapters)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        self._repack_head()
+        self._reset_prefix_cache()
+
+    def _load_adapter(self, model: nn.Module) -> None:
+        """Give vLLM the adapters under a new name, by which its prefix cache knows them too, in place of the last."""
+        from vllm.lora.request import LoRARequest
+
+        version = self.syncs + 1
+        with tempfile.TemporaryDirectory(prefix="grpo-fast-adapter-") as folder:
+            adapters.write_adapter(model, Path(folder))
+            adapter = LoRARequest(f"version {version}", version, folder)
+            self.llm.llm_engine.add_lora(adapter)
+        self.adapter, self.syncs = adapter, version
+
     def _repack_head(self) -> None:
-        """Update the packed copy of a tied head; see `WorkerExtension.repack_head`."""
-        self.llm.collective_rpc("repack_head")
+        """Update the packed copy of a tied head, or do without one; see `WorkerExtension`."""
+        self.llm.collective_rpc("use_plain_head" if self.shares else "repack_head")
 
     def _reset_prefix_cache(self) -> None:
         """Discard keys and values that were computed with the old weights."""

@@ -180,6 +180,14 @@ def quiet_vllm(level: str) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
 
 
+def supports_adapters(architecture: str) -> bool:
+    """Whether vLLM supports LoRA adapters of an architecture; True if it does not know it, which it reports itself."""
+    from vllm.model_executor.models import ModelRegistry, supports_lora
+
+    known = ModelRegistry.models.get(architecture)
+    return known is None or supports_lora(known.load_model_cls())
+
+
 def engine_options(config: GRPOConfig, dtype: torch.dtype, device: str, length: int, kv: KVPlan) -> dict[str, Any]:
     """Arguments of vLLM's engine, in process and as a server, under their Python names."""
     return {

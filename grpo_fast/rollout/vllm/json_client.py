@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,6 +70,7 @@ class JsonClient:
         timeout: float | None = 60.0,
         retries: Sequence[float] | None = None,
         max_bytes: int = ANSWER_BYTES,
+        parse: Callable[[str], Any] = parse_json,
     ) -> Any:
         """Send a request and return the JSON of the answer, or None if the answer is empty.
 
@@ -80,13 +81,14 @@ class JsonClient:
             retries: seconds before each further attempt (default: RETRIES); a request that the server refuses (4xx),
                 or whose answer is too long, is not repeated.
             max_bytes: the longest allowed answer.
+            parse: makes the result from the answer's text, or raises a ValueError.
 
         Raises:
             ServerError: no connection, an error of the server, or an answer that is too slow, too long or not JSON.
         """
         for pause in (*(RETRIES if retries is None else retries), None):
             try:
-                return self._once(method, path, body, timeout, max_bytes)
+                return self._once(method, path, body, timeout, max_bytes, parse)
             except (OSError, http.client.HTTPException, _Broken) as error:
                 reason = one_line(error)
             if pause is None or self._hung_up:
@@ -137,7 +139,9 @@ class JsonClient:
                 except OSError:
                     continue
 
-    def _once(self, method: str, path: str, body: Any, timeout: float | None, max_bytes: int) -> Any:
+    def _once(
+        self, method: str, path: str, body: Any, timeout: float | None, max_bytes: int, parse: Callable[[str], Any]
+    ) -> Any:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname, self._port, timeout=10.0)
         connection.response_class = lambda sock, **options: http.client.HTTPResponse(_Paced(sock, timeout), **options)
@@ -169,7 +173,7 @@ class JsonClient:
         if answer.status != 200:
             raise ServerError(f"status {answer.status}: {one_line(text)}")
         try:
-            return parse_json(text) if text else None
+            return parse(text) if text else None
         except ValueError as error:
             raise _Broken(f"not JSON ({one_line(error, 80)}): {one_line(text, 80)}") from None
 

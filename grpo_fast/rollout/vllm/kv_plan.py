@@ -1,4 +1,4 @@
-"""The memory of vLLM's KV cache, from the model's configuration and the lengths of sequences."""
+"""The memory of vLLM's KV cache, from the model's configuration and the lengths of sequences; and of its adapters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from grpo_fast.errors import UserError
 
 # Tokens that vLLM allocates together (a block or several).
 BLOCK = {"cpu": 128, "cuda": 16}
+# The ranks of adapters for which it allocates memory.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class KVPlan(NamedTuple):
@@ -74,3 +76,8 @@ def plan_engine_cache(
     """The KV cache of `sequences_at_once`, or of as many of them as fit `available` bytes; the others wait."""
     token = kv_bytes_per_token(model_config, dtype)
     return plan_kv_cache(token, length, sequences_at_once(config, length), available, BLOCK[device])
+
+
+def padded_rank(rank: int) -> int:
+    """The rank for which vLLM allocates memory."""
+    return next(each for each in RANKS if each >= rank)

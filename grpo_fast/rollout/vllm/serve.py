@@ -10,15 +10,17 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import encode_rows, load_rows
 from grpo_fast.errors import UserError, require_extra, say
-from grpo_fast.model.loading import adapter_fields, base_config, load_model, max_positions
-from grpo_fast.rollout.vllm import common
+from grpo_fast.model.loading import adapter_fields, base_config, load_model, max_positions, train_adapter
+from grpo_fast.rollout.vllm import adapters, common
 from grpo_fast.rollout.vllm.guard import KEY_VARIABLE, MIDDLEWARE
 from grpo_fast.rollout.vllm.kv_plan import plan_engine_cache
 
@@ -52,6 +54,8 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
     kv = plan_engine_cache(config, model.config, dtype, device, length, available)
     common.save_config(model, folder)
     options = common.engine_options(config, dtype, device, length, kv)
+    if config.use_peft:
+        options |= _adapter_options(config, model)
     common.save_tokenizer(tokenizer, folder, options)
     if device == "cpu":
         options["kv_cache_memory_bytes"] = kv.bytes
@@ -65,16 +69,33 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
         flag = "--" + name.replace("_", "-")
         if value is True:
             command.append(flag)
+        elif isinstance(value, list):
+            command += [flag, *value]
         elif value is not False:
             command += [flag, str(value)]
     # --enable-scale-out adds the endpoint that takes and returns token ids.
     return [*command, "--enable-scale-out", "--disable-uvicorn-access-log", "--middleware", MIDDLEWARE, *more]
 
 
+def _adapter_options(config: GRPOConfig, model: nn.Module) -> dict[str, Any]:
+    """The options with which vLLM takes the run's adapters alone; none if it cannot, and the run will say why.
+
+    The adapters are put into `model`.
+    """
+    train_adapter(model, config)
+    if adapters.merge_reason(model) or not common.supports_adapters(type(model).__name__):
+        return {}
+    return adapters.lora_options(model)
+
+
 def server_environment(config: GRPOConfig) -> dict[str, str]:
-    """Environment variables of the server; vLLM's "development mode" allows weight updates over HTTP."""
+    """Environment variables of the server; its "development mode" allows weight updates over HTTP."""
     common.quiet_vllm("WARNING")
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
     if config.use_cpu or not torch.cuda.is_available():
         environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {**environment, **os.environ}

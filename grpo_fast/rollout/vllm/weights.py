@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from grpo_fast.errors import UserError, writing
-
-# Bytes of weights in one file, which are held in memory while it is written.
-FILE_BYTES = 1 << 30
+from grpo_fast.errors import UserError
 
 
 @torch.no_grad()
-def engine_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def engine_weights(model: nn.Module, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of `model` as in its checkpoint; at most one layer is converted at a time.
 
     LoRA adapters are merged (``W + scale * B @ A`` in float32, rounded to the dtype of W) without changing the trained
@@ -31,46 +26,32 @@ def engine_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         model: a transformers causal LM, with or without adapters, or a PeftModel.
+        merged: False leaves the adapters out.
 
     Raises:
         UserError: an adapter is not a plain LoRA.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
-    if not conversions:
-        yield from _tensors(model)
+    model = base_model(model)
+    if not converts_weights(model):
+        yield from _tensors(model, merged)
         return
     # A checkpoint may split or join tensors of the model, such as the matrices of a layer's experts.
-    for _, layer in groupby(_tensors(model), lambda pair: _layer(pair[0])):
+    for _, layer in groupby(_tensors(model, merged), lambda pair: _layer(pair[0])):
         yield from revert_weight_conversion(model, dict(layer)).items()
 
 
-def write_weights(model: nn.Module, folder: Path) -> None:
-    """Write `engine_weights` to safetensors files of about 1 GiB.
-
-    Raises:
-        UserError: the disk is full, or `folder` cannot be written.
-    """
-    for number, tensors in enumerate(in_files(engine_weights(model))):
-        with writing(folder):
-            save_file(tensors, folder / f"weights-{number:05d}.safetensors", {"format": "pt"})
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model of a PeftModel, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def in_files(tensors: Iterator[tuple[str, Tensor]], most: int = FILE_BYTES) -> Iterator[dict[str, Tensor]]:
-    """The tensors in groups of at most `most` bytes; a larger tensor is a group by itself."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > most:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.contiguous()
-        size += tensor.nbytes
-    if group:
-        yield group
+def converts_weights(model: nn.Module) -> bool:
+    """Whether the checkpoint's tensors have other names or shapes than those of the transformers `model`."""
+    known = getattr(model, "_weight_conversions", None)
+    return bool(known or get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, merged: bool) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers under their names without adapters; tied ones once, under the first name."""
     dtype = model.get_input_embeddings().weight.dtype
     seen: set[int] = set()
@@ -91,14 +72,15 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if type(tensor).__name__ == "Params4bit":
                 whole = dequantize_module_weight(source).to(dtype)
             else:
-                whole = _gather(tensor)
+                whole = gather(tensor)
             yield (
                 f"{path}.{name}" if path else name,
-                _merge(whole, module, path) if adapted and name == "weight" else whole,
+                _merge(whole, module, path) if merged and adapted and name == "weight" else whole,
             )
 
 
-def _gather(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
+    """A whole tensor: one that is sharded is gathered from all processes."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
@@ -108,7 +90,7 @@ def _merge(weight: Tensor, layer: nn.Module, path: str) -> Tensor:
         raise _other_adapter(path)
     merged = weight.float()
     for adapter in layer.active_adapters:
-        if adapter in layer.lora_variant or layer.lora_bias.get(adapter):
+        if not is_plain(layer, adapter):
             raise _other_adapter(path)
         if adapter in layer.lora_A:
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -117,9 +99,14 @@ def _merge(weight: Tensor, layer: nn.Module, path: str) -> Tensor:
             down, up, transposed = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], True
         else:
             continue
-        delta = layer.scaling[adapter] * (_gather(up).float() @ _gather(down).float())
+        delta = layer.scaling[adapter] * (gather(up).float() @ gather(down).float())
         merged = merged + (delta.T if transposed else delta)
     return merged.to(weight.dtype)
+
+
+def is_plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether an adapter of a layer adds ``scale * B @ A`` to its weight, and does nothing else."""
+    return adapter not in layer.lora_variant and not layer.lora_bias.get(adapter)
 
 
 def _other_adapter(path: str) -> UserError:
