@@ -20,12 +20,11 @@ LARGEST_REWARD = 3.4028234663852886e38
 UNCENTRED = ("none", "best_only")
 # Built-in values of advantage_estimator.
 ESTIMATOR_NAMES = (
-    "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl", "remax", "pass_at_k", "pkpo",
-    "grpo_passk", "length_penalised", "grpo_lambda",
+    "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl", "raft", "rejection_sampling", "remax",
+    "pass_at_k", "pkpo", "grpo_passk", "length_penalised", "grpo_lambda",
 )  # fmt: skip
 # Those that choose completions and learn them as in supervised fine-tuning; the others are in no mean of the loss.
 SELECTIVE_ESTIMATORS = ("raft", "rejection_sampling")
-ESTIMATOR_NAMES += SELECTIVE_ESTIMATORS
 
 _RANGES = [
     (("num_generations",), lambda v: v >= 2, "at least 2, since advantages compare completions of one prompt"),
