@@ -73,13 +73,15 @@ class GRPOTrainer:
 
     Args:
         model: a folder or hub name, a transformers causal LM or its PeftModel; or a `GRPOConfig` that names everything.
-        reward_funcs: a function, or several; each may also be a name, as in the configuration.
+        reward_funcs: a function, or several; each may also be a name, as in the configuration, or a reward model.
         args: the configuration; what the other arguments give stays out of it. Also called `config`.
         train_dataset: a `datasets.Dataset` or a list of rows, with a column ``prompt`` (a text or chat messages) or
             those that `prompt_template` needs.
         eval_dataset: the same, to evaluate on; without it about a tenth of the rows, at most 200, are held out.
         processing_class: the tokenizer (default: the model's).
         peft_config: a peft config, to train an adapter of that kind.
+        reward_processing_classes: tokenizers of the reward models among reward_funcs, None for functions (default:
+            those beside the models).
         others: TRL's further arguments, of which only the defaults are accepted.
 
     Raises:
@@ -96,6 +98,7 @@ class GRPOTrainer:
         processing_class: Any = None,
         *,
         peft_config: Any = None,
+        reward_processing_classes: Any = None,
         config: GRPOConfig | None = None,
         **others: Any,
     ):
@@ -107,7 +110,7 @@ class GRPOTrainer:
         arguments = (model, reward_funcs, train_dataset, eval_dataset, processing_class, peft_config)
         # A script says only when it calls `train` whether it resumes a run.
         self.from_script = args is not None or any(argument is not None for argument in arguments)
-        config, self.objects = read_script(config, *arguments)
+        config, self.objects = read_script(config, *arguments, reward_processing_classes)
         self.config = config = config if self.objects.model is not None else loading.adapter_fields(config)
         self.run_folder, found = on_main(partial(choose_run_folder, config, self.from_script))
         try:

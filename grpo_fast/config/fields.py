@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, TypeVar
@@ -18,7 +17,7 @@ from grpo_fast.config.checks import check_config, check_objective_settings
 from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
 from grpo_fast.config.trl import check_names, translate
 from grpo_fast.errors import UserError, one_line
-from grpo_fast.named_functions import load_function, time_of_change
+from grpo_fast.named_functions import load_function, split_names, time_of_change
 from grpo_kernels import PRESETS, PolicyObjective
 from grpo_kernels.objective import function_objective
 
@@ -43,9 +42,6 @@ FREE_FIELDS = frozenset(
 
 # Fields that may hold a path, in which ``~`` is the home folder. The files in reward_funcs are expanded when loaded.
 _PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
-
-# A comma between names, not one between the arguments of a reward, as in ``soft_overlong(4096, 819)``.
-_COMMA = re.compile(r",(?![^()]*\))")
 
 # What `PolicyObjective` calls otherwise than TRL; its other settings have TRL's names.
 _TRL_NAMES = {
@@ -414,7 +410,7 @@ class GRPOConfig:
             if isinstance(value, str):
                 setattr(self, name, os.path.expanduser(value))
         if isinstance(self.reward_funcs, str):
-            self.reward_funcs = [name.strip() for name in _COMMA.split(self.reward_funcs) if name.strip()]
+            self.reward_funcs = split_names(self.reward_funcs)
         resolve_sizes(self)
         check_config(self)
 
