@@ -166,8 +166,8 @@ class GRPOConfig:
             bit-identical.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo or dro (docs/objectives.md); or a loss function
-            of your own, by dotted path or as ``file.py:function`` (docs/how-to/add-an-objective.md).
+            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, kimi or dro (docs/objectives.md); or a loss
+            function of your own, by dotted path or as ``file.py:function`` (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
         epsilon_high: upper clip distance (default: the preset's).
         delta: upper bound of the unclipped ratio, for two-sided clipping.

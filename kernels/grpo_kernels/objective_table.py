@@ -141,6 +141,14 @@ SOURCES: dict[str, Source] = {
         "`loss_mode: geo_mean`",
         "`epsilon` is a distance of `log r_t` from 0, as there",
     ),
+    "kimi": Source(
+        "Kimi k1.5, 2501.12599, section 2.3.2",
+        "`1/S Σ_i A Σ_t logp_t - τ/2 (Σ_t log r_t)²`, `τ` 0.05",
+        "none",
+        "none",
+        "the paper gives no `τ`; another one takes `functools.partial(kimi, tau=...)` in a file of your own; use it "
+        "with `scale_rewards: none`",
+    ),
     "dro": Source(
         "DRO, 2405.19107, in Tinker's form",
         "`1/N Σ_i Σ_t A logp_t - τ/2 (log r_t)²`, `τ` 0.05",
