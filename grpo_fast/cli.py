@@ -298,13 +298,14 @@ intervals. A checkpoint may hold only an adapter; without CONFIG, its run's conf
   --resume             continue an interrupted evaluation in that folder
   --compare FOLDER     another evaluation of the same prompts: also estimate the difference from it
   --thinking_budgets 0,256,1024
-                       evaluate at each of these thinking budgets, and draw the scores over them"""
+                       evaluate at each of these thinking budgets, and draw the scores over them
+  --train_prompts      evaluate the training prompts: train --pass_rates FOLDER chooses among them by these samples"""
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """Write an evaluation's folder and print its metrics."""
     defaults = {"k": None, "threshold": "1", "batch_size": "32", "output": None, "compare": None}
-    options, argv = _options(argv, ("greedy", "resume"), thinking_budgets=None, **defaults)
+    options, argv = _options(argv, ("greedy", "resume", "train_prompts"), thinking_budgets=None, **defaults)
     k = _numbers("--k", options.k, "from 1 on, as in 1,4,8")
     budgets = _numbers("--thinking_budgets", options.thinking_budgets, "from 0 on, as in 0,256,1024")
     batch_size = _count("--batch_size", options.batch_size, "prompts")
@@ -329,7 +330,9 @@ def evaluate(argv: Sequence[str]) -> int:
     if launched() > 1:
         raise UserError(f"grpo-fast eval runs in one process, but {launched()} were started")
     folder, other = (user_path(path) if path else None for path in (options.output, options.compare))
-    chosen = EvalOptions(options.greedy, k, threshold, batch_size, folder, options.resume, other, budgets)
+    chosen = EvalOptions(
+        options.greedy, k, threshold, batch_size, folder, options.resume, other, budgets, options.train_prompts
+    )
     (BudgetCurve if budgets else EvalRun)(config, chosen).run()
     return 0
 

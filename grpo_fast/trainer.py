@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from grpo_fast.config import UNSET, GRPOConfig, steps_of_epochs
-from grpo_fast.data import Row, encode_rows, load_rows, prepare_rows, prompt_order
+from grpo_fast.data import PassRates, Row, encode_rows, load_rows, prepare_rows, prompt_order
 from grpo_fast.distributed.processes import connect, is_main, on_main, size
 from grpo_fast.distributed.rng import rng_state, set_rng_state
 from grpo_fast.distributed.sharding import check_processes, ddp_arguments, whole_weights
@@ -136,6 +136,9 @@ class GRPOTrainer:
         self.train_rows, self.eval_rows = load_rows(config, objects.train_rows, objects.eval_rows)
         for rows, source in ((self.train_rows, "training data"), (self.eval_rows, "held-out data")):
             self.rewards.check_rows(rows, source)
+        self.pass_rates = PassRates(config, self.rewards.names[self.metric]) if config.pass_rates else None
+        if self.pass_rates is not None:
+            self.train_rows = self.pass_rates.filter(self.train_rows, self.warn)
 
         trackers = tracker_arguments(config, self.run_folder)
         self.accelerator = Accelerator(
@@ -204,7 +207,9 @@ class GRPOTrainer:
     def prompt_order(self) -> Iterator[int]:
         """The training rows that are still to be drawn."""
         config = self.config
-        return prompt_order(len(self.train_rows), config.shuffle_dataset, config.seed, self.state.num_prompts)
+        rates = [] if self.pass_rates is None else self.pass_rates.of(self.train_rows)
+        count, start = len(self.train_rows), self.state.num_prompts
+        return prompt_order(count, config.shuffle_dataset, config.seed, start, config.prompt_sampling, rates)
 
     @property
     def state(self) -> TrainerState:

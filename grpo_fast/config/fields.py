@@ -41,7 +41,7 @@ FREE_FIELDS = frozenset(
 )  # fmt: skip
 
 # Fields that may hold a path, in which ``~`` is the home folder. The files in reward_funcs are expanded when loaded.
-_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
+_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "pass_rates", "output_dir")
 
 # What `PolicyObjective` calls otherwise than TRL; its other settings have TRL's names.
 _TRL_NAMES = {
@@ -116,6 +116,11 @@ class GRPOConfig:
         long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
             max_tokens_per_microbatch is an error before the run (error), or its row is left out (drop).
         shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
+        pass_rates: folder of ``grpo-fast eval --train_prompts``, which tells how often each training prompt is solved.
+        min_pass_rate: with pass_rates, train only on prompts that are solved at least this often.
+        max_pass_rate: the same for the most.
+        prompt_sampling: draw all training prompts equally often (uniform); with pass_rates, in proportion to how often
+            they are not solved (prioritized), or every epoch from the easiest to the hardest (curriculum).
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``; a
             list, or a text with commas between them.
         reward_weights: a weight for each of them (default: 1 each).
@@ -289,6 +294,10 @@ class GRPOConfig:
     max_eval_samples: int | None = None
     long_prompts: Literal["error", "drop"] = "error"
     shuffle_dataset: bool = True
+    pass_rates: str | None = None
+    min_pass_rate: float = 0.0
+    max_pass_rate: float = 1.0
+    prompt_sampling: Literal["uniform", "prioritized", "curriculum"] = "uniform"
 
     reward_funcs: list[str] | str = field(default_factory=list)
     reward_weights: list[float] | None = None

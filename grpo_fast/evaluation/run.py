@@ -58,6 +58,7 @@ class EvalOptions:
         resume: continue an interrupted evaluation in that folder.
         compare: the folder of another evaluation of the same prompts, to estimate the difference of the means.
         thinking_budgets: thinking budgets at which to evaluate (`evaluation.budgets`); empty for the configuration's.
+        train_prompts: evaluate the training prompts, for their pass rates (`data.pass_rates`), not the held-out ones.
     """
 
     greedy: bool = False
@@ -68,6 +69,12 @@ class EvalOptions:
     resume: bool = False
     compare: Path | None = None
     thinking_budgets: tuple[int, ...] = ()
+    train_prompts: bool = False
+
+    @property
+    def prompts(self) -> str:
+        """What the prompts of the evaluation are called."""
+        return "training" if self.train_prompts else "held-out"
 
 
 class EvalRun:
@@ -111,17 +118,18 @@ class EvalRun:
             config.code_isolation,
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
-        _, held_out = load_rows(replace(config, max_eval_samples=None))
-        self.rows = held_out[: config.max_eval_samples]
-        self.rewards.check_rows(self.rows, "held-out data")
+        train, held_out = load_rows(replace(config, max_eval_samples=None))
+        self.rows = train if options.train_prompts else held_out[: config.max_eval_samples]
+        self.rewards.check_rows(self.rows, f"{options.prompts} data")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         verify_model(Path(config.model_name_or_path))
         model, self.tokenizer = load_trained(config)
         # Nothing is trained, so prompts need not fit a microbatch.
         endless, positions = replace(config, max_tokens_per_microbatch=2**62), max_positions(model.config)
-        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, "held-out", warn)
-        check_split(config, held_out, self.tokenizer)
+        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, options.prompts, warn)
+        if not options.train_prompts:
+            check_split(config, held_out, self.tokenizer)
         check_vocabulary(model, self.prompts, self.tokenizer)
         if not config.load_in_4bit:
             model.to(device)
@@ -181,10 +189,10 @@ class EvalRun:
         lines = self.keep_whole_batches()
         count, temperature = self.sampling.num_generations, self.sampling.temperature
         how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
-        title = f"{self.config.model_name_or_path} on {len(self.prompts)} held-out prompts, {how} each"
+        title = f"{self.config.model_name_or_path} on {len(self.prompts)} {self.options.prompts} prompts, {how} each"
         if (budget := self.sampling.thinking_budget) is not None:
             title += f", thinking budget {budget}"
-        progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
+        progress = EvalProgress(title, len(self.prompts), self.metric, self.folder, self.options.prompts)
         for note in self.rewards.notes:
             progress.console.print(note, soft_wrap=True)
         with progress, LinesFile(self.folder / SAMPLES, append=True) as file:
@@ -242,7 +250,7 @@ class EvalRun:
         """The command that continues this evaluation."""
         options, folder = self.options, self.whole.folder
         words = ["eval", str(folder / "config.yaml"), "--output", str(folder), "--resume"]
-        words += ["--greedy"] * options.greedy
+        words += ["--greedy"] * options.greedy + ["--train_prompts"] * options.train_prompts
         for name in ("k", "thinking_budgets"):
             words += [f"--{name}", ",".join(map(str, getattr(options, name)))] if getattr(options, name) else []
         for name in ("threshold", "batch_size", "compare"):
