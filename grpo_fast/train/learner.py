@@ -33,7 +33,7 @@ from grpo_fast.model.policy import LossInputs
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
 from grpo_fast.train.finite import all_finite, bad_completions, not_finite
-from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
+from grpo_fast.train.metrics import clip_extremes, loss_metrics, loss_parts, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
 from grpo_kernels import high_entropy_mask, masked_mean, sampling_ratio
@@ -204,7 +204,8 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         has_parts = self.objective.uses_reference or self.objective.entropy_coef
-        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects or has_parts else None
+        clips = self.objective.kind == "clip"
+        seen = torch.zeros_like(batch.weights) if keep_logprobs or corrects or has_parts or clips else None
         rows = self.known_rows(batch)
         with own_random_numbers(), kept_weight_copies():
             rest = iter(self.microbatches(batch))
@@ -236,6 +237,8 @@ class Learner:
             offsets = batch.offsets.to(seen.device)
             batch.correction = self.sampling_ratio(seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
+        if clips and stats is not None:
+            metrics |= clip_extremes(batch, seen, self.step_advantages(batch), self.objective)
         if has_parts and stats is not None:
             metrics |= loss_parts(metrics["loss"], batch, seen, self.step_advantages(batch), self.objective)
         if keep_logprobs:
