@@ -8,7 +8,8 @@ the initial model. They differ in the advantage and in where the KL is:
     PPO   a critic (a second model with a value head) estimates V_t; the reward of each token is -beta KL_t, and that of
           the last one also the task's; advantages by GAE; the critic learns by a clipped value loss; a controller
           adapts beta to a target KL.
-    GRPO  the reward less the mean of the prompt's group, over its deviation, for all tokens; a constant beta in the loss.
+    GRPO  the reward less the mean of the prompt's group, over its deviation, for all tokens; a constant beta in
+          the loss.
 
 Sources: PPO, arXiv 1707.06347; GAE, arXiv 1506.02438; per-token KL and its controller, arXiv 1909.08593, section 2.2.
 """
@@ -106,6 +107,13 @@ class Critic(nn.Module):
         return self.head(hidden[:, -count - 1 : -1]).squeeze(2)
 
 
+def make_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=12, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, pad_token_id=END, bos_token_id=None, eos_token_id=END,
+    )  # fmt: skip
+
+
 def questions(count: int) -> Tensor:
     """``[count, DIGITS + 1]``: digits and the arrow."""
     return torch.cat([torch.randint(10, (count, DIGITS)), torch.full((count, 1), ARROW)], 1)
@@ -180,10 +188,7 @@ def train(method: str, steps: int, seed: int = 0, kl_target: float = 10.0) -> di
     ``after`` the mean rewards on new questions; ``state_bytes`` what weights, gradients and optimizer take.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=12, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, pad_token_id=END, bos_token_id=None, eos_token_id=END,
-    )  # fmt: skip
+    config = make_config()
     model = LlamaForCausalLM(config)
     policy, reference = FusedPolicy(model), FusedPolicy(copy.deepcopy(model).requires_grad_(False))
     held_out = questions(500)

@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from grpo_fast.report.curves import COLORS, new_panels, save_figure
+from grpo_fast.report.compare import COLORS
+from grpo_fast.report.curves import mean, new_panels, save_figure, smooth
 
 METHODS = {"grpo": "GRPO", "ppo": "PPO"}
 REACHED = 0.9
@@ -38,10 +39,6 @@ def first_above(values: list[float], level: float) -> int | None:
     return next((end for end in range(10, len(values) + 1) if sum(values[end - 10 : end]) / 10 >= level), None)
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def summarize(records: list[dict]) -> dict[str, float | None]:
     """The costs of a method, as means over its seeds; of steps and seconds None if a seed did not get there."""
     reached = [first_above(record["rewards"], REACHED) for record in records]
@@ -58,7 +55,7 @@ def summarize(records: list[dict]) -> dict[str, float | None]:
 
 
 def draw(records: dict[str, list[dict]], path: Path) -> None:
-    """Rewards over steps and over seconds (thin lines are seeds, smoothed over 10 steps), and memory by its use."""
+    """Rewards over steps and over seconds (thin lines are seeds, smoothed), and memory by its use."""
     figure, axes = new_panels(1, 3, (15, 4.6))
     for index, (method, runs) in enumerate(records.items()):
         lines = [smooth(record["rewards"]) for record in runs]
@@ -66,8 +63,8 @@ def draw(records: dict[str, list[dict]], path: Path) -> None:
         for axis, places in zip(axes[0], ([range(1, len(line) + 1) for line in lines], times), strict=False):
             for place, line in zip(places, lines, strict=True):
                 axis.plot(place, line, color=COLORS[index], alpha=0.3, linewidth=1)
-            shared = [mean(list(values)) for values in zip(*places, strict=True)]
-            average = [mean(list(values)) for values in zip(*lines, strict=True)]
+            shared = [mean(values) for values in zip(*places, strict=True)]
+            average = [mean(values) for values in zip(*lines, strict=True)]
             axis.plot(shared, average, color=COLORS[index], linewidth=2, label=METHODS[method])
     for axis, label in zip(axes[0], ("step", "CPU seconds"), strict=False):
         axis.set_xlabel(label)
@@ -81,11 +78,6 @@ def draw(records: dict[str, list[dict]], path: Path) -> None:
     axes[0, 2].set_ylabel("MiB")
     axes[0, 2].legend(loc="upper left")
     save_figure(figure, path)
-
-
-def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and up to nine before it."""
-    return [mean(values[max(end - 10, 0) : end]) for end in range(1, len(values) + 1)]
 
 
 def main() -> None:
