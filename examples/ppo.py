@@ -20,7 +20,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_fast import FusedPolicy
+from grpo_fast.train.metrics import peak_memory
 from grpo_kernels import PRESETS
 
 DIGITS, ARROW, END = 3, 10, 11  # the tokens are the ten digits, an arrow after the question, and the end
@@ -222,7 +222,7 @@ def train(method: str, steps: int, seed: int = 0, kl_target: float = 10.0) -> di
             print(f"{method}, step {step}: reward {record['rewards'][-1]:.3f}, KL {kl:.2f} nats, beta {beta:.4f}")
     record["after"] = sample(model, held_out)[2].mean().item()
     record["state_bytes"] = state_bytes(parameters, reference, optimizer)
-    record["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record["peak_rss_bytes"] = peak_memory(torch.device("cpu"))["memory/peak_rss_gib"] * 2**30
     print(f"mean reward on {len(held_out)} questions: {record['before']:.3f} before, {record['after']:.3f} after")
     return record
 

@@ -3,15 +3,17 @@
 import itertools
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from grpo_fast import GRPOConfig
 from grpo_fast.cli import main
 from grpo_fast.data import PassRates, prompt_order
 from grpo_fast.errors import UserError
 from grpo_fast.evaluation.run import EvalOptions, EvalRun
-from support.runs import config, trainer
+from support.runs import SMALL, trainer
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"]}
 CHAT = [{"role": "user", "content": "four"}]
@@ -132,10 +134,10 @@ def test_prioritized_needs_a_prompt_that_is_not_always_solved(tmp_path):
 def test_training_prompts_are_evaluated_then_chosen(tmp_path, capsys):
     """From the command line: evaluate the training prompts, then train on those that are sometimes solved."""
     fields = {"max_train_samples": 30, "num_generations_eval": 4, "eval_metric": "digits_included"}
-    options = EvalOptions(output=tmp_path / "eval", train_prompts=True, threshold=0.3)
-    evaluation = EvalRun(config(tmp_path, **fields), options)
-    evaluation.run()
-    assert "--train_prompts" in evaluation.resume_command()
+    path = tmp_path / "sort.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **fields}))
+    options = ["--train_prompts", "--threshold", "0.3", "--output", str(tmp_path / "eval")]
+    assert main(["eval", str(path), *options]) == 0
     lines = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
     passed: dict[str, list[bool]] = {}
     for line in lines:
@@ -154,6 +156,8 @@ def test_training_prompts_are_evaluated_then_chosen(tmp_path, capsys):
     made.close()
 
 
-def test_eval_help_names_the_option(capsys):
-    assert main(["eval", "--help"]) == 0
-    assert "--train_prompts" in capsys.readouterr().out
+def test_interrupted_evaluation_of_training_prompts_continues_with_them(tmp_path):
+    for chosen in (False, True):
+        made = SimpleNamespace(options=EvalOptions(output=tmp_path, train_prompts=chosen), folder=tmp_path)
+        made.whole = made
+        assert ("--train_prompts" in EvalRun.resume_command(made)) == chosen
