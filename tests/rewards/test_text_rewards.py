@@ -33,7 +33,9 @@ def score(name, completion, prompt="q", **columns):
         ("ru", "поэтому the ответ", 2 / 3),
         ("ja", "答えは seven です", 5 / 6),
         ("ko", "그래서 the 답", 2 / 3),
-        ("th", "ดี ok", 2 / 3),
+        ("ja", "サーバー、です。人々", 1),
+        ("zh", "サーバー 答案", 2 / 6),
+        ("th", "ดี ok", 1 / 2),
         ("hi", "इसलिए उत्तर", 1),
         ("en", "<think>all English</think> <answer>答案</answer>", 1),  # only the thoughts count
         ("zh", "<think>all English</think> 答案", 0),

@@ -39,8 +39,11 @@ _SCRIPTS = {
     "th": ("Thai",),
     "zh": ("Han",),
 }
-# Scripts without spaces between words, of which every letter counts as a word.
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# Scripts without spaces between words, of which every letter counts as a word. By their extensions, since the sign for
+# a long vowel in Katakana belongs to two scripts.
+_UNSPACED = "".join(
+    rf"\p{{scx={script}}}" for script in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")
+)
 _LETTER = rf"(?:(?![{_UNSPACED}])\p{{L}}\p{{M}}*)"
 # Formulas, code, tags and LaTeX's commands belong to no language.
 _NO_LANGUAGE = re.compile(
@@ -69,8 +72,8 @@ def language_consistency(language: str) -> RewardFunction:
             f"{', '.join(sorted(_SCRIPTS))}{nearest(language, _SCRIPTS)}"
         )
     regex = import_extra("regex", "train")
-    words = regex.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:['\u2019]{_LETTER}+)*")
-    target = regex.compile("[" + "".join(rf"\p{{{script}}}" for script in _SCRIPTS[language]) + "]")
+    words = regex.compile(rf"(?=\p{{L}})[{_UNSPACED}]\p{{M}}*|{_LETTER}+(?:['\u2019]{_LETTER}+)*")
+    target = regex.compile("[" + "".join(rf"\p{{scx={script}}}" for script in _SCRIPTS[language]) + "]")
 
     def language_consistency_reward(prompts, completions, **columns) -> list[float]:
         rewards = []
