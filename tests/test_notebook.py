@@ -90,6 +90,8 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # Threads that wait for each other make no progress on a machine that is busy with something else.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRAIN_ON_GPU", raising=False)
     book = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(book)
@@ -101,7 +103,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     printed = "".join(
         output.get("text", "") for cell in book.cells if cell.cell_type == "code" for output in cell.outputs
     )
-    assert "after 150 steps" in printed
+    assert "after 100 steps" in printed
     before, after = printed.partition("exact: ")[2].split("% ")[0], printed.partition("before, ")[2].split("%")[0]
     assert float(after) > float(before) + 30
     assert printed.count(" fits ") == 3
