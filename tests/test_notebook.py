@@ -103,7 +103,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     printed = "".join(
         output.get("text", "") for cell in book.cells if cell.cell_type == "code" for output in cell.outputs
     )
-    assert "after 100 steps" in printed
+    assert "after 200 steps" in printed
     before, after = printed.partition("exact: ")[2].split("% ")[0], printed.partition("before, ")[2].split("%")[0]
     assert float(after) > float(before) + 30
     assert printed.count(" fits ") == 3
