@@ -346,7 +346,8 @@ intervals. A checkpoint may hold only an adapter; without CONFIG, its run's conf
   --threshold 1.0      a completion with at least this reward is correct
   --batch_size 32      prompts that are sampled and written at once
   --output FOLDER      where samples.jsonl and summary.json go (default: runs/eval-NAME-TIME)
-  --split train        the training prompts instead; samples.jsonl is then data for: grpo-fast sft ... --min_reward 1
+  --split train        the training prompts instead; samples.jsonl is then data for: grpo-fast sft ... --min_reward 1,
+                       and train --pass_rates FOLDER chooses among them by these samples
   --resume             continue an interrupted evaluation in that folder
   --compare FOLDER     another evaluation of the same prompts: also estimate the difference from it
   --thinking_budgets 0,256,1024

@@ -23,6 +23,23 @@ def names_function(name: str) -> bool:
     return bool(path) and attribute.isidentifier()
 
 
+def split_names(text: str) -> list[str]:
+    """The names in a text with commas between them; commas in parentheses or quotes belong to a name's arguments."""
+    names, depth, quote = [""], 0, ""
+    for before, character in zip(" " + text, text, strict=False):
+        if quote:
+            quote = quote * (character != quote or before == "\\")
+        elif character in "\"'" and depth:
+            quote = character
+        else:
+            depth += (character == "(") - (character == ")")
+        if character == "," and not depth and not quote:
+            names.append("")
+        else:
+            names[-1] += character
+    return [name.strip() for name in names if name.strip()]
+
+
 def time_of_change(name: str) -> float:
     """When the file of ``file.py:function`` was last changed; 0 for a dotted path, or without the file."""
     file = user_path(name.rpartition(":")[0])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from grpo_fast.config import SELECTIVE_ESTIMATORS, GRPOConfig, ignored_settings
-from grpo_fast.data import Row, encode_rows, load_rows, prepare_rows
+from grpo_fast.data import PassRates, Row, encode_rows, load_rows, prepare_rows, prompt_order
 from grpo_fast.distributed.processes import connect, is_main, on_main, size
 from grpo_fast.distributed.rng import rng_state
 from grpo_fast.distributed.sharding import whole_weights
@@ -64,13 +64,15 @@ class GRPOTrainer(TrainingRun):
 
     Args:
         model: a folder or hub name, a transformers causal LM or its PeftModel; or a `GRPOConfig` that names everything.
-        reward_funcs: a function, or several; each may also be a name, as in the configuration.
+        reward_funcs: a function, or several; each may also be a name, as in the configuration, or a reward model.
         args: the configuration; what the other arguments give stays out of it. Also called `config`.
         train_dataset: a `datasets.Dataset` or a list of rows, with a column ``prompt`` (a text or chat messages) or
             those that `prompt_template` needs.
         eval_dataset: the same, to evaluate on; without it about a tenth of the rows, at most 200, are held out.
         processing_class: the tokenizer (default: the model's).
         peft_config: a peft config, to train an adapter of that kind.
+        reward_processing_classes: tokenizers of the reward models among reward_funcs, None for functions (default:
+            those beside the models).
         others: TRL's further arguments, of which only the defaults are accepted.
 
     Raises:
@@ -87,6 +89,7 @@ class GRPOTrainer(TrainingRun):
         processing_class: Any = None,
         *,
         peft_config: Any = None,
+        reward_processing_classes: Any = None,
         config: GRPOConfig | None = None,
         **others: Any,
     ):
@@ -98,7 +101,7 @@ class GRPOTrainer(TrainingRun):
         arguments = (model, reward_funcs, train_dataset, eval_dataset, processing_class, peft_config)
         # A script says only when it calls `train` whether it resumes a run.
         self.from_script = args is not None or any(argument is not None for argument in arguments)
-        config, self.objects = read_script(config, *arguments)
+        config, self.objects = read_script(config, *arguments, reward_processing_classes)
         self.config = config = config if self.objects.model is not None else loading.adapter_fields(config)
         self.run_folder, found = on_main(partial(choose_run_folder, config, self.from_script))
         try:
@@ -131,6 +134,9 @@ class GRPOTrainer(TrainingRun):
         self.train_rows, self.eval_rows = load_rows(config, objects.train_rows, objects.eval_rows)
         for rows, source in ((self.train_rows, "training data"), (self.eval_rows, "held-out data")):
             self.rewards.check_rows(rows, source)
+        self.pass_rates = PassRates(config, self.rewards.names[self.metric]) if config.pass_rates else None
+        if self.pass_rates is not None:
+            self.train_rows = self.pass_rates.filter(self.train_rows, self.warn)
 
         check_engine(config)
         self.start_devices()
@@ -169,6 +175,13 @@ class GRPOTrainer(TrainingRun):
             model, own = load_model(config)
             return model, own if tokenizer is None else loading.with_padding(tokenizer)
         return model, loading.load_tokenizer(model) if tokenizer is None else loading.with_padding(tokenizer)
+
+    def prompt_order(self) -> Iterator[int]:
+        """The training rows that are still to be drawn."""
+        config = self.config
+        rates = [] if self.pass_rates is None else self.pass_rates.of(self.train_rows)
+        count, start = len(self.train_rows), self.state.num_prompts
+        return prompt_order(count, config.shuffle_dataset, config.seed, start, config.prompt_sampling, rates)
 
     def build_sampler(self) -> Sampler:
         """The engine of `config`, which is synced with the policy and probed whenever the policy has changed."""

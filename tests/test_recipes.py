@@ -1,5 +1,6 @@
 """The recipes that ship with the package, and the settings that docs/recipes.md lists."""
 
+import importlib.util
 import re
 from importlib import resources
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from grpo_fast.cli import main, parse_config
+from grpo_fast.config import GRPOConfig
 from grpo_fast.data import BUILT_IN, load_rows, load_template
 from grpo_fast.errors import UserError
 from grpo_fast.recipes import OWN_RECIPES, RECIPES, find_config
@@ -85,3 +87,50 @@ def test_settings_of_papers_are_valid(text, tmp_path):
     config = parse_config([str(path)])
     RewardModel(config.reward_funcs, config.reward_weights)
     load_template(config)
+
+
+@pytest.fixture(scope="module")
+def filler():
+    spec = importlib.util.spec_from_file_location("fill_recipes", DOCUMENT.with_name("fill_recipes.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_of_methods_is_what_presets_and_blocks_set(filler, tmp_path):
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert filler.fill(text, tmp_path) == text, "python docs/fill_recipes.py writes the table"
+    assert set(filler.blocks(text)) == set(filler.METHODS)
+
+
+# By hand, from docs/objectives.md and the fields' defaults.
+ALONE = {
+    "grpo": (
+        "none", "the group's mean, over the group's deviation", "mean over an answer's tokens", "a token, 0.8 to 1.2",
+    ),
+    "dr_grpo": (
+        "none", "the group's mean, over the group's deviation", "sum over an answer's tokens, by a constant",
+        "a token, 0.8 to 1.2",
+    ),
+    "gspo": (
+        "none", "the group's mean, over the group's deviation", "each answer once",
+        "an answer, geometric mean, 0.9997 to 1.0004",
+    ),
+    "rloo": ("none", "the group's mean, over the group's deviation", "each answer once", "an answer, 0.8 to 1.2"),
+    "cispo": (
+        "none", "the group's mean, over the group's deviation", "all tokens of the step alike",
+        "a token, at most 5, as a constant",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ALONE)
+def test_table_describes_a_preset(filler, preset):
+    base = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"]}
+    assert filler.describe(GRPOConfig(**base, loss_type=preset)) == ALONE[preset]
+    found = filler.describe(
+        GRPOConfig(**base, loss_type=preset, beta=0.1, reward_baseline="leave_one_out", scale_rewards="none")
+    )
+    assert found[:2] == ("k3 times the ratio, 0.1", "the others' mean, no deviation")
+    in_reward = filler.describe(GRPOConfig(**base, loss_type=preset, beta=0.1, kl_in_reward=True))
+    assert in_reward[0] == "k1 in the reward, 0.1"

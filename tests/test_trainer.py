@@ -164,6 +164,9 @@ def test_update_in_a_second_iteration_uses_old_logprobs(tmp_path):
     second = made.learner.update(batch)
     assert first["clip_ratio/region_mean"] == 0
     assert second["clip_ratio/region_mean"] > 0
+    assert first["clip_ratio/low_min"] == first["clip_ratio/high_max"] == 0
+    assert second["clip_ratio/low_min"] <= second["clip_ratio/low_mean"]
+    assert second["clip_ratio/high_max"] >= second["clip_ratio/high_mean"]
 
 
 def test_collect_leaves_out_groups_without_variance(tmp_path, monkeypatch):

@@ -58,7 +58,10 @@ _RANGES = [
         "at least 0",
     ),
     (
-        ("top_entropy_quantile", "warmup_ratio", "length_penalty", "length_penalty_share"),
+        (
+            "top_entropy_quantile", "warmup_ratio", "length_penalty", "length_penalty_share", "min_pass_rate",
+            "max_pass_rate",
+        ),
         lambda v: 0 <= v <= 1,
         "from 0 to 1",
     ),
@@ -382,8 +385,22 @@ def _check_combinations(c: Any) -> None:
     # A script may give the functions to the trainer.
     if c.reward_weights is not None and c.reward_funcs and len(c.reward_weights) != len(c.reward_funcs):
         raise UserError(f"reward_weights has {len(c.reward_weights)} values for {len(c.reward_funcs)} reward_funcs")
+    _check_pass_rates(c)
     if c.prompt_template is not None and c.prompt_file is not None:
         raise UserError("prompt_template and prompt_file both make the prompt; set one of them")
+
+
+def _check_pass_rates(c: Any) -> None:
+    usual = {"min_pass_rate": 0, "max_pass_rate": 1, "prompt_sampling": "uniform"}
+    used = [name for name, value in usual.items() if getattr(c, name) != value]
+    if used and c.pass_rates is None:
+        raise UserError(f"{used[0]} requires pass_rates: the folder of an evaluation with --split train")
+    if c.pass_rates is not None and not used:
+        raise UserError(f"pass_rates={shown(c.pass_rates)} has no effect without one of {', '.join(usual)}")
+    if c.min_pass_rate > c.max_pass_rate:
+        raise UserError(f"min_pass_rate={c.min_pass_rate:g} is above max_pass_rate={c.max_pass_rate:g}")
+    if c.prompt_sampling == "prioritized" and not c.shuffle_dataset:
+        raise UserError("prompt_sampling='prioritized' requires shuffle_dataset=True: it draws prompts at random")
 
 
 def _literals(hint: Any) -> tuple:

@@ -19,7 +19,7 @@ from grpo_fast.config.checks import check_config, check_objective_settings
 from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
 from grpo_fast.config.trl import check_names, translate
 from grpo_fast.errors import UserError, one_line, shown
-from grpo_fast.named_functions import load_function, time_of_change
+from grpo_fast.named_functions import load_function, split_names, time_of_change
 from grpo_kernels import PRESETS, PolicyObjective
 from grpo_kernels.objective import function_objective
 
@@ -43,10 +43,7 @@ FREE_FIELDS = frozenset(
 )  # fmt: skip
 
 # Fields that may hold a path, in which ``~`` is the home folder. The files in reward_funcs are expanded when loaded.
-_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "output_dir")
-
-# A comma between names, not one between the arguments of a reward, as in ``soft_overlong(4096, 819)``.
-_COMMA = re.compile(r",(?![^()]*\))")
+_PATH_FIELDS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "prompt_file", "pass_rates", "output_dir")
 
 # What `PolicyObjective` calls otherwise than TRL; its other settings have TRL's names.
 _TRL_NAMES = {
@@ -147,6 +144,11 @@ class GRPOConfig:
         long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
             max_tokens_per_microbatch is an error before the run (error), or its row is left out (drop).
         shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
+        pass_rates: folder of ``grpo-fast eval --split train``, which tells how often each training prompt is solved.
+        min_pass_rate: with pass_rates, train only on prompts that are solved at least this often.
+        max_pass_rate: the same for the most.
+        prompt_sampling: draw all training prompts equally often (uniform); with pass_rates, in proportion to how often
+            they are not solved (prioritized), or every epoch from the easiest to the hardest (curriculum).
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``; a
             list, or a text with commas between them.
         reward_weights: a weight for each of them (default: 1 each).
@@ -207,7 +209,7 @@ class GRPOConfig:
         speculative_tokens: with transformers, verify up to so many tokens at once that other answers to the prompt
             suggest, where that pays; the distribution stays the same (docs/sampling.md). 0 for none.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
-            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, dro, clip_cov or kl_cov
+            dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, kimi, dro, clip_cov or kl_cov
             (docs/objectives.md); or a loss function of your own, by dotted path or as ``file.py:function``
             (docs/how-to/add-an-objective.md).
         epsilon: lower clip distance (default: the preset's).
@@ -351,6 +353,10 @@ class GRPOConfig:
     max_eval_samples: int | None = None
     long_prompts: Literal["error", "drop"] = "error"
     shuffle_dataset: bool = True
+    pass_rates: str | None = None
+    min_pass_rate: float = 0.0
+    max_pass_rate: float = 1.0
+    prompt_sampling: Literal["uniform", "prioritized", "curriculum"] = "uniform"
 
     reward_funcs: list[str] | str = field(default_factory=list)
     reward_weights: list[float] | None = None
@@ -502,7 +508,7 @@ class GRPOConfig:
             if isinstance(value, str):
                 setattr(self, name, os.path.expanduser(value))
         if isinstance(self.reward_funcs, str):
-            self.reward_funcs = [name.strip() for name in _COMMA.split(self.reward_funcs) if name.strip()]
+            self.reward_funcs = split_names(self.reward_funcs)
         resolve_sizes(self)
         check_config(self)
 

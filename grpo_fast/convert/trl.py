@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_fast.convert.rows import NoCounterpart, Row, Theirs, Trainer, fixed
+from grpo_fast.named_functions import split_names
 
 
 def report_to(theirs: Theirs) -> dict[str, Any]:
@@ -34,6 +35,15 @@ def epochs(theirs: Theirs) -> dict[str, Any]:
 
 def _log_completions(theirs: Theirs) -> dict[str, Any]:
     return {} if theirs["log_completions"] else {"log_completions_steps": 0}
+
+
+def _reward_funcs(theirs: Theirs) -> dict[str, Any]:
+    """Functions, and a reward model by its name; one without a slash is named as the argument of `reward_model`."""
+    functions, model = theirs.get("reward_funcs") or [], theirs.get("reward_model_name_or_path")
+    if model is None:
+        return {"reward_funcs": functions} if functions else {}
+    functions = split_names(functions) if isinstance(functions, str) else list(functions)
+    return {"reward_funcs": [*functions, model if "/" in model else f"reward_model({model!r})"]}
 
 
 def defaults(theirs: Theirs) -> dict[str, Any]:
@@ -103,13 +113,9 @@ TRL = Trainer(
         Row(("model_revision",), (), "download that revision, and give its folder as `model_name_or_path`",
             fixed("model_revision", "main", "download that revision, and give its folder as model_name_or_path")),
         Row(("dataset_streaming",), (), "write the rows to a file"),
-        Row(("reward_model_name_or_path",), ("reward_funcs",), "functions only; one may call a server",
-            lambda _: _no_reward_model()),
+        Row(("reward_model_name_or_path", "reward_funcs"), ("reward_funcs",), "a sequence classifier beside functions",
+            _reward_funcs),
     ),
     (*TRAINER_NOT_NEEDED, "cast_lm_head_to_fp32", "ds3_gather_for_generation", "cache_implementation"),
     defaults,
 )  # fmt: skip
-
-
-def _no_reward_model() -> dict[str, Any]:
-    raise NoCounterpart("write a reward function that calls the model, and name it in reward_funcs")

@@ -10,12 +10,14 @@ from grpo_fast.data.encoding import (
     rendered_prompt,
 )
 from grpo_fast.data.loading import BUILT_IN, load_rows, prepare_rows, read_file
+from grpo_fast.data.pass_rates import PassRates
 from grpo_fast.data.tasks import addition, arithmetic, countdown, sort_digits
 from grpo_fast.data.templates import PROMPTS, Prompt, Row, load_template
 
 __all__ = [
     "BUILT_IN",
     "PROMPTS",
+    "PassRates",
     "Prompt",
     "Row",
     "addition",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from grpo_fast.config import GRPOConfig
@@ -146,12 +146,28 @@ def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int 
             )
 
 
-def prompt_order(num_rows: int, shuffle: bool, seed: int, start: int = 0) -> Iterator[int]:
-    """Endless row indices from the `start`-th on, epoch by epoch; with `shuffle`, every epoch has another order."""
+def prompt_order(
+    num_rows: int, shuffle: bool, seed: int, start: int = 0, sampling: str = "uniform", rates: Sequence[float] = ()
+) -> Iterator[int]:
+    """Endless row indices from the `start`-th on, epoch by epoch; with `shuffle`, every epoch has another order.
+
+    Args:
+        sampling: ``"uniform"``; ``"curriculum"``, in which every epoch begins with the highest of the pass `rates`; or
+            ``"prioritized"``, which draws each row in proportion to ``1 - rate``, so that an epoch may repeat rows
+            (Kimi k1.5, arXiv 2501.12599, section 2.3.4).
+        rates: pass rates of the rows, for the last two.
+    """
     order = list(range(num_rows))
     generator = random.Random(seed)
+    if sampling == "prioritized":
+        weights = list(itertools.accumulate(1 - rate for rate in rates))
+        for draw in itertools.count():
+            (index,) = generator.choices(order, cum_weights=weights)
+            if draw >= start:
+                yield index
     for epoch in itertools.count():
         if shuffle:
             generator.shuffle(order)
         if epoch >= start // num_rows:
-            yield from order[max(start - epoch * num_rows, 0) :]
+            rows = sorted(order, key=lambda index: -rates[index]) if sampling == "curriculum" else order
+            yield from rows[max(start - epoch * num_rows, 0) :]

@@ -94,6 +94,6 @@ def draw(summaries: list[dict[str, Any]], metric: str, path: Path) -> None:
     axis.set_xticks(budgets, [str(budget) for budget in budgets])
     axis.minorticks_off()
     axis.set_xlabel("thinking budget (tokens)")
-    axis.set_title(plain(f"{metric} on {summaries[0]['num_prompts']} held-out prompts, 95% intervals"), loc="left")
+    axis.set_title(plain(f"{metric} on {summaries[0]['num_prompts']} prompts, 95% intervals"), loc="left")
     axis.legend()
     save_figure(figure, path)

@@ -17,7 +17,7 @@ from grpo_fast.report.console import Terminal
 class EvalProgress:
     """Progress of an evaluation; use it as a context manager around the evaluation."""
 
-    def __init__(self, title: str, num_prompts: int, metric: str, folder: Path):
+    def __init__(self, title: str, num_prompts: int, metric: str, folder: Path, kind: str = "held-out"):
         self.title, self.num_prompts, self.metric, self.folder = title, num_prompts, metric, folder
         self.console = Terminal()
         self.console.print(title, soft_wrap=True)
@@ -29,6 +29,7 @@ class EvalProgress:
         )
         self.task = self.bar.add_task("evaluating", total=num_prompts, figures="")
         self.start, self.first = time.perf_counter(), None
+        self.kind = kind
 
     def __enter__(self) -> EvalProgress:
         self.bar.start()
@@ -61,7 +62,7 @@ class EvalProgress:
         self.console.print(f"stopped; the samples so far are in {self.folder}; to continue: {command}", soft_wrap=True)
 
     def finished(self, summary: dict[str, Any]) -> None:
-        table = Table(title=f"on {self.num_prompts} held-out prompts", title_justify="left")
+        table = Table(title=f"on {self.num_prompts} {self.kind} prompts", title_justify="left")
         table.add_column("reward")
         for column in ("estimate", "value", "95% interval", "standard error"):
             table.add_column(column, justify="right")

@@ -59,7 +59,7 @@ class EvalOptions:
         compare: the folder of another evaluation of the same prompts, to estimate the difference of the means.
         thinking_budgets: thinking budgets at which to evaluate (`evaluation.budgets`); empty for the configuration's.
         split: ``"test"`` for the held-out prompts, or ``"train"`` for those of training, for instance to learn from
-            the right completions.
+            the right completions or for their pass rates (`data.pass_rates`).
     """
 
     greedy: bool = False
@@ -71,6 +71,11 @@ class EvalOptions:
     compare: Path | None = None
     thinking_budgets: tuple[int, ...] = ()
     split: str = "test"
+
+    @property
+    def prompts(self) -> str:
+        """What the prompts of the evaluation are called."""
+        return "training" if self.split == "train" else "held-out"
 
 
 class EvalRun:
@@ -115,16 +120,15 @@ class EvalRun:
         )
         self.metric = self.rewards.names[self.rewards.index(config.eval_metric)]
         train, held_out = load_rows(replace(config, max_eval_samples=None))
-        self.kind = "training" if options.split == "train" else "held-out"
         self.rows = train if options.split == "train" else held_out[: config.max_eval_samples]
-        self.rewards.check_rows(self.rows, f"{self.kind} data")
+        self.rewards.check_rows(self.rows, f"{options.prompts} data")
         device = Accelerator(cpu=config.use_cpu).device
         torch.manual_seed(config.seed)
         verify_model(Path(config.model_name_or_path))
         model, self.tokenizer = load_trained(config)
         # Nothing is trained, so prompts need not fit a microbatch.
         endless, positions = replace(config, max_tokens_per_microbatch=2**62), max_positions(model.config)
-        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, self.kind, warn)
+        self.rows, self.prompts = encode_rows(self.rows, self.tokenizer, endless, positions, options.prompts, warn)
         if options.split == "test":
             check_split(config, held_out, self.tokenizer)
         check_vocabulary(model, self.prompts, self.tokenizer)
@@ -186,10 +190,10 @@ class EvalRun:
         lines = self.keep_whole_batches()
         count, temperature = self.sampling.num_generations, self.sampling.temperature
         how = "1 greedy completion" if self.options.greedy else f"{count} completions at temperature {temperature:g}"
-        title = f"{self.config.model_name_or_path} on {len(self.prompts)} {self.kind} prompts, {how} each"
+        title = f"{self.config.model_name_or_path} on {len(self.prompts)} {self.options.prompts} prompts, {how} each"
         if (budget := self.sampling.thinking_budget) is not None:
             title += f", thinking budget {budget}"
-        progress = EvalProgress(title, len(self.prompts), self.metric, self.folder)
+        progress = EvalProgress(title, len(self.prompts), self.metric, self.folder, self.options.prompts)
         for note in self.rewards.notes:
             progress.console.print(note, soft_wrap=True)
         with progress, LinesFile(self.folder / SAMPLES, append=True) as file:

@@ -53,7 +53,8 @@ CHARTS = {
 # Metrics without a chart: they are part of another one, or their course says nothing.
 UNDRAWN = {
     "step", "num_tokens", "step_time", "completions/min_length", "completions/max_length", "clip_ratio/low_mean",
-    "clip_ratio/high_mean", *(f"position/{name}_{part}" for name in POSITIONS for part in range(1, 5)),
+    "clip_ratio/high_mean", "clip_ratio/low_min", "clip_ratio/high_max",
+    *(f"position/{name}_{part}" for name in POSITIONS for part in range(1, 5)),
 }  # fmt: skip
 
 Points = list[tuple[float, float] | None]

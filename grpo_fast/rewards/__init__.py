@@ -9,6 +9,7 @@ be ``async``; one marked `isolated` runs in processes that can be killed.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from grpo_fast.rewards.base import RewardFunction, isolated, text_of
@@ -25,40 +26,53 @@ from grpo_fast.rewards.functions.answers import (
 from grpo_fast.rewards.functions.code import unit_tests
 from grpo_fast.rewards.functions.format import (
     answer_format,
-    kimi_length,
+    format_regex,
     soft_answer_format,
-    soft_overlong,
     think_format,
 )
+from grpo_fast.rewards.functions.length import cosine_scaled, get_cosine_scaled_reward, kimi_length, soft_overlong
 from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
+from grpo_fast.rewards.functions.text import language_consistency, repetition_penalty
 from grpo_fast.rewards.registry import REWARDS, load_reward
 
-# TRL's name.
+# TRL's names.
 think_format_reward = think_format
+get_soft_overlong_punishment = soft_overlong
+get_repetition_penalty_reward = repetition_penalty
 
 if TYPE_CHECKING:
     from grpo_fast.rewards.engine import RewardModel, Rewards
+    from grpo_fast.rewards.functions.reward_model import RewardClassifier, reward_model
 
 __all__ = [
     "RESERVED_COLUMNS",
     "REWARDS",
+    "RewardClassifier",
     "RewardFunction",
     "RewardModel",
     "Rewards",
     "accuracy_reward",
     "answer_format",
     "boxed_answer",
+    "cosine_scaled",
     "countdown_equation",
     "digits_included",
     "digits_ordered",
     "exact_answer",
     "final_number",
+    "format_regex",
+    "get_cosine_scaled_reward",
+    "get_repetition_penalty_reward",
+    "get_soft_overlong_punishment",
     "gsm8k_answer",
     "isolated",
     "kimi_length",
+    "language_consistency",
     "load_reward",
     "math_answer",
     "parse_final_number",
+    "repetition_penalty",
+    "reward_model",
     "soft_answer_format",
     "soft_overlong",
     "text_of",
@@ -68,10 +82,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # The engine imports torch, which worker processes do not need.
-    if name not in ("RewardModel", "Rewards"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from grpo_fast.rewards import engine
+# Where the names are that need torch, which worker processes do without.
+_LATER = {
+    "RewardModel": "engine",
+    "Rewards": "engine",
+    "RewardClassifier": "functions.reward_model",
+    "reward_model": "functions.reward_model",
+}
 
-    return getattr(engine, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

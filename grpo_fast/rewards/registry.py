@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from grpo_fast.errors import UserError, nearest
 from grpo_fast.named_functions import load_function
@@ -22,12 +24,13 @@ from grpo_fast.rewards.functions.answers import (
 from grpo_fast.rewards.functions.code import unit_tests
 from grpo_fast.rewards.functions.format import (
     answer_format,
-    kimi_length,
+    format_regex,
     soft_answer_format,
-    soft_overlong,
     think_format,
 )
+from grpo_fast.rewards.functions.length import cosine_scaled, kimi_length, soft_overlong
 from grpo_fast.rewards.functions.tasks import countdown_equation, digits_included, digits_ordered
+from grpo_fast.rewards.functions.text import language_consistency, repetition_penalty
 
 REWARDS: dict[str, RewardFunction] = {
     function.__name__: function
@@ -57,17 +60,38 @@ ALIASES = {
     "format_reward": "answer_format",
 }
 
-# Functions that return a reward function.
-MAKERS: dict[str, Callable[..., RewardFunction]] = {"kimi_length": kimi_length, "soft_overlong": soft_overlong}
 
-_CALL = re.compile(r"(\w+)(?:\((.*)\))?")
+def _reward_model(model: str, dtype: str = "auto", device: str | None = None, batch_size: int = 8) -> RewardFunction:
+    # Imports torch, which worker processes do not need.
+    from grpo_fast.rewards.functions.reward_model import reward_model
+
+    return reward_model(model, dtype, device, batch_size)
+
+
+# Functions that return a reward function.
+MAKERS: dict[str, Callable[..., RewardFunction]] = {
+    "format_regex": format_regex,
+    "language_consistency": language_consistency,
+    "repetition_penalty": repetition_penalty,
+    "kimi_length": kimi_length,
+    "soft_overlong": soft_overlong,
+    "cosine_scaled": cosine_scaled,
+    "reward_model": _reward_model,
+}
+
+_CALL = re.compile(r"(\w+)(?:\((.*)\))?", re.DOTALL)
 
 
 def is_built_in(name: str) -> bool:
-    """Whether `name` is a reward function of this package."""
+    """Whether `name` is a reward function of this package, or a reward model, which brings no code of its own."""
     name = ALIASES.get(name, name)
     call = _CALL.fullmatch(name)
-    return name in REWARDS or bool(call and call[1] in MAKERS)
+    return name in REWARDS or bool(call and call[1] in MAKERS) or names_model(name)
+
+
+def names_model(name: str) -> bool:
+    """Whether `name` has the form of a hub name or folder, and not that of a function in a file."""
+    return bool(re.fullmatch(r"[\w.~/-]*/[\w./-]*", name)) and not name.endswith(".py")
 
 
 def is_shipped(function: object) -> bool:
@@ -109,8 +133,9 @@ def load_reward(name: str | RewardFunction) -> RewardFunction:
     """Load a reward function by name; a function itself is returned.
 
     Args:
-        name: a built-in function, possibly with arguments (``soft_overlong(4096, 819)``); ``package.module.function``,
-            also from the current folder; or ``path/to/file.py:function``, where the file may import its neighbours.
+        name: a built-in function, possibly with arguments (``soft_overlong(4096, 819)``); a reward model as
+            ``owner/name`` or a folder with a slash in it; ``package.module.function``, also from the current folder; or
+            ``path/to/file.py:function``, where the file may import its neighbours.
 
     Raises:
         UserError: there is no such function, or its arguments do not fit.
@@ -119,6 +144,8 @@ def load_reward(name: str | RewardFunction) -> RewardFunction:
         return name
     name = ALIASES.get(name, name)
     if is_built_in(name):
+        if names_model(name):
+            return _reward_model(name)
         return REWARDS[name] if name in REWARDS else _make(name)
     if ":" not in name and "." not in name:
         names = [*REWARDS, *MAKERS]
@@ -159,13 +186,41 @@ def _parts(source: str) -> list[str]:
 
 def _make(call: str) -> RewardFunction:
     name, text = call.removesuffix(")").partition("(")[::2]
-    arguments = [int(word) if word.isdecimal() else word for word in re.split(r"[\s,]+", text.strip()) if word]
-    parameters = inspect.signature(MAKERS[name], eval_str=True).parameters
-    fits = len(arguments) == len(parameters) and all(
-        isinstance(value, parameter.annotation) for value, parameter in zip(arguments, parameters.values(), strict=True)
-    )
+    signature = inspect.signature(MAKERS[name], eval_str=True)
+    try:
+        positional, named = _arguments(text)
+        given = signature.bind(*positional, **named).arguments
+        fits = all(_is(value, signature.parameters[key].annotation) for key, value in given.items())
+    except TypeError:
+        fits = False
     if not fits:
-        raise UserError(f"reward_funcs: {name}({text}) is not allowed: write {name}({', '.join(parameters)})")
-    function = MAKERS[name](*arguments)
-    function.__name__ = name
+        wanted = ", ".join(
+            str(parameter.replace(annotation=parameter.empty)) for parameter in signature.parameters.values()
+        )
+        raise UserError(f"reward_funcs: {name}({text}) is not allowed: write {name}({wanted})")
+    function = MAKERS[name](**given)
+    if name != "reward_model":
+        function.__name__ = name
     return function
+
+
+def _is(value: object, kind: Any) -> bool:
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call: literals as in Python, and words, which are strings without quotes."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+            named = {keyword.arg or "": _value(keyword.value) for keyword in call.keywords}
+            return [_value(argument) for argument in call.args], named
+    except (SyntaxError, ValueError):
+        pass
+    if set(text) & set("()='\""):
+        raise TypeError("not literals and words")
+    return [int(word) if word.isdecimal() else word for word in re.split(r"[\s,]+", text.strip()) if word], {}
+
+
+def _value(node: ast.expr) -> Any:
+    return ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ast.literal_eval(node)

@@ -35,7 +35,7 @@ from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
 from grpo_fast.train.diagnosis import diagnose
 from grpo_fast.train.finite import all_finite, bad_completions, not_finite
-from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
+from grpo_fast.train.metrics import clip_extremes, loss_metrics, loss_parts, sampling_metrics
 from grpo_fast.train.off_policy import loss_correction, sampling_correction
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
@@ -211,6 +211,7 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         has_parts = self.objective.uses_reference or self.objective.entropy_coef
+        clips = self.objective.kind == "clip"
         seen, entropy = torch.zeros_like(batch.weights), torch.zeros_like(batch.weights)
         rows = self.known_rows(batch)
         with own_random_numbers(), kept_weight_copies():
@@ -249,6 +250,8 @@ class Learner:
             offsets = batch.offsets.to(seen.device)
             batch.correction = sampling_correction(self.config, seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
+        if clips and stats is not None:
+            metrics |= clip_extremes(batch, seen, self.step_advantages(batch), self.objective)
         if has_parts and stats is not None:
             weighed = dataclasses.replace(batch, correction=correction)
             metrics |= loss_parts(metrics["loss"], weighed, seen, self.step_advantages(batch), self.objective)

@@ -107,6 +107,42 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
     return metrics
 
 
+def clip_extremes(
+    batch: StepBatch, logprobs: Tensor, advantages: Tensor, objective: PolicyObjective
+) -> dict[str, float]:
+    """``clip_ratio/low_min`` and ``clip_ratio/high_max``, as in TRL, of a clipped objective.
+
+    They are the lowest share of the tokens of a completion that are clipped below, and the highest of those clipped
+    above, over the completions that were computed. A ratio that belongs to a sequence clips all of its tokens or none.
+    `logprobs` and `advantages` ``[N]`` are those of the update.
+    """
+    if objective.kind != "clip" or not batch.active:
+        return {}
+    counted = (batch.weights != 0).to(logprobs.device)
+    offsets = batch.offsets.to(logprobs.device)
+    rows = torch.arange(len(batch.samples), device=logprobs.device).repeat_interleave(offsets.diff())
+
+    def sums(values: Tensor) -> Tensor:
+        zeros = torch.zeros(len(batch.samples), dtype=torch.float64, device=logprobs.device)
+        return zeros.index_add(0, rows, values.double() * counted)
+
+    tokens = sums(torch.ones_like(logprobs))
+    computed = torch.zeros_like(tokens, dtype=torch.bool)
+    computed[batch.active] = True
+    computed &= tokens > 0
+    if not bool(computed.any()):
+        return {}
+    old = logprobs if batch.old_logprobs is None else batch.old_logprobs
+    log_ratio = (logprobs - old).double()
+    if objective.level != "token":
+        whole = sums(log_ratio.nan_to_num(nan=0.0))
+        log_ratio = (whole / tokens if objective.level == "sequence" else whole)[rows]
+    ratio, advantages = log_ratio.exp(), advantages.to(logprobs.device)
+    low = sums((ratio < objective.lower_bound) & (advantages < 0)) / tokens
+    high = sums((ratio > objective.upper_bound) & (advantages > 0)) / tokens
+    return {"clip_ratio/low_min": low[computed].min().item(), "clip_ratio/high_max": high[computed].max().item()}
+
+
 def loss_parts(
     loss: float, batch: StepBatch, logprobs: Tensor, advantages: Tensor, objective: PolicyObjective
 ) -> dict[str, float]:

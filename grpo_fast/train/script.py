@@ -16,7 +16,8 @@ from grpo_fast.config import GRPOConfig, check_complete
 from grpo_fast.data import Row
 from grpo_fast.errors import UserError, shown
 from grpo_fast.model.loading import LORA_FIELDS
-from grpo_fast.rewards.registry import is_shipped, sources_of
+from grpo_fast.rewards.functions.reward_model import RewardClassifier, reward_model
+from grpo_fast.rewards.registry import is_shipped, names_model, sources_of
 
 # Fields that say how a model is loaded, and so have no effect on one that is given as an object.
 _LOADING = ("dtype", "attn_implementation", "trust_remote_code", "model_init_kwargs", "load_in_4bit")
@@ -24,7 +25,6 @@ _LOADING = ("dtype", "attn_implementation", "trust_remote_code", "model_init_kwa
 _SOURCES = ("dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split")
 # TRL's further arguments of the trainer, and what to use instead.
 _NOT_TAKEN = {
-    "reward_processing_classes": "reward functions, which call their own models",
     "callbacks": "report_to, eval_steps and save_steps",
     "optimizers": "optim, learning_rate and lr_scheduler_type",
     "quantization_config": "load_in_4bit",
@@ -66,6 +66,7 @@ def read_script(
     eval_dataset: Any,
     processing_class: Any,
     peft_config: Any,
+    reward_processing_classes: Any = None,
 ) -> tuple[GRPOConfig, ScriptObjects]:
     """The configuration of a run with the arguments of `GRPOTrainer`, and those of them that are objects.
 
@@ -105,8 +106,7 @@ def read_script(
     if reward_funcs is not None:
         _refuse_twice("reward_funcs", config.reward_funcs)
         alone = isinstance(reward_funcs, str) or not isinstance(reward_funcs, Iterable)
-        functions = [reward_funcs] if alone else list(reward_funcs)
-        _check_functions(functions)
+        functions = _with_models([reward_funcs] if alone else list(reward_funcs), reward_processing_classes)
         objects.reward_funcs, fields["reward_funcs"] = functions, sources_of(functions)
         named = zip(fields["reward_funcs"], functions, strict=True)
         own = [name for name, given in named if not isinstance(given, str) and not is_shipped(given)]
@@ -201,10 +201,27 @@ def _count(dataset: Any, rows: list[Row]) -> str:
     return f"{type(dataset).__name__} of {len(rows)} rows"
 
 
-def _check_functions(functions: list[Any]) -> None:
-    for function in functions:
-        if not isinstance(function, str) and (isinstance(function, nn.Module) or not callable(function)):
-            raise UserError(f"reward_funcs must be functions, or names of some, got {type(function).__name__}")
+def _with_models(functions: list[Any], tokenizers: Any) -> list[Any]:
+    """The reward functions, with modules as reward models, each with its tokenizer of ``reward_processing_classes``."""
+    given = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers] * bool(tokenizers)
+    if given and len(given) != len(functions):
+        raise UserError(
+            f"reward_processing_classes has {len(given)} entries for {len(functions)} reward_funcs; give one for each, "
+            "None for a function"
+        )
+    made = []
+    for function, tokenizer in zip(functions, given or [None] * len(functions), strict=True):
+        if isinstance(function, nn.Module):
+            made.append(RewardClassifier(function, tokenizer))
+            continue
+        if not isinstance(function, str) and not callable(function):
+            raise UserError(f"reward_funcs must be functions, models or names, got {type(function).__name__}")
+        if tokenizer is not None and not (isinstance(function, str) and names_model(function)):
+            raise UserError(
+                f"reward_processing_classes gives a tokenizer to {shown(function)}, which is no reward model"
+            )
+        made.append(function if tokenizer is None else reward_model(function, tokenizer=tokenizer))
+    return made
 
 
 def weights_fingerprint(model: nn.Module) -> str:

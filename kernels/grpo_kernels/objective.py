@@ -216,6 +216,7 @@ PRESETS: dict[str, PolicyObjective] = _Presets(
         "dppo_tv": function_objective(published_losses.dppo_tv, scales_with_advantage=True),
         "dppo_kl": function_objective(published_losses.dppo_kl, scales_with_advantage=True),
         "gmpo": function_objective(published_losses.gmpo, aggregation="sequence_mean", scales_with_advantage=True),
+        "kimi": function_objective(published_losses.kimi, aggregation="sequence_sum"),
         "dro": function_objective(published_losses.dro),
         "clip_cov": function_objective(
             published_losses.clip_cov, covariance_low=1.0, covariance_high=5.0, scales_with_advantage=True

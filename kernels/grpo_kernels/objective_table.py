@@ -157,6 +157,14 @@ SOURCES: dict[str, Source] = {
         "`loss_mode: kl_cov`",
         "as above; `covariance_ratio` and `covariance_kl` are its `kl_cov_ratio` and `ppo_kl_coef`",
     ),
+    "kimi": Source(
+        "Kimi k1.5, 2501.12599, section 2.3.2",
+        "`1/S Σ_i A Σ_t logp_t - τ/2 (Σ_t log r_t)²`, `τ` 0.05",
+        "none",
+        "none",
+        "the paper gives no `τ`; another one takes `functools.partial(kimi, tau=...)` in a file of your own; use it "
+        "with `scale_rewards: none`",
+    ),
     "dro": Source(
         "DRO, 2405.19107, in Tinker's form",
         "`1/N Σ_i Σ_t A logp_t - τ/2 (log r_t)²`, `τ` 0.05",

@@ -56,6 +56,19 @@ def gmpo(
     return -advantages * torch.exp(means)[ids]
 
 
+def kimi(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, tau: float = 0.05) -> Tensor:
+    """Kimi k1.5's surrogate of mirror descent (arXiv 2501.12599, section 2.3.2), whose gradient is the paper's.
+
+    A sequence's loss is ``-A log p + tau / 2 (log p - log p_old)^2`` of whole answers, and each of its tokens has an
+    equal share of the square. With the mean reward as baseline (``scale_rewards="none"``), that is half the gradient,
+    over `tau`, of the squared distance of ``tau log(p / p_old)`` from ``r - tau log Z``. The paper gives no `tau`.
+    """
+    log_ratio = logprobs - old_logprobs
+    ids = sequence_ids(cu_seqlens, log_ratio.numel())
+    squares = sequence_sums(log_ratio, ids, cu_seqlens).square() / cu_seqlens.diff().clamp(min=1)
+    return -advantages * logprobs + tau / 2 * squares[ids]
+
+
 def dro(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, tau: float = 0.05) -> Tensor:
     """DRO (arXiv 2405.19107): a policy gradient with a squared penalty on the log-ratio, in Tinker's form."""
     return -advantages * logprobs + tau / 2 * (logprobs - old_logprobs).square()

@@ -153,6 +153,14 @@ def test_convert_says_what_became_of_each_field(tmp_path, monkeypatch, capsys):
         ({"fp16": False}, {"bf16": True}),
         ({"bf16": False}, {"bf16": False}),
         ({}, {"per_device_train_batch_size": 8, "num_train_epochs": 3.0}),
+        (
+            {"reward_model_name_or_path": "owner/judge"},
+            {"reward_funcs": ["accuracy", "format", "owner/judge"]},
+        ),
+        (
+            {"reward_model_name_or_path": "judge", "reward_funcs": ["accuracy"]},
+            {"reward_funcs": ["accuracy", "reward_model('judge')"]},
+        ),
         ({}, {"reward_funcs": "accuracy,format", "gradient_checkpointing": True, "save_steps": 500}),
     ],
 )
@@ -277,7 +285,7 @@ def test_convert_from_verl(fields, expected):
         ({"custom_reward_function__path": "r.py"}, "write a function that calls compute_score"),
         ({"data__truncation": "left"}, "prompts are never cut"),
         ({"data__prompt_key": "question"}, "rename the column of chat messages to prompt"),
-        ({"reward_model__enable": True}, "write a reward function that calls the model"),
+        ({"reward_model__enable": True}, "name the reward model in reward_funcs"),
         ({"actor_rollout_ref__rollout__multi_turn__enable": True}, "without tools"),
         ({"algorithm__kl_ctrl__type": "adaptive"}, "set beta, a constant weight"),
         ({"actor_rollout_ref__rollout__tensor_model_parallel_size": 2}, "grpo-fast serve"),

@@ -106,7 +106,7 @@ def test_gradient_at_the_clip_bound(advantage, side):
     assert (logprobs.grad.item() != 0) == (side != "outside")
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dro"])
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("dro", "kimi")])
 @pytest.mark.parametrize("log_ratio", [-800.0, -200.0, 200.0, 800.0])
 def test_zero_advantage_gives_exactly_zero(name, log_ratio):
     # exp(800) is infinite in float64 as well, and 0 * inf must not become NaN.

@@ -105,6 +105,9 @@ FORMULAS = {
         sum(((1 - s["selected"]) * clipped(token_ratio(s), s["A"])).sum() for s in batch) / TOKENS
     ),
     "kl_cov": lambda batch: sum(kl_cov(s).sum() for s in batch) / TOKENS,
+    "kimi": lambda batch: (
+        sum(s["A"] * s["logp"].sum() - 0.025 * (s["logp"] - s["old"]).sum() ** 2 for s in batch) / SEQUENCES
+    ),
     "dro": lambda batch: sum((s["A"] * s["logp"] - 0.025 * (s["logp"] - s["old"]) ** 2).sum() for s in batch) / TOKENS,
 }
 
@@ -195,6 +198,17 @@ def test_preset_reinforce_and_rloo_are_policy_gradients():
     assert relative_error(by_us(batch, PRESETS["rloo"])[1], expected) < TOLERANCE
     _, token_mean = by_formula(batch, FORMULAS["reinforce"])
     assert relative_error(by_us(batch, PRESETS["unclipped"])[1], token_mean) < TOLERANCE
+
+
+def test_preset_kimi_has_the_gradient_of_the_papers_square():
+    """``(r - tau log Z - tau log(p / p_old))^2``, with the mean reward in place of ``tau log Z``: equation 3."""
+    batch, tau = make(), 0.05
+
+    def square(sequences):
+        return -sum((s["A"] - tau * (s["logp"] - s["old"]).sum()) ** 2 for s in sequences) / SEQUENCES
+
+    _, gradient = by_formula(batch, square)
+    assert relative_error(by_us(batch, PRESETS["kimi"])[1], gradient / (2 * tau)) < TOLERANCE
 
 
 KL = {

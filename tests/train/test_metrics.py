@@ -9,7 +9,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.files import read_metrics
 from grpo_fast.model.packing import Sample
 from grpo_fast.train.batch import build_step_batch
-from grpo_fast.train.metrics import advantage_metrics, group_metrics, loss_parts
+from grpo_fast.train.metrics import advantage_metrics, clip_extremes, group_metrics, loss_parts
 from grpo_kernels import PRESETS, policy_loss
 from support.runs import trainer
 from support.small import SMALL
@@ -40,6 +40,35 @@ def test_advantage_metrics_are_of_the_completions_in_the_loss():
     expected = torch.tensor([1.0, -2.0, 4.0])
     assert figures["advantages/mean"] == pytest.approx(1)
     assert figures["advantages/std"] == pytest.approx(expected.std().item())
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "rloo"])
+def test_clip_extremes_are_those_of_the_completions(loss_type):
+    """Completion by completion, as TRL's masked mean of each sequence; a forced token counts nowhere."""
+    config = GRPOConfig(**{**SMALL, "loss_type": loss_type})
+    objective = config.objective()
+    batch = make_batch(objective, config)
+    batch.weights[4] = 0.0
+    batch.old_logprobs = -torch.rand(len(batch.weights))
+    step = torch.tensor([0.5, -0.5, -0.5, 0.1, -0.5, 0.5, 0.01, 0.0, 0.0, 0.0])
+    logprobs = batch.old_logprobs + step
+    low, high = [], []
+    for start, end, advantage in ((0, 1, 1), (1, 4, -1), (4, 6, 1)):
+        moved = [step[index].item() for index in range(start, end) if index != 4]
+        if objective.level != "token":
+            moved = [sum(moved) / (len(moved) if objective.level == "sequence" else 1)] * len(moved)
+        ratios = [math.exp(value) for value in moved]
+        low.append(sum(ratio < 1 - objective.epsilon for ratio in ratios) / len(ratios) * (advantage < 0))
+        high.append(sum(ratio > 1 + objective.upper_epsilon for ratio in ratios) / len(ratios) * (advantage > 0))
+    got = clip_extremes(batch, logprobs, batch.advantages, objective)
+    assert got == {"clip_ratio/low_min": pytest.approx(min(low)), "clip_ratio/high_max": pytest.approx(max(high))}
+    assert got["clip_ratio/high_max"] > 0
+    # Only the second completion has a negative advantage.
+    batch.active = [1]
+    got = clip_extremes(batch, logprobs, batch.advantages, objective)
+    assert (got["clip_ratio/low_min"], got["clip_ratio/high_max"]) == (pytest.approx(low[1]), 0)
+    assert low[1] > 0
+    assert clip_extremes(batch, logprobs, batch.advantages, PRESETS["cispo"]) == {}
 
 
 @pytest.mark.parametrize("loss_type", PRESETS)

@@ -1,17 +1,18 @@
-"""Rewards for a completion's format and length, whatever its answer.
+"""Rewards for a completion's format, whatever its answer.
 
 Format rewards are 1 if a completion has the format that the prompt asks for, else 0; if the prompt ends in ``<think>``,
-by itself or through the chat template, the completion is read as if it began with that tag. Length rewards count tokens
-and take arguments: ``kimi_length(math_answer)``, ``soft_overlong(4096, 819)``.
+by itself or through the chat template, the completion is read as if it began with that tag.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 
-from grpo_fast.errors import UserError
+from grpo_fast.errors import UserError, import_extra, one_line
 from grpo_fast.rewards.base import RewardFunction, text_of
+
+# For each completion.
+MATCH_SECONDS = 1.0
 
 _TAG = re.compile("(</?(?:think|answer)>)")
 
@@ -55,46 +56,27 @@ def think_format(prompts, completions, rendered_prompts=None, **columns) -> list
     return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]
 
 
-def kimi_length(judge: str) -> RewardFunction:
-    """Reward short completions if they are right; punish long ones, also if they are wrong.
+def format_regex(pattern: str) -> RewardFunction:
+    r"""1 if the whole completion matches a regular expression, in which ``.`` also matches the end of a line.
 
-    With the lengths in the group, ``x = 0.5 - (length - min) / (max - min)``, or 0 if all are equal. The reward is x
-    for a right completion and ``min(0, x)`` for a wrong one (Kimi k1.5, arXiv 2501.12599, section 2.3.3).
+    White space around the completion is ignored. The syntax is that of the `regex` package, a superset of Python's.
 
     Args:
-        judge: the run's reward function that tells what is right, by a value of 1 or more. If it returns None, so does
-            this function.
+        pattern: such as ``"<think>.*</think>\s*<answer>\d+</answer>"``. For a part of the completion, write ``.*``
+            around it.
+
+    Raises:
+        UserError: the pattern is not a regular expression, or `regex`, which transformers requires, is missing.
     """
+    regex = import_extra("regex", "train")
+    try:
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except regex.error as error:
+        raise UserError(f"format_regex({pattern!r}) is not allowed: {one_line(error)}") from None
 
-    def length_reward(prompts, completions, completion_ids, correct, groups, **columns) -> list[float | None]:
-        lengths = defaultdict(list)
-        for group, ids in zip(groups, completion_ids, strict=True):
-            lengths[group].append(len(ids))
-        rewards: list[float | None] = []
-        for group, ids, right in zip(groups, completion_ids, correct, strict=True):
-            shortest, spread = min(lengths[group]), max(lengths[group]) - min(lengths[group])
-            x = 0.5 - (len(ids) - shortest) / spread if spread else 0.0
-            rewards.append(None if right is None else x if right else min(0.0, x))
-        return rewards
+    def format_regex_reward(prompts, completions, rendered_prompts=None, **columns) -> list[float]:
+        texts = [text.strip() for text in _whole(prompts, completions, rendered_prompts)]
+        # Python's own expressions have no time limit, and some take exponential time.
+        return [float(compiled.fullmatch(text, timeout=MATCH_SECONDS) is not None) for text in texts]
 
-    length_reward.judge = judge
-    return length_reward
-
-
-def soft_overlong(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
-    """A penalty that grows from 0 to -1 over the last `soft_punish_cache` tokens before `max_completion_len`.
-
-    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), with the arguments of TRL's
-    ``get_soft_overlong_punishment``.
-    """
-    if not 0 < soft_punish_cache <= max_completion_len:
-        raise UserError(
-            f"soft_overlong({max_completion_len}, {soft_punish_cache}) is not allowed: the second number, the tokens "
-            "over which the penalty grows, must be from 1 to the first, the longest completion"
-        )
-
-    def overlong_reward(prompts, completions, completion_ids, **columns) -> list[float]:
-        left = [max_completion_len - soft_punish_cache - len(ids) for ids in completion_ids]
-        return [min(max(tokens / soft_punish_cache, -1.0), 0.0) for tokens in left]
-
-    return overlong_reward
+    return format_regex_reward
