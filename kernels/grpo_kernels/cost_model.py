@@ -69,8 +69,9 @@ WRITTEN = {
     "head_gradient": {"e"},
     "policy_tokens": {"grad_logprobs", "sums"},
     "scale_unless_one": set(),
+    "adamw_step": {"weight", "exp_avg", "exp_avg_sq"},
 }
-UPDATED = {("head_gradient", "e")}
+UPDATED = {("head_gradient", "e"), *(("adamw_step", name) for name in ("weight", "exp_avg", "exp_avg_sq"))}
 # The incoming gradient of a loss is 1, and then the kernel touches nothing else.
 UNTOUCHED = {("scale_unless_one", "values")}
 DEVICE = torch.device("cuda", 0)

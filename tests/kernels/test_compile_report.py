@@ -23,6 +23,7 @@ ENGINES = {
 # that moves gigabytes.
 MEMORY_BOUND = {
     "head_gradient": (16, 16, 80),
+    "adamw_step": (16, 16, 80),
     "scale_unless_one": (2, 2, 80),
     "combine_splits": (4, 4, 64),
     "policy_tokens": (4, 4, 64),
