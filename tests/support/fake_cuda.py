@@ -83,6 +83,7 @@ class Report:
     Attributes:
         refused: launches that Triton refused for lack of shared memory, whether or not the caller went on.
         waits: for each kind of operation for which the host waits for the device, how often.
+        places: the same for each line of ours that waits, ``"file:line"``.
         peak_bytes: the most that was allocated at once, beyond what was at the case's start (see `start`).
         products: for each matrix product (name, dtypes, result) its flops.
         moved_bytes: for each of torch's other operations the bytes of its inputs and results.
@@ -92,6 +93,7 @@ class Report:
     launches: list[Launch] = field(default_factory=list)
     refused: list[Launch] = field(default_factory=list)
     waits: dict[str, int] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
     products: dict[str, int] = field(default_factory=dict)
     moved_bytes: dict[str, int] = field(default_factory=dict)

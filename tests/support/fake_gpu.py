@@ -33,12 +33,14 @@ def installed(architecture: str) -> Iterator[FakeGPU]:
 
     assert GUARD, "set FAKE_CUDA_GUARD to the library of build_guard()"
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are interpreted in this process"
-    gpu = FakeGPU(architecture)
+    gpu = FakeGPU.present = FakeGPU(architecture)
     compilers = triton.backends.backends
     replaced = [
         *((torch.cuda, name, value) for name, value in gpu.answers().items()),
         (torch.version, "hip", "fake" if gpu.amd else None),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.nn.Module, "to", module_to),
+        (torch.nn.functional, "scaled_dot_product_attention", attention),
         (FakeTensor, "data_ptr", address),
         (FakeTensor, "tolist", gpu.tolist),
         (Tensor, "pin_memory", lambda tensor, device=None: gpu.pin(tensor.clone())),
@@ -76,6 +78,44 @@ def storage_address(data_ptr: Callable) -> Callable:
     return lambda storage: storage._cdata if storage.device.type == "meta" else data_ptr(storage)
 
 
+def module_to(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    """`torch.nn.Module.to`, which cannot exchange a parameter's data here: it gets new parameters."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    moved: dict[int, Tensor] = {}
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                target = device or tensor.device
+                if id(tensor) not in moved and (target.type, wanted) != (tensor.device.type, tensor.dtype):
+                    made = tensor.detach().to(target, wanted)
+                    kept = isinstance(tensor, torch.nn.Parameter)
+                    moved[id(tensor)] = torch.nn.Parameter(made, tensor.requires_grad) if kept else made
+                own[name] = moved.get(id(tensor), tensor)
+    return module
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` by the kernels that torch takes on a GPU; a CPU build would not choose them."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    aten = torch.ops.aten
+    if attn_mask is None and query.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
 class Stream:
     """Stands in for `torch.cuda.Stream` and `torch.cuda.Event`: the host waits only if it synchronises."""
 
@@ -101,11 +141,13 @@ class FakeGPU:
     """One GPU that compiles what is launched on it, and runs nothing.
 
     Attributes:
+        present: the one that is installed.
         active_share: which part of the rows `grpo_kernels._passes.partition` finds in its first category.
         value: every number that the host reads.
         report: that of the case that runs.
     """
 
+    present: FakeGPU
     active_share = 1.0
     value = 1.0
 
@@ -187,11 +229,16 @@ class FakeGPU:
             # What is left may be part of a cycle.
             gc.collect()
             self._forget_freed()
-        self.base_bytes, self.report.peak_bytes, self.report.waits = self.live_bytes, 0, {}
+        self.base_bytes, self.report.peak_bytes = self.live_bytes, 0
+        self.report.waits, self.report.places = {}, {}
         self.largest_bytes = self.live_bytes
 
     def wait(self, name: str) -> None:
         self.report.waits[name] = self.report.waits.get(name, 0) + 1
+        # The innermost of our own lines.
+        own = (f for f in reversed(traceback.extract_stack()) if re.search("/grpo_(fast|kernels)/", f.filename))
+        place = next((f"{Path(frame.filename).name}:{frame.lineno}" for frame in own), "elsewhere")
+        self.report.places[place] = self.report.places.get(place, 0) + 1
 
     def allocate(self, tensor: Tensor) -> None:
         """Count a tensor's storage, if it is new, and no longer those that are gone."""

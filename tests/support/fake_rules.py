@@ -74,8 +74,10 @@ class Rules(TorchDispatchMode):
             waits = not (kwargs.get("non_blocking") and (target == "cpu" or self.gpu.is_pinned(args[0])))
             if waits:
                 self.gpu.wait(f"copy {'from' if target == 'cuda' else 'to'} the CPU")
+            dtype = kwargs.get("dtype") or args[0].dtype
             if target == "cpu":
-                return self._on_cpu(args[0], kwargs.get("dtype"))
+                return self._on_cpu(args[0], dtype)
+            return torch.empty(args[0].shape, dtype=dtype, device=kwargs["device"])
         if func is aten.copy_.default and on_gpu(args[0]) != on_gpu(args[1]):
             host, way = (args[1], "from") if on_gpu(args[0]) else (args[0], "to")
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
@@ -105,9 +107,9 @@ class Rules(TorchDispatchMode):
                 chosen.append(index)
         return chosen
 
-    def _on_cpu(self, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _on_cpu(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.utils._python_dispatch._disable_current_modes():
-            return self._fill(torch.empty(tensor.shape, dtype=dtype or tensor.dtype))
+            return self._fill(torch.empty(tensor.shape, dtype=dtype))
 
     def _fill(self, tensor: Tensor) -> Tensor:
         with torch.utils._python_dispatch._disable_current_modes():
