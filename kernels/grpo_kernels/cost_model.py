@@ -347,6 +347,11 @@ def _operation(func: Any, arguments: tuple, out: Any, head: tuple[int, int], pro
     return Step(name, part, flops, read, written, scale, shapes)
 
 
+def _waits(count: int) -> str:
+    named = " (it reads which rows have a gradient; none with rows=, as in the trainer)" if count else ""
+    return f"{count} host wait{'s' * (count != 1)}{named}"
+
+
 def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buffer_bytes: int | None = None) -> str:
     """Tables of predictions for the GPUs `names`: of each case, its parts and the bare products beside the whole."""
     lines = [
@@ -362,7 +367,7 @@ def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buff
         costs = {name: head_cost(case, tokens, hidden, vocabulary, GPUS[name], max_buffer_bytes) for name in names}
         first = next(iter(costs.values()))
         chunks = Counter(step.name for step in first.steps)["head_forward"]
-        lines.append(f"\n{case} ({products}U), {chunks} chunk{'s' * (chunks > 1)}, {first.host_waits} host waits")
+        lines.append(f"\n{case} ({products}U), {chunks} chunk{'s' * (chunks > 1)}, {_waits(first.host_waits)}")
         head = f"  {'':20} {'TFLOP':>8} {'GB':>8}" + "".join(f" {name.upper() + ' ms':>10}" for name in names)
         lines.append(head)
         parts = {name: cost.parts(GPUS[name]) for name, cost in costs.items()}
