@@ -37,6 +37,7 @@ def installed(architecture: str) -> Iterator[FakeGPU]:
     compilers = triton.backends.backends
     replaced = [
         *((torch.cuda, name, value) for name, value in gpu.answers().items()),
+        (torch, "Generator", Generator),
         (torch.version, "hip", "fake" if gpu.amd else None),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.nn.Module, "to", module_to),
@@ -116,6 +117,13 @@ def attention(
     )[0]
 
 
+class Generator(torch.Generator):
+    """One on the CPU, whatever the device: an operation on fake tensors does not use it."""
+
+    def __new__(cls, device: Any = None) -> Generator:
+        return super().__new__(cls)
+
+
 class Stream:
     """Stands in for `torch.cuda.Stream` and `torch.cuda.Event`: the host waits only if it synchronises."""
 
@@ -135,6 +143,9 @@ class Stream:
 
     def synchronize(self) -> None:
         self.gpu.wait("event")
+
+    def elapsed_time(self, end: Stream) -> float:
+        return 1.0
 
 
 class FakeGPU:
@@ -186,6 +197,8 @@ class FakeGPU:
             "max_memory_allocated": lambda device=None: self.largest_bytes,
             "reset_peak_memory_stats": lambda device=None: setattr(self, "largest_bytes", self.live_bytes),
             "empty_cache": lambda: None,
+            "set_per_process_memory_fraction": lambda fraction, device=None: None,
+            "manual_seed_all": lambda seed: None,
             "synchronize": lambda device=None: self.wait("synchronize"),
             "is_bf16_supported": lambda *_, **__: self.amd or self.capability >= 80,
             "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),

@@ -68,6 +68,11 @@ class Rules(TorchDispatchMode):
             shape = (args[0].numel(), args[0].dim()) if func is aten.nonzero.default else (args[0].numel(),)
             dtype = torch.int64 if func is aten.nonzero.default else args[0].dtype
             return torch.empty(shape, dtype=dtype, device=args[0].device)
+        if func is aten._unique2.default:
+            # As if all were different.
+            self.gpu.wait(name)
+            flat = args[0].flatten()
+            return torch.empty_like(flat), torch.empty_like(args[0], dtype=torch.int64), flat.new_empty(0)
         if func in INDEXED:
             args = (args[0], self._indices(args[0], args[1]), *args[2:])
         if func is aten._to_copy.default and target is not None and on_gpu(args[0]) != (target == "cuda"):
