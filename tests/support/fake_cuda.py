@@ -142,7 +142,10 @@ def run_cases(
         "FAKE_CUDA_GUARD": str(guard),
         # Programs that ptxas has not seen must not get into the user's cache.
         "TRITON_CACHE_DIR": str(guard.parent / "triton"),
-        "PYTHONPATH": os.pathsep.join([str(here.parent / "kernels"), str(here.parent), str(here)]),
+        # A Triton on PYTHONPATH comes before the installed one.
+        "PYTHONPATH": os.pathsep.join(
+            [*filter(None, [os.environ.get("PYTHONPATH")]), str(here.parent / "kernels"), str(here.parent), str(here)]
+        ),
     }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, str(script), architecture, *cases],
