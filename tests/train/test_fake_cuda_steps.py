@@ -74,6 +74,7 @@ def test_packed_step(fake_cuda_guard):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LONG)
 def test_step(name, further):
     report = further[name]
