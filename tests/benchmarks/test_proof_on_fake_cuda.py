@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DEVICE
 from support.fake_cuda import Report, run_cases
 
-pytestmark = [
-    pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800),
-    pytest.mark.skipif(DEVICE != "cpu", reason="replaces the GPU"),
-]  # fmt: skip
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 SCRIPT = Path(__file__).parents[1] / "support" / "fake_cuda_proof.py"
 
 

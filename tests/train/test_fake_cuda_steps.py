@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DEVICE
 from support.fake_cuda import SHARED_BYTES, Report, run_cases
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(DEVICE != "cpu", reason="replaces the GPU")]
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "support" / "fake_cuda_trainer.py"
 # What the host reads in a step, once each: whether all tokens count, the sums of the loss, the gradient's norm, and
 # whether the weights are finite.
