@@ -131,7 +131,8 @@ def test_buffers_are_read_and_written_16_bytes_at_a_time(reports, architecture):
         for launch in report.of("head_forward") + report.of("head_gradient_known"):
             described = "tensordesc" in launch.signature["out"]
             if launch.constants.get("STORE", "True") == "True" and not described:
-                assert 16 in launch.vectors["st"], f"{name}: {launch.vectors}"
+                # AMD's wider waves hold half as many neighbours each.
+                assert (8 if architecture == "gfx942" else 16) in launch.vectors["st"], f"{name}: {launch.vectors}"
             assert 2 not in launch.vectors["st"], f"{name}: {launch.vectors}"
     assert {"151936", "50257", "32003"} <= found
 
