@@ -116,8 +116,8 @@ test-oldest: $(OLDEST_VENV)/.ready  ## the suite with the oldest libraries allow
 	$(OLDEST_VENV)/bin/python -m pytest -n 2 -m "$(LEFT_OUT)" $(ARGS)
 
 test-peers: $(VENV)/.peers  ## losses, drop-ins and benchmarks against TRL's and Liger's own code, which it installs
-	$(BIN)/python -m pytest -n 2 tests/integrations tests/benchmarks/test_benchmark_suite.py \
-		tests/benchmarks/test_benchmark_memory.py $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/integrations tests/benchmarks/test_benchmark_head.py \
+		tests/benchmarks/test_benchmark_suite.py tests/benchmarks/test_benchmark_memory.py $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.ready  ## sampling and training with vLLM on this CPU, which it installs into .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm --durations 10 tests/rollout/test_vllm.py tests/rollout/test_vllm_serving.py $(ARGS)

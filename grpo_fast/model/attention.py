@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_fast.errors import UserError
+from grpo_fast.model.transfer import send
 
 PREFIX = "packed_"
 # Sequences are padded to the longest of a bucket if they have at least this share of its length, or if it is SHORT.
@@ -139,9 +140,9 @@ class Segments:
         sequences = [sequence for group in self.groups for sequence in group.sequences()]
         positions = [position for sequence in sequences for position in sequence]
         ends = list(accumulate(map(len, sequences), initial=0))
-        offsets = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        offsets = self._send(ends, torch.int32)
         outputs = self._first(positions)
-        gathered = None if len(positions) == len(outputs) else torch.tensor(positions, device=self.device)
+        gathered = None if len(positions) == len(outputs) else self._send(positions)
         return gathered, offsets, max(map(len, sequences)), outputs
 
     @cached_property
@@ -153,11 +154,11 @@ class Segments:
         alone = [sequence for group in self.groups if not group.masked for sequence in group.sequences()]
         for alike in _alike(alone, len):
             entries += (rows := _padded(alike))
-            buckets.append(Bucket(torch.tensor(rows, device=self.device)))
+            buckets.append(Bucket(self._send(rows)))
         for alike in _alike(whole, lambda group: group.length):
             entries += (rows := _padded([list(range(group.start, group.start + group.length)) for group in alike]))
             pieces, places = _padded([g.pieces() for g in alike], -1), _padded([g.places() for g in alike])
-            buckets.append(Bucket(*(torch.tensor(x, device=self.device) for x in (rows, pieces, places))))
+            buckets.append(Bucket(*map(self._send, (rows, pieces, places))))
         # Padding repeats a position after its real entry, so the first one is real.
         return buckets, self._first([position for row in entries for position in row])
 
@@ -165,7 +166,10 @@ class Segments:
         """``[T]``: the first index of each of the row's positions in `positions`."""
         found = torch.full((sum(group.length for group in self.groups),), len(positions))
         found.scatter_reduce_(0, torch.tensor(positions), torch.arange(len(positions)), "amin")
-        return found.to(self.device)
+        return send(found, self.device)
+
+    def _send(self, numbers: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return send(torch.tensor(numbers, dtype=dtype), self.device)
 
 
 def _alike(items: list, length: Callable[[Any], int]) -> list[list]:

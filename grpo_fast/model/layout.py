@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_fast.errors import UserError
 from grpo_fast.model.attention import Group, Segments
+from grpo_fast.model.transfer import send
 
 IGNORE_INDEX = -100
 # transformers' collators name the offsets of packed sequences, the longest length and each token's sequence like this.
@@ -51,8 +52,9 @@ class Microbatch:
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> Microbatch:
-        moved = {name: x.to(device) if isinstance(x, Tensor | Segments) else x for name, x in vars(self).items()}
-        return Microbatch(**moved)
+        """On `device`; the host does not wait for the copies."""
+        moved = {name: send(x, device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
+        return Microbatch(**{**moved, "segments": self.segments and self.segments.to(device)})
 
 
 def lay_out(

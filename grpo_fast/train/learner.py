@@ -7,7 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -174,8 +174,7 @@ class Learner:
             )
         if self.config.max_grad_norm:
             clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
-        with own_random_numbers() if self.sharded else nullcontext():
-            self.optimizer.step()
+        self.optimizer.step()
         if not all_finite(parameters):
             raise NotFiniteError(
                 f"the updated weights are not finite (norm of the gradient {grad_norm:g}, learning_rate "

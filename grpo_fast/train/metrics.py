@@ -90,13 +90,15 @@ def loss_metrics(loss: Tensor, stats: dict[str, Tensor] | None, objective: Polic
     """
     if stats is None:
         return {"loss": loss.item()}
-    sums = {name: value.item() for name, value in stats.items()}
+    # The host waits once for all of them.
+    value, *read = torch.stack([loss.double(), *(value.double() for value in stats.values())]).cpu().tolist()
+    sums = dict(zip(stats, read, strict=True))
     tokens = max(sums["tokens"], 1.0)
     if "divergence" in sums:
         # Of a distillation, whose loss is the divergence alone.
-        return {"loss": loss.item(), "divergence": sums["divergence"] / tokens}
+        return {"loss": value, "divergence": sums["divergence"] / tokens}
     ratios = max(sums["ratios"], 1.0)
-    metrics = {"loss": loss.item(), "entropy": sums["entropy"] / tokens}
+    metrics = {"loss": value, "entropy": sums["entropy"] / tokens}
     if objective.uses_reference:
         metrics["kl"] = sums["kl"] / tokens
     low, high = sums["clip_low"] / ratios, sums["clip_high"] / ratios

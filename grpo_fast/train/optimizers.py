@@ -1,7 +1,7 @@
 """AdamW in forms that save memory: fused, with 8-bit moments, on the CPU; and its state as plain tensors.
 
-bfloat16 has 8 bits of precision, so rounding to nearest loses an update below 1/512 of a weight. Weights that are
-trained in bfloat16 are therefore rounded stochastically or have float32 masters, and their moments are never bfloat16.
+Rounding to the nearest bfloat16 loses small updates. Weights that are trained in bfloat16 are therefore rounded
+stochastically (`grpo_kernels.adamw`) or have float32 masters, and their moments are never bfloat16.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch.optim.adamw import adamw
 from transformers import get_scheduler
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.distributed.processes import is_main
+from grpo_fast.distributed.processes import is_main, rank
 from grpo_fast.distributed.sharding import cut_like, to_main
 from grpo_fast.errors import UserError, import_extra, one_line
+from grpo_kernels.adamw import adamw_
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
-# Weights that are rounded at once, which bounds the temporary memory of 20 bytes each.
-_CHUNK = 1 << 24
 
 
 def check_optimizer(config: GRPOConfig, device: torch.device) -> None:
@@ -86,7 +85,7 @@ def build_optimizer(policy: nn.Module, config: GRPOConfig) -> Optimizer:
     if config.optim == "adamw_torch_8bit":
         return _adamw_8bit()(groups, **options, bf16_stochastic_round=True)
     if low:
-        return StochasticAdamW(groups, **options)
+        return StochasticAdamW(groups, **options, seed=config.seed)
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
@@ -136,47 +135,42 @@ class StochasticAdamW(_AdamW):
     """AdamW for bfloat16 weights: float32 moments, and new weights rounded up or down at random.
 
     The expected rounded weight is the unrounded one, so updates far below a weight's precision count (as with torchao's
-    ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded.
+    ``bf16_stochastic_round``, but nothing is compiled). Weights of other dtypes are not rounded. The random bits depend
+    on `seed`, on the number of the step and on the place of the weight alone, so a resumed run rounds as one that was
+    not interrupted. On a GPU each tensor is one kernel, and the host waits for nothing.
     """
+
+    def __init__(self, params: Any, seed: int = 0, **options: Any):
+        super().__init__(params, **options)
+        self.seed = seed
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        index = 0
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step(p, group)
+                    self._step(p, group, index)
+                index += 1
 
-    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
+    def place(self, parameter: Tensor, key: str) -> torch.device:
+        # The host computes with the number of the step.
+        return torch.device("cpu") if key == "step" else parameter.device
+
+    def _step(self, p: Tensor, group: dict[str, Any], index: int) -> None:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), device=p.device)
+            state["step"] = torch.zeros((), device="cpu")
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(p, dtype=torch.float32)
+        state["step"] += 1
         # For a sharded weight, this process's shard.
         tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
-        weight, grad, mean, square = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-        tensors = (weight.view(-1), grad.reshape(-1), mean.view(-1), square.view(-1))
-        for weight, grad, mean, square in zip(*(tensor.split(_CHUNK) for tensor in tensors), strict=True):
-            master = weight.float()
-            # A copy of the count, since every call increments it.
-            _fused_step(master, grad.float(), mean, square, state["step"].clone(), group)
-            if p.dtype == torch.bfloat16:
-                weight.copy_(round_stochastically(master))
-            elif master is not weight:
-                weight.copy_(master)
-        state["step"] += 1
-
-
-def round_stochastically(values: Tensor) -> Tensor:
-    """Round float32 `values`, which are overwritten, up or down to bfloat16, so that the mean is `values`.
-
-    bfloat16 is the upper half of float32: adding a random number below 2**16 to the lower half carries into the upper
-    half with the right probability, away from zero for either sign.
-    """
-    bits = values.view(torch.int32)
-    bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
-    bits &= -(1 << 16)
-    return values.to(torch.bfloat16)
+        adamw_(
+            *(t.to_local() if isinstance(t, DTensor) else t for t in tensors), step=int(state["step"]),
+            seed=(self.seed, index, rank() if isinstance(p, DTensor) else 0), lr=group["lr"], betas=group["betas"],
+            eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
 
 
 def _fused_step(

@@ -42,8 +42,9 @@ WRITTEN = {
     "head_gradient": {"e"},
     "policy_tokens": {"grad_logprobs", "sums"},
     "scale_unless_one": set(),
+    "adamw_step": {"weight", "exp_avg", "exp_avg_sq"},
 }
-UPDATED = {("head_gradient", "e")}
+UPDATED = {("head_gradient", "e"), *(("adamw_step", name) for name in ("weight", "exp_avg", "exp_avg_sq"))}
 # The incoming gradient of a loss is 1, and then the kernel touches nothing else.
 UNTOUCHED = {("scale_unless_one", "values")}
 DEVICE = torch.device("cuda", 0)
@@ -337,6 +338,11 @@ def _operation(func: Any, arguments: tuple, out: Any, head: tuple[int, int], pro
     return Step(name, part, flops, read, written, scale, shapes)
 
 
+def _waits(count: int) -> str:
+    named = " (it reads which rows have a gradient; none with rows=, as in the trainer)" if count else ""
+    return f"{count} host wait{'s' * (count != 1)}{named}"
+
+
 def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buffer_bytes: int | None = None) -> str:
     """Tables of predictions for the GPUs `names`: of each case, its parts and the bare products beside the whole."""
     from grpo_kernels.triton_kernels.engines import ENGINES
@@ -359,7 +365,7 @@ def report(tokens: int, hidden: int, vocabulary: int, names: list[str], max_buff
         costs = {name: head_cost(case, tokens, hidden, vocabulary, GPUS[name], max_buffer_bytes) for name in names}
         first = next(iter(costs.values()))
         chunks = Counter(step.name for step in first.steps)["combine_splits"]
-        lines.append(f"\n{case} ({products}U), {chunks} chunk{'s' * (chunks > 1)}, {first.host_waits} host waits")
+        lines.append(f"\n{case} ({products}U), {chunks} chunk{'s' * (chunks > 1)}, {_waits(first.host_waits)}")
         if len({cost.engine for cost in costs.values()}) > 1:
             lines[-1] += f"; chunks and GB are those of the {names[0].upper()}"
         head = f"  {'':20} {'TFLOP':>8} {'GB':>8}" + "".join(f" {name.upper() + ' ms':>10}" for name in names)

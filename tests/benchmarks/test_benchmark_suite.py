@@ -1,10 +1,8 @@
-"""The parts of the benchmarks: problems, contenders, timing, result tables, trainers, figures and options."""
+"""The parts of the benchmarks: timing, result tables, trainers and options."""
 
-import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,164 +12,12 @@ import pytest
 import torch
 
 from benchmarks import head, plots, race, step
-from benchmarks.growth import with_one_buffer
 from benchmarks.harness import measure, trainers
-from benchmarks.harness.contenders import BY_NAME, FLOOR, OURS, Contender, choose, floor_call, forward_backward
+from benchmarks.harness.contenders import OURS, choose
 from benchmarks.harness.measure import Deadline, Run, Times, fit_exponent, format_value, interleave, slug
-from benchmarks.harness.problem import Shape, errors, grpo_loss, make_problem, norm_error, verdict
 from benchmarks.own_loss import run_own_loss
-from grpo_fast.errors import UserError
 
 CPU = torch.device("cpu")
-PLAIN, CAPPED = Shape("plain", 24, 307), Shape("capped", 24, 307, softcap=5.0)
-
-
-def problem_of(shape=PLAIN, tokens=80, dtype=torch.float32, mode="trainable"):
-    return make_problem(shape, tokens, dtype, CPU, mode)
-
-
-@pytest.mark.parametrize("shape", [PLAIN, CAPPED], ids=lambda shape: shape.model)
-def test_truth_equals_float64_autograd(shape, monkeypatch):
-    # The vocabulary in two chunks.
-    whole = [slice(0, 100), slice(100, 307)]
-    monkeypatch.setattr("benchmarks.harness.problem._vocabulary_chunks", lambda *_: whole)
-    problem, truth = problem_of(shape)
-    leaf = {name: getattr(problem, name).double().requires_grad_() for name in ("hidden", "weight")}
-    logits = leaf["hidden"] @ leaf["weight"].T
-    if shape.softcap is not None:
-        logits = shape.softcap * torch.tanh(logits / shape.softcap)
-    logprobs = torch.log_softmax(logits, -1).gather(1, problem.batch.targets[:, None]).squeeze(1)
-    batch = dataclasses.replace(problem.batch, weights=problem.batch.weights.double())
-    loss = grpo_loss(logprobs, batch)
-    loss.backward()
-    found = errors(truth, loss, logprobs, leaf["hidden"].grad, leaf["weight"].grad)
-    assert set(found) == {"error_loss", "error_logprob", "error_logprob_median", "error_hidden", "error_weight"}
-    assert max(found.values()) < 1e-12
-    # There are clipped and unclipped tokens of both signs, and the log-probabilities are like a language model's.
-    assert 0 < (truth.grad_hidden.norm(dim=1) == 0).sum() < truth.rows.numel()
-    assert problem.batch.advantages.min() < 0 < problem.batch.advantages.max()
-    if shape.softcap is None:
-        assert -3 < truth.logprobs.median() < 0
-
-
-@pytest.mark.parametrize("mode", ["trainable", "frozen", "scoring"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [OURS, "full logits"])
-def test_gate_correct_contender_passes(name, dtype, mode):
-    problem, truth = problem_of(CAPPED, dtype=dtype, mode=mode)
-    call, status = head.gate(BY_NAME[name], problem, truth)
-    assert status["status"] == "ok", status
-    assert ("error_weight" in status) == (mode == "trainable")
-    outcome = call()
-    assert (outcome["grad_hidden"] is None) == (mode == "scoring")
-
-
-def spoiled(part, factor):
-    """Full logits with one gradient, or the loss, scaled."""
-
-    def make(batch):
-        loss = BY_NAME["full logits"].make(batch)
-
-        def run(hidden, weight, batch):
-            value, logprobs = loss(
-                hidden * factor - (hidden * (factor - 1)).detach() if part == "hidden" else hidden,
-                weight * factor - (weight * (factor - 1)).detach() if part == "weight" else weight,
-                batch,
-            )
-            return (value * factor if part == "loss" else value), logprobs
-
-        return run
-
-    return Contender("spoiled", make)
-
-
-@pytest.mark.parametrize("part", ["hidden", "weight", "loss"])
-def test_gate_wrong_contender_is_not_timed(part):
-    problem, truth = problem_of()
-    assert head.gate(spoiled(part, 1.0), problem, truth)[1]["status"] == "ok"
-    call, status = head.gate(spoiled(part, 1.01), problem, truth)
-    assert call is None
-    assert status["status"] == "wrong"
-    assert "above" in status["detail"]
-    assert head.gate(spoiled(part, math.nan), problem, truth)[1]["status"] == "wrong"
-
-
-def test_gate_missing_package_names_the_pip_command():
-    absent = Contender("absent", lambda _: None, package="no-such-package", module="no_such_module")
-    problem, truth = problem_of()
-    call, status = head.gate(absent, problem, truth)
-    assert call is None
-    assert status == {
-        "status": "left out",
-        "detail": "no_such_module is not installed; install it with: pip install no-such-package",
-    }
-    assert "softcap" in head.gate(BY_NAME["Liger"], *problem_of(CAPPED))[1]["detail"] or not trl_and_liger()
-
-
-def trl_and_liger():
-    return not (BY_NAME["Liger"].missing() or BY_NAME["TRL"].missing())
-
-
-def test_gate_cuda_error_ends_the_run():
-    def make(batch):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(UserError, match="rude broke CUDA, leave it out with --contenders"):
-        head.gate(Contender("rude", make), *problem_of())
-
-
-def test_gate_contender_too_large_for_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr("benchmarks.harness.contenders.available_bytes", lambda _: 1000)
-    problem, truth = problem_of()
-    assert "needs about" in head.gate(BY_NAME["full logits"], problem, truth)[1]["detail"]
-    assert head.gate(BY_NAME[OURS], problem, truth)[1]["status"] == "ok"
-
-
-def test_measure_problem_failed_contender_is_recorded(tmp_path):
-    def make(batch):
-        def loss(hidden, weight, batch):
-            raise RuntimeError("no\nluck")
-
-        return loss
-
-    run = Run(CPU, repeats=1, output=tmp_path)
-    rows = head.measure_problem(run, *problem_of(), [Contender("broken", make), BY_NAME[OURS]])
-    by_name = {row["contender"]: row for row in rows}
-    assert by_name["broken"]["detail"] == "RuntimeError: no luck"
-    assert by_name[OURS]["status"] == by_name[FLOOR]["status"] == "ok"
-    assert by_name[OURS]["seconds"] > 0
-    assert by_name[OURS]["to_floor"] == pytest.approx(by_name[OURS]["seconds"] / by_name[FLOOR]["seconds"])
-
-
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_forward_backward_microbatches_give_the_whole_gradient(count):
-    problem, truth = problem_of()
-    problem = dataclasses.replace(problem, microbatches=count)
-    for outcome in (forward_backward(problem, BY_NAME[OURS].make(problem.batch)), with_one_buffer(problem)):
-        assert verdict(errors(truth, **outcome), torch.float32) is None
-
-
-def test_floor_in_chunks_computes_the_whole_product():
-    problem, _ = problem_of()
-    made = []
-    original = torch.empty_like
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty_like", lambda tensor: made.append(original(tensor)) or made[-1])
-        patch.setattr("benchmarks.harness.contenders.FLOOR_BYTES", {"cpu": 7 * 307 * 4, "cuda": 0})
-        call = floor_call(problem)
-    call()
-    call()
-    logits = problem.hidden @ problem.weight.T
-    assert norm_error(made[0], (logits @ problem.weight).double()) < 1e-6
-    assert norm_error(made[1], (logits.T @ problem.hidden).double()) < 1e-6
-
-
-def test_forward_backward_repeated_keeps_no_gradient():
-    problem, _ = problem_of()
-    loss = BY_NAME[OURS].make(problem.batch)
-    first, second = forward_backward(problem, loss), forward_backward(problem, loss)
-    torch.testing.assert_close(first["grad_weight"], second["grad_weight"])
-    assert problem.weight.grad is None
 
 
 def test_times_quantiles_are_interpolated():
@@ -324,89 +170,6 @@ def test_reached_needs_three_consecutive_steps():
     assert not race.reached([1.0, 1.0], 0.75)
     assert not race.reached([0.9, 0.7, 0.6], 0.75)
     assert race.reached([0.1, 0.7, 0.8, 0.75], 0.75)
-
-
-def small_results(folder):
-    """A results folder with one measured and one failed contender."""
-    run = Run(CPU, output=folder, commit="abc")
-    table = run.table("head", head.KEY)
-    case = {"model": "m", "N": 64, "H": 8, "V": 99, "dtype": "float32", "head": "frozen", "status": "ok"}
-    for who, seconds in ((FLOOR, 0.5), ("full logits", 2.0), (OURS, 1.0)):
-        memory = {} if who == FLOOR else {"beyond_gradients_bytes": 3 << 20}
-        table.add({**case, "contender": who, "seconds": seconds, "to_floor": 2 * seconds, **memory})
-    table.add({**case, "contender": "TRL", "status": "wrong", "detail": "off"})
-    return slug(measure.device_name(CPU))
-
-
-def test_fill_tables_has_measured_rows_only(tmp_path):
-    device = small_results(tmp_path)
-    before = (
-        f"a\n<!-- table: head {device} -->\nold\n<!-- /table -->\nb\n<!-- table: race cpu -->\nkept\n<!-- /table -->\n"
-    )
-    after = plots.fill_tables(before, tmp_path)
-    assert after.startswith(f"a\n<!-- table: head {device} -->\n| head | bare GEMMs | grpo-fast | full logits |\n")
-    assert "| m (8 x 99), N=64, float32, frozen | 0.50 s (1.00x) | **1.00 s (2.00x)** | 2.00 s (4.00x) |" in after
-    assert "old" not in after
-    assert "TRL" not in after
-    assert "kept" in after
-    assert plots.fill_tables(after, tmp_path) == after
-    memory = plots.fill_tables("<!-- table: head-memory cpu -->\n<!-- /table -->", tmp_path)
-    assert "| m (8 x 99), N=64, float32, frozen | 3 MiB | 3 MiB |" in memory
-
-
-@pytest.fixture
-def documents(tmp_path, monkeypatch):
-    """A folder of documents with a place for every table, most of them in a page of docs/."""
-    (tmp_path / "docs").mkdir()
-    places = {name: f"<!-- table: {name} cpu -->\nold\n<!-- /table -->\n" for name in plots.TABLES}
-    (tmp_path / "README.md").write_text("first\n" + places.pop("head"))
-    (tmp_path / "docs" / "results.md").write_text("".join(places.values()))
-    (tmp_path / "docs" / "other.md").write_text("no table\n")
-    monkeypatch.setattr(plots, "ROOT", tmp_path)
-    return tmp_path
-
-
-def test_plots_fills_the_places_in_all_documents(documents, monkeypatch, capsys):
-    small_results(documents / "results")
-    monkeypatch.setattr(sys, "argv", ["plots", "--results", str(documents / "results")])
-    plots.body()
-    assert (documents / "README.md").read_text().startswith("first\n<!-- table: head cpu -->\n| head | bare GEMMs |")
-    page = (documents / "docs" / "results.md").read_text()
-    assert "<!-- table: head-memory cpu -->\n| head | grpo-fast | full logits |" in page
-    assert "<!-- table: race cpu -->\nold\n<!-- /table -->" in page
-    assert "no race.csv for cpu; its table race stays as it is" in capsys.readouterr().out
-    assert plots.read_documents(documents).keys() == {documents / "README.md", documents / "docs" / "results.md"}
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ("<!-- table: race cpu -->\nold\n<!-- /table -->\n", "", "table 'race' has no place; put <!-- table: race cpu"),
-        ("table: race cpu", "table: rice cpu", r"docs/results.md: table 'rice' is unknown \(did you mean 'race'\?\)"),
-        ("table: race cpu", "table: race", "docs/results.md: a place is not <!-- table: NAME DEVICE --> to"),
-        ("old\n<!-- /table -->\n<!-- table: loss", "<!-- table: loss", "docs/results.md: a place is not"),
-    ],
-)
-def test_read_documents_wrong_place_ends_in_one_line(documents, before, after, message):
-    page = documents / "docs" / "results.md"
-    assert before in page.read_text()
-    page.write_text(page.read_text().replace(before, after))
-    with pytest.raises(UserError, match=message):
-        plots.read_documents(documents)
-
-
-def test_documents_have_a_place_for_every_table():
-    """And every place a table; see `read_documents`."""
-    names = [
-        name for page in plots.read_documents(measure.ROOT).values() for name in re.findall(r"table: ([\w-]+)", page)
-    ]
-    assert set(names) == set(plots.TABLES)
-
-
-def test_draw_makes_a_figure_per_csv(tmp_path):
-    device = small_results(tmp_path)
-    assert plots.draw(tmp_path / device) == [tmp_path / device / "head.png"]
-    assert (tmp_path / device / "head.png").stat().st_size > 10_000
 
 
 def test_parse_cases_and_contenders():

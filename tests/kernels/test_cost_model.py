@@ -13,6 +13,7 @@ from grpo_kernels.cost_model import CASES, GPUS, Recorder, head_cost, inputs, la
 from grpo_kernels.triton_kernels import launch, policy_kernels, product_forward, triton_head
 from grpo_kernels.triton_kernels.engines import ENGINES
 from grpo_kernels.triton_kernels.launch import Launch, interpreting
+from support.traffic import Accesses
 
 # N, H, V of a head of Qwen3-8B, and what is allowed there: predicted time over that of the bare products on an H100 and
 # on an H200, and bytes. They may only fall.
@@ -81,28 +82,6 @@ def test_smaller_chunks_cost_more():
     costs = [head_cost("trainable", 4096, 512, 32000, GPUS["h100"], size << 20) for size in (16, 64, 512)]
     assert costs[0].bytes > costs[1].bytes > costs[2].bytes
     assert costs[0].seconds(GPUS["h100"]) > costs[1].seconds(GPUS["h100"]) > costs[2].seconds(GPUS["h100"])
-
-
-class Accesses:
-    """Stands in for the interpreter's memory: which bytes a launch really reads and writes."""
-
-    def __init__(self, memory):
-        self.memory, self.read, self.written = memory, set(), set()
-
-    def __getattr__(self, name):
-        return getattr(self.memory, name)
-
-    def _note(self, into, pointers, mask, size):
-        for address in pointers[mask].ravel().tolist():
-            into.update(range(address, address + size))
-
-    def load(self, pointers, mask, other, dtype):
-        self._note(self.read, pointers, mask, dtype.itemsize)
-        return self.memory.load(pointers, mask, other, dtype)
-
-    def store(self, pointers, values, mask):
-        self._note(self.written, pointers, mask, values.dtype.itemsize)
-        return self.memory.store(pointers, values, mask)
 
 
 def noting_launches(monkeypatch, note):
@@ -189,6 +168,7 @@ def test_doctor_predicts_a_head(capsys):
     said = capsys.readouterr().out
     assert said.startswith("Predicted, not measured: bfloat16 head, N=32 tokens, H=64, V=1000")
     assert "H100 ms    H200 ms" in said
+    assert "trainable (3U), 1 chunk, 1 host wait (it reads which rows have a gradient; none with rows=" in said
     for line in (
         "trainable (3U)",
         "frozen (2U)",

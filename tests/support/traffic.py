@@ -1,4 +1,4 @@
-"""What tensors an operation writes, and how many bytes are alive at once, without running it."""
+"""What an operation writes and keeps alive, without running it; and what an interpreted kernel touches."""
 
 from __future__ import annotations
 
@@ -49,3 +49,25 @@ class Traffic(TorchDispatchMode):
         if "empty" not in func._schema.name:
             self.written += [Written(func._schema.name, tuple(t.shape), t.dtype) for t in found]
         return out
+
+
+class Accesses:
+    """Stands in for the interpreter's memory: which bytes a launch really reads and writes."""
+
+    def __init__(self, memory):
+        self.memory, self.read, self.written = memory, set(), set()
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+    def _note(self, into, pointers, mask, size):
+        for address in pointers[mask].ravel().tolist():
+            into.update(range(address, address + size))
+
+    def load(self, pointers, mask, other, dtype):
+        self._note(self.read, pointers, mask, dtype.itemsize)
+        return self.memory.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, values, mask):
+        self._note(self.written, pointers, mask, values.dtype.itemsize)
+        return self.memory.store(pointers, values, mask)

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grpo_kernels.triton_kernels import (
+    adamw_kernels,
     elementwise_kernels,
     head_kernels,
     known_lse_kernels,
@@ -66,6 +67,7 @@ SIZES = (
 )
 NUMBERS = ("logit_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
 NUMBERS += ("decay_pos", "decay_neg", "beta", "kl_clip", "entropy_coef")
+NUMBERS += ("decay", "beta1", "beta2", "step_size", "correction", "eps")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
     **dict.fromkeys(NUMBERS, "fp32"),
@@ -203,6 +205,10 @@ def small_variants() -> Iterator[Variant]:
         sizes = {"values": f"*{dtype}", "blocks": "i32"}
         constants = {"BLOCK": scale_kernels.BLOCK}
         yield Variant(scale_kernels.scale_unless_one, dtype, sizes, constants, scale_kernels.WARPS)
+    for weight, grad in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        sizes = {"weight": f"*{weight}", "grad": f"*{grad}", "key": "i32", "second_key": "i32"}
+        constants = {"BLOCK": adamw_kernels.BLOCK}
+        yield Variant(adamw_kernels.adamw_step, f"{weight}, {grad} gradient", sizes, constants, adamw_kernels.WARPS)
     block = {"BLOCK": elementwise_kernels.BLOCK}
     types = {"logprobs": "*bf16", "grad_logprobs": "*bf16"}
     for kl in (1, 2, 3):
