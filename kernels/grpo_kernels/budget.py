@@ -31,6 +31,20 @@ ROUNDED_BYTES = 32 * MIB
 # [C, H] temporaries that exist at once beside the logits: hidden states and gradients, each also scaled or rounded.
 NARROW_COPIES = 3
 
+# Temporary memory for each kept id of a support whose rows of the weight are gathered: its logit, its gradient, and its
+# places in two orders.
+GATHER_BYTES = 40
+# Up to which share of the vocabulary gathering the kept rows is less work.
+GATHER_SHARE_CPU = 1 / 32
+GATHER_SHARE_GPU = 1 / 256
+
+
+def gather_share(device: torch.device, dtype: torch.dtype) -> float:
+    """Kept ids a token, as a share of the vocabulary, up to which their rows of a weight in `dtype` are gathered."""
+    if device.type == "cpu":
+        return GATHER_SHARE_CPU
+    return GATHER_SHARE_GPU
+
 
 def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
     """Split `num_rows` into slices of nearly equal length, none longer than `rows_per_chunk`."""

@@ -141,7 +141,7 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
         types[name] = f"tensordesc<{dtype}[{rows}, {columns}]>" if described else f"*{dtype}"
     constants = {
         "HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "WITH_ENTROPY": entropy,
-        "STORE": store, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
+        "STORE": store, "HAS_SUPPORT": False, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
         "PART_V": tile.part, "BLOCK_K": tile.depth, "weight_stride_h": 1,
         "DOT_DTYPE": DOT_DTYPES[dtype],
     }  # fmt: skip

@@ -38,6 +38,18 @@ def _part(z, index: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART:
 
 
 @triton.jit
+def kept_columns(words, first_column, column_mask, row_mask, WIDTH: tl.constexpr):
+    """Which columns of a tile each row keeps ``[ROWS, WIDTH]``; `words` are pointers to the first word of each row."""
+    column = tl.arange(0, WIDTH)
+    bits = tl.load(
+        (words + first_column // 32)[:, None] + (column // 32)[None, :],
+        row_mask[:, None] & column_mask[None, :],
+        other=0,
+    )
+    return ((bits >> (column % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
 def _merge(maximum, total, weighted, other_maximum, other_total, other_weighted, WITH_ENTROPY: tl.constexpr):
     """The statistics of two sets of columns from those of each; log e is relative to the maximum, so it shifts too."""
     merged = tl.maximum(maximum, other_maximum)
@@ -52,7 +64,7 @@ def _merge(maximum, total, weighted, other_maximum, other_total, other_weighted,
 @triton.jit
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
-    N, V, padded_columns, out_stride, logit_scale, softcap,
+    N, V, padded_columns, out_stride, logit_scale, softcap, support, support_stride, HAS_SUPPORT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +80,11 @@ def _fold_tile(
         z = tl.where(z == float("-inf"), z, softcap * tanh(z / softcap))
     if HAS_TEMPERATURE:
         z *= inverse_temperature[:, None]
-    z = tl.where(column_mask[None, :], z, float("-inf"))
+    if HAS_SUPPORT:
+        column_mask = kept_columns(support + rows * support_stride, first_column, column_mask, row_mask, WIDTH)
+        z = tl.where(column_mask, z, float("-inf"))
+    else:
+        z = tl.where(column_mask[None, :], z, float("-inf"))
     target_column = (target - first_column).to(tl.int32)
     at_target += tl.sum(tl.where(column[None, :] == target_column[:, None], z, 0.0), 1)
 
@@ -98,8 +114,8 @@ def _fold_tile(
 
 
 @triton.jit(
-    do_not_specialize=["N", "tiles_per_split", "splits"],
-    do_not_specialize_on_alignment=["bias", "targets", "temperature", "partials", "tile_maximum"],
+    do_not_specialize=["N", "tiles_per_split", "splits", "support_stride"],
+    do_not_specialize_on_alignment=["bias", "targets", "temperature", "partials", "tile_maximum", "support"],
 )
 def head_forward(
     hidden,  # [N, H] in DOT_DTYPE: a pointer, or a descriptor of blocks [BLOCK_N, BLOCK_K]
@@ -122,6 +138,9 @@ def head_forward(
     splits,
     logit_scale,
     softcap,
+    support,  # [N, words] int32: a bit for each column that is kept
+    support_stride,
+    HAS_SUPPORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -175,7 +194,7 @@ def head_forward(
                 statistics = _fold_tile(
                     _part(z, part, BLOCK_N, BLOCK_V, PART_V), statistics, first_row, first_column + part * PART_V,
                     target, inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V,
-                    padded_columns, out_stride, logit_scale, softcap,
+                    padded_columns, out_stride, logit_scale, softcap, support, support_stride, HAS_SUPPORT,
                     HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, WITH_ENTROPY, STORE, DESCRIPTORS, PART_V,
                 )  # fmt: skip
         # Four planes of [splits, N].

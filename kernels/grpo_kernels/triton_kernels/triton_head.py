@@ -24,6 +24,7 @@ from grpo_kernels.triton_kernels.head_kernels import combine_splits, head_forwar
 from grpo_kernels.triton_kernels.known_lse_kernels import head_gradient_known
 from grpo_kernels.triton_kernels.launch import architecture_of, interpreting, processors, run_kernel
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
+from grpo_kernels.triton_kernels.support_launches import support_words
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
 T = TypeVar("T")
@@ -95,9 +96,11 @@ class TritonHead(Head):
         return rows.to(self.operand_dtype).contiguous()
 
     def forward_(self, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
+        words = None if rows.support is None else support_words(rows.support, self.vocab_size)
         return self.with_tile(
-            "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
-        )
+            "head_forward", rows, out, with_entropy,
+            lambda tile: self.launch_forward(tile, rows, out, with_entropy, words),
+        )  # fmt: skip
 
     def with_tile(self, kernel: str, rows: Rows, out: Tensor, with_entropy: bool, launch: Callable[[Tile], T]) -> T:
         """`launch` with the first tile of the table that the device has the resources for, or with the tuned one.
@@ -136,8 +139,10 @@ class TritonHead(Head):
             f"no tile of {kernel} fits {architecture} ({key}: {refusal or 'refused before'}); use backend='torch'"
         )
 
-    def launch_forward(self, tile: Tile, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        (hidden, targets, temperature), weight, device = rows, self.weight, out.device
+    def launch_forward(
+        self, tile: Tile, rows: Rows, out: Tensor, with_entropy: bool, words: Tensor | None = None
+    ) -> RowStatistics:
+        (hidden, targets, temperature, _), weight, device = rows, self.weight, out.device
         (N, H), V, store = hidden.shape, self.vocab_size, out.shape[1] > 0
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, tiles = -(-N // tile.rows), -(-V // tile.columns)
@@ -159,7 +164,8 @@ class TritonHead(Head):
             first, second, self.bias, targets, temperature, partials, third, tile_maximum,
             N, V, padded_columns(out), H,
             hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
-            self.logit_scale, self.softcap or 1.0,
+            self.logit_scale, self.softcap or 1.0, words, 0 if words is None else words.stride(0),
+            HAS_SUPPORT=words is not None,
             HAS_BIAS=self.bias is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
@@ -187,9 +193,10 @@ class TritonHead(Head):
         )
         # An incoming gradient may be one number, expanded.
         g, g_entropy = (None if grad is None else grad.contiguous() for grad in (g, g_entropy))
+        words = None if rows.support is None else support_words(rows.support, self.vocab_size)
 
         def launch(tile: Tile) -> None:
-            self.launch_known(tile, rows, stats, out, g, g_entropy, scale, row_scale is not None)
+            self.launch_known(tile, rows, stats, out, g, g_entropy, scale, row_scale is not None, words)
 
         self.with_tile("head_gradient_known", rows, out, g_entropy is not None, launch)
         return out, row_scale
@@ -204,8 +211,9 @@ class TritonHead(Head):
         grad_entropy: Tensor | None,  # [C], None for 0
         scale: float,
         row_scaled: bool,
+        words: Tensor | None = None,  # [C, words]
     ) -> None:
-        (hidden, targets, temperature), weight, device = rows, self.weight, out.device
+        (hidden, targets, temperature, _), weight, device = rows, self.weight, out.device
         (N, H), V = hidden.shape, self.vocab_size
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, programs = -(-N // tile.rows), processors(device)
@@ -222,7 +230,8 @@ class TritonHead(Head):
             first, second, self.bias, targets, temperature, stats.maximum, stats.total, stats.weighted, stats.target,
             grad_logprobs, grad_entropy, third, N, V, padded_columns(out), H,
             hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
-            self.logit_scale, self.softcap or 1.0, scale,
+            self.logit_scale, self.softcap or 1.0, scale, words, 0 if words is None else words.stride(0),
+            HAS_SUPPORT=words is not None,
             HAS_BIAS=self.bias is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
@@ -256,7 +265,7 @@ class TritonHead(Head):
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
+        (_, targets, temperature, _), e, stats = chunk.rows, chunk.e, chunk.stats
         N, V = e.shape
         grad_logprobs, grad_entropy, scale, row_scale = self.row_scaled(
             e.dtype, grad_logprobs, grad_entropy, stats.total, temperature
