@@ -80,26 +80,28 @@ class TorchGather:
         return d.masked_fill(self.ids < 0, 0.0)
 
     def write_grad_hidden(self, d: Tensor, out: Tensor) -> None:
-        found = torch.zeros(self.hidden.shape, dtype=self.head.dtype, device=d.device)
-        for block in self._blocks():
-            found.index_add_(0, self.rows[block], d[block, None] * self._weight(block))
-        self.head.all_reduce(found)
+        head = self.head
+        if head.weight.dtype == head.operand_dtype == head.dtype and head.weight.is_contiguous():
+            found = weighted_bags(head.weight, self.ids.clamp(min=0), self.offsets, d)
+        else:
+            found = torch.zeros(self.hidden.shape, dtype=head.dtype, device=d.device)
+            for block in self._blocks():
+                found.index_add_(0, self.rows[block], d[block, None] * self._weight(block))
+        head.all_reduce(found)
         out[self.at] = found.to(out.dtype)
 
     def add_grad_weight(self, d: Tensor, out: Tensor, add: bool) -> None:
-        # Sums of a part of the vocabulary at a time, so that a 16-bit gradient is rounded once.
-        order = self.ids.argsort(stable=True)
-        ordered, height = self.ids[order], self._block_length()
-        parts = list(chunks(out.shape[0], height))
-        firsts = torch.tensor([part.start for part in parts] + [out.shape[0]], device=d.device)
-        bounds = torch.searchsorted(ordered, firsts).tolist()
-        for part, start, stop in zip(parts, bounds[:-1], bounds[1:], strict=True):
-            if start == stop:
+        ids, order = self.ids.sort(stable=True)
+        bounds = torch.searchsorted(ids, torch.arange(out.shape[0] + 1, device=d.device))
+        hidden = self.hidden.to(self.head.operand_dtype).to(self.head.dtype).contiguous()
+        rows, d = self.rows[order], d[order]
+        # Sums of a part of the vocabulary at a time, each of which is rounded once.
+        for part in chunks(out.shape[0], self._block_length()):
+            offsets = bounds[part.start : part.stop + 1]
+            first, last = int(offsets[0]), int(offsets[-1])
+            if first == last:
                 continue
-            sums = torch.zeros(out[part].shape, dtype=self.head.dtype, device=d.device)
-            for block in chunks(stop - start, height):
-                pairs = order[start + block.start : start + block.stop]
-                sums.index_add_(0, self.ids[pairs] - part.start, d[pairs, None] * self._hidden(pairs))
+            sums = weighted_bags(hidden, rows[first:last], offsets - first, d[first:last])
             if add:
                 out[part] += sums
             else:
@@ -118,9 +120,16 @@ class TorchGather:
     def _blocks(self) -> Iterator[slice]:
         return chunks(len(self.rows), self._block_length())
 
-    def _hidden(self, pairs: slice | Tensor) -> Tensor:
-        return self.hidden[self.rows[pairs]].to(self.head.operand_dtype).to(self.head.dtype)
+    def _hidden(self, pairs: slice) -> Tensor:
+        return self.hidden.index_select(0, self.rows[pairs]).to(self.head.operand_dtype).to(self.head.dtype)
 
-    def _weight(self, pairs: slice | Tensor) -> Tensor:
-        rows = self.head.weight[self.ids[pairs].clamp(min=0)]
+    def _weight(self, pairs: slice) -> Tensor:
+        rows = self.head.weight.index_select(0, self.ids[pairs].clamp(min=0))
         return rows.to(self.head.operand_dtype).to(self.head.dtype)
+
+
+def weighted_bags(table: Tensor, rows: Tensor, offsets: Tensor, factors: Tensor) -> Tensor:
+    """``[n, H]``: for each range of ``offsets [n + 1]`` the sum of ``factors[k] * table[rows[k]]``."""
+    return torch.nn.functional.embedding_bag(
+        rows, table, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True
+    )

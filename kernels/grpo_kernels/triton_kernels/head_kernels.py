@@ -38,15 +38,15 @@ def _part(z, index: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART:
 
 
 @triton.jit
-def kept_columns(words, first_column, column_mask, row_mask, WIDTH: tl.constexpr):
+def kept_columns(words, first_column, V, row_mask, WIDTH: tl.constexpr):
     """Which columns of a tile each row keeps ``[ROWS, WIDTH]``; `words` are pointers to the first word of each row."""
     column = tl.arange(0, WIDTH)
-    bits = tl.load(
-        (words + first_column // 32)[:, None] + (column // 32)[None, :],
-        row_mask[:, None] & column_mask[None, :],
-        other=0,
-    )
-    return ((bits >> (column % 32)[None, :]) & 1) != 0
+    kept = tl.zeros([1, WIDTH], tl.int32)
+    # A word of each row at a time: an address for each column would not fit the registers.
+    for index in tl.static_range(WIDTH // 32):
+        word = tl.load(words + first_column // 32 + index, row_mask & (first_column + 32 * index < V), other=0)
+        kept = tl.where((column // 32 == index)[None, :], word[:, None] >> (column % 32)[None, :], kept)
+    return (kept & 1) != 0
 
 
 @triton.jit
@@ -81,8 +81,7 @@ def _fold_tile(
     if HAS_TEMPERATURE:
         z *= inverse_temperature[:, None]
     if HAS_SUPPORT:
-        column_mask = kept_columns(support + rows * support_stride, first_column, column_mask, row_mask, WIDTH)
-        z = tl.where(column_mask, z, float("-inf"))
+        z = tl.where(kept_columns(support + rows * support_stride, first_column, V, row_mask, WIDTH), z, float("-inf"))
     else:
         z = tl.where(column_mask[None, :], z, float("-inf"))
     target_column = (target - first_column).to(tl.int32)

@@ -33,7 +33,7 @@ def _gradient_of_tile(
     if HAS_TEMPERATURE:
         shifted = z * inverse_temperature[:, None]
     if HAS_SUPPORT:
-        kept = kept_columns(words, first_column, column < V - first_column, row_mask, WIDTH)
+        kept = kept_columns(words, first_column, V, row_mask, WIDTH)
         shifted = tl.where(kept, shifted, float("-inf"))
     # The maximum is subtracted first: rounding maximum + log(total) would cost large logits their last digits.
     logprob = (shifted - maximum[:, None]) - log_total[:, None]
