@@ -11,6 +11,7 @@ from grpo_kernels.masked_mean import masked_mean
 from grpo_kernels.objective import PRESETS, PolicyObjective, register_objective
 from grpo_kernels.policy_loss import PolicyLoss, policy_loss
 from grpo_kernels.sampling_ratio import SAMPLING_RATIO_MODES, sampling_ratio
+from grpo_kernels.support import Support
 from grpo_kernels.token_weights import high_entropy_mask, token_weights
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "SAMPLING_RATIO_MODES",
     "PolicyLoss",
     "PolicyObjective",
+    "Support",
     "__version__",
     "high_entropy_mask",
     "kl_estimate",

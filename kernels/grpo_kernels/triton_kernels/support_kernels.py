@@ -35,7 +35,7 @@ def support_bits(
 
 
 @triton.jit(
-    do_not_specialize=["N", "hidden_stride", "weight_stride_v"],
+    do_not_specialize=["N"],
     do_not_specialize_on_alignment=[
         "bias", "ids", "starts", "ends", "tokens", "targets", "temperature", "z", "statistics",
     ],
@@ -181,8 +181,7 @@ def support_gradient(
 
 
 @triton.jit(
-    do_not_specialize=["out_stride", "weight_stride_v"],
-    do_not_specialize_on_alignment=["d", "ids", "starts", "ends", "tokens", "out"],
+    do_not_specialize_on_alignment=["d", "ids", "starts", "ends", "tokens"],
 )
 def support_grad_hidden(
     d,  # [K] float32
@@ -221,8 +220,7 @@ def support_grad_hidden(
 
 
 @triton.jit(
-    do_not_specialize=["hidden_stride", "out_stride"],
-    do_not_specialize_on_alignment=["d", "order", "bounds", "pair_tokens", "out", "grad_bias"],
+    do_not_specialize_on_alignment=["d", "order", "bounds", "pair_tokens", "grad_bias"],
 )
 def support_grad_weight(
     d,  # [K] float32, 0 for pairs without a gradient
