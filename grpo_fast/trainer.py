@@ -166,8 +166,9 @@ class GRPOTrainer:
         )  # fmt: skip
         self.adapter, self.model = self.learner.adapter, model
         on_main(lambda: checkpoint.check_space(model, self.run_folder, config))
+        sampling = Sampling.from_config(config, config.num_generations)
+        self.sampling = dataclasses.replace(sampling, keeps_support=config.truncated_support)
         self.rollout, self.closed = self.build_sampler(), False
-        self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
         self.rollout.check(self.train_prompts[0], self.sampling)
         self.signals, self.warnings = LearningSignals(config), Warnings(self.run_folder / "warnings.jsonl")
@@ -223,7 +224,8 @@ class GRPOTrainer:
         config = self.config
         longest = max(map(len, self.train_prompts + self.eval_prompts)) + config.max_completion_length
         allowed = tolerance(config, self.model.dtype)
-        probe = Probe(self.train_prompts[0], longest, config.temperature, allowed)
+        truncated = self.sampling if config.truncated_support else None
+        probe = Probe(self.train_prompts[0], longest, config.temperature, allowed, truncated)
         build = partial(build_rollout, config, self.model, self.tokenizer, longest - config.max_completion_length)
         gathered = partial(whole_weights, self.learner.policy)
         engine = build() if size() == 1 else DealtRollout(build, config.use_vllm, gathered)
@@ -518,6 +520,8 @@ class GRPOTrainer:
         if config.corrects_sampler:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]
             batch.sampling_logprobs = torch.tensor(sampled).to(batch.weights)
+        if config.truncated_support:
+            batch.support = groups.support()
         if config.uses_reference:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:

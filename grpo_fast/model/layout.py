@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_fast.errors import UserError
 from grpo_fast.model.attention import Group, Segments
+from grpo_kernels import Support
 
 IGNORE_INDEX = -100
 # transformers' collators name the offsets of packed sequences, the longest length and each token's sequence like this.
@@ -36,6 +37,7 @@ class Microbatch:
         sources: as `targets`, the index into ``B * T`` of the position that predicts each of them.
         cu_seqlens: ``[S + 1]`` int64, offsets of the sequences among the targets; None where each row is a sequence.
         complete: whether every target is known to be scored, so that the head need not ask the device which ones are.
+        support: the ids that the sampler kept for each target, in their flattened order; None for the whole vocabulary.
         tokens: ``[n]`` int64, the targets' indices among the tokens of the optimizer step; empty outside the trainer.
     """
 
@@ -48,10 +50,12 @@ class Microbatch:
     sources: Tensor
     cu_seqlens: Tensor | None = None
     complete: bool = False
+    support: Support | None = None
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> Microbatch:
-        moved = {name: x.to(device) if isinstance(x, Tensor | Segments) else x for name, x in vars(self).items()}
+        kinds = Tensor | Segments | Support
+        moved = {name: x.to(device) if isinstance(x, kinds) else x for name, x in vars(self).items()}
         return Microbatch(**moved)
 
 

@@ -36,7 +36,7 @@ from grpo_fast.model.heads import (
 from grpo_fast.model.images import has_images, image_positions, places_images, twice
 from grpo_fast.model.inputs import check_keywords, check_tensors, check_token_ids, forward_arguments
 from grpo_fast.model.layout import IGNORE_INDEX, PACKING, Microbatch, lay_out
-from grpo_kernels import PolicyLoss, PolicyObjective, linear_logprob, linear_policy_loss, token_weights
+from grpo_kernels import PolicyLoss, PolicyObjective, Support, linear_logprob, linear_policy_loss, token_weights
 
 # Largest difference between log-probabilities that are compared before training: those of the head and of the model's
 # own logits, or of packed and of separate rows.
@@ -141,6 +141,7 @@ class FusedPolicy(nn.Module):
         old_logprobs: Tensor | None = None,
         ref_logprobs: Tensor | None = None,
         correction: Tensor | None = None,
+        support: Support | None = None,
         share: float = 1.0,
         return_entropy: bool = False,
         return_aux_loss: bool = False,
@@ -167,6 +168,8 @@ class FusedPolicy(nn.Module):
                 alone; pass them if several calls make up one optimizer step.
             objective: what is minimised, such as ``grpo_kernels.PRESETS["dapo"]``.
             old_logprobs, ref_logprobs, correction: ``[B, K]``, as in `grpo_kernels.policy_loss`.
+            support: the ids that a truncated sampler (top_p, top_k, min_p) kept for each of the B K tokens, one row
+                after another, as in `grpo_kernels.linear_logprob`; by default the whole vocabulary.
             share: factor of a mixture of experts' router loss, which is a mean over the tokens of this call: 1 / calls,
                 or the call's share of the tokens, if several calls make up one optimizer step.
             return_entropy: entropies (nats) as well.
@@ -204,6 +207,7 @@ class FusedPolicy(nn.Module):
         microbatch = lay_out(
             input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens, packing
         )
+        microbatch.support = support
         check_token_ids(input_ids, model.config, bool(model_inputs))
         if position_ids is not None and position_ids.dim() == 3 and not places_images(inner):
             raise UserError(f"{type(inner).__name__} takes position_ids [B, T], got {list(position_ids.shape)}")
@@ -243,6 +247,7 @@ class FusedPolicy(nn.Module):
         routed = self.routes and (loss is not None or with_router)
         hidden, router = self._hidden_states(microbatch, routed, model_inputs or {})
         head, targets, shape = self._head(), microbatch.targets, microbatch.targets.shape
+        head["support"] = microbatch.support
         if loss is None:
             rows = "all" if microbatch.complete else None
             found = linear_logprob(hidden, targets=targets, return_entropy=with_entropy, rows=rows, **head)

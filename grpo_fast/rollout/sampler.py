@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from threading import Thread
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grpo_fast.rollout.base import Response, Rollout, Sampling
-from grpo_fast.rollout.probe import Probe
+from grpo_fast.rollout.probe import Probe, Score
 
 
 class Sampler:
@@ -23,12 +22,10 @@ class Sampler:
         engine: the sampling engine.
         model: the trained model.
         probe: compares the engine's log-probabilities with the trainer's after a sync.
-        score: the trainer's log-probabilities ``[n]`` of a completion, given the ids of its prompt and its own.
+        score: the trainer's log-probabilities of a completion; see `probe.Score`.
     """
 
-    def __init__(
-        self, engine: Rollout, model: nn.Module, probe: Probe, score: Callable[[list[int], list[int]], Tensor]
-    ):
+    def __init__(self, engine: Rollout, model: nn.Module, probe: Probe, score: Score):
         self.engine, self.model, self.probe, self.score = engine, model, probe, score
         self.stale, self.asleep = engine.copies_weights, False
         self.ahead: Future | None = None

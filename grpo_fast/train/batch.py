@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.model.packing import Sample, token_offsets
-from grpo_kernels import PolicyObjective, token_weights
+from grpo_kernels import PolicyObjective, Support, token_weights
 
 
 @dataclass
@@ -19,7 +19,9 @@ class StepBatch:
     `counted` is ``[S]``, whether a completion is in the loss at all; `active` lists the samples that are computed;
     `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
     `sampling_logprobs` are the sampler's, whose difference from the trainer's `correction` accounts for; `mask` is 0
-    for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well.
+    for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well;
+    `support` holds the ids that the sampler kept for each token, on the CPU, over which all policies are scored (None:
+    the whole vocabulary).
     """
 
     samples: list[Sample]
@@ -35,6 +37,7 @@ class StepBatch:
     sampling_logprobs: Tensor | None = None
     correction: Tensor | None = None
     mask: Tensor | None = None
+    support: Support | None = None
 
     def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
         """Set the advantage of every token ``[N]``, and leave out the samples that cannot move the policy."""
@@ -60,6 +63,7 @@ class StepBatch:
         for name in ("ref_logprobs", "old_logprobs", "sampling_logprobs", "correction"):
             values = getattr(self, name)
             setattr(part, name, None if values is None else values[tokens])
+        part.support = None if self.support is None else self.support.take(tokens.cpu())
         part.set_advantages(self.advantages[tokens].cpu(), objective)
         return part
 

@@ -36,7 +36,7 @@ from grpo_fast.train.finite import all_finite, bad_completions, not_finite
 from grpo_fast.train.metrics import loss_metrics, loss_parts, sampling_metrics
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
-from grpo_kernels import high_entropy_mask, masked_mean, sampling_ratio
+from grpo_kernels import Support, high_entropy_mask, masked_mean, sampling_ratio
 from grpo_kernels.weight_copies import kept_weight_copies
 
 
@@ -292,9 +292,12 @@ class Learner:
             dealt = packing.deal_microbatches(rows, budget, self.packed, size())[rank()]
         for chosen in dealt:
             if chosen:
-                yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
+                microbatch = build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed)
             else:
-                yield packing.empty_microbatch(pad, self.packed).to(device)
+                microbatch = packing.empty_microbatch(pad, self.packed)
+            if batch.support is not None:
+                microbatch.support = batch.support.take(microbatch.tokens)
+            yield microbatch.to(device)
 
     def score_reference(self, batch: StepBatch) -> Tensor:
         """Log-probabilities ``[N]`` under the reference policy."""
@@ -336,11 +339,14 @@ class Learner:
         return total(scores)
 
     @torch.no_grad()
-    def score_completion(self, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
-        """Log-probabilities of one completion's tokens under the current policy."""
+    def score_completion(
+        self, prompt_ids: list[int], completion_ids: list[int], support: Support | None = None
+    ) -> Tensor:
+        """Log-probabilities of one completion's tokens under the current policy, over what the sampler kept."""
         samples = [Sample(prompt_ids, completion_ids, 0)]
         rows, offsets = plan_rows(samples, [0], 0), token_offsets(samples)
         microbatch = build_microbatch(samples, rows, offsets, self.pad_token_id, self.packed)
+        microbatch.support = support
         self.policy.eval()
         logprobs = self.policy(microbatch.to(self.accelerator.device)).float()
         sharding.release(self.policy)

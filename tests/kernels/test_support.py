@@ -197,7 +197,7 @@ def test_few_kept_ids_need_no_product_with_the_whole_weight():
 
 def test_take_and_join():
     whole = random_support(torch.arange(9), 20, 5)
-    parts = [whole.take(torch.tensor(tokens)) for tokens in ([3], [], [0, 8])]
+    parts = [whole.take(torch.tensor(tokens, dtype=torch.int64)) for tokens in ([3], [], [0, 8])]
     joined = Support.joined(parts)
     for found, token in enumerate([3, 0, 8]):
         ids = joined.ids[joined.offsets[found] : joined.offsets[found + 1]]
