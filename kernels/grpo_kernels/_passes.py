@@ -207,7 +207,10 @@ class Gradients:
         buffer = self.head.buffer(rows.numel(), trained=self.weight is not None)
         for at, chunk, last in call.inputs(rows, buffer.shape[0]):
             stats = known.take(at)
-            upstreams = within_support(chunk, stats, grad_logprobs[at]), None if grad_entropy is None else grad_entropy[at]
+            upstreams = (
+                within_support(chunk, stats, grad_logprobs[at]),
+                None if grad_entropy is None else grad_entropy[at],
+            )
             d, row_scale = self.head.recompute_(chunk, stats, buffer[: chunk.hidden.shape[0]], *upstreams)
             self._multiply(at, chunk, d, row_scale, last)
 

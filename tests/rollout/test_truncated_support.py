@@ -143,9 +143,7 @@ def test_step_gradient_is_that_of_the_truncated_policy(fields):
     model = tiny_model()
     loss = -(batch.advantages * batch.weights * truncated_logprobs(model, batch.support)).sum()
     loss.backward()
-    found, expected = (
-        torch.cat([p.grad.flatten() for p in one.parameters()]) for one in (learner.policy, model)
-    )
+    found, expected = (torch.cat([p.grad.flatten() for p in one.parameters()]) for one in (learner.policy, model))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 

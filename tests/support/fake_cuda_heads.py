@@ -126,7 +126,8 @@ def check_up(dtypes: str, *_: str) -> None:
 
 
 OPERATIONS = {
-    f.__name__: f for f in (kept_ids, logprob, entropy, loss, loss_options, loss_torch, loss_without_copy, step, check_up)
+    f.__name__: f
+    for f in (kept_ids, logprob, entropy, loss, loss_options, loss_torch, loss_without_copy, step, check_up)
 }
 
 
