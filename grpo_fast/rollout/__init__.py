@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, require_extra
+from grpo_fast.errors import require_extra
 from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.support import check_support
 from grpo_fast.rollout.transformers import TransformersRollout

@@ -6,9 +6,9 @@ For K kept ids of N tokens, in all of them K H multiplications a product instead
     d_k  = dL/d(hidden_n . weight_v), from the statistics of token n     K numbers
     dH_n = sum of d_k weight_v over the pairs of n,  dW_v = sum of d_k hidden_n over the pairs of v
 
-A multiplication here reads its own row of the weight from memory, one of a matrix product reads it once for many tokens,
-so gathering pays only where few ids are kept (`gathers`). Elsewhere the pass is the usual one with all other columns set
-to -inf. All pairs are processed at once.
+Here each pair reads its own row of the weight, which a matrix product reads once for many tokens, so gathering pays
+only where few ids are kept (`gathers`). Elsewhere the pass is the usual one with all other columns set to -inf. All
+pairs are processed at once.
 """
 
 from __future__ import annotations

@@ -35,21 +35,24 @@ from grpo_kernels.support import Support
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
-    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ..., return_entropy: Literal[False] = ...,
+    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ...,
+    return_entropy: Literal[False] = ...,
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
     process_group: ProcessGroup | None = ..., backend: str = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
-    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ..., return_entropy: Literal[True],
+    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ...,
+    return_entropy: Literal[True],
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
     process_group: ProcessGroup | None = ..., backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
-    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ..., return_entropy: bool,
+    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ...,
+    return_entropy: bool,
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
     process_group: ProcessGroup | None = ..., backend: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -111,7 +114,8 @@ def linear_logprob(
     op = "linear_logprob"
     backend, call = make_pass(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        support=support, rows=rows, max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
+        support=support, rows=rows, max_buffer_bytes=max_buffer_bytes, process_group=process_group,
+        with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
     if backend == "reference":
         require(process_group is None, f"{op}: backend='reference' does not support process_group")

@@ -97,7 +97,8 @@ def linear_policy_loss(
     )
     backend, call = make_pass(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        support=support, rows=rows, max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
+        support=support, rows=rows, max_buffer_bytes=max_buffer_bytes, process_group=process_group,
+        with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
     checks.require(
         rows is None or not skip_inactive, f"{op}: skip_inactive finds the rows itself, so rows must be None"

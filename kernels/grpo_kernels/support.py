@@ -8,8 +8,9 @@ The kept ids are data, like the targets: they come from the policy that sampled 
 is trained. A threshold of the logits or of the probabilities is no substitute. Applied to the present policy it keeps
 other ids after an update, so a ratio would compare two distributions with different supports, and a sampled token could
 drop out of its own; on the same weights, rounding moves ids across it. Its gradient exists almost everywhere, but it is
-that of another function. The kept mass alone, subtracted as a constant, gives the right ratio and a wrong gradient: that
-of the mass is missing. If an engine reports only a threshold, turn it into ids once, with the weights that sampled.
+that of another function. The kept mass alone, subtracted as a constant, gives the right ratio and a wrong gradient:
+that of the mass is missing. If an engine reports only a threshold, turn it into ids once, with the weights that
+sampled.
 """
 
 from __future__ import annotations

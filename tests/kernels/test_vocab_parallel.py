@@ -64,6 +64,8 @@ def shard(rank: int, store: str, trainable: bool, backend: str):
     try:
         dtype, allowed = BACKENDS[backend]
         for name, (options, objective) in CASES.items():
+            if "kept" in options and not trainable:
+                continue
             whole, loss = make(trainable, dtype)
             expected, expected_grads = outputs(whole, loss, options, objective, backend)
             part = slice(0, CUT) if rank == 0 else slice(CUT, V)

@@ -67,7 +67,7 @@ def test_forced_tokens_keep_themselves():
     from grpo_fast.rollout.decode import Decoder, Sequence
 
     class Thinking:
-        mask = [False]
+        mask = (False,)
 
         def forced(self):
             return 7

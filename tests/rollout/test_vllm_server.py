@@ -477,7 +477,7 @@ def test_vllm_without_kept_ids_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", SimpleNamespace(EngineArgs=EngineArgs))
     config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], use_vllm=True, top_p=0.9)
     common.check_mask(config)
-    with pytest.raises(UserError, match="this vLLM, which has no return_sampling_mask: install vLLM 0.32 or later"):
+    with pytest.raises(UserError, match=r"this vLLM, which has no return_sampling_mask: install vLLM 0.32 or later"):
         common.check_mask(dataclasses.replace(config, truncated_support=True))
     with pytest.raises(UserError, match="no return_sampling_mask"):
         common.kept_ids(SimpleNamespace(sampling_mask=None))

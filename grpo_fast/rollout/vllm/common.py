@@ -35,13 +35,13 @@ TRAINING_BYTES = 12
 # A top_k that vLLM cuts to the size of the vocabulary.
 EVERY_TOKEN = 2**31 - 1
 NO_MASK = (
-    "truncated_support is not possible with this vLLM, which has no return_sampling_mask: install vLLM 0.32 or later, or "
-    "set use_vllm=false"
+    "truncated_support is not possible with this vLLM, which has no return_sampling_mask: install vLLM 0.32 or later, "
+    "or set use_vllm=false"
 )
 NO_RUNNER = (
     "truncated_support is not possible with vLLM here: it returns the ids that its filters keep only with its model "
-    "runner V2, which needs a GPU with Triton (VLLM_USE_V2_MODEL_RUNNER); sample with transformers (use_vllm=false), or "
-    "leave out top_p, top_k and min_p"
+    "runner V2, which needs a GPU with Triton (VLLM_USE_V2_MODEL_RUNNER); sample with transformers (use_vllm=false), "
+    "or leave out top_p, top_k and min_p"
 )
 # Share of the free memory that is left for activations while sampling and for fragmentation.
 RESERVE = 0.1
