@@ -68,7 +68,7 @@ def predicted_ratio(shape: Shape, kept: int, dtype: torch.dtype) -> float:
     """Time masked over time gathered on an H100: its flops, and the rows of the weight from memory, without caches."""
     gpu = GPUS["h100"]
     rate = gpu.forward if dtype.itemsize == 2 else 50e12
-    return (2 * shape.V * shape.H / rate) / (kept * shape.H * dtype.itemsize / gpu.bandwidth)
+    return (2 * shape.vocab * shape.hidden / rate) / (kept * shape.hidden * dtype.itemsize / gpu.bandwidth)
 
 
 def verdict(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> str:
@@ -85,24 +85,24 @@ def run_kept_ids(run: Run, kept: tuple[int, ...] = KEPT) -> None:
     table = run.table("kept_ids", KEY)
     for shape, tokens, dtype in cases_for(run):
         torch.manual_seed(0)
-        targets = torch.randint(0, shape.V, (tokens,), device=run.device)
+        targets = torch.randint(0, shape.vocab, (tokens,), device=run.device)
         inputs = {
-            "hidden": torch.randn(tokens, shape.H, device=run.device).to(dtype),
-            "weight": (torch.randn(shape.V, shape.H, device=run.device) / shape.H**0.5).to(dtype),
+            "hidden": torch.randn(tokens, shape.hidden, device=run.device).to(dtype),
+            "weight": (torch.randn(shape.vocab, shape.hidden, device=run.device) / shape.hidden**0.5).to(dtype),
             "targets": targets,
             "advantages": torch.randn(tokens, device=run.device),
             "weights": torch.full((tokens,), 1 / tokens, device=run.device),
         }
-        for count in (count for count in kept if count < shape.V):
+        for count in (count for count in kept if count < shape.vocab):
             if run.out_of_time(f"kept_ids: {shape.model} {dtype} {count}"):
                 continue
-            support = draw_support(targets, shape.V, count)
+            support = draw_support(targets, shape.vocab, count)
             first = slice(0, 64)
             few = {name: value if name == "weight" else value[first] for name, value in inputs.items()}
             exact = {name: value.double() if value.is_floating_point() else value for name, value in few.items()}
             part = support.take(torch.arange(64, device=run.device))
             truth = call(exact, "trainable", part, gathered=False, backend="reference")
-            print(f"kept_ids: {shape.model} N={tokens} {dtype}, {count} of {shape.V} ids a token", flush=True)
+            print(f"kept_ids: {shape.model} N={tokens} {dtype}, {count} of {shape.vocab} ids a token", flush=True)
             for mode in MODES:
                 statuses = {
                     name: verdict(call(few, "trainable", part, name == "gathered"), truth, dtype)
@@ -113,9 +113,9 @@ def run_kept_ids(run: Run, kept: tuple[int, ...] = KEPT) -> None:
                     if status == "ok":
                         calls[name] = partial(call, inputs, mode, support, name == "gathered")
                 measured = interleave(calls, run.device, repeats=run.repeats or 5)
-                share = count / shape.V
+                share = count / shape.vocab
                 for name in ("whole", *statuses):
-                    facts = {"model": shape.model, "N": tokens, "H": shape.H, "V": shape.V}
+                    facts = {"model": shape.model, "N": tokens, "H": shape.hidden, "V": shape.vocab}
                     facts |= {"dtype": str(dtype).removeprefix("torch."), "mode": mode, "kept": count, "share": share}
                     facts |= {"contender": name, "status": statuses.get(name, "ok")}
                     if name in measured and not measured[name].failure:
