@@ -34,8 +34,9 @@ NARROW_COPIES = 3
 # Temporary memory for each kept id of a support whose rows of the weight are gathered: its logit, its gradient, and its
 # places in two orders.
 GATHER_BYTES = 40
-# Up to which share of the vocabulary gathering the kept rows is less work.
-GATHER_SHARE_CPU = 1 / 64
+# Up to which share of the vocabulary gathering the kept rows is less work; on a CPU as measured (benchmarks.kept_ids):
+# there bfloat16 breaks even, and float32 would gain up to about twice as many.
+GATHER_SHARE_CPU = 1 / 48
 # A pair reads H numbers at 3 TB/s, where the whole vocabulary costs 2 V H flops a token: at 560 TFLOP/s for 16-bit
 # operands that is V / 190, at 50 TFLOP/s for float32 V / 33, before the second-level cache helps.
 GATHER_SHARE_GPU = {2: 1 / 256, 4: 1 / 64}
