@@ -155,8 +155,9 @@ class GRPOTrainer(TrainingRun):
             model, config, self.accelerator, first, self.tokenizer.pad_token_id, objects.adapter
         )  # fmt: skip
         self.adapter, self.model = self.learner.adapter, model
+        sampling = Sampling.from_config(config, config.num_generations)
+        self.sampling = dataclasses.replace(sampling, keeps_support=config.truncated_support)
         self.rollout, self.closed = self.build_sampler(), False
-        self.sampling = Sampling.from_config(config, config.num_generations)
         self.eval_sampling = Sampling.from_config(config, config.num_generations_eval)
         self.rollout.check(self.train_prompts[0], self.sampling)
         self.signals = LearningSignals(config)
@@ -188,7 +189,8 @@ class GRPOTrainer(TrainingRun):
         config = self.config
         longest = max(map(len, self.train_prompts + self.eval_prompts)) + config.max_completion_length
         allowed = tolerance(config, self.model.dtype)
-        probe = Probe(self.train_prompts[0], longest, config.temperature, allowed)
+        truncated = self.sampling if config.truncated_support else None
+        probe = Probe(self.train_prompts[0], longest, config.temperature, allowed, truncated)
         build = partial(build_rollout, config, self.model, self.tokenizer, longest - config.max_completion_length)
         gathered = partial(whole_weights, self.learner.policy)
         engine = build() if size() == 1 else DealtRollout(build, config.use_vllm, gathered)
@@ -309,7 +311,8 @@ class GRPOTrainer(TrainingRun):
         scored = score_responses(self.rewards, self.tokenizer, rows, prompts, responses)
         groups = Groups(rows, prompts, *scored)
         if needs_greedy(self.config):
-            sampling = dataclasses.replace(self.sampling, num_generations=1, temperature=0.0)
+            greedy = {"num_generations": 1, "temperature": 0.0, "keeps_support": False}
+            sampling = dataclasses.replace(self.sampling, **greedy)
             arguments = (self.rollout, self.rewards, self.tokenizer, rows, prompts, sampling)
             groups.greedy = sample_and_score(*arguments)[2].total
         if self.config.incomplete_groups == "error":
@@ -344,6 +347,8 @@ class GRPOTrainer(TrainingRun):
         if config.uses_sampling_logprobs:
             sampled = [logprob for response in groups.responses for logprob in response.logprobs]
             batch.sampling_logprobs = torch.tensor(sampled).to(batch.weights)
+        if config.truncated_support:
+            batch.support = groups.support()
         if config.uses_reference:
             batch.ref_logprobs = self.learner.score_reference(batch)
         if config.kl_in_reward:

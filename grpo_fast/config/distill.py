@@ -15,6 +15,7 @@ _UNUSED = {
     "reward_weights", "reward_baseline", "eval_metric", "beta", "use_bias_correction_kl", "kl_estimator",
     "kl_in_reward", "sync_ref_model", "scale_rewards", "relative_weight", "baseline_weight", "incomplete_groups",
     "multi_objective_aggregation", "dynamic_sampling", "max_num_gen_batches", "script_objects",
+    "truncated_support",
 }  # fmt: skip
 UNUSED_FIELDS = frozenset(
     f.name for f in dataclasses.fields(GRPOConfig) if f.name in _UNUSED or f.name.startswith(_UNUSED_PREFIXES)

@@ -173,6 +173,8 @@ class GRPOConfig:
         top_p: nucleus sampling.
         top_k: sample among the k likeliest tokens; 0 for all.
         min_p: drop tokens below this fraction of the likeliest one's probability.
+        truncated_support: with top_p, top_k or min_p, normalise the loss's log-probabilities over the tokens that they
+            kept, as the sampler does, instead of over the whole vocabulary.
         generation_kwargs: more of GenerationConfig's filters, such as ``repetition_penalty``, and ``stop``: a text or
             a list of texts, each of which ends a completion.
         thinking_budget: after so many tokens within ``<think>``, ``</think>`` is forced; its tokens carry no loss.
@@ -376,6 +378,7 @@ class GRPOConfig:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
+    truncated_support: bool = False
     generation_kwargs: dict[str, Value] | None = None
     thinking_budget: int | None = None
     num_generations_eval: int = 1

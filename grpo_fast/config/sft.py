@@ -16,7 +16,8 @@ DEFAULT_EPOCHS = 3.0
 _UNUSED_PREFIXES = ("reward_", "vllm_", "vespo_", "sapo_", "ref_model_", "advantage_", "num_generations")
 _UNUSED = {
     "long_prompts", "on_reward_error", "code_isolation", "eval_metric", "generation_batch_size",
-    "steps_per_generation", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "generation_kwargs",
+    "steps_per_generation", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "truncated_support",
+    "generation_kwargs",
     "thinking_budget", "use_vllm", "sync_tolerance", "sample_ahead", "max_tokens_per_generation_batch", "loss_type",
     "epsilon", "epsilon_high", "delta", "importance_sampling_level", "beta", "use_bias_correction_kl", "kl_estimator",
     "entropy_coef", "top_entropy_quantile", "num_iterations", "kl_in_reward", "sync_ref_model", "scale_rewards",

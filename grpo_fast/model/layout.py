@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_fast.errors import UserError
 from grpo_fast.model.attention import Group, Segments
 from grpo_fast.model.transfer import send
+from grpo_kernels import Support
 
 IGNORE_INDEX = -100
 # transformers' collators name the offsets of packed sequences, the longest length and each token's sequence like this.
@@ -37,6 +38,7 @@ class Microbatch:
         sources: as `targets`, the index into ``B * T`` of the position that predicts each of them.
         cu_seqlens: ``[S + 1]`` int64, offsets of the sequences among the targets; None where each row is a sequence.
         complete: whether every target is known to be scored, so that the head need not ask the device which ones are.
+        support: the ids that the sampler kept for each target, in their flattened order; None for the whole vocabulary.
         tokens: ``[n]`` int64, the targets' indices among the tokens of the optimizer step; empty outside the trainer.
     """
 
@@ -49,12 +51,15 @@ class Microbatch:
     sources: Tensor
     cu_seqlens: Tensor | None = None
     complete: bool = False
+    support: Support | None = None
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> Microbatch:
         """On `device`; the host does not wait for the copies."""
         moved = {name: send(x, device) if isinstance(x, Tensor) else x for name, x in vars(self).items()}
-        return Microbatch(**{**moved, "segments": self.segments and self.segments.to(device)})
+        moved["segments"] = self.segments and self.segments.to(device)
+        moved["support"] = self.support and Support(*(send(x, device) for x in self.support))
+        return Microbatch(**moved)
 
 
 def lay_out(

@@ -39,6 +39,7 @@ from grpo_fast.model.layout import IGNORE_INDEX, PACKING, Microbatch, lay_out
 from grpo_kernels import (
     PolicyLoss,
     PolicyObjective,
+    Support,
     linear_distillation,
     linear_logprob,
     linear_policy_loss,
@@ -162,6 +163,7 @@ class FusedPolicy(nn.Module):
         ref_logprobs: Tensor | None = None,
         correction: Tensor | None = None,
         selected: Tensor | None = None,
+        support: Support | None = None,
         share: float = 1.0,
         return_entropy: bool = False,
         return_aux_loss: bool = False,
@@ -188,6 +190,8 @@ class FusedPolicy(nn.Module):
                 alone; pass them if several calls make up one optimizer step.
             objective: what is minimised, such as ``grpo_kernels.PRESETS["dapo"]``.
             old_logprobs, ref_logprobs, correction, selected: ``[B, K]``, as in `grpo_kernels.policy_loss`.
+            support: the ids that a truncated sampler (top_p, top_k, min_p) kept for each of the B K tokens, one row
+                after another, as in `grpo_kernels.linear_logprob`; by default the whole vocabulary.
             share: factor of a mixture of experts' router loss, which is a mean over the tokens of this call: 1 / calls,
                 or the call's share of the tokens, if several calls make up one optimizer step.
             return_entropy: entropies (nats) as well.
@@ -226,6 +230,7 @@ class FusedPolicy(nn.Module):
         microbatch = lay_out(
             input_ids, attention_mask, position_ids, completion_mask, logits_to_keep, cu_seqlens, packing
         )
+        microbatch.support = support
         check_token_ids(input_ids, model.config, bool(model_inputs))
         if position_ids is not None and position_ids.dim() == 3 and not places_images(inner):
             raise UserError(f"{type(inner).__name__} takes position_ids [B, T], got {list(position_ids.shape)}")
@@ -265,6 +270,7 @@ class FusedPolicy(nn.Module):
         routed = self.routes and (loss is not None or with_router)
         hidden, router = self._hidden_states(microbatch, routed, model_inputs or {})
         head, targets, shape = self._head(), microbatch.targets, microbatch.targets.shape
+        head["support"] = microbatch.support
         if loss is None:
             rows = "all" if microbatch.complete else None
             found = linear_logprob(hidden, targets=targets, return_entropy=with_entropy, rows=rows, **head)
@@ -466,6 +472,8 @@ def distillation_loss(hidden: Tensor, head: dict[str, Any], teaching: Teaching, 
     head = dict(head)
     if head.pop("process_group", None) is not None:
         raise UserError("a head whose vocabulary is sharded cannot be distilled; load the model whole")
+    if head.pop("support", None) is not None:
+        raise UserError("the divergence from a teacher covers the whole vocabulary; distil without truncated_support")
     result = linear_distillation(
         hidden, teacher_hidden=teaching.hidden, weights=weights, beta=teaching.beta, **head,
         **{f"teacher_{name}": teaching.head.get(name) for name in ("weight", "bias", "softcap")},

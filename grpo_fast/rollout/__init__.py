@@ -5,8 +5,9 @@ from typing import Any
 from torch import nn
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.errors import UserError, require_extra
+from grpo_fast.errors import require_extra
 from grpo_fast.rollout.base import Response, Rollout, Sampling
+from grpo_fast.rollout.support import check_support
 from grpo_fast.rollout.transformers import TransformersRollout
 
 
@@ -22,28 +23,6 @@ def check_engine(config: GRPOConfig) -> None:
         from grpo_fast.rollout.vllm.common import server_client
 
         server_client(config)
-
-
-def check_support(config: GRPOConfig) -> None:
-    """Refuse to train with filters that would make the ratio to the sampler wrong.
-
-    vLLM normalises log-probabilities over the tokens that a filter keeps, the loss over the whole vocabulary. Each
-    token's ratio is therefore multiplied by the kept probability: at 0.95, the ratio of 1,000 tokens is 5e-23. Without
-    the correction, and with transformers as the engine, the loss does not use the sampler's log-probabilities.
-
-    Raises:
-        UserError: `top_p`, `top_k` or `min_p` is set for a run whose loss corrects for vLLM's log-probabilities.
-    """
-    if not config.uses_sampling_logprobs:
-        return
-    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", None)):
-        value = getattr(config, name)
-        if value and value != off:
-            raise UserError(
-                f"{name}={value!r} is not allowed in training with use_vllm and vllm_importance_sampling_correction, "
-                f"because vLLM's log-probabilities cover only the tokens that it keeps: leave out {name} "
-                f"({name}={'null' if off is None else off}), or set vllm_importance_sampling_correction=false"
-            )
 
 
 def build_rollout(config: GRPOConfig, model: nn.Module, tokenizer: Any, longest_prompt: int) -> Rollout:

@@ -10,6 +10,7 @@ from torch import nn
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError, nearest
+from grpo_kernels import Support
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Sampling:
 
     A temperature of 0 takes the most likely token. Engines with their own random generators seed them with `seed`, or
     with a number drawn from torch's default generator if it is None. After `thinking_budget` tokens within
-    ``<think>``, the thinking is closed (see `rollout.thinking`).
+    ``<think>``, the thinking is closed (see `rollout.thinking`). With `keeps_support`, responses say which tokens the
+    filters kept.
     """
 
     num_generations: int
@@ -30,6 +32,7 @@ class Sampling:
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     thinking_budget: int | None = None
+    keeps_support: bool = False
 
     @classmethod
     def from_config(cls, config: GRPOConfig, num_generations: int) -> Sampling:
@@ -87,6 +90,7 @@ class Response(NamedTuple):
     `logprobs` are log-probabilities of the tokens under the sampled distribution: after temperature and filters.
     `past` is set where a stop text ended the completion: how many characters its last token has after that text.
     `mask` is False where a token was not sampled but forced, to close the thinking; None if all were sampled.
+    `support` holds the ids that the filters kept for each token (itself where it was forced), if they were asked for.
     `versions` are those of the weights that sampled each token (with `max_staleness`): how many syncs came before.
     """
 
@@ -95,6 +99,7 @@ class Response(NamedTuple):
     logprobs: list[float] | None = None
     past: int | None = None
     mask: list[bool] | None = None
+    support: Support | None = None
     versions: list[int] | None = None
 
     @property

@@ -15,7 +15,9 @@ from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Response
 from grpo_fast.rollout.rows import RowsCache, cache_argument, plain_layers
 from grpo_fast.rollout.stops import StopTexts
+from grpo_fast.rollout.support import kept_ids
 from grpo_fast.rollout.thinking import Thinking, ThinkingBudget
+from grpo_kernels import Support
 
 Filters = Callable[[int], Callable[[Tensor, Tensor], Tensor]]
 
@@ -37,6 +39,7 @@ class Sequence:
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
     thinking: Thinking | None = None
 
     @property
@@ -68,16 +71,20 @@ class Decoder:
         greedy: take the most likely token.
         stops: finds texts that end a completion.
         budget: closes the thinking.
+        keeps_support: responses hold the ids that the processors kept for each token.
     """
 
     def __init__(
         self, model: nn.Module, max_tokens: int, max_new_tokens: int, eos_token_ids: set[int], filters: Filters,
         reads_tokens: bool, greedy: bool, stops: StopTexts | None = None, budget: ThinkingBudget | None = None,
+        keeps_support: bool = False,
     ):  # fmt: skip
         self.model, self.device = model, model.device
         self.max_tokens, self.max_new_tokens, self.eos_token_ids = max_tokens, max_new_tokens, eos_token_ids
         self.filters, self.reads_tokens, self.greedy = filters, reads_tokens, greedy
-        self.stops, self.budget = stops, budget
+        self.stops, self.budget, self.keeps_support = stops, budget, keeps_support
+        # With `keeps_support`, the ids that were kept for the token of each row.
+        self.kept: list[Tensor] = []
         vocab = model.config.get_text_config().vocab_size
         self.max_rows = max(STEP_LOGITS // vocab, 1)
         self.chunk_rows = max(CHUNK_LOGITS // vocab, 1)
@@ -211,17 +218,21 @@ class Decoder:
         tokens, logprobs = self.choose(logits, self.live)
         done = []
         for row, (sequence, token, logprob) in enumerate(zip(self.live, tokens, logprobs, strict=True)):
-            if (response := self.add(sequence, token, logprob)) is not None:
+            kept = self.kept[row] if self.keeps_support else None
+            if (response := self.add(sequence, token, logprob, kept)) is not None:
                 self.responses[sequence.place] = response
                 done.append(row)
         if done:
             self.drop(done)
 
-    def add(self, sequence: Sequence, token: int, logprob: float) -> Response | None:
+    def add(self, sequence: Sequence, token: int, logprob: float, kept: Tensor | None = None) -> Response | None:
         """Add a sampled token to its sequence, or the one that is forced instead; the response if that ends it."""
         thinking, past = sequence.thinking, None
         if thinking is not None and (forced := thinking.forced()) is not None:
             token, logprob = forced, 0.0
+            kept = None if kept is None else torch.tensor([forced], dtype=torch.int32)
+        if kept is not None:
+            sequence.kept.append(kept)
         sequence.tokens.append(token)
         sequence.logprobs.append(logprob)
         if thinking is not None:
@@ -232,7 +243,8 @@ class Decoder:
         if not ended and past is None and len(sequence.tokens) < self.max_new_tokens:
             return None
         reason, mask = "stop" if ended or past is not None else "length", None if thinking is None else thinking.mask
-        return Response(sequence.tokens, reason, sequence.logprobs, past, mask)
+        support = Support.of(sequence.kept) if self.keeps_support else None
+        return Response(sequence.tokens, reason, sequence.logprobs, past, mask, support)
 
     def uniforms(self, sequences: list[Sequence]) -> Tensor | None:
         """The random number in [0, 1) for each sequence's next token ``[rows, 1]`` float64; None leaves it to torch."""
@@ -242,6 +254,7 @@ class Decoder:
         """A token for each of `sequences` from ``[rows, vocab]``, and its log-probability after the filters."""
         tokens = torch.empty(len(logits), dtype=torch.long, device=self.device)
         logprobs = torch.empty(len(logits), device=self.device)
+        self.kept = [torch.empty(0, dtype=torch.int32)] * len(logits)
         for alike in self.alike(sequences):
             for rows in alike.split(self.chunk_rows):
                 scores = (logits if len(rows) == len(logits) else logits[rows]).float()
@@ -252,6 +265,9 @@ class Decoder:
                     ids, prompt_length = ids.to(self.device), len(chosen[0].prompt)
                 scores = self.filters(prompt_length)(ids, scores)
                 tokens[rows], logprobs[rows] = sample(scores, self.greedy, self.uniforms(chosen))
+                if self.keeps_support:
+                    for row, kept in zip(rows.tolist(), kept_ids(scores), strict=True):
+                        self.kept[row] = kept
         drawn = logprobs.tolist()
         if any(map(math.isnan, drawn)):
             raise not_finite()

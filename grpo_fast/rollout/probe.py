@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from torch import Tensor
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.rollout.base import Rollout, Sampling
+from grpo_kernels import Support
+
+# The trainer's log-probabilities ``[n]`` of a completion, given the ids of its prompt, its own, and its support if it
+# was sampled with one.
+Score = Callable[[list[int], list[int], Support | None], Tensor]
 
 # Largest allowed difference, by the dtype of the trainer's weights. A stale prefix or head is off by 1 or more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -33,28 +39,36 @@ class Probe:
     Args:
         prompt_ids: any prompt; it is repeated to the probe's length.
         longest: length in tokens of the run's longest sequence, which the probe does not exceed.
-        temperature: the run's; no filters are applied.
+        temperature: the run's.
         tolerance: largest allowed absolute difference of a token's log-probability, in nats.
+        truncated: the run's sampling, whose filters are applied, if responses say which tokens they kept. Otherwise no
+            filters are: with them the engine's log-probabilities would be of other distributions than the trainer's.
     """
 
-    def __init__(self, prompt_ids: list[int], longest: int, temperature: float, tolerance: float):
+    def __init__(
+        self, prompt_ids: list[int], longest: int, temperature: float, tolerance: float,
+        truncated: Sampling | None = None,
+    ):  # fmt: skip
         length = max(1, min(PROMPT_TOKENS, longest - SAMPLED_TOKENS))
         self.prompt_ids = (prompt_ids * -(-length // len(prompt_ids)))[:length]
-        self.sampling = Sampling(1, min(SAMPLED_TOKENS, max(1, longest - length)), temperature=temperature, seed=0)
+        count = min(SAMPLED_TOKENS, max(1, longest - length))
+        self.sampling = Sampling(1, count, temperature=temperature, seed=0)
+        if truncated is not None:
+            self.sampling = replace(truncated.one_token(), max_completion_length=count, seed=0, thinking_budget=None)
         self.tolerance = tolerance
 
-    def check(self, rollout: Rollout, score: Callable[[list[int], list[int]], Tensor]) -> float:
+    def check(self, rollout: Rollout, score: Score) -> float:
         """Sample from `rollout` and return the largest difference, in nats.
 
         Args:
-            score: the trainer's log-probabilities ``[n]`` of a completion, given the ids of its prompt and its own.
+            score: see `Score`.
 
         Raises:
             UserError: the difference is above the tolerance.
         """
         (response,) = rollout.generate([self.prompt_ids], self.sampling)
         sampled = torch.tensor(response.logprobs)
-        scored = score(self.prompt_ids, response.token_ids).float().cpu()
+        scored = score(self.prompt_ids, response.token_ids, response.support).float().cpu()
         difference = (sampled - scored).abs().max().item()
         if not difference <= self.tolerance:
             raise UserError(

@@ -10,7 +10,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from grpo_fast.rollout.base import Response
+from grpo_kernels import Support
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +24,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    # Of the parts, if responses say which tokens the filters kept.
+    supports: list[Support] = field(default_factory=list)
     response: Response | None = None
 
     @property
@@ -33,11 +38,16 @@ class Answer:
         self.tokens += part.token_ids
         self.logprobs += part.logprobs or []
         self.versions += [version] * len(part.token_ids)
+        if part.support is not None:
+            self.supports.append(part.support)
 
     def end(self, reason: str, past: int | None = None, count: int | None = None) -> None:
         """The completion is its first `count` tokens (default: all)."""
+        tokens, support = self.tokens[:count], None
+        if self.supports:
+            support = Support.joined(self.supports).take(torch.arange(len(tokens)))
         self.response = Response(
-            self.tokens[:count], reason, self.logprobs[:count], past, versions=self.versions[:count]
+            tokens, reason, self.logprobs[:count], past, support=support, versions=self.versions[:count]
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,13 +10,13 @@ from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grpo_fast.distributed.processes import is_main, new_group, on_main
 from grpo_fast.rollout.asynchronous import AsyncRollout
 from grpo_fast.rollout.base import Response, Rollout, Sampling, eos_token_ids
 from grpo_fast.rollout.dealt import DealtRollout
-from grpo_fast.rollout.probe import Probe
+from grpo_fast.rollout.probe import Probe, Score
 from grpo_fast.rollout.queue import Group, GroupQueue
 from grpo_fast.rollout.stops import stop_texts
 
@@ -30,12 +30,10 @@ class Sampler:
         engine: the sampling engine.
         model: the trained model.
         probe: compares the engine's log-probabilities with the trainer's after a sync.
-        score: the trainer's log-probabilities ``[n]`` of a completion, given the ids of its prompt and its own.
+        score: the trainer's log-probabilities of a completion; see `probe.Score`.
     """
 
-    def __init__(
-        self, engine: Rollout, model: nn.Module, probe: Probe, score: Callable[[list[int], list[int]], Tensor]
-    ):
+    def __init__(self, engine: Rollout, model: nn.Module, probe: Probe, score: Score):
         self.engine, self.model, self.probe, self.score = engine, model, probe, score
         self.stale, self.asleep = engine.copies_weights, False
         self.ahead: Future | None = None

@@ -167,10 +167,10 @@ class SpeculativeDecoder(Decoder):
         for place in range(logits.shape[1]):
             sequences = [self.live[row] for row in rows]
             scores = logits[:, place] if len(rows) == len(self.live) else logits[rows, place]
-            chosen = zip(rows, sequences, *self.choose(scores, sequences), strict=True)
+            chosen = zip(rows, sequences, *self.choose(scores, sequences), self.kept, strict=True)
             rows = []
-            for row, sequence, token, logprob in chosen:
-                response = self.add(sequence, token, logprob)
+            for row, sequence, token, logprob, kept in chosen:
+                response = self.add(sequence, token, logprob, kept if self.keeps_support else None)
                 self.heard(sequence)
                 right = self.judge(sequence, drafts[row][place : place + 1], verified=place + 1 < logits.shape[1])
                 if response is not None:

@@ -18,7 +18,9 @@ from grpo_fast.rollout.decode import Decoder, left_padded, not_finite
 from grpo_fast.rollout.rows import cache_argument, forward_arguments, plain_layers
 from grpo_fast.rollout.speculative import Speculation, SpeculativeDecoder, check_speculation
 from grpo_fast.rollout.stops import StopCriterion, StopTexts, ending, stop_texts
+from grpo_fast.rollout.support import kept_ids
 from grpo_fast.rollout.thinking import ForcedTokens, ThinkingBudget
+from grpo_kernels import Support
 
 # The allowed generation_kwargs besides ``stop``, which change the sampled distribution, and whether they depend on
 # earlier tokens.
@@ -89,7 +91,7 @@ class TransformersRollout(Rollout):
         decoder = kind(
             self.model, self.max_tokens, sampling.max_completion_length, self.eos_token_ids, filters,
             any(FILTERS[name] for name in sampling.filters), sampling.temperature == 0,
-            stop_texts(self.tokenizer, sampling), thinking_budget(self.tokenizer, sampling),
+            stop_texts(self.tokenizer, sampling), thinking_budget(self.tokenizer, sampling), sampling.keeps_support,
         )  # fmt: skip
         return decoder(prompt_ids, sampling.num_generations)
 
@@ -133,7 +135,7 @@ class TransformersRollout(Rollout):
         forced = None
         if budget is not None:
             forced = ForcedTokens([budget.begin(prompt) for prompt in prompt_ids for _ in range(repeats)])
-        recorder = Recorder([forced] if forced else [])
+        recorder = Recorder([forced] if forced else [], sampling.keeps_support)
         criteria = StoppingCriteriaList([StopCriterion(stops, len(ids) * repeats)] if stops else [])
         try:
             output = self.model.generate(
@@ -150,7 +152,8 @@ class TransformersRollout(Rollout):
         if forced is not None:
             forced.add(output)
             masks = [state.mask for state in forced.states]
-        return [self._response(*each, stops) for each in zip(completions, logprobs, masks, strict=True)]
+        rows = zip(completions, logprobs, masks, recorder.rows(len(completions)), strict=True)
+        return [self._response(*each, stops) for each in rows]
 
     def generation_config(self, sampling: Sampling) -> GenerationConfig:
         """The arguments of `generate`.
@@ -172,12 +175,14 @@ class TransformersRollout(Rollout):
         )
 
     def _response(
-        self, tokens: list[int], logprobs: list[float], mask: list[bool] | None, stops: StopTexts | None
-    ) -> Response:
+        self, tokens: list[int], logprobs: list[float], mask: list[bool] | None, kept: list[Tensor] | None,
+        stops: StopTexts | None,
+    ) -> Response:  # fmt: skip
         """The response up to its first end-of-text token or stop text; padding may follow these."""
         count, past = ending(tokens, self.eos_token_ids, stops) or (None, None)
         mask = mask and mask[:count]
-        return Response(tokens[:count], "stop" if count else "length", logprobs[:count], past, mask)
+        support = None if kept is None else Support.of(kept[: len(tokens[:count])])
+        return Response(tokens[:count], "stop" if count else "length", logprobs[:count], past, mask, support)
 
 
 def thinking_budget(tokenizer: Any, sampling: Sampling) -> ThinkingBudget | None:
@@ -220,11 +225,13 @@ def processors(model: nn.Module, input_ids: Tensor, logits_processor: LogitsProc
 class Recorder:
     """The decoding loop of `generate`, which also records the log-probabilities of the sampled tokens.
 
-    `last` are logits processors to apply after those of `generate`.
+    `last` are logits processors to apply after those of `generate`. With `keeps_support` it also records the ids that
+    all of them keep.
     """
 
-    def __init__(self, last: Sequence[LogitsProcessor] = ()):
-        self.last = last
+    def __init__(self, last: Sequence[LogitsProcessor] = (), keeps_support: bool = False):
+        self.last, self.keeps_support = last, keeps_support
+        self.kept: list[list[Tensor]] = []
         self.before: Tensor | None = None
         self.chosen: list[Tensor] = []
 
@@ -235,7 +242,13 @@ class Recorder:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.logprobs(input_ids)
         self.before = scores.log_softmax(-1)
+        if self.keeps_support:
+            self.kept.append(kept_ids(scores))
         return scores
+
+    def rows(self, count: int) -> list[list[Tensor] | None]:
+        """For each of `count` rows the kept ids of its tokens; None without `keeps_support`."""
+        return [[step[row] for step in self.kept] if self.keeps_support else None for row in range(count)]
 
     def logprobs(self, input_ids: Tensor) -> Tensor:
         """Log-probabilities of all tokens so far ``[rows, tokens]``; the scores before the last token give its own."""

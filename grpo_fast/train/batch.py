@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_fast.config import GRPOConfig
 from grpo_fast.model.packing import Sample, token_offsets
-from grpo_kernels import PolicyObjective, token_weights
+from grpo_kernels import PolicyObjective, Support, token_weights
 
 
 @dataclass
@@ -20,7 +20,9 @@ class StepBatch:
     `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
     `sampling_logprobs` are the sampler's, whose difference from the trainer's `correction` accounts for; `mask` is 0
     for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well;
-    `selected` marks the tokens that the objective treats apart.
+    `selected` marks the tokens that the objective treats apart;
+    `support` holds the ids that the sampler kept for each token, on the CPU, over which all policies are scored (None:
+    the whole vocabulary).
     """
 
     samples: list[Sample]
@@ -37,6 +39,7 @@ class StepBatch:
     correction: Tensor | None = None
     mask: Tensor | None = None
     selected: Tensor | None = None
+    support: Support | None = None
 
     def set_advantages(self, advantages: Tensor, objective: PolicyObjective) -> None:
         """Set the advantage of every token ``[N]``, and leave out the samples that cannot move the policy."""
@@ -62,6 +65,7 @@ class StepBatch:
         for name in ("ref_logprobs", "old_logprobs", "sampling_logprobs", "correction"):
             values = getattr(self, name)
             setattr(part, name, None if values is None else values[tokens])
+        part.support = None if self.support is None else self.support.take(tokens.cpu())
         part.set_advantages(self.advantages[tokens].cpu(), objective)
         return part
 

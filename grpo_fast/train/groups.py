@@ -21,6 +21,7 @@ from grpo_fast.rollout import Response
 from grpo_fast.rollout.base import Rollout, Sampling
 from grpo_fast.train.advantages import RewardAdvantages, incomplete_groups, reward_advantages, step_tokens
 from grpo_fast.train.batch import StepBatch
+from grpo_kernels import Support
 
 
 @dataclass
@@ -49,6 +50,10 @@ class Groups:
         if all(response.mask is None or all(response.mask) for response in self.responses):
             return None
         return torch.tensor([kept for r in self.responses for kept in r.mask or [True] * len(r.token_ids)])
+
+    def support(self) -> Support:
+        """The ids that the sampler kept for each token ``[N]``."""
+        return Support.joined([response.support for response in self.responses])
 
     def counted(self, config: GRPOConfig) -> Tensor:
         """Whether each completion is in the loss ``[B]``."""

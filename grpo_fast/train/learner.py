@@ -39,7 +39,7 @@ from grpo_fast.train.metrics import clip_extremes, loss_metrics, loss_parts, sam
 from grpo_fast.train.off_policy import loss_correction, sampling_correction
 from grpo_fast.train.optimizers import build_optimizer, build_scheduler, load_optimizer_tensors, optimizer_tensors
 from grpo_fast.train.reference import load_reference, move_towards, reference_tensors
-from grpo_kernels import covariance_mask, high_entropy_mask, masked_mean
+from grpo_kernels import Support, covariance_mask, high_entropy_mask, masked_mean
 from grpo_kernels.weight_copies import kept_weight_copies
 
 
@@ -319,9 +319,12 @@ class Learner:
             dealt = packing.deal_microbatches(rows, budget, self.packed, size())[rank()]
         for chosen in dealt:
             if chosen:
-                yield build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed).to(device)
+                microbatch = build_microbatch(batch.samples, chosen, batch.offsets, pad, self.packed)
             else:
-                yield packing.empty_microbatch(pad, self.packed).to(device)
+                microbatch = packing.empty_microbatch(pad, self.packed)
+            if batch.support is not None:
+                microbatch.support = batch.support.take(microbatch.tokens)
+            yield microbatch.to(device)
 
     def score_reference(self, batch: StepBatch) -> Tensor:
         """Log-probabilities ``[N]`` under the reference policy."""
@@ -375,11 +378,14 @@ class Learner:
         return total(found)
 
     @torch.no_grad()
-    def score_completion(self, prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
-        """Log-probabilities of one completion's tokens under the current policy."""
+    def score_completion(
+        self, prompt_ids: list[int], completion_ids: list[int], support: Support | None = None
+    ) -> Tensor:
+        """Log-probabilities of one completion's tokens under the current policy, over what the sampler kept."""
         samples = [Sample(prompt_ids, completion_ids, 0)]
         rows, offsets = plan_rows(samples, [0], 0), token_offsets(samples)
         microbatch = build_microbatch(samples, rows, offsets, self.pad_token_id, self.packed)
+        microbatch.support = support
         self.policy.eval()
         logprobs = self.policy(microbatch.to(self.accelerator.device)).float()
         sharding.release(self.policy)

@@ -13,6 +13,7 @@ from grpo_kernels.masks import REJECTION_MODES, covariance_mask, off_policy_mask
 from grpo_kernels.objective import PRESETS, PolicyObjective, register_objective
 from grpo_kernels.policy_loss import PolicyLoss, policy_loss
 from grpo_kernels.sampling_ratio import SAMPLING_RATIO_MODES, sampling_ratio
+from grpo_kernels.support import Support
 from grpo_kernels.token_weights import high_entropy_mask, token_weights
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "DistillationLoss",
     "PolicyLoss",
     "PolicyObjective",
+    "Support",
     "__version__",
     "covariance_mask",
     "high_entropy_mask",

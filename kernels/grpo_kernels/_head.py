@@ -36,6 +36,7 @@ from grpo_kernels.budget import (
     row_slices,
     wave_rows,
 )
+from grpo_kernels.support import RowSupport
 from grpo_kernels.weight_copies import copied
 
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +64,7 @@ class Rows(NamedTuple):
     hidden: Tensor  # [C, H], from `Head.operand`
     targets: Tensor  # [C] int64, negative where another shard holds the target
     temperature: Tensor | None  # [C], None for 1
+    support: RowSupport | None = None  # None for the whole vocabulary
 
 
 class RowStatistics(NamedTuple):

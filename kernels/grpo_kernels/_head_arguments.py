@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,10 @@ from grpo_kernels import _checks as checks
 from grpo_kernels._backend import choose_backend
 from grpo_kernels._head import Head
 from grpo_kernels._passes import Pass
+from grpo_kernels._support_pass import with_support
 from grpo_kernels._torch_head import TorchHead
 from grpo_kernels.budget import CPU_BUFFER_BYTES, FROZEN_GPU_BUFFER_BYTES, GPU_BUFFER_BYTES
+from grpo_kernels.support import Support, check_support
 
 # For memory, offset and length of a shard: the group of its last call, and the lengths of all its shards.
 _SHARDS: dict[tuple[int, int, int], tuple[StorageWeakRef, Callable[[], dist.ProcessGroup | None], list[int]]] = {}
@@ -35,6 +38,8 @@ def make_pass(
     process_group: dist.ProcessGroup | None,
     with_entropy: bool,
     backend: str,
+    support: Support | None = None,
+    rows: Tensor | Literal["all"] | None = None,  # [n]
 ) -> tuple[str, Pass]:
     """Check the arguments and flatten them; return the name of the backend and the pass."""
     checks.require_tensors(op, hidden=hidden, weight=weight, targets=targets)
@@ -71,7 +76,10 @@ def make_pass(
     call = Pass(
         head, hidden.reshape(-1, hidden.shape[-1]), head.local_targets(targets.reshape(-1)), temperatures,
         needs=(needs[0], needs[1], needs[2]), with_entropy=with_entropy,
-    )  # fmt: skip
+    ).with_rows(op, rows)  # fmt: skip
+    if support is not None:
+        support = check_support(op, support, targets.reshape(-1), sum(shards))
+        call = with_support(call, support, gathered=backend != "reference")
     return backend, call
 
 

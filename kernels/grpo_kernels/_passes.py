@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_kernels._checks import IGNORE_INDEX, require, require_device, require_tensors, values_can_be_checked
 from grpo_kernels._head import Chunk, Head, Rows, RowStatistics
 from grpo_kernels._weight_gradient import WeightGradient
+from grpo_kernels.support import RowSupport
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Pass:
     with_entropy: bool
     grad_weight_buffer: Tensor | None = None  # [V, H]: collects the weight's gradient, if given
     rows: Tensor | None = None  # [n], the tokens to compute, if the caller named them
+    support: RowSupport | None = None  # the kept ids of the N tokens, None for the whole vocabulary
 
     def prepared(self) -> Self:
         return replace(self, head=self.head.prepared())
@@ -65,14 +67,24 @@ class Pass:
             # A slice, unlike indices, copies nothing.
             at = part if every_row else rows[part]
             temperature = None if self.temperature is None else self.temperature[at]
-            chunk = Rows(self.head.operand(self.hidden[at]), self.targets[at], temperature)
+            support = None if self.support is None else self.support.take(at)
+            chunk = Rows(self.head.operand(self.hidden[at]), self.targets[at], temperature, support)
             yield at, chunk, part.stop == rows.numel()
 
     def chunks(self, rows: Tensor, buffer: Tensor, with_entropy: bool) -> Iterator[Chunk]:
         """1U: the forward of the tokens ``rows [n]``. A chunk lies in `buffer` until the next one is made."""
         for at, chunk, last in self.inputs(rows, buffer.shape[0]):
             e = buffer[: chunk.hidden.shape[0]]
-            yield Chunk(at, chunk, e, self.head.forward_(chunk, e, with_entropy), last)
+            stats = self.head.forward_(chunk, e, with_entropy)
+            yield Chunk(at, chunk, e, stats if chunk.support is None else without_empty(stats), last)
+
+    def gradient_chunks(self, rows: Tensor) -> Iterator[Chunk]:
+        """`chunks` for `Gradients.add`."""
+        return self.chunks(rows, self.head.buffer(rows.numel(), trained=self.needs[1]), self.with_entropy)
+
+    def gradients(self, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> Gradients:
+        """What collects the gradients that are needed, hidden's and the weight's in the dtypes given."""
+        return Gradients(self, hidden_dtype, weight_dtype)
 
     def score(self, rows: Tensor, scores: Scores, known: KnownRows | None = None) -> None:
         """1U: the scores of `rows`, and what their gradients need, in place."""
@@ -96,7 +108,26 @@ class Pass:
                 one, zero = torch.ones_like(chunk.stats.total), torch.zeros_like(chunk.stats.total)
                 copied = chunk._replace(e=copy[: chunk.e.shape[0]].copy_(chunk.e))
                 write_grad_hidden(head, *head.gradient_(copied, zero, one), slopes[1], chunk.at)
-            write_grad_hidden(head, *head.gradient_(chunk, None), slopes[0], chunk.at)
+            grad_logprobs = within_support(chunk.rows, chunk.stats, None)
+            write_grad_hidden(head, *head.gradient_(chunk, grad_logprobs), slopes[0], chunk.at)
+
+
+def without_empty(stats: RowStatistics) -> RowStatistics:
+    """The statistics with finite ones for a row of no kept ids: its log-probability is -inf, its entropy 0."""
+    empty = stats.total == 0
+    return stats._replace(
+        maximum=torch.where(empty, 0.0, stats.maximum),
+        total=torch.where(empty, 1.0, stats.total),
+        target=torch.where(empty, float("-inf"), stats.target),
+    )
+
+
+def within_support(rows: Rows, stats: RowStatistics, grad_logprobs: Tensor | None) -> Tensor | None:
+    """dL/dlogp ``[C]`` (None for 1) with 0 for a target outside of its support, which has no gradient."""
+    if rows.support is None:
+        return grad_logprobs
+    grad_logprobs = torch.ones_like(stats.target) if grad_logprobs is None else grad_logprobs
+    return torch.where(stats.target == float("-inf"), 0.0, grad_logprobs)
 
 
 def write_grad_hidden(head: Head, d: Tensor, row_scale: Tensor | None, out: Tensor, at: Tensor | slice) -> None:
@@ -165,6 +196,7 @@ class Gradients:
 
     def add(self, chunk: Chunk, grad_logprobs: Tensor, grad_entropy: Tensor | None) -> None:
         """2U: add a chunk's share, given its dL/dlogp and dL/dentropy (or None), ``[C]``."""
+        grad_logprobs = within_support(chunk.rows, chunk.stats, grad_logprobs)
         d, row_scale = self.head.gradient_(chunk, grad_logprobs, grad_entropy)
         self.multiply(chunk.at, chunk.rows, d, row_scale, chunk.last)
 
@@ -174,8 +206,12 @@ class Gradients:
         """3U: the share of `rows` that were scored, given dL/dlogp and dL/dentropy (or None), ``[N]``."""
         buffer = self.head.buffer(rows.numel(), trained=self.weight is not None)
         for at, chunk, last in call.inputs(rows, buffer.shape[0]):
-            upstreams = grad_logprobs[at], None if grad_entropy is None else grad_entropy[at]
-            d, row_scale = self.head.recompute_(chunk, known.take(at), buffer[: chunk.hidden.shape[0]], *upstreams)
+            stats = known.take(at)
+            upstreams = (
+                within_support(chunk, stats, grad_logprobs[at]),
+                None if grad_entropy is None else grad_entropy[at],
+            )
+            d, row_scale = self.head.recompute_(chunk, stats, buffer[: chunk.hidden.shape[0]], *upstreams)
             self.multiply(at, chunk, d, row_scale, last)
 
     def multiply(self, at: Tensor | slice, rows: Rows, d: Tensor, row_scale: Tensor | None, last: bool) -> None:

@@ -66,7 +66,7 @@ class TorchHead(Head):
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As in `Head`. Without `grad_entropy`, d = e - sum(e) 1[v = y] and the coefficient joins the row scale."""
-        (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
+        (_, targets, temperature, _), e, stats = chunk.rows, chunk.e, chunk.stats
         if grad_entropy is None:
             row_scale = -1 / stats.total if grad_logprobs is None else -grad_logprobs / stats.total
             at_target = -stats.total
@@ -124,6 +124,8 @@ class TorchHead(Head):
                 out[at].div_(self.softcap).tanh_().mul_(self.softcap).masked_fill_(excluded, float("-inf"))
         if rows.temperature is not None:
             out /= rows.temperature[:, None]
+        if rows.support is not None:
+            rows.support.exclude_(out)
         return out
 
     def _row_blocks(self, logits: Tensor) -> Iterator[slice]:

@@ -40,6 +40,23 @@ ROUNDED_BYTES = 32 * MIB
 # [C, H] temporaries that exist at once beside the logits: hidden states and gradients, each also scaled or rounded.
 NARROW_COPIES = 3
 
+# Temporary memory for each kept id of a support whose rows of the weight are gathered: its logit, its gradient, and its
+# places in two orders.
+GATHER_BYTES = 40
+# Up to which share of the vocabulary gathering the kept rows is less work; on a CPU as measured (benchmarks.kept_ids):
+# there bfloat16 breaks even, and float32 would gain up to about twice as many.
+GATHER_SHARE_CPU = 1 / 48
+# A pair reads H numbers at 3 TB/s, where the whole vocabulary costs 2 V H flops a token: at 560 TFLOP/s for 16-bit
+# operands that is V / 190, at 50 TFLOP/s for float32 V / 33, before the second-level cache helps.
+GATHER_SHARE_GPU = {2: 1 / 256, 4: 1 / 64}
+
+
+def gather_share(device: torch.device, dtype: torch.dtype) -> float:
+    """Kept ids a token, as a share of the vocabulary, up to which their rows of a weight in `dtype` are gathered."""
+    if device.type == "cpu":
+        return GATHER_SHARE_CPU
+    return GATHER_SHARE_GPU[2 if dtype.itemsize == 2 else 4]
+
 
 def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
     """Split `num_rows` into slices of nearly equal length, none longer than `rows_per_chunk`."""

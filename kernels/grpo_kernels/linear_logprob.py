@@ -30,27 +30,31 @@ from torch.distributed import ProcessGroup
 from grpo_kernels._checks import IGNORE_INDEX, require
 from grpo_kernels._fp8_scoring import fp8_head
 from grpo_kernels._head_arguments import make_pass
-from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
+from grpo_kernels._passes import KnownRows, Pass, Scores, partition
+from grpo_kernels.support import Support
 
 
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
-    logit_scale: float = ..., softcap: float | None = ..., return_entropy: Literal[False] = ...,
+    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ...,
+    return_entropy: Literal[False] = ...,
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
     process_group: ProcessGroup | None = ..., backend: str = ..., precision: Literal["fp8"] | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
-    logit_scale: float = ..., softcap: float | None = ..., return_entropy: Literal[True],
+    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ...,
+    return_entropy: Literal[True],
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
     process_group: ProcessGroup | None = ..., backend: str = ..., precision: Literal["fp8"] | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ..., temperature: float | Tensor = ...,
-    logit_scale: float = ..., softcap: float | None = ..., return_entropy: bool,
+    logit_scale: float = ..., softcap: float | None = ..., support: Support | None = ...,
+    return_entropy: bool,
     rows: Tensor | Literal["all"] | None = ..., max_buffer_bytes: int | None = ...,
     process_group: ProcessGroup | None = ..., backend: str = ..., precision: Literal["fp8"] | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -63,6 +67,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,  # [...]
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,
     return_entropy: bool = False,
     rows: Tensor | Literal["all"] | None = None,  # [n]
     max_buffer_bytes: int | None = None,
@@ -81,6 +86,11 @@ def linear_logprob(
         temperature: float, or one value per token (``[...]``), above 0. Not differentiable.
         logit_scale: factor on the products, above 0 (Cohere, Granite).
         softcap: ``softcap * tanh(z / softcap)`` before the temperature (Gemma 2).
+        support: the kept ids of each of the N targets, if they were drawn from a truncated distribution (top-p, top-k,
+            min-p): a :class:`grpo_kernels.Support`, or a pair ``ids [K]``, ``offsets [N + 1]``, with ids of the whole
+            vocabulary (not of a shard). The softmax, the entropy and all gradients are over these alone. Few ids cost
+            K H multiplications instead of N V H. On a CPU a target outside of its support is refused; on a GPU, where a
+            check would stall the stream, it has log-probability -inf and no gradient.
         return_entropy: also return entropies (nats).
         rows: the tokens to compute, if the caller knows them: ``"all"``, or ascending indices ``[n]`` int64 into the
             flattened targets. Every other token is treated as a target of ``-100``. On a GPU the host otherwise waits
@@ -104,18 +114,21 @@ def linear_logprob(
         `hidden`, `weight` and `bias`.
 
     Raises:
-        ValueError: shapes or devices do not fit, a target id is outside the vocabulary (checked on CPU, and on a GPU
-            with GRPO_KERNELS_DEBUG=1), an option is out of range or unknown, or `precision` is not possible here.
+        ValueError: shapes or devices do not fit, a target id is outside the vocabulary or its support (checked on CPU,
+            and on a GPU with GRPO_KERNELS_DEBUG=1), an option is out of range or unknown, or `precision` is not
+            possible here.
         TypeError: a tensor has the wrong dtype.
     """
     op = "linear_logprob"
     backend, call = make_pass(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
+        support=support, rows=rows, max_buffer_bytes=max_buffer_bytes, process_group=process_group,
+        with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
-    call = call.with_rows(op, rows)
     require(precision in (None, "fp8"), f"{op}: precision must be 'fp8' or None, got {precision!r}")
     if precision == "fp8":
+        # Its products come from cuBLAS, whose row kernel has no mask, and gathered ids would not be rounded.
+        require(support is None, f"{op}: precision='fp8' is not possible with a support; leave one of them out")
         call = replace(call, head=fp8_head(op, call.head, call.needs, backend))
     if backend == "reference":
         require(process_group is None, f"{op}: backend='reference' does not support process_group")
@@ -137,9 +150,16 @@ def linear_logprob_ref(call: Pass, weight: Tensor, bias: Tensor | None) -> tuple
         logits = torch.where(logits == float("-inf"), float("-inf"), capped)
     if call.temperature is not None:
         logits = logits / call.temperature[:, None]
+    outside = torch.zeros_like(targets, dtype=torch.bool)
+    if call.support is not None:
+        kept = call.support.mask(logits.shape[1])
+        # A row without ids only keeps its softmax finite; its target is outside.
+        logits = logits.masked_fill(~kept & kept.any(1, keepdim=True), float("-inf"))
+        outside = ~kept.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
     valid = targets != IGNORE_INDEX
     log_p = torch.log_softmax(logits, -1)
     logprobs = log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    logprobs = torch.where(outside, float("-inf"), logprobs)
     finite = torch.where(log_p == float("-inf"), 0.0, log_p)
     entropy = -(log_p.exp() * finite).sum(-1)
     return torch.where(valid, logprobs, 0.0), torch.where(valid, entropy, 0.0)
@@ -153,6 +173,7 @@ class _LinearLogprob(torch.autograd.Function):
         ignored = call.targets == IGNORE_INDEX
         rows = partition(ignored.long(), 2)[0] if call.rows is None else call.rows
         ctx.head, ctx.needs, ctx.frozen, ctx.rows_given = call.head, call.needs, call.frozen, call.rows is not None
+        ctx.kind, ctx.support = type(call), call.support
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
             if call.frozen and call.needs[0]:
@@ -198,8 +219,9 @@ class _LinearLogprob(torch.autograd.Function):
                 active |= grad_entropy[rows] != 0
             rows = rows[active]
         with torch.autocast(hidden.device.type, enabled=False):
-            call = Pass(ctx.head, hidden, targets, temperature, ctx.needs, grad_entropy is not None).prepared()
-            gradients = Gradients(call, hidden.dtype, ctx.dtypes[1])
+            inputs = ctx.head, hidden, targets, temperature, ctx.needs, grad_entropy is not None
+            call = ctx.kind(*inputs, support=ctx.support).prepared()
+            gradients = call.gradients(hidden.dtype, ctx.dtypes[1])
             gradients.recompute(call, rows, KnownRows(planes), coefficients, grad_entropy)
         grads = zip(gradients.collected(), ctx.dtypes, strict=True)
         return *(None if grad is None else grad.to(dtype) for grad, dtype in grads), None

@@ -34,6 +34,7 @@ from grpo_kernels._passes import Gradients, KnownRows, Pass, Scores, partition
 from grpo_kernels.linear_logprob import linear_logprob_ref
 from grpo_kernels.objective import PolicyObjective
 from grpo_kernels.policy_loss import PolicyLoss, TokenLoss, make_token_loss, named_statistics, policy_loss_ref
+from grpo_kernels.support import Support
 
 
 def linear_policy_loss(
@@ -53,6 +54,7 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,  # [N] or [B, T]
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    support: Support | None = None,
     return_entropy: bool = False,
     skip_inactive: bool = False,
     rows: Tensor | Literal["all"] | None = None,  # [n]
@@ -65,7 +67,7 @@ def linear_policy_loss(
 
     Args:
         hidden: ``[N, H]`` packed or ``[B, T, H]`` padded, floating point.
-        weight, targets, bias, temperature, logit_scale, softcap, max_buffer_bytes, process_group: as in
+        weight, targets, bias, temperature, logit_scale, softcap, support, max_buffer_bytes, process_group: as in
             `linear_logprob`; targets are ``[N]`` or ``[B, T]``.
         advantages, weights, objective, old_logprobs, ref_logprobs, correction, selected, cu_seqlens: as in
             `policy_loss`.
@@ -97,9 +99,9 @@ def linear_policy_loss(
     )
     backend, call = make_pass(
         op, hidden, weight, targets, bias=bias, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        max_buffer_bytes=max_buffer_bytes, process_group=process_group, with_entropy=return_entropy, backend=backend,
+        support=support, rows=rows, max_buffer_bytes=max_buffer_bytes, process_group=process_group,
+        with_entropy=return_entropy, backend=backend,
     )  # fmt: skip
-    call = call.with_rows(op, rows)
     checks.require(
         rows is None or not skip_inactive, f"{op}: skip_inactive finds the rows itself, so rows must be None"
     )
@@ -151,7 +153,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         active, inactive = _split_rows(loss) if call.rows is None else (call.rows, call.rows[:0])
         with torch.autocast(hidden.device.type, enabled=False):
             call = call.prepared()
-            gradients = Gradients(call, _kept_dtype(hidden.dtype), _kept_dtype(weight.dtype))
+            gradients = call.gradients(_kept_dtype(hidden.dtype), _kept_dtype(weight.dtype))
             if skip_inactive:
                 for score in scores:
                     if score is not None:
@@ -203,7 +205,7 @@ def _token_level(
 ) -> tuple[Tensor, Tensor]:
     """3U or 2U: the gradients of each chunk follow from its own log-probabilities. Returns (loss, statistics)."""
     found = []
-    for chunk in call.chunks(rows, call.head.buffer(rows.numel(), trained=call.needs[1]), call.with_entropy):
+    for chunk in call.gradient_chunks(rows):
         scores.write(chunk)
         terms = loss.take(chunk.at).terms(*scores.take(chunk.at))
         gradients.add(chunk, terms.grad_logprobs, terms.grad_entropy if loss.has_bonus else None)

@@ -49,6 +49,34 @@ def architecture(request) -> str:
     return request.param
 
 
+# Operation, head, and the share of the vocabulary that is kept.
+KEPT = [
+    "loss bf16 head 2048x151936 0.0001", "loss bf16 head 2048x151936 0.1", "logprob bf16 head 4096x50257 0.0001",
+    "loss fp32-bf16 hidden 2048x32003 0.0001", "loss fp16 head 2048x50257 0.0001",
+    "logprob fp16 hidden 2048x32003 0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept(architecture, fake_cuda_guard) -> dict[str, Report]:
+    cases = KEPT[:2] if architecture in ("sm_90", "sm_120") else KEPT
+    return run_cases(SCRIPT, fake_cuda_guard, architecture, *(f"kept_ids {case}" for case in cases))
+
+
+@pytest.mark.slow
+def test_supports_launch_without_waiting(kept, architecture):
+    for name, report in kept.items():
+        assert report.error is None, f"{name}: {report.error}"
+        assert report.refused == [], name
+        assert all(launch.shared <= SHARED_BYTES[architecture] for launch in report.launches), name
+        assert not report.waits, name
+        gathered = name.endswith("0.0001")
+        assert bool(report.of("support_forward")) == gathered, name
+        assert bool(report.of("head_forward")) != gathered, name
+        # A bfloat16 copy of a float32 weight would cost more than what is read of it.
+        assert not gathered or not report.products, name
+
+
 @pytest.fixture(scope="module")
 def reports(architecture, fake_cuda_guard) -> dict[str, Report]:
     return run_cases(SCRIPT, fake_cuda_guard, architecture, *cases(architecture))

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from grpo_kernels import PolicyObjective, linear_logprob, linear_policy_loss
+from support.supports import random_support
 
 H, V, CUT = 17, 259, 150
 CASES = {
@@ -15,6 +16,9 @@ CASES = {
     "options": ({"softcap": 4.0, "temperature": 0.7, "logit_scale": 1.3}, {"beta": 0.1, "entropy_coef": 0.2}),
     "sequence": ({}, {"level": "sequence"}),
     "several chunks": ({"max_buffer_bytes": 20_000}, {"entropy_coef": 0.1}),
+    # Few kept ids are gathered, many mask the logits; some rows keep none in one of the shards.
+    "few kept ids": ({"kept": 4, "softcap": 4.0, "temperature": 0.7}, {"entropy_coef": 0.2}),
+    "many kept ids": ({"kept": 200, "logit_scale": 1.3}, {"entropy_coef": 0.2}),
 }
 
 
@@ -41,6 +45,9 @@ def make(trainable: bool, dtype: torch.dtype):
 def outputs(arguments, loss, options, objective, backend, group=None):
     """Values, and gradients of both operations added up."""
     options = {**options, "process_group": group, "backend": backend}
+    if (kept := options.pop("kept", None)) is not None:
+        torch.manual_seed(7)
+        options["support"] = random_support(arguments["targets"], V, kept)
     logprobs, entropy = linear_logprob(**arguments, **options, return_entropy=True)
     upstream = torch.linspace(-1, 1, 36).view(4, 9)
     (logprobs * upstream + entropy * upstream.flip(0)).sum().backward()
@@ -57,6 +64,8 @@ def shard(rank: int, store: str, trainable: bool, backend: str):
     try:
         dtype, allowed = BACKENDS[backend]
         for name, (options, objective) in CASES.items():
+            if "kept" in options and not trainable:
+                continue
             whole, loss = make(trainable, dtype)
             expected, expected_grads = outputs(whole, loss, options, objective, backend)
             part = slice(0, CUT) if rank == 0 else slice(CUT, V)

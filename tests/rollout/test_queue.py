@@ -118,7 +118,7 @@ def test_async_rollout_continues_answers_with_new_weights(monkeypatch):
     assert len(contexts[0]) == 6
     for group in stream.take(2):
         for answer in group.answers:
-            tokens, reason, logprobs, _, _, versions = answer.response
+            tokens, reason, logprobs, *_, versions = answer.response
             assert reason == "length"
             assert versions == [0] * 3 + [1] * 5
             for place, (token, logprob, version) in enumerate(zip(tokens, logprobs, versions, strict=True)):

@@ -142,10 +142,13 @@ FILTERS = [{"top_p": 0.9}, {"top_k": 4}, {"min_p": 0.2}]
 
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: "".join(filters))
 def test_check_support_refuses_filters_that_change_the_correction(tmp_path, use, filters):
-    """Before any work, and naming the two ways out; sampling for an evaluation is not affected."""
+    """Before any work, and naming the ways out; sampling for an evaluation is not affected."""
     use(CopyEngine)
     ((name, value),) = filters.items()
-    message = f"^{name}={value} is not allowed in training with use_vllm.*or set vllm_importance_sampling_correction=f"
+    message = (
+        f"^{name}={value} is not allowed in training with use_vllm.*set truncated_support=true.*"
+        "or set vllm_importance_sampling_correction=f"
+    )
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **filters, **FIELDS, reward_funcs=["no_such_reward"])
     assert not (tmp_path / "config.yaml").exists()

@@ -272,3 +272,11 @@ def test_colocate_refuses_an_unsupported_model():
     # Another engine can be started afterwards.
     with colocated(make_model()) as rollout:
         rollout.check([5], Sampling(1, 1))
+
+
+def test_colocate_refuses_truncated_support_without_the_model_runner_that_returns_kept_ids():
+    """On a CPU; another engine can be started afterwards."""
+    with pytest.raises(UserError, match=r"^truncated_support is not possible with vLLM here: .*model runner V2"):
+        build_rollout(make_config(truncated_support=True, top_p=0.9), make_model(), TOKENIZER, 20)
+    with colocated(make_model()) as rollout:
+        rollout.check([5], Sampling(1, 1))

@@ -1,9 +1,13 @@
 """The engine `VLLMServer` and `serve`, with a fake server that can fail in many ways; without vLLM."""
 
+import dataclasses
+import itertools
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -383,7 +387,7 @@ def test_generate_ends_at_stop_texts(texts):
     rollout = connect(texts.url, generation_kwargs=kwargs)
     rollout.tokenizer = words(**{"</an": 5, "swer>x": 9, "a": 7, "b": 8, "c": 6})
     responses = rollout.generate([[5]], Sampling(3, 8, generation_kwargs=kwargs))
-    assert responses == [
+    assert [response[:5] for response in responses] == [
         ([5, 9], "stop", [-0.5, -0.9], 1, None),
         ([5, 9], "stop", [-0.5, -0.9], 1, None),
         ([5, 6, 6, 6], "length", [-0.5, -0.6, -0.6, -0.6], None, None),
@@ -400,7 +404,7 @@ def test_generate_keeps_a_stop_that_only_the_server_found(texts):
     rollout = connect(texts.url, generation_kwargs=kwargs)
     rollout.tokenizer = words(**{"</an": 5, "swer>x": 9, "a": 7, "b": 8, "c": 6})
     first, second, third = rollout.generate([[5]], Sampling(3, 8, generation_kwargs=kwargs))
-    assert first == ([5, 9, 7, 8], "stop", [-0.5, -0.9, -0.7, -0.8], 0, None)
+    assert first[:5] == ([5, 9, 7, 8], "stop", [-0.5, -0.9, -0.7, -0.8], 0, None)
     assert (second.token_ids, second.past, second.ended) == ([5, 9, 1], None, True)
     assert third.finish_reason == "length"
 
@@ -427,3 +431,54 @@ def test_engine_options_have_a_tokenizer_only_for_stop_texts(tmp_path):
 def test_generate_refuses_a_thinking_budget(start):
     with pytest.raises(UserError, match="thinking_budget is not possible with use_vllm, because vLLM does not say"):
         connect(start().url).generate(PROMPTS, Sampling(1, 8, thinking_budget=3))
+
+
+def test_kept_ids_come_with_the_completions(start):
+    masks = {**OPTIONS, "model_config": {**OPTIONS["model_config"], "return_sampling_mask": True}}
+    server = start(options=masks)
+    rollout = connect(server.url, truncated_support=True)
+    responses = rollout.generate(PROMPTS, Sampling(2, 8, top_p=0.9, keeps_support=True))
+    for response in responses:
+        ids, offsets = response.support
+        assert [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)] == [
+            sorted({id, 0, 4}) for id in response.token_ids
+        ]
+    (params, *_) = [body["sampling_params"] for body in server.called("/inference/v1/generate")]
+    # vLLM asks for a top_k, and cuts it to the vocabulary.
+    assert params["top_k"] > 10**6
+    assert rollout.generate(PROMPTS, Sampling(2, 8, top_p=0.9))[0].support is None
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({}, "cannot return the ids that its filters keep; truncated_support is not possible with this vLLM.*0.32"),
+        ({"return_sampling_mask": False}, "was started without --return-sampling-mask, but truncated_support needs it"),
+    ],
+)
+def test_server_without_kept_ids_is_refused(start, masks, message):
+    server = start(options={**OPTIONS, "model_config": {**OPTIONS["model_config"], **masks}})
+    with pytest.raises(UserError, match=message):
+        connect(server.url, truncated_support=True)
+    connect(server.url)
+
+
+@pytest.mark.parametrize("kept", [[[3, 4]], [[3, 4], [7]], [[3, 3], [5]], [[3, 99], [5]], [[3], [-1, 5]]], ids=str)
+def test_kept_ids_that_do_not_fit_are_refused(kept):
+    with pytest.raises(UserError, match="vLLM returned the kept ids"):
+        common.response([3, 5], [-0.1, -0.2], "stop", 50, 8, kept=kept)
+
+
+def test_vllm_without_kept_ids_is_refused(monkeypatch):
+    @dataclasses.dataclass
+    class EngineArgs:
+        model: str = ""
+
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", SimpleNamespace(EngineArgs=EngineArgs))
+    config = GRPOConfig("x", dataset_name="x", reward_funcs=["x"], use_vllm=True, top_p=0.9)
+    common.check_mask(config)
+    with pytest.raises(UserError, match=r"this vLLM, which has no return_sampling_mask: install vLLM 0.32 or later"):
+        common.check_mask(dataclasses.replace(config, truncated_support=True))
+    with pytest.raises(UserError, match="no return_sampling_mask"):
+        common.kept_ids(SimpleNamespace(sampling_mask=None))
+    assert common.kept_ids(SimpleNamespace(sampling_mask=SimpleNamespace(token_ids=[[1]]))) == [[1]]

@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from grpo_kernels import PRESETS, doctor, linear_logprob, linear_policy_loss
+from grpo_kernels import PRESETS, Support, doctor, linear_logprob, linear_policy_loss
 from grpo_kernels._head import Head
 from grpo_kernels.weight_copies import kept_weight_copies
 from support.fake_cuda import main
@@ -81,6 +81,17 @@ def loss_torch(dtypes: str, trained: str, shape: str) -> dict:
     return loss(dtypes, trained, shape, backend="torch", temperature=0.7, softcap=30.0)
 
 
+def kept_ids(operation: str, dtypes: str, trained: str, shape: str, share: str) -> dict:
+    """An operation over a support, whose kept ids are a share of the vocabulary."""
+    V = int(shape.split("x")[1])
+    ids = torch.empty(int(N * V * float(share)), dtype=torch.int32, device="cuda")
+    support = Support(ids, torch.empty(N + 1, dtype=torch.int64, device="cuda"))
+    options = {"temperature": 0.8, "softcap": 30.0, "support": support, "rows": "all"}
+    if operation == "logprob":
+        return logprob(dtypes, trained, shape, **options)
+    return loss(dtypes, trained, shape, return_entropy=True, **options)
+
+
 def loss_without_copy(dtypes: str, trained: str, shape: str) -> dict:
     """Kernels that get the weight as it is, whatever shared memory that needs."""
     with mock.patch.object(Head, "prepared", lambda head: head):
@@ -115,7 +126,8 @@ def check_up(dtypes: str, *_: str) -> None:
 
 
 OPERATIONS = {
-    f.__name__: f for f in (logprob, entropy, loss, loss_options, loss_torch, loss_without_copy, step, check_up)
+    f.__name__: f
+    for f in (kept_ids, logprob, entropy, loss, loss_options, loss_torch, loss_without_copy, step, check_up)
 }
 
 

@@ -119,9 +119,11 @@ class FakeServer:
 
     def choice(self, index, body):
         ids = [*body["token_ids"], body["sampling_params"]["seed"] % 10 + index, 1]
+        kept = [sorted({id, 0, 4}) for id in ids] if self.options["model_config"].get("return_sampling_mask") else None
         return {
             "index": index,
             "token_ids": ids,
+            "sampling_mask": kept,
             "finish_reason": "stop",
             "logprobs": {"content": [{"token_id": i, "logprob": -i / 10} for i in ids]},
             "weight_versions": [{"version": self.version, "start": 0, "end": len(ids)}],

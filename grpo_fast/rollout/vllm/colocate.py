@@ -55,6 +55,7 @@ class VLLMColocate(Rollout):
         # Otherwise vLLM binds this process, the trainer's, to some of its cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.vllm = import_extra("vllm", "vllm")
+        common.check_mask(config)
         self.device = model.device.type
         self.eos_token_ids, self.tokenizer = eos_token_ids(model, tokenizer), tokenizer
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -117,9 +118,11 @@ class VLLMColocate(Rollout):
                 self.llm = self.vllm.LLM(name, **options)
             if plain:
                 self.llm.apply_model(shared.keep_plain)
-            self._generate([[0]], Sampling(1, 1, seed=0))
+            self._generate([[0]], Sampling(1, 1, seed=0, keeps_support=config.truncated_support))
         except Exception as error:
             # An unknown architecture, a head_dim or dtype without a kernel, too little memory: many types.
+            if config.truncated_support and "sampling distribution replay" in str(error):
+                raise UserError(common.NO_RUNNER) from None
             raise UserError(f"vLLM cannot sample from {type(model).__name__}: {one_line(error)}") from None
 
     def check(self, prompt_ids: list[int], sampling: Sampling) -> None:
@@ -192,6 +195,7 @@ class VLLMColocate(Rollout):
                 sampling.max_completion_length,
                 self.eos_token_ids,
                 stops,
+                common.kept_ids(completion) if sampling.keeps_support else None,
             )
             for output in outputs
             for completion in output.outputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import reprlib
@@ -23,12 +25,24 @@ from grpo_fast.rollout.vllm.guard import server_key
 from grpo_fast.rollout.vllm.json_client import JsonClient
 from grpo_fast.rollout.vllm.kv_plan import KVPlan
 from grpo_fast.rollout.vllm.worker import WORKER_EXTENSION
+from grpo_kernels import Support
 
 # The generation_kwargs that vLLM supports besides ``stop``, and its names for them.
 FILTERS = {"repetition_penalty": "repetition_penalty", "min_new_tokens": "min_tokens"}
 NO_BUDGET = "thinking_budget is not possible with use_vllm, because vLLM does not say which tokens it forced"
 # Bytes that training keeps for each trained parameter while vLLM samples: the gradient and Adam's two moments.
 TRAINING_BYTES = 12
+# A top_k that vLLM cuts to the size of the vocabulary.
+EVERY_TOKEN = 2**31 - 1
+NO_MASK = (
+    "truncated_support is not possible with this vLLM, which has no return_sampling_mask: install vLLM 0.32 or later, "
+    "or set use_vllm=false"
+)
+NO_RUNNER = (
+    "truncated_support is not possible with vLLM here: it returns the ids that its filters keep only with its model "
+    "runner V2, which needs a GPU with Triton (VLLM_USE_V2_MODEL_RUNNER); sample with transformers (use_vllm=false), "
+    "or leave out top_p, top_k and min_p"
+)
 # Share of the free memory that is left for activations while sampling and for fragmentation.
 RESERVE = 0.1
 
@@ -51,6 +65,9 @@ def sampling_arguments(sampling: Sampling, eos_token_ids: Iterable[int]) -> dict
         raise UserError(f"generation_kwargs: repetition_penalty={penalty!r} is not allowed: it must be above 0")
     if sampling.temperature > 0:
         filters |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p or 0.0}
+        if sampling.keeps_support and not sampling.top_k:
+            # vLLM returns the kept ids only with a top_k; this one keeps every token.
+            filters["top_k"] = EVERY_TOKEN
     if texts := sampling.stop_texts:
         filters |= {"stop": list(texts), "include_stop_str_in_output": True, "skip_special_tokens": False}
     return {
@@ -84,10 +101,12 @@ def response(
     longest: int,
     eos_token_ids: Container[int] = (),
     stops: StopTexts | None = None,
+    kept: Sequence[Sequence[Any]] | None = None,
 ) -> Response:
     """Check a completion from vLLM: token ids below `vocab_size`, finite log-probabilities, at most `longest` tokens.
 
-    With `stops`, tokens that vLLM sampled after a stop text are left out.
+    With `stops`, tokens that vLLM sampled after a stop text are left out. `kept` are the ids that its filters kept for
+    each token, if they were asked for.
 
     Raises:
         UserError: a value is out of range.
@@ -107,13 +126,45 @@ def response(
                 f"vLLM returned the log-probability {reprlib.repr(logprob)}; it must be finite and at most 0"
             )
     ids, values = list(token_ids), [float(logprob) for logprob in logprobs]
+    support = None if kept is None else checked_support(kept, ids, vocab_size)
     if stops is None:
-        return Response(ids, finish_reason, values)
+        return Response(ids, finish_reason, values, support=support)
     count, past = ending(ids, eos_token_ids, stops) or (None, None)
     if count is None and finish_reason == "stop":
         # vLLM's text may begin with a space that a completion alone does not have.
         past = 0
-    return Response(ids[:count], "stop" if count else finish_reason, values[:count], past)
+    if count and support is not None:
+        support = support.take(torch.arange(count))
+    return Response(ids[:count], "stop" if count else finish_reason, values[:count], past, support=support)
+
+
+def kept_ids(completion: Any) -> Sequence[Sequence[int]]:
+    """The ids that vLLM's filters kept for each token of a completion.
+
+    Raises:
+        UserError: it did not return them.
+    """
+    mask = getattr(completion, "sampling_mask", None)
+    if mask is None:
+        raise UserError(NO_MASK)
+    return mask.token_ids
+
+
+def checked_support(kept: Sequence[Sequence[Any]], token_ids: list[int], vocab_size: int) -> Support:
+    """The ids that vLLM kept for each token, each of which must be among its own.
+
+    Raises:
+        UserError: they are not, are listed twice, or are no ids below `vocab_size`.
+    """
+    if len(kept) != len(token_ids):
+        raise UserError(f"vLLM returned the kept ids of {len(kept)} tokens for a completion of {len(token_ids)}")
+    rows = []
+    for token, ids in zip(token_ids, kept, strict=True):
+        row = [int(id) for id in ids]
+        if token not in row or len(set(row)) != len(row) or not 0 <= min(row) <= max(row) < vocab_size:
+            raise UserError(f"vLLM returned the kept ids {reprlib.repr(row)} for a token whose id is {token}")
+        rows.append(torch.tensor(row, dtype=torch.int32))
+    return Support.of(rows)
 
 
 def model_length(config: GRPOConfig, longest_prompt: int) -> int:
@@ -174,6 +225,14 @@ def save_tokenizer(tokenizer: Any, folder: Path, options: dict[str, Any]) -> Non
         options["tokenizer"] = str(folder)
 
 
+def check_mask(config: GRPOConfig) -> None:
+    """Raise a UserError if the run needs the ids that the filters keep, and the installed vLLM cannot return them."""
+    if config.truncated_support:
+        arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs
+        if "return_sampling_mask" not in {field.name for field in dataclasses.fields(arguments)}:
+            raise UserError(NO_MASK)
+
+
 def quiet_vllm(level: str) -> None:
     """Turn off vLLM's usage reports and its log below `level`, unless the environment sets them."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -200,6 +259,7 @@ def engine_options(config: GRPOConfig, dtype: torch.dtype, device: str, length: 
         "max_num_seqs": kv.sequences,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": WORKER_EXTENSION,
+        **({"return_sampling_mask": True} if config.truncated_support else {}),
         "trust_remote_code": config.trust_remote_code,
         # Compilation for a CPU needs a compiler and takes longer than it saves.
         "enforce_eager": device == "cpu",

@@ -41,6 +41,7 @@ def server_command(config: GRPOConfig, folder: Path, more: Sequence[str] = ()) -
         UserError: vLLM is not installed, or the model or the data cannot be used.
     """
     require_extra("vllm", "vllm")
+    common.check_mask(config)
     device = "cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu"
     train, held_out = load_rows(config)
     model, tokenizer = load_model(dataclasses.replace(adapter_fields(config), load_in_4bit=False, use_peft=False))

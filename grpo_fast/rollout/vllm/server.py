@@ -27,6 +27,7 @@ from grpo_fast.rollout.vllm.adapters import (
     write_adapter,
 )
 from grpo_fast.rollout.vllm.common import (
+    NO_MASK,
     model_length,
     needs_tokenizer,
     prompt_seeds,
@@ -47,6 +48,8 @@ LOAD_TIMEOUT = 1800.0
 PATIENCE, PATIENCE_PER_TOKEN = 3600.0, 1.0
 # Most bytes of an answer: a constant, and an amount for each token with its log-probability (vLLM 0.32: about 150).
 ANSWER_BYTES, TOKEN_BYTES = 1 << 20, 1 << 10
+# Of each id that the filters kept.
+ID_BYTES = 9
 # Parts of the server's error if it cannot read the weights, and what to do.
 UNREADABLE = {
     "no weights in": "it must share this machine's temporary folder; set TMPDIR to a folder that both can read",
@@ -81,7 +84,8 @@ class VLLMServer(Rollout):
         self.syncs = 0
         self.version: str | None = None
         self._wait(config.vllm_server_timeout)
-        lora = self._check_options(model_length(config, longest_prompt), needs_tokenizer(config))
+        length = model_length(config, longest_prompt)
+        lora = self._check_options(length, needs_tokenizer(config), config.truncated_support)
         reason = self._merge_reason(model, lora) if adapted_layers(model) else None
         self.adapters = bool(adapted_layers(model)) and reason is None
         self.warning = warn_merged(reason) if reason else ""
@@ -107,6 +111,9 @@ class VLLMServer(Rollout):
             UserError: the server no longer answers, its answer is invalid, or it has other weights than this run's.
         """
         arguments, longest = sampling_arguments(sampling, self.eos_token_ids), sampling.max_completion_length
+        token_bytes = TOKEN_BYTES
+        if sampling.keeps_support:
+            token_bytes += ID_BYTES * min(arguments["top_k"], self.vocab_size)
         bodies = [
             {"token_ids": ids, "sampling_params": {**arguments, "seed": seed}, **self._model()}
             for ids, seed in zip(prompt_ids, prompt_seeds(sampling, len(prompt_ids)), strict=True)
@@ -116,7 +123,7 @@ class VLLMServer(Rollout):
                 "/inference/v1/generate",
                 bodies,
                 PATIENCE + PATIENCE_PER_TOKEN * longest,
-                [ANSWER_BYTES + TOKEN_BYTES * (len(ids) + sampling.num_generations * longest) for ids in prompt_ids],
+                [ANSWER_BYTES + token_bytes * (len(ids) + sampling.num_generations * longest) for ids in prompt_ids],
             )
         except ServerError as error:
             if self._model() and str(error).startswith("status 404"):
@@ -267,7 +274,10 @@ class VLLMServer(Rollout):
                 self._check_version({span["version"] for span in choice["weight_versions"]}, answer.get("model"))
                 logprobs = [each["logprob"] for each in content]
                 reason = choice["finish_reason"]
-                yield response(ids, logprobs, reason, self.vocab_size, longest, self.eos_token_ids, stops)
+                kept = choice["sampling_mask"] if sampling.keeps_support else None
+                if sampling.keeps_support and kept is None:
+                    raise self._error(f"does not return the ids that its filters kept; {NO_MASK}")
+                yield response(ids, logprobs, reason, self.vocab_size, longest, self.eos_token_ids, stops, kept)
         except UserError:
             raise
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
@@ -302,7 +312,7 @@ class VLLMServer(Rollout):
                 say(f"waiting up to {timeout:g} s for a vLLM server at {self.client.base_url} ...")
             time.sleep(min(0.2 * 2**attempt, 2.0, max(0.0, end - time.monotonic())))
 
-    def _check_options(self, length: int, needs_tokenizer: bool) -> Any:
+    def _check_options(self, length: int, needs_tokenizer: bool, keeps_support: bool = False) -> Any:
         """Check that the server can update its weights over HTTP and returns log-probabilities after the filters.
 
         Returns:
@@ -315,6 +325,7 @@ class VLLMServer(Rollout):
                 "--worker-extension-cls": options["parallel_config"]["worker_extension_cls"],
                 "--logprobs-mode": model["logprobs_mode"],
             }
+            masks = model.get("return_sampling_mask")
             longest, bare = int(model["max_model_len"]), needs_tokenizer and bool(model["skip_tokenizer_init"])
         except KeyRefused as error:
             raise self._gone(error) from None
@@ -327,6 +338,10 @@ class VLLMServer(Rollout):
         for option, value in wanted.items():
             if found[option] != value:
                 raise self._error(f"was started with {option} {_text(found[option])}, but needs {value}; {START}")
+        if keeps_support and masks is None:
+            raise self._error(f"cannot return the ids that its filters keep; {NO_MASK}")
+        if keeps_support and masks is not True:
+            raise self._error(f"was started without --return-sampling-mask, but truncated_support needs it; {START}")
         if bare:
             raise self._error(f"was started without the tokenizer that generation_kwargs: stop needs; {START}")
         if longest < length:

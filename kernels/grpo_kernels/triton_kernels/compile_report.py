@@ -35,6 +35,9 @@ from grpo_kernels.triton_kernels import (
     product_forward,
     row_kernels,
     scale_kernels,
+    support_kernels,
+    support_launches,
+    triton_gather,
     triton_head,
 )
 from grpo_kernels.triton_kernels.launch import interpreting
@@ -64,15 +67,17 @@ SIZES = (
     "first_column",
     "tiles_per_split",
     "splits",
+    "support_stride",
+    "weight_stride_h",
 )
-NUMBERS = ("logit_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
+NUMBERS = ("logit_scale", "bias_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
 NUMBERS += ("decay_pos", "decay_neg", "beta", "kl_clip", "entropy_coef")
 NUMBERS += ("decay", "beta1", "beta2", "step_size", "correction", "eps")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
     **dict.fromkeys(NUMBERS, "fp32"),
-    "targets": "*i64",
-    "offsets": "*i64",
+    **dict.fromkeys(("targets", "offsets", "starts", "ends", "tokens", "order", "bounds", "pair_tokens"), "*i64"),
+    **dict.fromkeys(("ids", "words", "support"), "*i32"),
     "mask": "*i1",
 }
 
@@ -124,6 +129,12 @@ def head_variants(architecture: str) -> Iterator[Variant]:
     if row.descriptors:
         # Inputs that descriptors cannot address go through plain pointers on every architecture.
         yield _head_forward(False, row.half[0], "bf16", True, True, options=False)
+    for tiles, dtype in ((row.half, "bf16"), (row.single, "fp32")):
+        capped = row.capped if dtype == "bf16" and row.capped else tiles
+        for store in (True, False):
+            yield _with_support(_head_forward(row.descriptors, capped[0], dtype, store, entropy=True, options=True))
+        yield _with_support(_head_forward(row.descriptors, tiles[0], dtype, True, entropy=True, options=False))
+        yield _with_support(_head_gradient_known(row.descriptors, capped[0], dtype, options=True))
     for tiles, dtype in ((row.half, "bf16"), (row.half, "fp16"), (row.single, "fp32")):
         yield _head_gradient_known(row.descriptors, tiles[0], dtype, options=False)
         capped = row.capped if dtype != "fp32" and row.capped else tiles
@@ -152,13 +163,17 @@ def _head_forward(descriptors: bool, tile: Tile, dtype: str, store: bool, entrop
         types[name] = f"tensordesc<{dtype}[{rows}, {columns}]>" if described else f"*{dtype}"
     constants = {
         "HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "WITH_ENTROPY": entropy,
-        "STORE": store, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
+        "STORE": store, "HAS_SUPPORT": False, "DESCRIPTORS": descriptors, "BLOCK_N": tile.rows, "BLOCK_V": tile.columns,
         "PART_V": tile.part, "BLOCK_K": tile.depth, "weight_stride_h": 1,
         "DOT_DTYPE": DOT_DTYPES[dtype],
     }  # fmt: skip
     name = f"{dtype} {tile.rows}x{tile.columns}x{tile.depth}/{tile.part} {'store' if store else 'score'}"
     name += (" entropy" if entropy else "") + (" options" if options else "") + (" descriptors" if descriptors else "")
     return Variant(head_kernels.head_forward, name, types, constants, tile.warps, tile.stages)
+
+
+def _with_support(variant: Variant) -> Variant:
+    return replace(variant, name=f"{variant.name} support", constants=variant.constants | {"HAS_SUPPORT": True})
 
 
 def _head_gradient_known(descriptors: bool, tile: Tile, dtype: str, options: bool) -> Variant:
@@ -190,6 +205,30 @@ def _row_statistics(dtype: str, store: bool, options: bool) -> Variant:
     name = f"{dtype} {'store' if store else 'score with scales'}" + (" options" if options else "")
     types = {"out": f"*{dtype}"}
     return Variant(row_kernels.row_statistics, name, types, constants, product_forward.ROW_WARPS)
+
+
+def support_variants() -> Iterator[Variant]:
+    """The kernels on the kept ids alone."""
+    constants = {"BLOCK": support_launches.BITS_BLOCK}
+    yield Variant(support_kernels.support_bits, "", {}, constants, support_launches.BITS_WARPS)
+    block = {"PAIRS": triton_gather.PAIRS, "BLOCK_H": triton_gather.BLOCK_H}
+    for dtype in ("bf16", "fp16", "fp32"):
+        types = dict.fromkeys(("hidden", "weight", "out"), f"*{dtype}")
+        product = {"DOT_DTYPE": DOT_DTYPES[dtype], **block}
+        for options in (False, True):
+            flags = {"HAS_BIAS": options, "HAS_TEMPERATURE": options, "HAS_SOFTCAP": options}
+            name = dtype + (" options" if options else "")
+            constants = {"weight_stride_h": 1, **flags, **product}
+            yield Variant(support_kernels.support_forward, name, types, constants, triton_gather.WARPS)
+            constants = {"HAS_WEIGHT": True, "HAS_BIAS": options, "ADD": options, **product}
+            yield Variant(support_kernels.support_grad_weight, name, types, constants, triton_gather.WARPS)
+        constants = {"weight_stride_h": 1, **product}
+        yield Variant(support_kernels.support_grad_hidden, dtype, types, constants, triton_gather.WARPS)
+    for options in (False, True):
+        flags = {"HAS_TEMPERATURE": options, "HAS_SOFTCAP": options, "HAS_GRAD_ENTROPY": options}
+        constants = {**flags, "PAIRS": triton_gather.GRADIENT_PAIRS}
+        name = "options" if options else ""
+        yield Variant(support_kernels.support_gradient, name, {}, constants, triton_gather.GRADIENT_WARPS)
 
 
 def small_variants() -> Iterator[Variant]:
@@ -320,7 +359,7 @@ def product_loop(assembly: str) -> list[str]:
 
 
 def reports(architecture: str) -> Iterator[Report]:
-    for variant in (*head_variants(architecture), *small_variants()):
+    for variant in (*head_variants(architecture), *support_variants(), *small_variants()):
         yield compile_variant(variant, architecture)
 
 

@@ -38,6 +38,18 @@ def _part(z, index: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PART:
 
 
 @triton.jit
+def kept_columns(words, first_column, V, row_mask, WIDTH: tl.constexpr):
+    """Which columns of a tile each row keeps ``[ROWS, WIDTH]``; `words` are pointers to the first word of each row."""
+    column = tl.arange(0, WIDTH)
+    kept = tl.zeros([1, WIDTH], tl.int32)
+    # A word of each row at a time: an address for each column would not fit the registers.
+    for index in tl.static_range(WIDTH // 32):
+        word = tl.load(words + first_column // 32 + index, row_mask & (first_column + 32 * index < V), other=0)
+        kept = tl.where((column // 32 == index)[None, :], word[:, None] >> (column % 32)[None, :], kept)
+    return (kept & 1) != 0
+
+
+@triton.jit
 def _merge(maximum, total, weighted, other_maximum, other_total, other_weighted, WITH_ENTROPY: tl.constexpr):
     """The statistics of two sets of columns from those of each; log e is relative to the maximum, so it shifts too."""
     merged = tl.maximum(maximum, other_maximum)
@@ -85,6 +97,7 @@ def _products(
 def _fold_tile(
     z, statistics, first_row, first_column, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
     maximum_stride, V, padded_columns, out_stride, logit_scale, softcap,
+    support, support_stride, HAS_SUPPORT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WITH_ENTROPY: tl.constexpr,
     STORE: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +113,10 @@ def _fold_tile(
         z = tl.where(z == float("-inf"), z, softcap * tanh(z / softcap))
     if HAS_TEMPERATURE:
         z *= inverse_temperature[:, None]
-    z = tl.where(column_mask[None, :], z, float("-inf"))
+    if HAS_SUPPORT:
+        z = tl.where(kept_columns(support + rows * support_stride, first_column, V, row_mask, WIDTH), z, float("-inf"))
+    else:
+        z = tl.where(column_mask[None, :], z, float("-inf"))
     target_column = (target - first_column).to(tl.int32)
     at_target += tl.sum(tl.where(column[None, :] == target_column[:, None], z, 0.0), 1)
 
@@ -130,8 +146,8 @@ def _fold_tile(
 
 
 @triton.jit(
-    do_not_specialize=["N", "tiles_per_split", "splits"],
-    do_not_specialize_on_alignment=["bias", "targets", "temperature", "partials", "tile_maximum"],
+    do_not_specialize=["N", "tiles_per_split", "splits", "support_stride"],
+    do_not_specialize_on_alignment=["bias", "targets", "temperature", "partials", "tile_maximum", "support"],
 )
 def head_forward(
     hidden,  # [N, H] in DOT_DTYPE: a pointer, or a descriptor of blocks [BLOCK_N, BLOCK_K]
@@ -154,6 +170,9 @@ def head_forward(
     splits,
     logit_scale,
     softcap,
+    support,  # [N, words] int32: a bit for each column that is kept
+    support_stride,
+    HAS_SUPPORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -189,7 +208,7 @@ def head_forward(
                 statistics = _fold_tile(
                     _part(z, part, BLOCK_N, BLOCK_V, PART_V), statistics, first_row, first_column + part * PART_V,
                     target, inverse_temperature, rows, row_mask, bias, out, tile_maximum, N, V,
-                    padded_columns, out_stride, logit_scale, softcap,
+                    padded_columns, out_stride, logit_scale, softcap, support, support_stride, HAS_SUPPORT,
                     HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, WITH_ENTROPY, STORE, DESCRIPTORS, PART_V,
                 )  # fmt: skip
         # Four planes of [splits, N].

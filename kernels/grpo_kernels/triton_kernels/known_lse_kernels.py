@@ -9,14 +9,14 @@ Nothing is reduced over the vocabulary and no exponential is stored, so each log
 import triton
 import triton.language as tl
 
-from grpo_kernels.triton_kernels.head_kernels import _part, _products
+from grpo_kernels.triton_kernels.head_kernels import _part, _products, kept_columns
 from grpo_kernels.triton_kernels.math import expm1, tanh
 
 
 @triton.jit
 def _gradient_of_tile(
     z, first_column, target, inverse_temperature, maximum, log_total, at_target_gradient, g, g_entropy, entropy, scale,
-    bias, V, logit_scale, softcap,
+    bias, V, logit_scale, softcap, words, row_mask, HAS_SUPPORT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_GRAD_ENTROPY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -32,6 +32,9 @@ def _gradient_of_tile(
     shifted = z
     if HAS_TEMPERATURE:
         shifted = z * inverse_temperature[:, None]
+    if HAS_SUPPORT:
+        kept = kept_columns(words, first_column, V, row_mask, WIDTH)
+        shifted = tl.where(kept, shifted, float("-inf"))
     # The maximum is subtracted first: rounding maximum + log(total) would cost large logits their last digits.
     logprob = (shifted - maximum[:, None]) - log_total[:, None]
     p = tl.exp(logprob)
@@ -45,9 +48,10 @@ def _gradient_of_tile(
 
 
 @triton.jit(
-    do_not_specialize=["N", "tiles_per_split", "splits"],
+    do_not_specialize=["N", "tiles_per_split", "splits", "support_stride"],
     do_not_specialize_on_alignment=[
         "bias", "targets", "temperature", "maximum", "total", "weighted", "at_target", "grad_logprobs", "grad_entropy",
+        "support",
     ],
 )  # fmt: skip
 def head_gradient_known(
@@ -76,6 +80,9 @@ def head_gradient_known(
     logit_scale,
     softcap,
     gradient_scale,
+    support,  # [N, words] int32: a bit for each column that is kept
+    support_stride,
+    HAS_SUPPORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -129,6 +136,7 @@ def head_gradient_known(
                 gradient = _gradient_of_tile(
                     _part(z, part, BLOCK_N, BLOCK_V, PART_V), part_start, target, inverse_temperature, row_maximum,
                     log_total, at_target_gradient, g, g_entropy, entropy, scale, bias, V, logit_scale, softcap,
+                    support + rows * support_stride if HAS_SUPPORT else rows, row_mask, HAS_SUPPORT,
                     HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, HAS_GRAD_ENTROPY, PART_V,
                 )  # fmt: skip
                 if DESCRIPTORS:

@@ -115,7 +115,7 @@ def _part_by_products(
     with_entropy: bool,
 ) -> RowStatistics:
     """The forward of as many rows as are multiplied at once."""
-    (_, targets, temperature), device = rows, out.device
+    (_, targets, temperature, _), device = rows, out.device
     N, V, store = targets.shape[0], head.vocab_size, out.shape[1] > 0
     columns = product_columns(N, V, scratch // (4 * max(N, 1)), ROW_WIDTH, processors(device))
     blocks = [slice(start, min(start + columns, V)) for start in range(0, V, columns)]

@@ -73,7 +73,7 @@ def row_statistics(
         statistics = _fold_tile(
             z, statistics, 0, start, target, inverse_temperature, rows, row_mask, bias, out, tile_maximum,
             maximum_stride, V,
-            padded_columns, out_stride, logit_scale, softcap,
+            padded_columns, out_stride, logit_scale, softcap, None, 0, False,
             HAS_BIAS, HAS_TEMPERATURE, HAS_SOFTCAP, WITH_ENTROPY, STORE, False, WIDTH,
         )  # fmt: skip
     at = split.to(tl.int64) * N + rows

@@ -38,6 +38,7 @@ from grpo_kernels.triton_kernels.product_forward import (
     padded_columns,
 )
 from grpo_kernels.triton_kernels.scale_kernels import scale_unless_one_
+from grpo_kernels.triton_kernels.support_launches import support_words
 from grpo_kernels.triton_kernels.tiles import ARCHITECTURES, Tile, refuse_tile, splits_of, tiles_to_try
 
 T = TypeVar("T")
@@ -132,15 +133,23 @@ class TritonHead(Head):
 
     def launches(self, rows: Rows, out: Tensor, with_entropy: bool) -> dict[str, Callable[[], RowStatistics]]:
         """The forward of this rank's shard by each engine of `ENGINES`."""
+        words = None if rows.support is None else support_words(rows.support, self.vocab_size)
         return {
             "fused": lambda: self.with_tile(
-                "head_forward", rows, out, with_entropy, lambda tile: self.launch_forward(tile, rows, out, with_entropy)
+                "head_forward",
+                rows,
+                out,
+                with_entropy,
+                lambda tile: self.launch_forward(tile, rows, out, with_entropy, words),
             ),
             "products": lambda: forward_by_products(self, Products, self.combined, rows, out, with_entropy),
         }
 
     def engine(self, rows: Rows, out: Tensor, with_entropy: bool) -> str:
         """Which engine runs the forward of `rows`; it is measured where this has to be done, and decided before."""
+        if rows.support is not None:
+            # `row_statistics` takes no mask of kept ids.
+            return "fused"
         sizes, scoring = (*rows.hidden.shape, self.vocab_size), out.shape[1] == 0
         engine, predicted = self._decided(sizes, scoring)
         if engine is None and sizes[0] >= MEASURED_ROWS:
@@ -187,8 +196,10 @@ class TritonHead(Head):
             f"no tile of {kernel} fits {architecture} ({key}: {refusal or 'refused before'}); use backend='torch'"
         )
 
-    def launch_forward(self, tile: Tile, rows: Rows, out: Tensor, with_entropy: bool) -> RowStatistics:
-        (hidden, targets, temperature), weight, device = rows, self.weight, out.device
+    def launch_forward(
+        self, tile: Tile, rows: Rows, out: Tensor, with_entropy: bool, words: Tensor | None = None
+    ) -> RowStatistics:
+        (hidden, targets, temperature, _), weight, device = rows, self.weight, out.device
         (N, H), V, store = hidden.shape, self.vocab_size, out.shape[1] > 0
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, tiles = -(-N // tile.rows), -(-V // tile.columns)
@@ -210,7 +221,8 @@ class TritonHead(Head):
             first, second, self.bias, targets, temperature, partials, third, tile_maximum,
             N, V, padded_columns(out), H,
             hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
-            self.logit_scale, self.softcap or 1.0,
+            self.logit_scale, self.softcap or 1.0, words, 0 if words is None else words.stride(0),
+            HAS_SUPPORT=words is not None,
             HAS_BIAS=self.bias is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
@@ -244,9 +256,10 @@ class TritonHead(Head):
         )
         # An incoming gradient may be one number, expanded.
         g, g_entropy = (None if grad is None else grad.contiguous() for grad in (g, g_entropy))
+        words = None if rows.support is None else support_words(rows.support, self.vocab_size)
 
         def launch(tile: Tile) -> None:
-            self.launch_known(tile, rows, stats, out, g, g_entropy, scale, row_scale is not None)
+            self.launch_known(tile, rows, stats, out, g, g_entropy, scale, row_scale is not None, words)
 
         self.with_tile("head_gradient_known", rows, out, g_entropy is not None, launch)
         return out, row_scale
@@ -261,8 +274,9 @@ class TritonHead(Head):
         grad_entropy: Tensor | None,  # [C], None for 0
         scale: float,
         row_scaled: bool,
+        words: Tensor | None = None,  # [C, words]
     ) -> None:
-        (hidden, targets, temperature), weight, device = rows, self.weight, out.device
+        (hidden, targets, temperature, _), weight, device = rows, self.weight, out.device
         (N, H), V = hidden.shape, self.vocab_size
         architecture = ARCHITECTURES[architecture_of(device)]
         row_blocks, programs = -(-N // tile.rows), tile.per_processor * processors(device)
@@ -279,7 +293,8 @@ class TritonHead(Head):
             first, second, self.bias, targets, temperature, stats.maximum, stats.total, stats.weighted, stats.target,
             grad_logprobs, grad_entropy, third, N, V, padded_columns(out), H,
             hidden.stride(0), weight.stride(0), weight.stride(1), out.stride(0), tiles_per_split, splits,
-            self.logit_scale, self.softcap or 1.0, scale,
+            self.logit_scale, self.softcap or 1.0, scale, words, 0 if words is None else words.stride(0),
+            HAS_SUPPORT=words is not None,
             HAS_BIAS=self.bias is not None,
             HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=self.softcap is not None,
@@ -313,7 +328,7 @@ class TritonHead(Head):
     def gradient_(
         self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        (_, targets, temperature), e, stats = chunk.rows, chunk.e, chunk.stats
+        (_, targets, temperature, _), e, stats = chunk.rows, chunk.e, chunk.stats
         N, V = e.shape
         program_rows = gradient_rows(stats.tile_width)
         grad_logprobs, grad_entropy, scale, row_scale = self.row_scaled(
