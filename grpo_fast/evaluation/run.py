@@ -36,6 +36,7 @@ from grpo_fast.train.checkpoint import STATE_FILE, checkpoints, fingerprint, ver
 from grpo_fast.train.groups import sample_and_score
 from grpo_fast.train.run_folder import claim, claim_new, release
 from grpo_fast.train.trust import remember_own
+from grpo_kernels import Support
 
 # The fields that decide, with the data, which prompts a run holds out.
 _DATA_FIELDS = ("dataset_name", "dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split")
@@ -164,9 +165,9 @@ class EvalRun:
         probe = Probe(self.prompts[0], longest, config.temperature, tolerance(config, model.dtype))
 
         @torch.no_grad()
-        def score(prompt_ids: list[int], completion_ids: list[int]) -> Tensor:
+        def score(prompt_ids: list[int], completion_ids: list[int], support: Support | None) -> Tensor:
             ids = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device)
-            return policy(ids, logits_to_keep=len(completion_ids))[0]
+            return policy(ids, logits_to_keep=len(completion_ids), support=support)[0]
 
         probe.check(self.rollout, score)
 

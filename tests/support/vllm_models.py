@@ -109,7 +109,7 @@ def check_stale(rollout, adapted, model, monkeypatch, method, *traps):
     probe = Probe(LONG, len(LONG) + 16, 1.0, 1e-3)
 
     def check():
-        return probe.check(rollout, lambda prompt, ids: scored(model, prompt, ids))
+        return probe.check(rollout, lambda prompt, ids, _: scored(model, prompt, ids))
 
     rollout.sync(adapted)
     assert check() < 1e-5
@@ -129,7 +129,7 @@ def check_traps(rollout, model, monkeypatch):
     probe = Probe(LONG, len(LONG) + 16, 1.0, 1e-3)
 
     def check():
-        return probe.check(rollout, lambda prompt, ids: scored(model, prompt, ids))
+        return probe.check(rollout, lambda prompt, ids, _: scored(model, prompt, ids))
 
     rollout.sync(model)
     assert check() < 1e-5
