@@ -169,6 +169,9 @@ class FixedRollout:
 
     wake = sleep
 
+    def take_figures(self) -> dict[str, float]:
+        return {}
+
     def generate(self, prompt_ids: list[list[int]], sampling: Any) -> list[Any]:
         from grpo_fast.rollout import Response
 

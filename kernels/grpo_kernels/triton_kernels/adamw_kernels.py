@@ -29,7 +29,7 @@ def random_bits(counter, key, second_key):
 @triton.jit
 def update(
     weight, grad, exp_avg, exp_avg_sq, at, mask, counter, key, second_key,
-    decay, beta1, beta2, step_size, correction, eps,
+    decay, beta1, beta2, step_size, bias_correction, eps,
 ):  # fmt: skip
     w = tl.load(weight + at, mask).to(tl.float32)
     g = tl.load(grad + at, mask).to(tl.float32)
@@ -37,7 +37,7 @@ def update(
     square = tl.load(exp_avg_sq + at, mask)
     mean += (1.0 - beta1) * (g - mean)
     square += (1.0 - beta2) * (g * g - square)
-    w -= decay * w + step_size * mean / (tl.sqrt(square) * correction + eps)
+    w -= decay * w + step_size * mean / (tl.sqrt(square) * bias_correction + eps)
     if weight.dtype.element_ty == tl.bfloat16:
         bits = w.to(tl.uint32, bitcast=True) + (random_bits(counter + at, key, second_key) & 0xFFFF)
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -61,7 +61,7 @@ def adamw_step(
     beta1,
     beta2,
     step_size,  # learning rate over 1 - beta1**step
-    correction,  # 1 over the square root of 1 - beta2**step
+    bias_correction,  # 1 over the square root of 1 - beta2**step
     eps,
     BLOCK: tl.constexpr,
 ):
@@ -71,12 +71,12 @@ def adamw_step(
     if start + BLOCK <= numel:
         update(
             weight + start, grad + start, exp_avg + start, exp_avg_sq + start, at, None, start, key, second_key,
-            decay, beta1, beta2, step_size, correction, eps,
+            decay, beta1, beta2, step_size, bias_correction, eps,
         )  # fmt: skip
     else:
         update(
             weight + start, grad + start, exp_avg + start, exp_avg_sq + start, at, at < numel - start, start, key,
-            second_key, decay, beta1, beta2, step_size, correction, eps,
+            second_key, decay, beta1, beta2, step_size, bias_correction, eps,
         )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ SIZES = (
 )
 NUMBERS = ("logit_scale", "bias_scale", "gradient_scale", "softcap", "low", "high", "delta", "pos", "neg")
 NUMBERS += ("decay_pos", "decay_neg", "beta", "kl_clip", "entropy_coef")
-NUMBERS += ("decay", "beta1", "beta2", "step_size", "correction", "eps")
+NUMBERS += ("decay", "beta1", "beta2", "step_size", "bias_correction", "eps")
 TYPES = {
     **dict.fromkeys((*SIZES, "numel", "length", "inner"), "i32"),
     **dict.fromkeys(NUMBERS, "fp32"),
