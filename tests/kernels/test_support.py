@@ -24,7 +24,8 @@ SIZES = {"masked": (33, 17, 259), "gathered": (7, 70, 41)}
 MOST = 20
 DTYPES = [
     (torch.float64, "hwb"), (torch.float64, "h"), (torch.float32, "hwb"), (torch.float32, "h"), (torch.float32, "w"),
-    (torch.float32, ""), (torch.bfloat16, "hwb"), (torch.bfloat16, "h"), (torch.float16, "hwb"), (torch.float16, "h"),
+    (torch.float32, ""), (torch.bfloat16, "hwb"), pytest.param(torch.bfloat16, "h", marks=pytest.mark.long),
+    pytest.param(torch.float16, "hwb", marks=pytest.mark.long), (torch.float16, "h"),
 ]  # fmt: skip
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -59,6 +60,19 @@ def test_outputs_and_gradients(dtype, trainable, way):
 def test_without_options(trainable, way):
     compare(run, cases(way, trainable=trainable, weight_dtype=torch.bfloat16), torch.float32)
     compare(run, cases(way, most=1, dtype=torch.bfloat16, trainable=trainable), torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", ["masked"], indirect=True)
+def test_engine_of_products_leaves_supports_to_the_fused_one(way, monkeypatch):
+    monkeypatch.setenv("GRPO_KERNELS_ENGINE", "products")
+    compare(run, cases(way, trainable="h"), torch.float32)
+
+
+def test_fp8_precision_is_refused():
+    arguments = make(4, 5, 9, targets=torch.tensor([1, 2, 3, 4]))
+    kept = Support.of([torch.tensor([0, target]) for target in range(1, 5)])
+    with torch.no_grad(), pytest.raises(ValueError, match="precision='fp8' is not possible with a support"):
+        linear_logprob(**arguments, support=kept, precision="fp8")
 
 
 def test_full_logits_with_minus_infinity_elsewhere(way):

@@ -128,6 +128,33 @@ def test_async_rollout_continues_answers_with_new_weights(monkeypatch):
                 assert logprob == pytest.approx(scores.log_softmax(-1)[token].item(), abs=1e-5)
 
 
+def test_async_rollout_joins_the_supports_of_the_parts(monkeypatch):
+    """Each part keeps its tokens' own ids; those behind a stop text are cut off with their tokens."""
+    monkeypatch.setattr(asynchronous, "PART_TOKENS", 3)
+    sampler = text_models.rollout()
+
+    class Engine(SeparateEngine):
+        def generate(self, prompt_ids, sampling):
+            return sampler.generate(prompt_ids, sampling)
+
+    groups = GroupQueue(itertools.cycle([(0, [5, 9, 11]), (1, [7])]), 2, 1, 2, 10)
+    sampling = Sampling(2, 8, temperature=0.7, top_k=5, keeps_support=True)
+    sampler.eos_token_ids = set()
+    stream = AsyncRollout(Engine(sampler.model, sampler.tokenizer), groups, sampling, None, set(), 0)
+    while not all(group.finished for group in groups.groups) or not groups.groups:
+        stream.sample_part()
+    for group in stream.take(2):
+        for answer in group.answers:
+            tokens, support = answer.response.token_ids, answer.response.support
+            with torch.no_grad():
+                logits = sampler.model(torch.tensor([answer.prompt + tokens])).logits[0, len(answer.prompt) - 1 : -1]
+            kept = logits.topk(5).indices.sort().values
+            assert torch.equal(support.offsets, torch.arange(9) * 5)
+            assert torch.equal(support.ids.view(8, 5), kept.int())
+            answer.end("stop", 0, 4)
+            assert torch.equal(answer.response.support.ids.view(4, 5), kept[:4].int())
+
+
 class Scripted(SeparateEngine):
     """Says the tokens of a script, whatever the weights are."""
 

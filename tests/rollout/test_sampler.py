@@ -1,6 +1,7 @@
 """The trainer with an engine that has a copy of the weights: sync, probe, correction and sampling ahead."""
 
 import copy
+import dataclasses
 import sys
 import threading
 
@@ -12,7 +13,7 @@ from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.evaluation.run import EvalOptions, EvalRun
 from grpo_fast.files import read_metrics
-from grpo_fast.rollout import TransformersRollout
+from grpo_fast.rollout import TransformersRollout, check_support
 from grpo_fast.train.checkpoint import checkpoints
 from grpo_kernels import sampling_ratio
 from support.small import SMALL, trainer, weights
@@ -153,6 +154,22 @@ def test_check_support_refuses_filters_that_change_the_correction(tmp_path, use,
         trainer(tmp_path, **filters, **FIELDS, reward_funcs=["no_such_reward"])
     assert not (tmp_path / "config.yaml").exists()
     GRPOConfig(**{**SMALL, **filters, "use_vllm": True})
+
+
+@pytest.mark.parametrize(
+    ("mask", "fields"),
+    [
+        ("rollout_rs", {"rollout_rs": "token_k3", "rollout_rs_threshold": 2.0}),
+        ("off_policy_mask_threshold", {"off_policy_mask_threshold": 0.5}),
+    ],
+)
+def test_check_support_names_the_masks_that_compare_with_the_sampler(mask, fields):
+    fields = {"use_vllm": True, "vllm_importance_sampling_correction": False, "top_p": 0.9, **fields}
+    config = GRPOConfig(**{**SMALL, **fields})
+    with pytest.raises(UserError, match=f"with use_vllm and {mask}, because.*leave out top_p.*, or set {mask}=null$"):
+        check_support(config)
+    check_support(dataclasses.replace(config, truncated_support=True))
+    check_support(dataclasses.replace(config, use_vllm=False, rollout_rs=None))
 
 
 @pytest.mark.parametrize("fields", [{"use_vllm": False}, {"vllm_importance_sampling_correction": False}], ids=str)

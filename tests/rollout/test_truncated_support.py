@@ -12,12 +12,14 @@ from transformers import LlamaConfig, Phi3Config
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.files import read_metrics
+from grpo_fast.model import packing
 from grpo_fast.model.loading import digit_tokenizer
-from grpo_fast.model.policy import FusedPolicy
+from grpo_fast.model.policy import FusedPolicy, Teaching, distillation_loss
 from grpo_fast.rollout import Response, Sampling, TransformersRollout, check_support
 from grpo_fast.train.batch import build_step_batch
 from grpo_fast.train.learner import Learner
 from grpo_kernels import PolicyObjective, Support, sampling_ratio
+from support import text_models
 from support.small import trainer
 from support.supports import mask_of, random_support
 from support.tiny import VOCAB, random_samples, tiny_model
@@ -58,6 +60,47 @@ def test_recorded_ids_are_those_that_the_filters_keep(config_class):
         assert (logits.masked_fill(~kept, 99).amin(1) >= logits.masked_fill(kept, -99)[:, 2:].amax(1)).all()
     (other, *_) = engine.generate(PROMPTS, dataclasses.replace(sampling, keeps_support=False))
     assert other.support is None
+
+
+def test_speculative_decoder_keeps_the_ids_of_drafted_tokens():
+    """Of several tokens that a step accepts, each has the ids that were kept at its own place."""
+    sampler = text_models.rollout()
+    engine = TransformersRollout(sampler.model, sampler.tokenizer, 100_000, speculative_tokens=4)
+    sampling = Sampling(8, 24, temperature=0.3, top_k=5, keeps_support=True)
+    responses = engine.generate([[5, 9, 11]], sampling)
+    assert engine.take_figures()["speculative/tokens_per_step"] > 1.1
+    for response in responses:
+        ids = response.token_ids
+        with torch.no_grad():
+            logits = sampler.model(torch.tensor([[5, 9, 11, *ids]])).logits[0, 2:-1]
+        kept = logits.topk(5).indices.sort().values
+        assert torch.equal(response.support.offsets, torch.arange(len(ids) + 1) * 5)
+        assert torch.equal(response.support.ids.view(-1, 5), kept.int())
+
+
+def test_greedy_completion_of_a_baseline_keeps_no_ids(tmp_path):
+    """At a temperature of 0 no filter applies, and the loss does not use it."""
+    made = trainer(tmp_path, top_k=4, truncated_support=True, advantage_estimator="remax", max_steps=1)
+    sampled, generate = [], made.rollout.engine.generate
+    made.rollout.engine.generate = lambda prompts, sampling: sampled.append(sampling) or generate(prompts, sampling)
+    made.train()
+    kept = {sampling.temperature: sampling.keeps_support for sampling in sampled}
+    assert kept[0.0] is False
+    assert kept[made.config.temperature] is True
+
+
+def test_microbatch_moves_its_support():
+    microbatch = packing.empty_microbatch(0, False)
+    microbatch.support = Support.of([torch.tensor([1, 2])])
+    moved = microbatch.to(torch.device("meta")).support
+    assert [tensor.device.type for tensor in moved] == ["meta", "meta"]
+
+
+def test_divergence_from_a_teacher_is_refused():
+    head = {"weight": torch.zeros(3, 2), "support": Support.of([torch.tensor([1])])}
+    teaching = Teaching(hidden=torch.zeros(1, 2), head={"weight": torch.zeros(3, 2)}, beta=1.0)
+    with pytest.raises(UserError, match="covers the whole vocabulary; distil without truncated_support"):
+        distillation_loss(torch.zeros(1, 2), head, teaching, torch.ones(1))
 
 
 def test_forced_tokens_keep_themselves():
