@@ -169,7 +169,6 @@ def test_check_support_names_the_masks_that_compare_with_the_sampler(mask, field
     with pytest.raises(UserError, match=f"with use_vllm and {mask}, because.*leave out top_p.*, or set {mask}=null$"):
         check_support(config)
     check_support(dataclasses.replace(config, truncated_support=True))
-    check_support(dataclasses.replace(config, use_vllm=False, rollout_rs=None))
 
 
 @pytest.mark.parametrize("fields", [{"use_vllm": False}, {"vllm_importance_sampling_correction": False}], ids=str)

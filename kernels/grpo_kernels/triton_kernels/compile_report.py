@@ -289,7 +289,7 @@ def compile_variant(variant: Variant, architecture: str) -> Report:
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
     registers, stack, loop_spills, assembly = read(compiled.asm)
     loop = "\n".join(product_loop(assembly))
-    product = MATRIX_PRODUCT.search(loop) if "weight" in names else None
+    product = MATRIX_PRODUCT.search(loop) if "_products(" in variant.kernel.src else None
     load, load_bytes = widest(LOAD, assembly)
     return Report(
         architecture, variant.kernel.__name__, variant.name, compiled.metadata.shared, registers, stack, loop_spills,
