@@ -52,7 +52,8 @@ class TorchGather:
         log_e = z - maximum.clamp(min=lowest)[rows]
         e = log_e.exp()
         weighted = self._sums(e * log_e.clamp(min=lowest)) if self.with_entropy else None
-        is_target = self.ids == self.targets[rows]
+        # Where another shard holds both the id and the target, both are -1.
+        is_target = (self.ids == self.targets[rows]) & (self.ids >= 0)
         target = self._sums(torch.where(is_target, z, 0.0))
         missing = (self.targets >= 0) & (self._sums(is_target.to(z.dtype)) == 0)
         target = target.masked_fill(missing, float("-inf"))
