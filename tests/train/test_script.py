@@ -233,7 +233,7 @@ def test_closures_and_lambdas_of_one_name_are_told_apart(tmp_path):
         ({"train_dataset": [{"question": "1"}]}, "no column 'prompt'"),
         ({"train_dataset": None}, "dataset_name is missing.*give GRPOTrainer train_dataset="),
         ({"reward_funcs": None}, "reward_funcs is missing"),
-        ({"reward_funcs": [torch.nn.Linear(1, 1)]}, "the reward model Linear names no files with a tokenizer"),
+        ({"reward_funcs": [torch.nn.Linear(1, 1)]}, "the reward model Linear does not say where its tokenizer is"),
         ({"model": 3}, "model must be a name or a transformers model, got int"),
         ({"fields": {"model_name_or_path": "m"}}, "model and the configuration's model_name_or_path='m' are both"),
         ({"fields": {"dataset_name": "d"}}, "train_dataset and the configuration's dataset_name='d' are both given"),
