@@ -202,9 +202,9 @@ class GRPOConfig:
         sample_ahead: sample the next batch on a vLLM server while training on this one. Its completions are then one
             step old, which the correction accounts for. A resumed run samples its first batch again and is not
             bit-identical.
-        max_staleness: the same with a queue: the weights that sampled a token may be up to this many syncs older than
-            those it trains. Answers that a sync interrupts continue with the new weights; each token keeps the
-            log-probability under the weights that sampled it. 0 for none.
+        max_staleness: sample ahead on a vLLM server from a queue: the weights that sampled a token may be up to this
+            many syncs older than those it trains. Answers that a sync interrupts continue with the new weights; each
+            token keeps the log-probability under the weights that sampled it. 0 for none.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
         speculative_tokens: with transformers, verify up to this many tokens at once, drafted from other answers to the
             prompt, where that is faster; the distribution stays the same (docs/sampling.md). 0 for none.

@@ -29,7 +29,7 @@ def history(count=20, **metrics):
         ({"grad_norm": lambda s: 90.0 if s == 7 else 0.3}, "reached 90 at step 7, 300 times its median"),
     ],
 )
-def test_diagnosis_finds_why_a_run_is_flat_or_wild(metrics, words):
+def test_diagnosis_of_a_run_that_stalls_or_is_unstable(metrics, words):
     (finding,) = diagnose_run(history(**metrics)).findings
     assert words in finding
 
