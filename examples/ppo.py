@@ -1,4 +1,4 @@
-"""PPO beside GRPO in a plain training loop: a small Llama with random weights learns to sort three digits.
+"""PPO and GRPO in a plain training loop: a small Llama with random weights learns to sort three digits.
 
     python examples/ppo.py [--method ppo] [--steps 200] [--seed 0] [--output ppo.json]
 

@@ -1,4 +1,4 @@
-"""PPO beside GRPO on the sorting task of `ppo.py`: steps, seconds and memory in one figure.
+"""PPO compared with GRPO on the sorting task of `ppo.py`: steps, seconds and memory in one figure.
 
     python examples/ppo_comparison.py [--seeds 3] [--steps 200] [--output_dir runs/ppo_comparison]
 
