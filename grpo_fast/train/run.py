@@ -188,7 +188,7 @@ class TrainingRun(ABC):
         if not wanted or (self.config.resume_from_checkpoint and wanted is True):
             return
         if self.config.output_dir is None:
-            raise UserError("to resume a run, set output_dir of the GRPOConfig to its folder")
+            raise UserError("to resume a run, set output_dir of its configuration to its folder")
         found = on_main(partial(checkpoint.find_checkpoint, self.run_folder, self.config))
         if wanted is not True:
             checkpoint.check_newest(Path(wanted), self.run_folder, found and found[0])

@@ -231,7 +231,9 @@ def test_engine_that_fails_is_not_used(gpu, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch, "mm", broken)
     arguments = make(40, 17, 130, torch.bfloat16, trainable="")
-    with pytest.warns(UserWarning, match="the engine 'products' is not used, because it failed: cuBLAS: not supported$"):
+    with pytest.warns(
+        UserWarning, match="the engine 'products' is not used, because it failed: cuBLAS: not supported$"
+    ):
         logprobs = linear_logprob(**arguments, backend="triton")
     assert logprobs.isfinite().all()
     # The next call in this process does not try it again, but another process does.

@@ -114,7 +114,7 @@ def test_resume_refuses_another_model_and_an_older_checkpoint(tmp_path):
         make_trainer(tmp_path / "run", other).train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match=r"is older than .*checkpoint-4"):
         make_trainer(tmp_path / "run").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(UserError, match="set output_dir of the GRPOConfig"):
+    with pytest.raises(UserError, match="set output_dir of its configuration"):
         make_trainer(tmp_path, fields={"output_dir": None, "run_name": "x"}).train(resume_from_checkpoint=True)
 
 
