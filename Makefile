@@ -86,7 +86,7 @@ smollm2: $(VENV)/.smollm2  ## fine-tune SmolLM2-135M-Instruct on additions (a fe
 sort-comparison: $(VENV)/.train  ## compare baselines, ratios and references in one figure (CPU; continues if stopped)
 	$(BIN)/python examples/sort_comparison.py $(ARGS)
 
-objectives-comparison: $(VENV)/.train  ## a table of objectives over seeds, with intervals (CPU; continues if stopped)
+objectives-comparison: $(VENV)/.train  ## compare objectives over seeds, with intervals (CPU; continues if stopped)
 	$(BIN)/python examples/objectives_comparison.py $(ARGS)
 
 doctor: $(VENV)/.train  ## which kernels run on this machine, and whether their results are right

@@ -1,10 +1,10 @@
-"""What does a loss function of the user's own cost beside the same formula built in, forward and backward?
+"""How much does a user's own loss function cost compared with the same formula built in, forward and backward?
 
     python -m benchmarks.own_loss
 
 Each formula is run from hidden states (`linear_policy_loss`), where nearly all of the time is in the head, and from
-log-probabilities (`policy_loss`). The two forms take turns, and their losses and gradients must agree. On a CPU the
-cost is the process's CPU time, in which other work on the machine hardly counts.
+log-probabilities (`policy_loss`). The two forms are timed in turns, and their losses and gradients must agree. On a CPU
+the cost is the process's CPU time, on which other work on the machine has little effect.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m benchmarks.speculative [--groups 1x2,1x8] [--epochs 3] [--longest 96] [--temperature 1.0]
 
-Both samplers use the same random numbers, so they write the same tokens (up to rounding in float32), in turn and in one
-process. A group of ``2x8`` is 8 answers to each of 2 prompts. From the second epoch on, drafts also come from the
-answers of the epochs before. Seconds of the process count, beside those of the clock, which other processes disturb.
+Both samplers use the same random numbers, so they sample the same tokens (up to rounding in float32); they run in turns
+in one process. A group of ``2x8`` is 8 answers to each of 2 prompts. From the second epoch on, drafts also come from
+the answers of earlier epochs. Reported are CPU seconds of the process, and wall-clock seconds, which other processes
+disturb.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.staleness [--train_seconds 10,30,90] [--max_staleness 0,1,2,4,8] [--token_seconds 0.02]
 
-A simulation with a clock of its own: the trainer's queue (`GroupQueue`) and the lengths of its parts, with sampling and
-training that take the given times instead of being computed. Measure those times in a run of your own: `step_time`
+A simulation with its own clock: it uses the trainer's queue (`GroupQueue`) and lengths of parts, while sampling and
+training take the given times instead of being computed. Measure those times in a run of your own: `step_time`
 without sampling is `train_seconds`. Lengths are log-normal, cut off at the longest. Writes ``staleness.csv`` and
 ``staleness.png``; the speedup is that over `max_staleness` 0.
 """

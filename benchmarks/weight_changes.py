@@ -1,9 +1,9 @@
-"""What share of its 16-bit weights does a run change, and how much of them does it send to a vLLM server?
+"""What share of its 16-bit weights does a step change, and how much does a run send to a vLLM server?
 
     python -m benchmarks.weight_changes [--model smollm2-135m-instruct] [--steps 6]
 
-GRPO steps of our trainer with all weights in bfloat16, at the learning rates given. After each step, the changed values
-are encoded as for a server, and decoding them must give every bit of the weights.
+GRPO steps of our trainer with all weights in bfloat16, at the given learning rates. After each step, the changed values
+are encoded as for a server, and decoding them must reproduce the weights bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A table of objectives on one task over several seeds, with intervals: `make objectives-comparison`.
+"""Compare objectives on one task over several seeds, with intervals: `make objectives-comparison`.
 
     python examples/objectives_comparison.py [--task sort] [--objectives dapo,gspo] [--seeds 3]
                                              [--output_dir runs/objectives_sort] [--field value ...]

@@ -1,4 +1,4 @@
-"""Policy gradients from scratch: a tiny model sorts numbers, in its own loop, on the operations of `grpo_kernels`.
+"""Policy gradients from scratch: a tiny model sorts numbers, in a plain loop with the operations of `grpo_kernels`.
 
     python examples/policy_gradient.py [--seeds 3] [--output policy_gradient.png]
 
@@ -7,7 +7,7 @@ not autoregressive: it reads all numbers at once and writes each place of the re
 there is no sampler and no trainer here, only a loop: sample, reward, advantages, loss, step.
 
 The figure compares two rewards, one that counts the right places (full) and one that also gives points for numbers in
-the wrong place and for neighbours in order (partial); and the length bias of `grpo` beside `dr_grpo`, on a second toy.
+the wrong place and for neighbours in order (partial); and the length bias of `grpo` and `dr_grpo` in a second toy task.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def train(
         yield Epoch(rewards.mean().item(), is_sorted, loss.item())
 
 
-# The second toy is autoregressive. An answer has been given, right or wrong by a coin, and the model knows which: a
+# The second task is autoregressive. An answer has been given, right or wrong by a coin, and the model knows which: a
 # model often does know that it guesses. It then writes marks until it stops. They have no influence on the reward, so
-# nothing is to be learned, and whatever its lengths do comes from the objective.
+# there is nothing to learn, and any change of the lengths comes from the objective.
 MARKS, STOP, LONGEST = 8, 8, 24
 BIAS_PROMPTS, BIAS_GROUP, BIAS_EPOCHS = 32, 8, 150
 

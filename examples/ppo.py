@@ -1,9 +1,9 @@
-"""PPO beside GRPO in a plain training loop: a small Llama with random weights learns to sort three digits.
+"""PPO and GRPO in a plain training loop: a small Llama with random weights learns to sort three digits.
 
     python examples/ppo.py [--method ppo] [--steps 200] [--seed 0] [--output ppo.json]
 
 Both sample the same number of completions, take the same optimizer steps with the same clipped ratio, and stay close to
-the initial model. They differ in the advantage and in where the KL is:
+the initial model. They differ in the advantage and in where the KL enters:
 
     PPO   a critic (a second model with a value head) estimates V_t; the reward of each token is -beta KL_t, and that of
           the last one also the task's; advantages by GAE; the critic learns by a clipped value loss; a controller

@@ -1,9 +1,9 @@
-"""PPO beside GRPO on the sorting task of `ppo.py`: steps, seconds and memory in one figure.
+"""PPO compared with GRPO on the sorting task of `ppo.py`: steps, seconds and memory in one figure.
 
     python examples/ppo_comparison.py [--seeds 3] [--steps 200] [--output_dir runs/ppo_comparison]
 
-Each run is a process of its own with one thread, and its seconds are CPU time, which other programs on the machine do
-not change much. Finished runs are not repeated.
+Each run is a separate process with one thread, and its seconds are CPU time, on which other programs on the machine
+have little effect. Finished runs are not repeated.
 """
 
 from __future__ import annotations

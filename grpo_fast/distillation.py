@@ -1,4 +1,4 @@
-"""On-policy distillation: a student samples, and learns at every token what a teacher would have written.
+"""On-policy distillation: a student samples, and learns at every token from a teacher's distribution.
 
 Two forms of the reverse KL from the teacher (GKD, arXiv 2306.13649; MiniLLM, arXiv 2306.08543):
 
@@ -61,7 +61,7 @@ class DistillationTrainer(GRPOTrainer):
 
     Raises:
         UserError: the configuration, the data or a model would make the run fail later, or student and teacher have
-            other vocabularies.
+            different vocabularies.
     """
 
     lower_is_better = True
@@ -97,7 +97,7 @@ class DistillationTrainer(GRPOTrainer):
             )
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
-                f"the teacher {name!r} has another tokenizer than the student: their tokens of the same number differ"
+                f"the teacher {name!r} and the student have different tokenizers: their token IDs mean different tokens"
             )
         loading.check_vocabulary(model, self.train_prompts + self.eval_prompts, tokenizer)
         check_finite(model.named_parameters(), f"teacher_model_name_or_path={name!r}")

@@ -1,4 +1,4 @@
-"""The example of PPO beside GRPO: its parts in float64 against their definitions, and short runs of both."""
+"""The example that compares PPO with GRPO: its parts in float64 against their definitions, and short runs of both."""
 
 import importlib.util
 import json

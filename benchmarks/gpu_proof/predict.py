@@ -1,4 +1,5 @@
-"""Write the cost model's predictions for the head into ``predictions.csv``, beside which `gpu_proof` shows results.
+"""Write the cost model's predictions for the head into ``predictions.csv``, which `gpu_proof` compares with its
+results.
 
     python -m benchmarks.gpu_proof.predict
 

@@ -23,7 +23,7 @@ ESTIMATOR_NAMES = (
     "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "gpg", "maxrl", "raft", "rejection_sampling", "remax",
     "pass_at_k", "pkpo", "grpo_passk", "length_penalised", "grpo_lambda",
 )  # fmt: skip
-# Those that choose completions and learn them as in supervised fine-tuning; the others are in no mean of the loss.
+# These select completions and train on them as in supervised fine-tuning; the loss averages over the selected ones.
 SELECTIVE_ESTIMATORS = ("raft", "rejection_sampling")
 
 _RANGES = [
@@ -83,7 +83,7 @@ _REQUIRED = [
     (
         "layers_on_host",
         lambda c: c.gradient_checkpointing,
-        "gradient_checkpointing: the backward gets a layer's weights when it is recomputed",
+        "gradient_checkpointing: the backward pass fetches a layer's weights when it recomputes the layer",
     ),
     (
         "layers_on_host",
@@ -111,7 +111,7 @@ _REQUIRED = [
         "use_vllm=false: it is for sampling with transformers",
     ),
 ]
-# The settings that a built-in kind of objective takes, of those that belong to some kinds alone.
+# The settings that each built-in kind of objective uses, among those that only some kinds use.
 _KIND_SETTINGS = {
     "clip": ("epsilon", "epsilon_high", "delta", "importance_sampling_level"),
     "cispo": ("epsilon_high", "importance_sampling_level"),
@@ -309,7 +309,7 @@ def _check_masks(c: Any) -> None:
     if c.rollout_rs is None:
         for name in ("rollout_rs_threshold", "rollout_rs_threshold_lower"):
             if getattr(c, name) is not None:
-                raise UserError(f"{name}={shown(getattr(c, name))} requires rollout_rs: what it bounds")
+                raise UserError(f"{name}={shown(getattr(c, name))} requires rollout_rs, whose divergence it bounds")
     else:
         if not c.use_vllm:
             raise UserError(f"rollout_rs={c.rollout_rs!r} requires use_vllm: transformers samples the trainer's policy")
@@ -320,7 +320,7 @@ def _check_masks(c: Any) -> None:
     if c.off_policy_mask_threshold is not None and not c.use_vllm and c.updates_per_batch == 1:
         raise UserError(
             f"off_policy_mask_threshold={shown(c.off_policy_mask_threshold)} has no effect: without use_vllm, the only "
-            "update on a batch is that of the policy that sampled it; set num_iterations or steps_per_generation"
+            "update on a batch is by the policy that sampled it; set num_iterations or steps_per_generation"
         )
     if c.use_adaptive_entropy and c.entropy_coef_min > c.entropy_coef_max:
         raise UserError(
@@ -351,11 +351,11 @@ def _check_combinations(c: Any) -> None:
             "use_vllm=false, or leave out thinking_budget"
         )
     if c.max_staleness and c.sample_ahead:
-        raise UserError("max_staleness takes the place of sample_ahead; set only one of them")
+        raise UserError("max_staleness replaces sample_ahead; set only one of them")
     if c.max_staleness and "min_new_tokens" in (c.generation_kwargs or {}):
         raise UserError(
-            "max_staleness is not possible with generation_kwargs: min_new_tokens, which would count again where an "
-            "answer goes on with new weights; leave out one of them"
+            "max_staleness is not possible with generation_kwargs: min_new_tokens, which would start again where an "
+            "answer continues with new weights; leave out one of them"
         )
     if c.share_prompts == "always" and c.padding_free == "never":
         raise UserError("share_prompts='always' requires padding_free: prompts are shared in packed sequences")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from grpo_fast.config.fields import GRPOConfig, Value, names_checked, refuse_unused, with_inherited_fields
 from grpo_fast.errors import UserError, shown
 
-# What only advantages from rewards need, and what would add another term to the loss.
+# Fields that only advantages from rewards need, or that would add another term to the loss.
 _UNUSED_PREFIXES = ("advantage_", "ref_model_", "num_generations_kept", "keep_generations")
 _UNUSED = {
     "reward_weights", "reward_baseline", "eval_metric", "beta", "use_bias_correction_kl", "kl_estimator",
@@ -20,7 +20,7 @@ _UNUSED = {
 UNUSED_FIELDS = frozenset(
     f.name for f in dataclasses.fields(GRPOConfig) if f.name in _UNUSED or f.name.startswith(_UNUSED_PREFIXES)
 )
-# What the exact divergence does not use: it needs no importance weights, and its samples serve one step.
+# Fields that the exact divergence does not use: it needs no importance weights, and each sample is used only once.
 _POLICY_LOSS = (
     "epsilon", "epsilon_high", "delta", "importance_sampling_level", "entropy_coef", "top_entropy_quantile",
 )  # fmt: skip
@@ -30,17 +30,17 @@ _POLICY_LOSS = (
 @names_checked
 @dataclass
 class DistillConfig(GRPOConfig):
-    """A run of on-policy distillation: the student samples, and a teacher says at every token what it would write.
+    """A run of on-policy distillation: the student samples, and learns at every token from a teacher's distribution.
 
     Args:
         teacher_model_name_or_path: the teacher, a folder or hub name, with the student's tokenizer and vocabulary.
-        teacher_model_init_kwargs: more arguments for the teacher.
+        teacher_model_init_kwargs: further arguments for loading the teacher.
         distillation_loss: the divergence from the teacher over the whole vocabulary at every token (exact), or its
             estimate from the sampled token alone (sampled): then the token's advantage is the teacher's
             log-probability less the student's, in the policy loss of loss_type.
         distillation_beta: of the exact divergence, as `beta` in TRL's GKD: 1 for the reverse KL, 0 for the forward KL,
             between them the generalised Jensen-Shannon divergence.
-        reward_funcs: what to measure beside the divergence, if anything; they do not train.
+        reward_funcs: rewards to measure besides the divergence, if any; the student does not train on them.
         keep_best: also keep the checkpoint with the lowest reverse KL on the held-out prompts, measured every
             eval_steps.
     """

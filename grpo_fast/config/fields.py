@@ -116,8 +116,8 @@ class GRPOConfig:
         use_bnb_nested_quant: also quantise the scales of the 4-bit blocks.
         gradient_checkpointing: recompute activations in the backward instead of storing them.
         activation_offloading: with gradient_checkpointing, keep the layers' inputs in pinned host memory.
-        layers_on_host: decoder layers whose frozen weights wait in pinned host memory and are copied to the GPU one
-            layer ahead of the computation; with use_peft and gradient_checkpointing.
+        layers_on_host: number of decoder layers whose frozen weights stay in pinned host memory and are copied to the
+            GPU one layer ahead of the computation; with use_peft and gradient_checkpointing.
         use_liger_kernel: fused norms, rotary embedding and SwiGLU from liger-kernel (extra `liger`, GPU).
         tiled_mlp: compute MLPs in tiles of 2048 tokens, recomputed in the backward, to bound their intermediates.
         dataset_name: a .jsonl, .json, .csv (each also .gz) or .parquet file, a hub name, or a built-in:
@@ -144,9 +144,9 @@ class GRPOConfig:
         long_prompts: a prompt that leaves no room for max_completion_length in the model's positions or in
             max_tokens_per_microbatch is an error before the run (error), or its row is left out (drop).
         shuffle_dataset: draw the training prompts in a random order (by the seed); false keeps the order of the data.
-        pass_rates: folder of ``grpo-fast eval --split train``, which tells how often each training prompt is solved.
+        pass_rates: folder of ``grpo-fast eval --split train``, which measured how often each training prompt is solved.
         min_pass_rate: with pass_rates, train only on prompts that are solved at least this often.
-        max_pass_rate: the same for the most.
+        max_pass_rate: with pass_rates, train only on prompts that are solved at most this often.
         prompt_sampling: draw all training prompts equally often (uniform); with pass_rates, in proportion to how often
             they are not solved (prioritized), or every epoch from the easiest to the hardest (curriculum).
         reward_funcs: names of built-in rewards, dotted paths (``package.module.function``) or ``file.py:function``; a
@@ -204,12 +204,12 @@ class GRPOConfig:
         sample_ahead: sample the next batch on a vLLM server while training on this one. Its completions are then one
             step old, which the correction accounts for. A resumed run samples its first batch again and is not
             bit-identical.
-        max_staleness: the same with a queue: a token may have been sampled by weights that are up to so many syncs
-            older than those that it trains. Answers that a sync interrupts go on with the new weights; each token keeps
-            the log-probability of those that drew it. 0 for none.
+        max_staleness: sample ahead on a vLLM server from a queue: the weights that sampled a token may be up to this
+            many syncs older than those it trains. Answers that a sync interrupts continue with the new weights; each
+            token keeps the log-probability under the weights that sampled it. 0 for none.
         max_tokens_per_generation_batch: most tokens in the KV cache when sampling with transformers; others wait.
-        speculative_tokens: with transformers, verify up to so many tokens at once that other answers to the prompt
-            suggest, where that pays; the distribution stays the same (docs/sampling.md). 0 for none.
+        speculative_tokens: with transformers, verify up to this many tokens at once, drafted from other answers to the
+            prompt, where that is faster; the distribution stays the same (docs/sampling.md). 0 for none.
         loss_type: a preset of the objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, gspo, rloo,
             dual_clip, reinforce, unclipped, gpg, dppo_tv, dppo_kl, gmpo, kimi, dro, clip_cov or kl_cov
             (docs/objectives.md); or a loss function of your own, by dotted path or as ``file.py:function``
@@ -263,10 +263,10 @@ class GRPOConfig:
             left out of the loss (drop), or it ends the run (error).
         advantage_estimator: advantages in place of reward_baseline and scale_rewards: reinforce_plus_plus,
             reinforce_plus_plus_baseline, opo, gpg, maxrl, remax, pass_at_k, pkpo, grpo_passk, length_penalised or
-            grpo_lambda (docs/objectives.md); raft or rejection_sampling, which learn the best or the right completions
-            alone; or a function of your own, by dotted path or as ``file.py:function``.
+            grpo_lambda (docs/objectives.md); raft or rejection_sampling, which train only on the best or the correct
+            completions; or a function of your own, by dotted path or as ``file.py:function``.
         advantage_k: k of pass_at_k and pkpo (default: 4).
-        length_penalty: largest share of a reward that length_penalised and grpo_lambda take off for length
+        length_penalty: largest share of a reward that length_penalised and grpo_lambda deduct for length
             (default: 0.2).
         length_penalty_share: share of the prompts, those answered best, in which grpo_lambda penalises length
             (default: 0.2).
@@ -499,7 +499,7 @@ class GRPOConfig:
     resume_from_checkpoint: bool = False
     script_objects: dict[str, str] | None = None
 
-    # The command that takes such a configuration, the fields that it does not use, and whether rewards train.
+    # The command that takes such a configuration, the fields that it does not use, and whether it trains on rewards.
     command: ClassVar[str] = "train"
     unused_fields: ClassVar[frozenset[str]] = frozenset()
     needs_rewards: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from grpo_fast.errors import UserError, shown
 
 # Passes over the data of a run that sets no length (TRL's default).
 DEFAULT_EPOCHS = 3.0
-# Blocks of `GRPOConfig` that belong to sampling, rewards and the objective: nothing of them exists here.
+# Fields of `GRPOConfig` for sampling, rewards and the objective, which supervised fine-tuning does not have.
 _UNUSED_PREFIXES = ("reward_", "vllm_", "vespo_", "sapo_", "ref_model_", "advantage_", "num_generations")
 _UNUSED = {
     "long_prompts", "on_reward_error", "code_isolation", "eval_metric", "generation_batch_size",
@@ -37,16 +37,16 @@ class SFTConfig(GRPOConfig):
     """A run of supervised fine-tuning.
 
     Args:
-        max_length: longest example, in tokens; a longer one is cut at its end, and one that has nothing to learn from
-            left is left out. The run says how many. None: the model's positions.
-        packing: put examples side by side in one row without padding. Each attends to itself alone, so the loss does
+        max_length: longest example, in tokens; a longer one is cut at its end, and left out if no learned token
+            remains. The run reports how many. None: the model's positions.
+        packing: put examples side by side in one row without padding. Each attends only to itself, so the loss does
             not change; a batch counts examples, whatever rows they are in. False pads them.
         dataset_text_field: the column of plain text to learn from, in data without prompts.
-        completion_only_loss: learn the completion alone (default, for a prompt with its completion), or the prompt,
-            too. Text and messages without a prompt have no completion.
-        assistant_only_loss: in messages, learn the assistant's turns alone.
-        min_reward: use only the rows whose column ``reward`` is at least this, and each of them once: rejection
-            sampling, from the samples that ``grpo-fast eval --split train`` leaves.
+        completion_only_loss: learn only the completion (True; the default for a prompt with its completion), or also
+            the prompt (False). Text and messages without a prompt have no completion.
+        assistant_only_loss: in messages, learn only the assistant's turns.
+        min_reward: use only the rows whose column ``reward`` is at least this, and each distinct one once: rejection
+            sampling from the samples that ``grpo-fast eval --split train`` writes.
         answer_column: the column that is learned, where there is no ``completion`` (default: ``answer``; in Alpaca's
             data ``output``); ``reward_model.ground_truth`` is part of a column.
         per_device_train_batch_size: examples of one process in an optimizer step, times gradient_accumulation_steps.
@@ -86,7 +86,7 @@ class SFTConfig(GRPOConfig):
                 raise UserError("padding_free='always' requires packing=True")
             self.padding_free = "never"
         super().__post_init__()
-        # Other fields decide it.
+        # Derived from other fields.
         self.generation_batch_size = UNSET
 
     @property

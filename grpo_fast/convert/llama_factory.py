@@ -169,7 +169,7 @@ LLAMA_FACTORY = Trainer(
             lambda theirs: {"scale_rewards": "batch"} if theirs.get("ppo_whiten_rewards") else {}),
         Row(("ref_model",), (), "the reference is the initial policy"),
         Row(("reward_model", "reward_model_type"), ("reward_funcs",),
-            "a sequence classifier as `owner/name`, beside functions",
+            "a sequence classifier as `owner/name`, besides functions",
             lambda _: _refuse("name a sequence classifier in reward_funcs, as owner/name or as a folder")),
         Row(("flash_attn",), ("attn_implementation",), "packed attention uses flash-attn where it is installed",
             lambda theirs: choice("flash_attn", _attention(theirs))(theirs)),

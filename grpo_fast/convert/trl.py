@@ -113,7 +113,7 @@ TRL = Trainer(
         Row(("model_revision",), (), "download that revision, and give its folder as `model_name_or_path`",
             fixed("model_revision", "main", "download that revision, and give its folder as model_name_or_path")),
         Row(("dataset_streaming",), (), "write the rows to a file"),
-        Row(("reward_model_name_or_path", "reward_funcs"), ("reward_funcs",), "a sequence classifier beside functions",
+        Row(("reward_model_name_or_path", "reward_funcs"), ("reward_funcs",), "a sequence classifier besides functions",
             _reward_funcs),
     ),
     (*TRAINER_NOT_NEEDED, "cast_lm_head_to_fp32", "ds3_gather_for_generation", "cache_implementation"),

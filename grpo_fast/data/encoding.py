@@ -149,7 +149,7 @@ def check_lengths(encoded: list[list[int]], rows: list[Row], max_positions: int 
 def prompt_order(
     num_rows: int, shuffle: bool, seed: int, start: int = 0, sampling: str = "uniform", rates: Sequence[float] = ()
 ) -> Iterator[int]:
-    """Endless row indices from the `start`-th on, epoch by epoch; with `shuffle`, every epoch has another order.
+    """Endless row indices from the `start`-th on, epoch by epoch; with `shuffle`, every epoch has a different order.
 
     Args:
         sampling: ``"uniform"``; ``"curriculum"``, in which every epoch begins with the highest of the pass `rates`; or

@@ -63,7 +63,7 @@ def read_examples(rows: list[Row], config: SFTConfig, source: str) -> list[Examp
     """The examples in `rows`, with `min_reward` only those above, each once; `source` names the rows in errors.
 
     Raises:
-        UserError: names the number of the row that has nothing to learn, or something else than text.
+        UserError: names the number of a row that has nothing to learn, or something other than text.
     """
     build, examples, seen = load_template(config), [], set()
     for number, row in enumerate(rows, 1):
@@ -217,8 +217,8 @@ def _chat_tokens(example: Example, tokenizer: Any, config: SFTConfig, whole: boo
         end = _render(tokenizer, messages[: place + 1], config)
         if not (text.startswith(start) and text.startswith(end)):
             raise UserError(
-                "the chat template writes a turn in another way when more turns follow, so that the turns of the "
-                "assistant cannot be told apart; leave out assistant_only_loss, or use one turn per example"
+                "the chat template renders a turn differently when more turns follow, so the assistant's turns "
+                "cannot be located; leave out assistant_only_loss, or use one turn per example"
             )
         pieces += [(text[done : len(start)], whole), (text[len(start) : len(end)], True)]
         done = len(end)

@@ -21,11 +21,11 @@ SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
 
 
 class PassRates:
-    """The pass rates of prompts: of each one's completions, the share whose reward reaches the evaluation's threshold.
+    """The pass rates of prompts: the share of each one's completions whose reward reaches the evaluation's threshold.
 
     Args:
         config: `pass_rates` names the evaluation's folder.
-        metric: the reward function that tells what passes.
+        metric: the reward function that decides what passes.
 
     Raises:
         UserError: the folder holds no finished evaluation with that reward, or is damaged.
@@ -65,8 +65,8 @@ class PassRates:
         found = [self.rates[_key(row["prompt"])] for row in rows]
         if self.config.prompt_sampling == "prioritized" and min(found) == 1:
             raise UserError(
-                "prompt_sampling='prioritized' draws no prompt whose pass rate is 1, which all of them have; lower "
-                "max_pass_rate, or leave prompt_sampling out"
+                "prompt_sampling='prioritized' never draws a prompt with a pass rate of 1, and all of them have it; "
+                "lower max_pass_rate, or leave prompt_sampling out"
             )
         return found
 
@@ -84,7 +84,7 @@ def read_pass_rates(folder: Path, metric: str) -> dict[str, float]:
         if metric not in known:
             raise UserError(
                 f"pass_rates={str(folder)!r} has no rewards of {metric!r}, which decides what passes; it has those of "
-                f"{', '.join(map(str, known))}, one of which eval_metric may name"
+                f"{', '.join(map(str, known))}; set eval_metric to one of them"
             )
         with (folder / SAMPLES).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

@@ -1,8 +1,8 @@
 """The longest answers that a device can train on, and the settings that reach them (``grpo-fast plan --longest``).
 
 What is trained (all weights, LoRA adapters, LoRA adapters of 4-bit weights) decides how good the result can be, so each
-is searched by itself. Within one, every switch only costs time: the search starts with all of them and then takes, one
-choice after the other, the fastest setting with which the answers are about as long.
+is searched separately. Within one, every switch only costs time: the search starts with all of them, and then picks for
+one choice after another the fastest setting that keeps the answers about as long.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Longest:
     Attributes:
         trained: a key of `TRAINED` or `HOST`.
         answer: tokens of the longest answer; 0 if not even one token fits.
-        by_memory: what `answer` would be if the model had positions without end.
+        by_memory: what `answer` would be if the model had unlimited positions.
         switches: the fields that the search set.
         config: the run at `answer`; None if nothing fits.
         plan: its memory; None if nothing fits.
@@ -91,7 +91,7 @@ def longest_answers(
 def best(found: list[Longest]) -> Longest:
     """The most capable way to train of those whose answers are about as long as the longest.
 
-    Layers wait in host memory only if nothing fits without that.
+    Layers stay in host memory only if nothing fits otherwise.
     """
     on_device = [each for each in found if each.trained in TRAINED]
     ways = on_device if any(each.answer for each in on_device) else found
@@ -100,9 +100,9 @@ def best(found: list[Longest]) -> Longest:
 
 
 def replace_all(config: GRPOConfig, changes: Changes) -> GRPOConfig:
-    """`config` with `changes`, whose combination alone must be allowed.
+    """`config` with `changes` and all other switches off; only the combination has to be valid.
 
-    The weights are of 16 bits, which is what a device that is too small is given.
+    On a GPU the weights have 16 bits, as is usual where memory is short.
     """
     precision = {} if config.use_cpu else {"dtype": "bfloat16", "bf16": False}
     off = {"optim_offload": False, "activation_offloading": False, "tiled_mlp": False, "gradient_checkpointing": False}

@@ -165,7 +165,7 @@ def plot_memory(plan: MemoryPlan, vram: int, title: str, path: Path) -> None:
     starts = [0.0] * len(labels)
     for index, part in enumerate(parts):
         sizes = [moment.get(part, 0) / GIB for moment in plan.moments.values()]
-        # What is too thin to see only lengthens the legend.
+        # A part that is too thin to see would only lengthen the legend.
         label = part if max(sizes) > 0.01 * plan.peak / GIB else None
         axis.barh(labels, sizes, left=starts, color=COLORS[index % len(COLORS)], label=label, height=0.6)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]

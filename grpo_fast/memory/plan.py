@@ -302,8 +302,8 @@ class _Planner:
     def between(self, setup: Setup) -> Traced:
         """A trace interpolated between two of `LENGTHS`: an upper bound, because peaks are convex in the length.
 
-        Beyond the last length it is extrapolated. Peaks are largest sums of parts that grow linearly, and the part that
-        is the largest there stays so.
+        Beyond the last length it is extrapolated. A peak is the largest of several sums that grow linearly, and the one
+        that is largest there stays the largest.
         """
         high = next((length for length in LENGTHS[1:] if length >= setup.tokens), LENGTHS[-1])
         low = LENGTHS[LENGTHS.index(high) - 1]

@@ -183,7 +183,7 @@ def _notes(console: Terminal, config: GRPOConfig, tracer: Tracer, prompt_tokens:
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB, to two digits behind the point."""
+    """Bytes in GiB, to two decimal places."""
     return f"{size / GIB:.2f}"
 
 

@@ -2,7 +2,7 @@
 
 With adapters, the weights of the base do not change, so copies go one way. A layer is needed twice in a step of
 training: in the forward, in order, and in the backward, where its checkpoint is recomputed, in reverse order. The
-device holds as many layers as there are slots: one that computes and one that is on its way. The idea is that of
+device holds as many layers as there are slots: one that computes and one that is being copied. The idea is that of
 ZeRO-Infinity (Rajbhandari et al., 2021) and of FlexGen (Sheng et al., 2023), for frozen weights.
 """
 
@@ -98,8 +98,8 @@ class HostLayers:
     def _following(self, index: int) -> int:
         """The layer that is likely to be next.
 
-        In a backward it is the one before. In a forward it is the one behind; from the last one a forward without
-        gradients starts again with the first, while one with gradients turns back.
+        In a backward pass it is the previous one. In a forward pass it is the next one; after the last one, a pass
+        without gradients starts again with the first, while one with gradients turns back.
         """
         last = len(self.waiting) - 1
         if torch._C._current_graph_task_id() != -1:
@@ -135,7 +135,7 @@ class HostLayers:
 def keep_layers_on_host(
     model: nn.Module, count: int, device: torch.device, min_bytes: int | None = None
 ) -> HostLayers | None:
-    """Let `count` layers of `model` wait in host memory, evenly spread, so that copies have time; all if it has fewer.
+    """Let `count` layers of `model` wait in host memory, evenly spread to give the copies time; all if it has fewer.
 
     Args:
         model: a causal LM whose layers checkpoint themselves and whose weights are frozen but for adapters.
@@ -181,7 +181,7 @@ def _stash(layer: nn.Module, device: torch.device, min_bytes: int) -> Waiting:
 def _release(waiting: Waiting, device: torch.device) -> None:
     """Leave tensors of the weights' shapes but without memory in their place.
 
-    They are NaN where their dtype has one, so that reading them without the layer's forward shows.
+    They are NaN where their dtype has one, so that it is noticed if they are read outside the layer's forward.
     """
     waiting.slot = waiting.arrived = None
     for weight, _ in waiting.weights:

@@ -12,7 +12,7 @@ from grpo_fast.report.curves import column, known, mean
 FIGURES = {
     "objective/clipped_high": "tokens with a positive advantage and no gradient: out of the objective's bounds",
     "objective/clipped_low": "tokens with a negative advantage and no gradient: out of the objective's bounds",
-    "objective/selected_tokens": "tokens that the objective treats apart",
+    "objective/selected_tokens": "tokens that the objective selects (clip_cov, kl_cov)",
     "objective/masked_tokens": "tokens left out by the sampler's correction, a rejection or the off-policy mask",
     "objective/masked_sequences": "completions left out by them as a whole",
     "objective/effective_sample_size": "effective sample size of the ratios, as a share of the tokens",
@@ -65,9 +65,9 @@ def _clipped(history: list[dict[str, Any]]) -> str:
         return ""
     if low + high > 0.5:
         return (
-            f"Flat: {low + high:.0%} of the tokens with an advantage had no gradient, because they were out of the "
-            "objective's bounds. Each update moves too far for them: lower learning_rate or num_iterations, or widen "
-            "epsilon and epsilon_high."
+            f"Little signal: {low + high:.0%} of the tokens with an advantage had no gradient, because they "
+            "were out of the objective's bounds. Each update moves too far for them: lower learning_rate or "
+            "num_iterations, or widen epsilon and epsilon_high."
         )
     moved = known(column(history, "position/moved_1"))
     if low + high == 0 and any(value > 0 for value in moved):
@@ -80,8 +80,8 @@ def _masked(history: list[dict[str, Any]]) -> str:
     if not share > 0.2:
         return ""
     return (
-        f"Flat: {share:.0%} of the tokens were left out because the policy was far from the one that sampled them. "
-        "Compare the sampler's log-probabilities (sampling/...), lower num_iterations, or widen the threshold."
+        f"Little signal: {share:.0%} of the tokens were left out because the policy was far from the one that sampled "
+        "them. Compare the sampler's log-probabilities (sampling/...), lower num_iterations, or widen the threshold."
     )
 
 
@@ -90,7 +90,7 @@ def _sample_size(history: list[dict[str, Any]]) -> str:
     if not share < 0.5:
         return ""
     return (
-        f"Wild: at the end, the ratios differ so much that a batch counted as {share:.0%} of its tokens. Lower "
+        f"Unstable: at the end, the ratios differ so much that a batch counted as {share:.0%} of its tokens. Lower "
         "learning_rate or num_iterations."
     )
 
@@ -100,8 +100,9 @@ def _entropy(history: list[dict[str, Any]]) -> str:
     if not last < 0.1 * first:
         return ""
     return (
-        f"Flat: the entropy fell from {first:.3g} to {last:.3g} nats per token, so completions of a prompt hardly "
-        "differ. If the task is not solved, use entropy_coef, use_adaptive_entropy, a wider epsilon_high or clip_cov."
+        f"Little signal: the entropy fell from {first:.3g} to {last:.3g} nats per token, so completions of a prompt "
+        "hardly differ. If the task is not solved, use entropy_coef, use_adaptive_entropy, a wider epsilon_high or "
+        "clip_cov."
     )
 
 
@@ -110,8 +111,8 @@ def _equal(history: list[dict[str, Any]]) -> str:
     if not share > 0.8:
         return ""
     return (
-        f"Flat: at the end, all rewards were equal in {share:.0%} of the groups, which teach nothing. Use harder or "
-        "easier prompts, or dynamic_sampling."
+        f"Little signal: at the end, all rewards were equal in {share:.0%} of the groups, so nothing is learned from "
+        "them. Use harder or easier prompts, or dynamic_sampling."
     )
 
 
@@ -122,8 +123,8 @@ def _gradient(history: list[dict[str, Any]]) -> str:
         return ""
     step = history[values.index(sizes[-1])]["step"]
     return (
-        f"Wild: the gradient norm reached {sizes[-1]:.3g} at step {step}, {sizes[-1] / sizes[len(sizes) // 2]:.0f} "
-        "times its median. max_grad_norm bounds its effect; log_completions_steps shows what such a batch holds."
+        f"Unstable: the gradient norm reached {sizes[-1]:.3g} at step {step}, {sizes[-1] / sizes[len(sizes) // 2]:.0f} "
+        "times its median. max_grad_norm bounds its effect; log_completions_steps saves what such a batch holds."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from grpo_fast.config import GRPOConfig
 from grpo_fast.files import json_ready, replace_text
 
-# Scores that are no rewards, and of which the lower one is the better.
+# Scores that are not rewards, and of which lower is better.
 LOSSES = ("loss", "reverse_kl")
 
 

@@ -12,7 +12,7 @@ from grpo_fast.rollout.base import Response, Rollout, Sampling
 from grpo_fast.rollout.queue import Answer, Group, GroupQueue
 from grpo_fast.rollout.stops import StopTexts, ending
 
-# Most tokens that are sampled between two moments at which the weights may change and new answers may join.
+# The most tokens sampled between two points at which the weights may change and new answers may join.
 PART_TOKENS = 256
 
 
@@ -26,8 +26,8 @@ def part_lengths(longest: int) -> tuple[int, int]:
 class AsyncRollout:
     """Samples the groups of a `GroupQueue` in a thread, each answer in parts.
 
-    Between two parts the weights may change; an answer then goes on behind what it has, whose keys and values the
-    engine computes with the new weights.
+    Between two parts the weights may change; an answer then continues after its tokens so far, whose keys and values
+    the engine computes with the new weights.
 
     Args:
         engine: samples in another process, while the trainer goes on.
@@ -79,7 +79,7 @@ class AsyncRollout:
             UserError: the engine failed, and it is not held.
         """
         with self.changed:
-            # First of all, or the thread could begin part after part.
+            # Before waiting, or the thread could begin one part after another.
             self.holds += 1
             self.changed.wait_for(lambda: not self.busy)
             if self.error is not None:
@@ -124,9 +124,9 @@ class AsyncRollout:
                 return False
             self.busy, version = True, self.queue.version
         last = self.sampling.max_completion_length - self.last_part
-        ending_ones = [answer for answer in answers if len(answer.tokens) >= last]
+        in_last_part = [answer for answer in answers if len(answer.tokens) >= last]
         others = [answer for answer in answers if len(answer.tokens) < last]
-        sampled = self._sample(others, self.part) + self._sample(ending_ones, self.last_part)
+        sampled = self._sample(others, self.part) + self._sample(in_last_part, self.last_part)
         with self.changed:
             for answer, response in sampled:
                 answer.add(response, version)

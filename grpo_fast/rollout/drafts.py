@@ -103,7 +103,8 @@ class GroupText:
 
 
 class Answers:
-    """The latest completions of each prompt, of at most KEPT_TOKENS tokens in all; the longest unused prompts go."""
+    """The latest completions of each prompt, at most KEPT_TOKENS tokens in all; prompts unused for longest are
+    dropped."""
 
     def __init__(self):
         self.kept: OrderedDict[bytes, deque[array]] = OrderedDict()
@@ -137,7 +138,7 @@ class Acceptance:
     Old counts fade, because the policy changes.
     """
 
-    # An unknown kind of token is expected to be accepted once in four times; after FADE tokens the counts are halved.
+    # Before any data, a token is expected to be accepted one time in four; after FADE tokens the counts are halved.
     PRIOR, PRIOR_TOKENS, FADE = 0.25, 2.0, 512
 
     def __init__(self):

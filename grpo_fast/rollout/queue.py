@@ -1,6 +1,6 @@
 """Prompts that are sampled ahead of training, in their order and at most `max_staleness` syncs of the weights early.
 
-This is the plan alone: what is sampled and when it may be trained on, without an engine, threads or a clock.
+This module only plans what is sampled and when it may be trained on, without an engine, threads or a clock.
 `rollout.asynchronous` drives it with an engine, and ``benchmarks.staleness`` with a clock of its own.
 """
 

@@ -1,10 +1,10 @@
 """Speculative sampling without loss: tokens drafted from other answers to the prompt, verified several in one forward.
 
-Every token is sampled from the policy's distribution after the tokens before it, at the random number of its completion
-and position, whether a draft stood there or not. A draft token that equals the sampled one saves a step, and a wrong
-one ends the row's part in the step, so the tokens are those of the plain decoder at the same random numbers. A wrong
-draft is rejected with the same probability as in the usual scheme (Leviathan et al., arXiv 2211.17192), because the
-draft is certain of its token.
+Every token is sampled from the policy's distribution given the tokens before it, with a random number that depends on
+its completion and position, whether it was drafted or not. A draft token that equals the sampled one saves a step, and
+a wrong one ends the row's part in the step, so the tokens are those of the plain decoder with the same random numbers.
+A wrong draft is rejected with the same probability as in the usual scheme (Leviathan et al., arXiv 2211.17192), because
+here the draft's distribution puts all probability on its token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from grpo_fast.rollout.drafts import Acceptance, Answers, DraftToken, GroupText
 from grpo_fast.rollout.rows import plain_layers
 from grpo_fast.rollout.slots import SlotsCache
 
-# A step costs as much as so many tokens, and each token of each row one more. The time of reading the weights and that
-# of a token's arithmetic decide. Measured on a CPU: 14 with one thread and 28 with two. A GPU's number is a low guess.
+# A step costs as much as this many tokens, plus one for each token of each row: the time to read the weights, in units
+# of a token's arithmetic. Measured on a CPU: 14 with one thread and 28 with two. A GPU's number is a low guess.
 FIXED_TOKENS_PER_THREAD, COUNTED_THREADS, FIXED_TOKENS_ELSEWHERE = 12.0, 4, 128.0
 # On a CPU, a step of a single token multiplies matrices by a vector, in this share of the time of one with two tokens.
 LONE_TOKEN = 0.6
-# By how much a step with drafts must be expected to be better.
+# The share by which a step with drafts must be expected to be better.
 MARGIN = 0.1
 # Most steps without drafts after one in which they would not have paid.
 LONGEST_REST = 3
@@ -135,9 +135,9 @@ class SpeculativeDecoder(Decoder):
         self.columns = columns
 
     def step(self) -> None:
-        """Sample one token for every row, and further ones where they are those of its draft."""
+        """Sample one token for every row, and more as long as they match its draft."""
         drafts = self.drafts()
-        count = 1 + self.verified(drafts)
+        count = 1 + self.draft_length(drafts)
         begin = torch.tensor([sequence.cached for sequence in self.live], device=self.device)
         columns = begin[:, None] + torch.arange(count, device=self.device)
         ids = torch.tensor(
@@ -171,8 +171,8 @@ class SpeculativeDecoder(Decoder):
             rows = []
             for row, sequence, token, logprob, kept in chosen:
                 response = self.add(sequence, token, logprob, kept if self.keeps_support else None)
-                self.heard(sequence)
-                right = self.judge(sequence, drafts[row][place : place + 1], verified=place + 1 < logits.shape[1])
+                self.extend_text(sequence)
+                right = self.check_draft(sequence, drafts[row][place : place + 1], verified=place + 1 < logits.shape[1])
                 if response is not None:
                     self.responses[sequence.place] = response
                     done.append(row)
@@ -182,8 +182,8 @@ class SpeculativeDecoder(Decoder):
                 break
         return sorted(done)
 
-    def judge(self, sequence: Sequence, draft: list[DraftToken], verified: bool) -> bool:
-        """Compare a row's last token with its draft, and whether the row goes on in this step."""
+    def check_draft(self, sequence: Sequence, draft: list[DraftToken], verified: bool) -> bool:
+        """Compare a row's last token with its draft; returns whether the row continues in this step."""
         self.speculation.tokens += 1
         if not draft:
             return False
@@ -194,7 +194,7 @@ class SpeculativeDecoder(Decoder):
             self.speculation.accepted += right
         return right and verified
 
-    def heard(self, sequence: Sequence) -> None:
+    def extend_text(self, sequence: Sequence) -> None:
         """Add a sequence's last token to the text of its group."""
         self.text(sequence).append(sequence.place % self.num_generations, sequence.tokens[-1])
 
@@ -216,7 +216,7 @@ class SpeculativeDecoder(Decoder):
             for limit in [max(min(self.speculation.limit, self.max_new_tokens - len(sequence.tokens) - 1), 0)]
         ]
 
-    def verified(self, drafts: list[list[DraftToken]]) -> int:
+    def draft_length(self, drafts: list[list[DraftToken]]) -> int:
         """How many tokens of each draft this step verifies."""
         if not any(drafts):
             return 0

@@ -20,7 +20,7 @@ class StepBatch:
     `drawn` is how many prompts were drawn for them; `high_entropy` marks the tokens that keep their advantage;
     `sampling_logprobs` are the sampler's, whose difference from the trainer's `correction` accounts for; `mask` is 0
     for the tokens that were forced instead of sampled (None: there are none), which `weights` leaves out as well;
-    `selected` marks the tokens that the objective treats apart;
+    `selected` marks the tokens that the objective treats differently;
     `support` holds the ids that the sampler kept for each token, on the CPU, over which all policies are scored (None:
     the whole vocabulary).
     """

@@ -37,7 +37,7 @@ def diagnose(
     ``objective/clipped_low``, ``objective/clipped_high``: the shares of the tokens with an advantage, in the loss, that
     the objective itself leaves without a gradient, with a negative and with a positive advantage;
     ``objective/masked_tokens``, ``objective/masked_sequences``: the shares whose `correction` is 0;
-    ``objective/selected_tokens``: the share that the objective treats apart;
+    ``objective/selected_tokens``: the share that the objective selects;
     ``objective/effective_sample_size``: ``(sum v)² / (n sum v²)`` of the ratios times corrections ``v``;
     ``position/entropy_1`` to ``_4``, ``position/kl_1`` and ``position/moved_1``: by quarter of the completion, the mean
     entropy, the KL estimate to the reference policy, and ``(logp - old)² / 2``, the distance from the policy that

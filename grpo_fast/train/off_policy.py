@@ -1,7 +1,7 @@
 """The constant factor of a token's loss where completions are not the current policy's own.
 
-It is the ratio of the trainer's to the sampler's probabilities, 0 for what `rollout_rs` rejects and for the sequences
-that `off_policy_mask_threshold` leaves out.
+It is the ratio of the trainer's to the sampler's probabilities, or 0 for tokens that `rollout_rs` rejects and for
+sequences that `off_policy_mask_threshold` leaves out.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def announce(self, progress: Progress) -> None:
-        """Say what is to be known before the first step."""
+        """Print what the user should know before the first step."""
 
     def held_out_rows(self) -> str:
         """The rows that are held out, in words."""
@@ -149,7 +149,7 @@ class TrainingRun(ABC):
 
     @property
     def state(self) -> TrainerState:
-        """What the next checkpoint says of the run."""
+        """What the next checkpoint records about the run."""
         return self.saver.state
 
     @property
@@ -188,7 +188,7 @@ class TrainingRun(ABC):
         if not wanted or (self.config.resume_from_checkpoint and wanted is True):
             return
         if self.config.output_dir is None:
-            raise UserError("to resume a run, set output_dir of the GRPOConfig to its folder")
+            raise UserError("to resume a run, set output_dir of its configuration to its folder")
         found = on_main(partial(checkpoint.find_checkpoint, self.run_folder, self.config))
         if wanted is not True:
             checkpoint.check_newest(Path(wanted), self.run_folder, found and found[0])
@@ -310,7 +310,7 @@ class TrainingRun(ABC):
         self.evaluated_step, self.held_out = self.step, self.measure()
         score, state = self.held_out[self.score_name], self.state
         sign = -1 if self.lower_is_better else 1
-        # A score that is NaN is not better than any.
+        # A score that is NaN is never better.
         if self.config.keep_best and sign * score > (sign * state.best_score if state.best_step else -math.inf):
             state.best_step, state.best_score = self.step, score
         progress.evaluated(self.step, score, best=state.best_step == self.step)

@@ -218,7 +218,7 @@ def _with_models(functions: list[Any], tokenizers: Any) -> list[Any]:
             raise UserError(f"reward_funcs must be functions, models or names, got {type(function).__name__}")
         if tokenizer is not None and not (isinstance(function, str) and names_model(function)):
             raise UserError(
-                f"reward_processing_classes gives a tokenizer to {shown(function)}, which is no reward model"
+                f"reward_processing_classes gives a tokenizer to {shown(function)}, which is not a reward model"
             )
         made.append(function if tokenizer is None else reward_model(function, tokenizer=tokenizer))
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From which a completion counts as right: that of an accuracy reward, and the default of ``grpo-fast eval``.
+# The reward from which a completion counts as right: that of an accuracy reward, and the default of ``grpo-fast eval``.
 RIGHT = 1.0
 
 

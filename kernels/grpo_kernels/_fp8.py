@@ -32,7 +32,7 @@ def rounded(rows: Tensor) -> Tensor:
 
 
 class FP8TorchHead(TorchHead):
-    """Products of operands rounded to FP8, by those of wider dtypes: as exact as a GPU's, but not faster."""
+    """Products of operands rounded to FP8, computed in a wider dtype: as exact as a GPU's, but not faster."""
 
     def prepared(self) -> FP8TorchHead:
         return self

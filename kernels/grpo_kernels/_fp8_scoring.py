@@ -1,4 +1,4 @@
-"""Which head scores with FP8 operands, and where none can."""
+"""Which head scores with FP8 operands, and where FP8 scoring is not available."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAPABILITY = 8, 9
 
 
 def fp8_head(op: str, head: Head, needs: tuple[bool, ...], backend: str) -> Head:
-    """The head that scores with FP8 operands, of `head` and its backend.
+    """The head that scores with FP8 operands in place of `head`, for its backend.
 
     Raises:
         ValueError: a gradient is needed, or the backend, dtype or device has no FP8 scoring.

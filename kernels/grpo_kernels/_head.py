@@ -216,7 +216,7 @@ class Head(ABC):
         return cpu_block_bytes(self.max_buffer_bytes) if self.on_cpu else int(BLOCK_SHARE * self.max_buffer_bytes)
 
     def scratch_bytes(self, scoring: bool = False) -> int:
-        """The part of the byte budget that a forward needs beside the ``[C, V]`` buffer, or without one."""
+        """The part of the byte budget that a forward pass needs besides the ``[C, V]`` buffer, if there is one."""
         return 0
 
     def rows_per_chunk(self, copies: int = 1) -> int:

@@ -1,7 +1,7 @@
-"""One step of AdamW on a tensor whose weights may be bfloat16, which it rounds stochastically.
+"""One step of AdamW on a tensor, with stochastic rounding of bfloat16 weights.
 
-bfloat16 has 8 bits of precision, so rounding to nearest loses an update below 1/512 of a weight. Rounded up or down at
-random, with the right probability, the expected weight is the unrounded one.
+bfloat16 has 8 bits of precision, so rounding to nearest loses an update below 1/512 of a weight. Here, a weight is
+rounded up or down at random with such probabilities that its expected value is the unrounded one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_kernels._backend import choose_backend
 
 # Weights that the portable path updates at once, which bounds its temporary memory of about 20 bytes each.
 CHUNK = 1 << 24
-# Random numbers that are computed at once on a CPU: what they take stays in its cache.
+# Random numbers that are computed at once on a CPU, few enough to stay in its cache.
 CPU_CHUNK = 1 << 14
 
 
@@ -35,7 +35,7 @@ def adamw_(
         grad: the same shape, any floating dtype.
         exp_avg, exp_avg_sq: the same shape, contiguous, float32: the moments before the step.
         step: the number of this step, from 1 on.
-        seed: anything whose `repr` tells it from the seeds of other tensors.
+        seed: anything whose `repr` differs from those of other tensors' seeds.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
 
     Raises:
@@ -67,7 +67,7 @@ def adamw_(
 
 
 def draw_keys(seed: object, step: int) -> tuple[int, int]:
-    """Two random int32 for a step, the same whenever they are asked for."""
+    """Two random int32 for a step, always the same for the same arguments."""
     drawn = hashlib.blake2b(repr((seed, step)).encode(), digest_size=8).digest()
     return int.from_bytes(drawn[:4], "little", signed=True), int.from_bytes(drawn[4:], "little", signed=True)
 
@@ -76,7 +76,7 @@ def round_stochastically_(values: Tensor, keys: tuple[int, int], start: int = 0)
     """Round float32 `values` ``[n]`` up or down to bfloat16, in place, so that the expected result is the value.
 
     bfloat16 is the upper half of float32: adding a random number below 2**16 to the lower half carries into the upper
-    half with the right probability, away from zero for either sign. Infinities and NaN stay what they are.
+    half with the right probability, away from zero for either sign. Infinities and NaN are unchanged.
 
     Args:
         keys: of `draw_keys`.
@@ -93,9 +93,9 @@ def round_stochastically_(values: Tensor, keys: tuple[int, int], start: int = 0)
 
 
 def random_bits(start: int, count: int, keys: tuple[int, int], device: torch.device) -> Tensor:
-    """``[count]`` int32 of random bits, those with the numbers from `start` on: a function of number and keys.
+    """``[count]`` int32 of random bits, a function of the keys and of a counter that begins at `start`.
 
-    The number, modulo 2**32, is mixed twice with a key each. The Triton kernel computes the same.
+    The counter, modulo 2**32, is mixed twice, with one key each time. The Triton kernel computes the same.
     """
     # Signed integers wrap around here, as unsigned ones do there.
     x = torch.arange(count, dtype=torch.int32, device=device)

@@ -99,7 +99,7 @@ class Cost:
 
     @property
     def engine(self) -> str:
-        """That of the forward."""
+        """The engine of the forward pass."""
         return "products" if any(step.name == "row_statistics" for step in self.steps) else "fused"
 
     @property

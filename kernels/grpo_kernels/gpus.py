@@ -1,4 +1,4 @@
-"""Rates of GPUs, and the time of a head's forward that they predict for each engine."""
+"""Rates of GPUs, and the time that they predict for a head's forward pass with each engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class GPU:
 
     Attributes:
         products: flops a second of bfloat16 products by cuBLAS.
-        forward: the same of the kernel `head_forward`.
+        forward: the same for the kernel `head_forward`.
         bandwidth: bytes a second.
         free: bytes of memory that are free when the head runs, for chunks that grow with it.
         launch: seconds from one small kernel to the next.
@@ -42,7 +42,7 @@ def rates_of(name: str) -> GPU | None:
 
 
 def predicted_forward(gpu: GPU, engine: str, sizes: tuple[int, int, int], stored_bytes: int) -> float:
-    """Seconds of a forward of a head with 16-bit operands; the rounds that tiles fill are left out.
+    """Seconds of a forward pass of a head with 16-bit operands, without the effect of partly filled rounds of tiles.
 
     Args:
         engine: "fused" or "products", as in `triton_kernels.engines`.

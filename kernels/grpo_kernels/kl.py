@@ -69,7 +69,7 @@ def kl_and_derivative(
 ) -> tuple[Tensor, Tensor]:
     """The estimate and its derivative with respect to `logprobs`, both elementwise.
 
-    Outside of ``[-clip, clip]`` the estimate is cut off and has no derivative, as with `torch.clamp`.
+    Outside ``[-clip, clip]`` the estimate is clamped and its derivative is 0, as with `torch.clamp`.
 
     ``expm1`` keeps k3 accurate where policy and reference nearly agree, which is where training spends its time.
     """

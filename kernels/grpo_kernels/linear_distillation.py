@@ -3,7 +3,7 @@
 With the distributions p of the student's head and q of the teacher's, for each token (`beta` as in TRL's GKD,
 arXiv 2306.13649):
 
-    beta = 1        KL(p || q), the reverse one of on-policy distillation (MiniLLM, arXiv 2306.08543)
+    beta = 1        KL(p || q), the reverse KL of on-policy distillation (MiniLLM, arXiv 2306.08543)
     beta = 0        KL(q || p)
     otherwise       beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p
 
@@ -55,7 +55,7 @@ def linear_distillation(
     max_buffer_bytes: int | None = None,
     backend: str = "auto",
 ) -> DistillationLoss:
-    """The weighted sum of a divergence between a student's and a teacher's next-token distributions; see the top.
+    """The weighted sum of a divergence between a student's and a teacher's next-token distributions (defined above).
 
     Args:
         hidden, weight, bias, logit_scale, softcap: the student's head, as in `linear_logprob`.
@@ -121,7 +121,7 @@ def linear_distillation(
 
 
 def divergence_ref(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The definition at the top from full log-probabilities ``[N, V]``, differentiated by autograd."""
+    """The definition in the module's docstring, from full log-probabilities ``[N, V]``, differentiated by autograd."""
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
         # An excluded token, of log-probability -inf, adds nothing.

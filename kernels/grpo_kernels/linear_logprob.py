@@ -106,8 +106,8 @@ def linear_logprob(
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
         precision: ``"fp8"`` rounds hidden states and weight to float8_e4m3fn for the product, to check a sampler's
             scores at twice the rate; without gradients, on a GPU from sm_89 on (a CPU emulates it). Log-probabilities
-            are then off by about 4% of the standard deviation of a token's logits: by 0.24 on average, and up to 1.4,
-            for SmolLM2-135M-Instruct, where bfloat16 operands cost 0.007. Importance ratios need ``None``.
+            then have an error of about 4% of the standard deviation of a token's logits: 0.24 on average, and up to
+            1.4, for SmolLM2-135M-Instruct, where bfloat16 operands cause 0.007. Importance ratios need ``None``.
 
     Returns:
         ``logprobs [...]`` or ``(logprobs, entropy)``, float32 (float64 for float64 inputs), differentiable in

@@ -1,4 +1,4 @@
-"""Tokens and sequences that a step leaves out or treats apart, chosen by their log-probabilities.
+"""Tokens and sequences that a step leaves out or selects, by their log-probabilities.
 
     covariance_mask   the tokens that drive the entropy down                   Clip-Cov, KL-Cov: arXiv 2505.22617
     off_policy_mask   negative sequences far from the policy that sampled them DeepSeek-V3.2, arXiv 2512.02556, eq. 9
@@ -20,7 +20,7 @@ REJECTION_MODES = (
     "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3", "seq_mean_k1", "seq_mean_k2",
     "seq_mean_k3", "seq_max_k2", "seq_max_k3",
 )  # fmt: skip
-# Log-ratios beyond are cut off, as in verl: their exponential must not overflow.
+# Larger log-ratios are clamped, as in verl, so that their exponential does not overflow.
 LARGEST_LOG_RATIO = 20.0
 
 
@@ -134,11 +134,11 @@ def rejection_mask(
     mask: Tensor | None = None,  # [N] or [B, T]
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> Tensor:
-    """Rejection of what the sampler drew far from the trainer's policy, as verl's `rollout_rs`.
+    """Rejection of samples that are far from the trainer's policy, as verl's `rollout_rs`.
 
-    With ``d = logprobs - sampling_logprobs``, cut off at 20, a token's divergence is ``k1 = -d``, ``k2 = d² / 2`` or
-    ``k3 = exp(d) - 1 - d``. A mode rejects by token, or a whole sequence by the sum, mean or maximum of its tokens';
-    ``seq_mean_k1`` bounds the geometric mean of the ratios.
+    With ``d = logprobs - sampling_logprobs``, clamped to [-20, 20], a token's divergence is ``k1 = -d``, ``k2 = d² /
+    2`` or ``k3 = exp(d) - 1 - d``. A mode rejects single tokens, or whole sequences by the sum, mean or maximum over
+    their tokens; ``seq_mean_k1`` bounds the geometric mean of the ratios.
 
     Args:
         logprobs: the trainer's log-probabilities when the update began, packed ``[N]`` or padded ``[B, T]``.

@@ -75,8 +75,8 @@ def policy_loss(
         ref_logprobs: log-probabilities of the reference policy; needed if ``objective.uses_reference``.
         entropy: per-token entropies, for the bonus and for the statistics.
         correction: the constant ``rho_t`` for the difference between sampler and trainer.
-        selected: 1 for the tokens that the objective treats apart, else 0, such as those of `covariance_mask`; needed
-            if ``objective.needs_selection``.
+        selected: 1 for the tokens that the objective treats differently, else 0, as from `covariance_mask`; needed if
+            ``objective.needs_selection``.
         cu_seqlens: ``[S + 1]`` int offsets of the sequences in packed tensors; needed if
             ``objective.whole_sequences``.
         backend: ``"auto"`` (Triton on a supported GPU, else torch), ``"triton"``, ``"torch"`` or ``"reference"``.
@@ -230,7 +230,7 @@ def make_token_loss(
     )
     checks.require(
         not objective.needs_selection or fields.get("selected") is not None,
-        f"{op}: the objective needs selected, the tokens that it treats apart; see covariance_mask",
+        f"{op}: the objective needs selected, the tokens to treat differently; see covariance_mask",
     )
     if fields.get("selected") is not None and not fields["selected"].is_floating_point():
         fields["selected"] = fields["selected"].to(dtype)

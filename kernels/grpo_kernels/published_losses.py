@@ -59,9 +59,10 @@ def gmpo(
 def kimi(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cu_seqlens: Tensor, tau: float = 0.05) -> Tensor:
     """Kimi k1.5's surrogate of mirror descent (arXiv 2501.12599, section 2.3.2), whose gradient is the paper's.
 
-    A sequence's loss is ``-A log p + tau / 2 (log p - log p_old)^2`` of whole answers, and each of its tokens has an
-    equal share of the square. With the mean reward as baseline (``scale_rewards="none"``), that is half the gradient,
-    over `tau`, of the squared distance of ``tau log(p / p_old)`` from ``r - tau log Z``. The paper gives no `tau`.
+    A sequence's loss is ``-A log p + tau / 2 (log p - log p_old)^2``, where p is the probability of the whole answer;
+    the square is divided equally among its tokens. With the mean reward as baseline (``scale_rewards="none"``), that is
+    half the gradient, over `tau`, of the squared distance of ``tau log(p / p_old)`` from ``r - tau log Z``. The paper
+    gives no `tau`.
     """
     log_ratio = logprobs - old_logprobs
     ids = sequence_ids(cu_seqlens, log_ratio.numel())

@@ -127,7 +127,7 @@ def test_curriculum_order_begins_each_epoch_with_the_easiest():
 
 def test_prioritized_needs_a_prompt_that_is_not_always_solved(tmp_path):
     made = PassRates(settings(write(tmp_path / "eval"), prompt_sampling="prioritized"), "judge")
-    with pytest.raises(UserError, match="draws no prompt whose pass rate is 1, which all of them have"):
+    with pytest.raises(UserError, match="never draws a prompt with a pass rate of 1, and all of them have it"):
         made.of(rows("one", "one"))
 
 

@@ -225,13 +225,15 @@ def test_foreign_files_are_ignored_with_one_line(content, said, gpu, tmp_path):
 
 
 @interpreted
-def test_engine_that_fails_is_left_out(gpu, monkeypatch, tmp_path):
+def test_engine_that_fails_is_not_used(gpu, monkeypatch, tmp_path):
     def broken(*_, **__):
         raise RuntimeError("cuBLAS: not supported\nmore")
 
     monkeypatch.setattr(torch, "mm", broken)
     arguments = make(40, 17, 130, torch.bfloat16, trainable="")
-    with pytest.warns(UserWarning, match="the engine 'products' is left out, since it failed: cuBLAS: not supported$"):
+    with pytest.warns(
+        UserWarning, match="the engine 'products' is not used, because it failed: cuBLAS: not supported$"
+    ):
         logprobs = linear_logprob(**arguments, backend="triton")
     assert logprobs.isfinite().all()
     # The next call in this process does not try it again, but another process does.

@@ -53,7 +53,7 @@ def test_linear_policy_loss_with_selection_in_chunks(name, trainable):
 
 
 def test_objective_with_selection_needs_it():
-    with pytest.raises(ValueError, match="policy_loss: the objective needs selected, the tokens that it treats apart"):
+    with pytest.raises(ValueError, match="policy_loss: the objective needs selected, the tokens to treat differently"):
         policy_loss(objective=PRESETS["kl_cov"], **make())
 
 

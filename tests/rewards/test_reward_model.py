@@ -89,7 +89,7 @@ def test_reward_model_never_cuts_a_text(saved):
     [
         (
             lambda folder: AutoModelForCausalLM.from_config(classifier().config),
-            r"is no reward model: .* lack score.weight",
+            r"is not a reward model: .* lack score.weight",
         ),
         (lambda folder: classifier(labels=3), "cannot be loaded: "),
     ],
@@ -120,7 +120,7 @@ def test_reward_model_refuses_wrong_arguments(name, message):
 def test_reward_classifier_refuses_several_outputs_and_a_missing_tokenizer(tmp_path):
     with pytest.raises(UserError, match="has 3 outputs; load it with num_labels=1"):
         RewardClassifier(classifier(labels=3), digit_tokenizer())
-    with pytest.raises(UserError, match="names no files with a tokenizer; give reward_processing_classes"):
+    with pytest.raises(UserError, match="does not say where its tokenizer is; pass reward_processing_classes"):
         RewardClassifier(classifier())
     classifier().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no tokenizer: "):
@@ -167,7 +167,7 @@ def test_trainer_takes_reward_models_as_trl_does(tmp_path, saved):
     ("given", "message"),
     [
         ([None], "has 1 entries for 2 reward_funcs"),
-        ([None, "tokenizer"], r"gives a tokenizer to <function .*>, which is no reward model"),
+        ([None, "tokenizer"], r"gives a tokenizer to <function .*>, which is not a reward model"),
     ],
 )
 def test_trainer_refuses_wrong_reward_processing_classes(given, message):

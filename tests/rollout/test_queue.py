@@ -287,7 +287,7 @@ def test_run_with_max_staleness_whose_engine_fails_keeps_a_checkpoint(tmp_path, 
     [
         ({"max_staleness": 1}, "max_staleness requires use_vllm, vllm_mode='server'"),
         ({"max_staleness": -1}, "max_staleness=-1 is not allowed"),
-        ({"max_staleness": 1, "sample_ahead": True, **FIELDS}, "max_staleness takes the place of sample_ahead"),
+        ({"max_staleness": 1, "sample_ahead": True, **FIELDS}, "max_staleness replaces sample_ahead"),
         (
             {"max_staleness": 1, "generation_kwargs": {"min_new_tokens": 2}, **FIELDS},
             "max_staleness is not possible with generation_kwargs: min_new_tokens",

@@ -143,7 +143,7 @@ def test_examples_refuse_rows_without_something_to_learn(tokenizer, row, fields,
 
 def test_encode_examples_refuses_a_template_that_rewrites_turns(tokenizer):
     tokenizer.chat_template = CHANGING_CHAT
-    with pytest.raises(UserError, match="writes a turn in another way when more turns follow"):
+    with pytest.raises(UserError, match="renders a turn differently when more turns follow"):
         learned({"messages": TWO_TURNS}, tokenizer, assistant_only_loss=True)
 
 

@@ -114,7 +114,7 @@ def test_resume_refuses_another_model_and_an_older_checkpoint(tmp_path):
         make_trainer(tmp_path / "run", other).train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match=r"is older than .*checkpoint-4"):
         make_trainer(tmp_path / "run").train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(UserError, match="set output_dir of the GRPOConfig"):
+    with pytest.raises(UserError, match="set output_dir of its configuration"):
         make_trainer(tmp_path, fields={"output_dir": None, "run_name": "x"}).train(resume_from_checkpoint=True)
 
 
@@ -233,7 +233,7 @@ def test_closures_and_lambdas_of_one_name_are_told_apart(tmp_path):
         ({"train_dataset": [{"question": "1"}]}, "no column 'prompt'"),
         ({"train_dataset": None}, "dataset_name is missing.*give GRPOTrainer train_dataset="),
         ({"reward_funcs": None}, "reward_funcs is missing"),
-        ({"reward_funcs": [torch.nn.Linear(1, 1)]}, "the reward model Linear names no files with a tokenizer"),
+        ({"reward_funcs": [torch.nn.Linear(1, 1)]}, "the reward model Linear does not say where its tokenizer is"),
         ({"model": 3}, "model must be a name or a transformers model, got int"),
         ({"fields": {"model_name_or_path": "m"}}, "model and the configuration's model_name_or_path='m' are both"),
         ({"fields": {"dataset_name": "d"}}, "train_dataset and the configuration's dataset_name='d' are both given"),

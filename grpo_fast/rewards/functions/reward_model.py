@@ -46,7 +46,7 @@ def reward_model(
     except Exception as error:
         raise UserError(f"the reward model {model!r} cannot be loaded: {one_line(error)}") from None
     if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{model!r} is no reward model: its files lack {', '.join(missing)}, which would be random")
+        raise UserError(f"{model!r} is not a reward model: its files lack {', '.join(missing)}, which would be random")
     return RewardClassifier(loaded, tokenizer, place, batch_size)
 
 
@@ -74,7 +74,9 @@ class RewardClassifier:
         if labels != 1:
             raise UserError(f"the reward model {name!r} has {labels} outputs; load it with num_labels=1")
         if tokenizer is None and not source:
-            raise UserError(f"the reward model {name} names no files with a tokenizer; give reward_processing_classes")
+            raise UserError(
+                f"the reward model {name} does not say where its tokenizer is; pass reward_processing_classes"
+            )
         if tokenizer is None:
             transformers = import_extra("transformers", "train")
             try:

@@ -56,9 +56,10 @@ def language_consistency(language: str) -> RewardFunction:
 
     As in the paper, the words are those of the chain of thought: what is before ``</think>``, or the whole completion
     without that tag. A completion without words gets 0. A word is in the language if the language's script is its
-    first letter's. That tells Chinese from English, the mixture that the paper is about, exactly and for each word,
-    which no detector of languages does for single words; it does not tell English from French. Each letter of a script
-    that has no spaces, such as Chinese, counts as a word; formulas, code, tags and LaTeX's commands do not count.
+    first letter's. This separates Chinese from English, the mixture that the paper describes, exactly and word by word,
+    which language detectors cannot do for single words; it does not separate English from French. Each letter of a
+    script that has no spaces, such as Chinese, counts as a word; formulas, code, tags and LaTeX's commands do not
+    count.
 
     Args:
         language: its ISO 639 code, as in ``en``, ``zh`` or ``ja``.

@@ -208,7 +208,7 @@ class VLLMColocate(Rollout):
         try:
             self._load_adapter(model)
         except Exception as error:
-            # A layer or a rank that it does not support, of which it tells by many types.
+            # For a layer or a rank that it does not support, vLLM raises exceptions of many types.
             self.adapters = self.shares = self.has_base = False
             return adapters.refused_reason(error)
         if self.shares:

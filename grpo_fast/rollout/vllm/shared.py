@@ -55,7 +55,7 @@ def views(model: nn.Module, weights: Mapping[str, Tensor], fused: Mapping[str, S
         fused: vLLM's names of fused layers, such as ``qkv_proj``, and the names of their parts in order.
 
     Raises:
-        ValueError: a weight is not among vLLM's, or has other numbers there; it says which.
+        ValueError: a weight is not among vLLM's, or has different values there; the message says which.
     """
     own = dict(frozen(model))
     found = {}
@@ -72,7 +72,7 @@ def views(model: nn.Module, weights: Mapping[str, Tensor], fused: Mapping[str, S
         if part is None or part.dtype != weight.dtype or part.shape != weight.shape or not part.is_contiguous():
             raise ValueError(f"{name} has no counterpart")
         if not torch.equal(part, weight.detach().to(part.device)):
-            raise ValueError(f"{name} has other numbers")
+            raise ValueError(f"{name} has different values")
         found[name] = part
     return found
 

@@ -88,7 +88,7 @@ def verify(folder: Path, checksum: str) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are no weights in the folder.
-        ValueError: a file has another content.
+        ValueError: a file has different content.
     """
     if not (folder / SUMS).is_file():
         raise FileNotFoundError(f"there are no weights in {folder}")

@@ -33,7 +33,7 @@ class WorkerExtension:
 
         Raises:
             FileNotFoundError: the folder has no weights.
-            ValueError: a file has another content than was sent.
+            ValueError: a file differs from what was sent.
         """
         paths = verify(Path(folder), checksum)
         known, copy = getattr(self, "_kept_weights", ("", {}))

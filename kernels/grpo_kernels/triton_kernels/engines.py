@@ -1,12 +1,13 @@
-"""Which engine runs the forward of a head on a GPU.
+"""Which engine runs the forward pass of a head on a GPU.
 
     fused      `head_forward`: one kernel, whose logits stay in registers
     products   cuBLAS's products of a block of the vocabulary, float32 in memory, then `row_statistics`
 
-Both give the same statistics and store the same exponentials. cuBLAS multiplies faster, but 8 bytes for each logit are
-written and read, so the better one depends on the GPU and on H. It is measured on a head's first chunk of at least
-MEASURED_ROWS rows and kept on disk; until then, for shorter chunks and with a process group, whose ranks must not
-measure apart, it is the one with the lower predicted time. GRPO_KERNELS_ENGINE names an engine instead.
+Both give the same statistics and store the same exponentials. cuBLAS multiplies faster, but writes and reads 8 bytes
+for each logit, so the faster engine depends on the GPU and on H. Both are timed on a head's first chunk of at least
+MEASURED_ROWS rows, and the choice is kept on disk. Until then, for shorter chunks and with a process group, whose ranks
+must not choose differently, it is the engine with the lower predicted time. GRPO_KERNELS_ENGINE names an engine
+instead.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from grpo_kernels.triton_kernels import launch
 from grpo_kernels.triton_kernels.tuning_file import TuningFile
 
 ENGINES = ("fused", "products")
-# Shorter chunks take microseconds, whichever engine runs them, and say nothing of long ones.
+# Shorter chunks take microseconds with either engine, and predict nothing about long ones.
 MEASURED_ROWS = 1024
 # Runs of each engine that are timed.
 ROUNDS = 5
@@ -62,7 +63,7 @@ def _rounds_to_tf32() -> bool:
     try:
         return torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:
-        # Torch refuses to answer where its newer setting was used.
+        # torch raises this where its newer setting was used.
         return True
 
 
@@ -129,7 +130,7 @@ def measure(name: str, tensor: torch.Tensor, launches: dict[str, Callable[[], An
             seconds[engine] = []
         except RuntimeError as error:
             warnings.warn(
-                f"grpo_kernels: the engine {engine!r} is left out, since it failed: {str(error).splitlines()[0]}",
+                f"grpo_kernels: the engine {engine!r} is not used, because it failed: {str(error).splitlines()[0]}",
                 stacklevel=2,
             )
     for _ in range(ROUNDS if len(seconds) > 1 else 0):

@@ -36,7 +36,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class PlannedGPU:
-    """A GPU that is not there: launches for it are noted in `record`.
+    """A GPU that is not present: launches for it are recorded in `record`.
 
     Its engine is the one named, or else the one with the lower predicted time at its rates.
     """

@@ -1,4 +1,4 @@
-"""The forward of a head by cuBLAS's products and `row_statistics`, a block of the vocabulary at a time."""
+"""The forward pass of a head by cuBLAS's products and `row_statistics`, one block of the vocabulary at a time."""
 
 from __future__ import annotations
 

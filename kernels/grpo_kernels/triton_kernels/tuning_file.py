@@ -19,7 +19,7 @@ def cache_folder() -> Path:
 class TuningFile(Generic[T]):
     """A JSON file ``{name: value}``, read once by a process.
 
-    A file that is no JSON object, and entries that `parse` refuses, count as absent, which is said once.
+    A file that is not a JSON object, and entries that `parse` refuses, count as absent, with one warning.
 
     Args:
         file: its name in the folder.
