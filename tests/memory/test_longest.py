@@ -1,5 +1,6 @@
 """``grpo-fast plan --longest``: the search for the longest answers, the shapes of models, and the estimate of time."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,6 @@ from grpo_fast.cli import main
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
 from grpo_fast.memory.longest import CHOICES, HOST, TRAINED, best, longest_answers
-from grpo_fast.memory.longest_table import END, SIZES, START, cell
 from grpo_fast.memory.plan import GIB, longest_answer, plan_memory
 from grpo_fast.memory.shapes import SHAPES, known_config, known_shape
 from grpo_fast.memory.step_time import GPUS, estimate_step, find_gpu
@@ -225,7 +225,10 @@ def test_plan_extrapolates_to_long_answers(config, tracer):
 
 
 def test_longest_table_of_the_documents_is_the_planners(tracer):
-    page = (ROOT / "docs" / "long-answers.md").read_text()
-    lines = page.partition(START)[2].partition(END)[0].split("\n")
+    spec = importlib.util.spec_from_file_location("fill_longest", ROOT / "docs" / "fill_longest.py")
+    filler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(filler)
+    page = filler.PAGE.read_text()
+    lines = page.partition(filler.START)[2].partition(filler.END)[0].split("\n")
     row = next(line for line in lines if line.startswith(f"| {MODEL} "))
-    assert row.split(" | ")[1 + SIZES.index(16)] == cell(MODEL, 16, tracer)
+    assert row.split(" | ")[1 + filler.SIZES.index(16)] == filler.cell(MODEL, 16, tracer)
