@@ -82,7 +82,8 @@ class DistillationTrainer(GRPOTrainer):
         config, name = self.config, self.config.teacher_model_name_or_path
         own = dataclasses.replace(
             config, model_name_or_path=name, model_init_kwargs=config.teacher_model_init_kwargs, use_peft=False,
-            gradient_checkpointing=False, activation_offloading=False, load_in_4bit=False,
+            gradient_checkpointing=False, activation_offloading=False, layers_on_host=0,
+            load_in_4bit=False,
         )  # fmt: skip
         try:
             checkpoint.verify_model(Path(name))

@@ -118,6 +118,20 @@ def test_resumed_distillation_is_bit_identical(tmp_path, teacher, form):
     assert not [name for name in figures(tmp_path / "run")[-1] if "reward" in name]
 
 
+def test_distillation_keeps_layers_of_the_student_alone_on_the_host(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr("grpo_fast.model.host_layers.MIN_BYTES", 1024)
+    fields = {"use_peft": True, "gradient_checkpointing": True, "layers_on_host": 1}
+    made = trainer(tmp_path, teacher, **fields)
+    assert made.learner.host_layers.bytes_on_host
+    assert made.update(made.collect()[0])["reverse_kl"] > 0
+
+
+def test_exact_distillation_reports_nothing_of_a_policy_loss(tmp_path, teacher):
+    made = trainer(tmp_path, teacher)
+    found = made.update(made.collect()[0])
+    assert not [name for name in found if name.startswith(("objective/", "position/", "clip_ratio/"))]
+
+
 def test_distillation_refuses_another_vocabulary(tmp_path, teacher):
     (tmp_path / "other").mkdir()
     model = AutoModelForCausalLM.from_pretrained(teacher)
@@ -151,6 +165,13 @@ def test_distillation_refuses_another_vocabulary(tmp_path, teacher):
         ({"distillation_loss": "all"}, "distillation_loss='all' is not allowed: it must be one of exact, sampled"),
         ({"beta": 0.1}, "beta=0.1 has no effect in distillation; leave it out"),
         ({"epsilon": 0.1}, "epsilon=0.1 has no effect in distillation_loss='exact'"),
+        ({"kl_clip": 1.0}, "kl_clip=1.0 has no effect in distillation; leave it out"),
+        ({"length_penalty": 0.1}, "length_penalty=0.1 has no effect in distillation; leave it out"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True has no effect in distillation_loss='exact'"),
+        ({"use_vllm": True, "rollout_rs": "token_k1"}, "rollout_rs='token_k1' has no effect in distillation_loss='ex"),
+        ({"use_vllm": True, "off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold=1.0 has no effect in distil"),
+        ({"loss_type": "clip_cov", "covariance_ratio": 0.1}, "covariance_ratio=0.1 has no effect in distillation_loss"),
+        ({"loss_type": "vespo", "vespo_k_pos": 1.0}, "vespo_k_pos=1.0 has no effect in distillation_loss='exact'"),
         ({"num_iterations": 2}, "takes one step for each generation batch, not 2"),
     ],
 )

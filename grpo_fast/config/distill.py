@@ -10,9 +10,9 @@ from grpo_fast.config.fields import GRPOConfig, Value, names_checked, refuse_unu
 from grpo_fast.errors import UserError, shown
 
 # Fields that only advantages from rewards need, or that would add another term to the loss.
-_UNUSED_PREFIXES = ("advantage_", "ref_model_", "num_generations_kept", "keep_generations")
+_UNUSED_PREFIXES = ("advantage_", "length_penalty", "ref_model_", "num_generations_kept", "keep_generations")
 _UNUSED = {
-    "reward_weights", "reward_baseline", "eval_metric", "beta", "use_bias_correction_kl", "kl_estimator",
+    "reward_weights", "reward_baseline", "eval_metric", "beta", "use_bias_correction_kl", "kl_estimator", "kl_clip",
     "kl_in_reward", "sync_ref_model", "scale_rewards", "relative_weight", "baseline_weight", "incomplete_groups",
     "multi_objective_aggregation", "dynamic_sampling", "max_num_gen_batches", "script_objects",
     "truncated_support",
@@ -21,9 +21,13 @@ UNUSED_FIELDS = frozenset(
     f.name for f in dataclasses.fields(GRPOConfig) if f.name in _UNUSED or f.name.startswith(_UNUSED_PREFIXES)
 )
 # Fields that the exact divergence does not use: it needs no importance weights, and each sample is used only once.
-_POLICY_LOSS = (
-    "epsilon", "epsilon_high", "delta", "importance_sampling_level", "entropy_coef", "top_entropy_quantile",
+_POLICY_LOSS_PREFIXES = (
+    "epsilon", "covariance_", "entropy_", "off_policy_", "rollout_rs", "sapo_", "vespo_", "vllm_importance_sampling_",
 )  # fmt: skip
+_POLICY_LOSS = {"delta", "importance_sampling_level", "use_adaptive_entropy", "top_entropy_quantile"}
+_UNUSED_BY_EXACT = [
+    f.name for f in dataclasses.fields(GRPOConfig) if f.name in _POLICY_LOSS or f.name.startswith(_POLICY_LOSS_PREFIXES)
+]
 
 
 @with_inherited_fields
@@ -37,7 +41,8 @@ class DistillConfig(GRPOConfig):
         teacher_model_init_kwargs: further arguments for loading the teacher.
         distillation_loss: the divergence from the teacher over the whole vocabulary at every token (exact), or its
             estimate from the sampled token alone (sampled): then the token's advantage is the teacher's
-            log-probability less the student's, in the policy loss of loss_type.
+            log-probability less the student's, in the policy loss of loss_type. The exact form takes only the mean over
+            tokens from loss_type.
         distillation_beta: of the exact divergence, as `beta` in TRL's GKD: 1 for the reverse KL, 0 for the forward KL,
             between them the generalised Jensen-Shannon divergence.
         reward_funcs: rewards to measure besides the divergence, if any; the student does not train on them.
@@ -64,7 +69,7 @@ class DistillConfig(GRPOConfig):
                 "1 (reverse KL)"
             )
         if self.distillation_loss == "exact":
-            refuse_unused(self, _POLICY_LOSS, "distillation_loss='exact'")
+            refuse_unused(self, _UNUSED_BY_EXACT, "distillation_loss='exact'")
         elif self.distillation_beta != 1:
             raise UserError("distillation_loss='sampled' estimates the reverse KL, so it requires distillation_beta=1")
         super().__post_init__()

@@ -12,22 +12,22 @@ from grpo_fast.errors import UserError, shown
 
 # Passes over the data of a run that sets no length (TRL's default).
 DEFAULT_EPOCHS = 3.0
-# Fields of `GRPOConfig` for sampling, rewards and the objective, which supervised fine-tuning does not have.
-_UNUSED_PREFIXES = ("reward_", "vllm_", "vespo_", "sapo_", "ref_model_", "advantage_", "num_generations")
-_UNUSED = {
-    "long_prompts", "on_reward_error", "code_isolation", "eval_metric", "generation_batch_size",
-    "steps_per_generation", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "truncated_support",
-    "generation_kwargs",
-    "thinking_budget", "use_vllm", "sync_tolerance", "sample_ahead", "max_tokens_per_generation_batch", "loss_type",
-    "epsilon", "epsilon_high", "delta", "importance_sampling_level", "beta", "use_bias_correction_kl", "kl_estimator",
-    "entropy_coef", "top_entropy_quantile", "num_iterations", "kl_in_reward", "sync_ref_model", "scale_rewards",
-    "relative_weight", "baseline_weight", "incomplete_groups", "multi_objective_aggregation", "dynamic_sampling",
-    "max_num_gen_batches", "keep_generations", "mask_truncated_completions", "share_prompts", "log_completions_steps",
-    "script_objects",
+# All fields of `GRPOConfig` that supervised fine-tuning uses, so that a new field of sampling, rewards or the objective is
+# refused here until it has an effect.
+_USED = {
+    "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "model_init_kwargs", "use_peft", "lora_r",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit", "bnb_4bit_quant_type",
+    "use_bnb_nested_quant", "gradient_checkpointing", "activation_offloading", "layers_on_host", "use_liger_kernel",
+    "tiled_mlp", "dataset_name", "dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split",
+    "eval_dataset_name", "answer_column", "prompt_template", "prompt_file", "system_prompt", "apply_chat_template",
+    "chat_template_kwargs", "max_train_samples", "max_eval_samples", "shuffle_dataset", "eval_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_offload", "learning_rate",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_skipped_updates", "max_steps",
+    "num_train_epochs", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_tokens_per_microbatch", "fsdp",
+    "padding_free", "max_buffer_mib", "bf16", "use_cpu", "seed", "output_dir", "run_name", "logging_steps",
+    "logging_first_step", "report_to", "save_steps", "save_total_limit", "keep_best", "resume_from_checkpoint",
 }  # fmt: skip
-UNUSED_FIELDS = frozenset(
-    f.name for f in dataclasses.fields(GRPOConfig) if f.name in _UNUSED or f.name.startswith(_UNUSED_PREFIXES)
-)
+UNUSED_FIELDS = frozenset(f.name for f in dataclasses.fields(GRPOConfig)) - _USED
 
 
 @with_inherited_fields

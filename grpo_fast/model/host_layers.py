@@ -144,16 +144,20 @@ def keep_layers_on_host(
         min_bytes: smaller weights stay on the device (default: `MIN_BYTES`).
 
     Raises:
-        UserError: the layers do not checkpoint themselves, or have no frozen weights.
+        UserError: the layers do not checkpoint themselves, or have no frozen weights of `min_bytes`.
     """
     if not count:
         return None
     layers = list(checkpointed_layers(model))
     if not layers:
         raise UserError(f"layers_on_host={count}: {type(model).__name__} has no layers that checkpoint themselves")
-    moved = HostLayers(spread(layers, count), device, MIN_BYTES if min_bytes is None else min_bytes)
+    smallest = MIN_BYTES if min_bytes is None else min_bytes
+    moved = HostLayers(spread(layers, count), device, smallest)
     if not moved.bytes_on_host:
-        raise UserError(f"layers_on_host={count}: the layers of {type(model).__name__} have no frozen weights")
+        raise UserError(
+            f"layers_on_host={count} has no effect: no layer of {type(model).__name__} has a frozen weight of at least "
+            f"{smallest:,} bytes; leave it out"
+        )
     return moved
 
 

@@ -210,7 +210,7 @@ class Learner:
         loss, stats = torch.zeros((), device=self.accelerator.device), None
         corrects = batch.sampling_logprobs is not None and batch.correction is None
         has_parts = self.objective.uses_reference or self.objective.entropy_coef
-        clips = self.objective.kind == "clip"
+        clips = self.objective.kind == "clip" and self.teach is None
         seen, entropy = torch.zeros_like(batch.weights), torch.zeros_like(batch.weights)
         rows = self.known_rows(batch)
         with own_random_numbers(), kept_weight_copies():
@@ -227,7 +227,9 @@ class Learner:
                 loss += result.loss.detach()
                 stats = result.stats if stats is None else {name: stats[name] + result.stats[name] for name in stats}
                 seen[microbatch.tokens] = result.logprobs.float()
-                entropy[microbatch.tokens] = result.entropy.float()
+                # The divergence from a teacher computes none.
+                if result.entropy is not None:
+                    entropy[microbatch.tokens] = result.entropy.float()
                 # Its graph would stay in memory beside the next microbatch's forward.
                 del result
         if size() > 1 and stats is not None:
@@ -243,7 +245,7 @@ class Learner:
         metrics = loss_metrics(loss, stats, self.objective)
         # As in the microbatches.
         correction = self.correction(batch, seen)
-        if stats is not None:
+        if stats is not None and self.teach is None:
             metrics |= diagnose(batch, self.objective, seen, entropy, self.step_advantages(batch), correction)
         if corrects:
             offsets = batch.offsets.to(seen.device)

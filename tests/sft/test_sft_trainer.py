@@ -167,6 +167,21 @@ def test_sft_command_refuses_wrong_options(argument, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("speculative_tokens", 4), ("max_staleness", 1), ("rollout_rs", "token_k1"), ("use_adaptive_entropy", True),
+        ("kl_clip", 1.0), ("covariance_ratio", 0.1), ("off_policy_mask_threshold", 1.0), ("length_penalty", 0.1),
+        ("pass_rates", "runs/eval"), ("prompt_sampling", "curriculum"),
+    ],
+)  # fmt: skip
+def test_sft_refuses_each_field_that_it_would_ignore(name, value, capsys):
+    with pytest.raises(UserError, match=rf"{name}=.* has no effect in supervised fine-tuning; leave it out"):
+        SFTConfig(**SMALL, **{name: value})
+    assert main(["sft", "sort_sft", f"--{name}={value}"]) == 2
+    assert f"grpo-fast sft does not use {name}" in capsys.readouterr().err
+
+
 def test_sft_config_refuses_fields_of_sampling():
     with pytest.raises(UserError, match=r"beta=0.1 has no effect in supervised fine-tuning; leave it out"):
         SFTConfig(**SMALL, beta=0.1)
