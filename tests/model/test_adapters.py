@@ -379,7 +379,9 @@ def test_plan_reads_the_base_of_an_adapter(begun, capsys):
 
 
 def test_server_loads_the_base_of_an_adapter(begun, tmp_path, monkeypatch):
+    # vLLM, which need not be installed here, says whether it takes adapters.
     monkeypatch.setattr(serve, "require_extra", lambda *_: None)
+    monkeypatch.setattr(serve, "_adapter_options", lambda *_: {})
     fields = base_fields(begun / "run" / "checkpoint-2", tmp_path, use_vllm=True, vllm_mode="server")
     command = serve.server_command(config(**fields, trust_remote_code=True), tmp_path)
     assert command[command.index("--model") + 1] == str(begun / "model")
