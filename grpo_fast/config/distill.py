@@ -25,9 +25,7 @@ _POLICY_LOSS_PREFIXES = (
 )  # fmt: skip
 _POLICY_LOSS = {"delta", "importance_sampling_level", "use_adaptive_entropy", "top_entropy_quantile"}
 _UNUSED_BY_EXACT = [
-    f.name
-    for f in dataclasses.fields(GRPOConfig)
-    if f.name in _POLICY_LOSS or f.name.startswith(_POLICY_LOSS_PREFIXES)
+    f.name for f in dataclasses.fields(GRPOConfig) if f.name in _POLICY_LOSS or f.name.startswith(_POLICY_LOSS_PREFIXES)
 ]
 
 
