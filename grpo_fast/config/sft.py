@@ -15,8 +15,8 @@ DEFAULT_EPOCHS = 3.0
 # All that supervised fine-tuning uses of `GRPOConfig`, so that a new field of sampling, rewards or the objective is
 # refused here until it has an effect.
 _USED = {
-    "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "model_init_kwargs", "use_peft", "lora_r",
-    "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit", "bnb_4bit_quant_type",
+    "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "model_init_kwargs", "use_peft",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "load_in_4bit", "bnb_4bit_quant_type",
     "use_bnb_nested_quant", "gradient_checkpointing", "activation_offloading", "layers_on_host", "use_liger_kernel",
     "tiled_mlp", "dataset_name", "dataset_config", "dataset_kwargs", "dataset_train_split", "dataset_test_split",
     "eval_dataset_name", "answer_column", "prompt_template", "prompt_file", "system_prompt", "apply_chat_template",

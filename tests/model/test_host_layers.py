@@ -142,7 +142,7 @@ def test_host_layers_small_weights_stay():
 def test_host_layers_without_frozen_weights():
     made = tiny_model(num_hidden_layers=LAYERS)
     prepare_activations(made, config())
-    with pytest.raises(UserError, match="layers_on_host=2 has no effect: no layer of LlamaFor.* of at least 1 bytes"):
+    with pytest.raises(UserError, match=r"layers_on_host=2 has no effect: no layer of LlamaFor.* of at least 1 bytes"):
         keep_layers_on_host(made, 2, CPU, min_bytes=1)
 
 
