@@ -222,4 +222,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", default="policy_gradient.png")
-    main(**vars(parser.parse_args()))
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds={arguments.seeds} must be at least 1")
+    if not arguments.output.endswith((".png", ".svg", ".pdf")):
+        parser.error(f"--output={arguments.output} must end in .png, .svg or .pdf")
+    main(**vars(arguments))

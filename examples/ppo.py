@@ -249,6 +249,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 1 or not arguments.kl_target > 0:
         parser.error("--steps must be at least 1, and --kl_target above 0")
+    if arguments.output and not arguments.output.parent.is_dir():
+        parser.error(f"--output={arguments.output}: the folder {arguments.output.parent} does not exist")
     record = train(arguments.method, arguments.steps, arguments.seed, arguments.kl_target)
     if arguments.output:
         arguments.output.write_text(json.dumps(record), encoding="utf-8")

@@ -80,6 +80,11 @@ def test_uses_reference_for_a_kl_in_the_loss_or_in_the_reward(fields, in_run, in
     [
         ({"beta": -1.0}, "beta=-1.0 is not allowed: it must be a finite number, at least 0"),
         ({"epsilon": 0.0}, "^epsilon must be above 0, got 0.0"),
+        ({"loss_type": "clip_cov", "covariance_low": 6.0}, "^covariance_low=6.0 must be below covariance_high=5.0"),
+        (
+            {"advantage_estimator": "pass_at_k", "advantage_k": 9},
+            "advantage_k=9 is not allowed: it must be at most num_generations=8",
+        ),
         ({"importance_sampling_level": "tok"}, "importance_sampling_level='tok' is not allowed: it must be one of tok"),
         ({"padding_free": ["auto"]}, r"padding_free=\['auto'\] is not allowed: it must be one of auto, always, never"),
         ({"num_train_epochs": 0}, "num_train_epochs=0 is not allowed: it must be a finite number, above 0"),

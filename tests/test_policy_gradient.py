@@ -1,5 +1,6 @@
 """The example of the lecture's experiment: on our operations it samples, rewards and learns what plain torch does."""
 
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -51,3 +52,18 @@ def test_length_bias_of_grpo_and_not_of_dr_grpo():
     gaps = {name: list(policy_gradient.length_bias(name, epochs=60)) for name in ("grpo", "dr_grpo")}
     gap = {name: sum(wrong - right for right, wrong in run[-10:]) / 10 for name, run in gaps.items()}
     assert gap["grpo"] > 10 > 4 > abs(gap["dr_grpo"])
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [
+        ("policy_gradient.py", "--seeds=0", "--seeds=0 must be at least 1"),
+        ("policy_gradient.py", "--output=x.txt", "--output=x.txt must end in .png, .svg or .pdf"),
+        ("ppo.py", "--output=nowhere/x.json", "--output=nowhere/x.json: the folder nowhere does not exist"),
+    ],
+)
+def test_example_refuses_wrong_arguments_before_it_trains(script, argument, message):
+    path = Path(policy_gradient.__file__).with_name(script)
+    done = subprocess.run([sys.executable, path, argument], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -330,6 +330,8 @@ def _check_masks(c: Any) -> None:
         for name in ("advantage_k", "length_penalty", "length_penalty_share"):
             if getattr(c, name) is not None:
                 raise UserError(f"{name}={shown(getattr(c, name))} requires an advantage_estimator that takes it")
+    elif c.advantage_k is not None and c.advantage_estimator in ESTIMATOR_NAMES and c.advantage_k > c.num_generations:
+        _refuse("advantage_k", c.advantage_k, f"at most num_generations={c.num_generations}")
 
 
 def _check_combinations(c: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +55,34 @@ def print_longest(
         Whether anything fits.
 
     Raises:
-        UserError: `output` exists, the device is unknown, or the model cannot be read or planned.
+        UserError: `output` exists, has another suffix or cannot be written, the device is unknown, the prompts take all
+            positions, or the model cannot be read or planned.
     """
     console = console or Terminal(width=WIDTH)
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output={str(output)!r} is not allowed: it must end in .yaml or .yml")
+    if not os.access(output.parent, os.W_OK):
+        why = "cannot be written to" if output.parent.is_dir() else "does not exist"
+        raise UserError(f"--output={str(output)!r}: the folder {str(output.parent)!r} {why}")
     chart = output.with_suffix(".png")
     for path in (output, chart):
         if path.exists():
             raise UserError(f"{path} already exists; choose another file with --output")
     gpu = find_gpu(vram, gpu)
     config, model_config = read_run(config)
+    positions = max_positions(model_config)
+    if positions and prompt_tokens >= positions:
+        raise UserError(
+            f"--prompt_tokens={prompt_tokens} leaves no room for an answer in the {positions:,} positions of "
+            f"{config.model_name_or_path}; set it lower"
+        )
     tracer = Tracer(model_config)
     with console.status("searching") as status:
         found = longest_answers(
             config, tracer, vram, prompt_tokens, lambda trained: status.update(f"searching: {trained}")
         )
-    positions = max_positions(model_config)
-    console.print(
-        f"{config.model_name_or_path} on {gib(vram)} GiB, prompts of {prompt_tokens:,} tokens; {positions:,} positions."
-    )
+    limit = f"{positions:,} positions" if positions else "positions without end"
+    console.print(f"{config.model_name_or_path} on {gib(vram)} GiB, prompts of {prompt_tokens:,} tokens; {limit}.")
     console.print(_table(found, model_config, prompt_tokens, gpu))
     chosen = best(found)
     if chosen.plan is None or chosen.config is None:

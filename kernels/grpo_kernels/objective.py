@@ -115,6 +115,11 @@ class PolicyObjective:
         require_number("PolicyObjective", "epsilon", self.epsilon)
         require(self.epsilon > 0, f"PolicyObjective: epsilon must be above 0, got {self.epsilon}")
         require(self.beta >= 0, f"PolicyObjective: beta must be >= 0, got {self.beta}")
+        low, high = self.covariance_low, self.covariance_high
+        require(
+            low is None or high is None or low < high,
+            f"PolicyObjective: covariance_low={low} must be below covariance_high={high}",
+        )
         if self.kind == "cispo":
             require(self.epsilon_high is not None, "PolicyObjective: kind='cispo' needs epsilon_high (the paper's 5.0)")
         require(

@@ -181,6 +181,12 @@ def test_longest_command_keeps_the_fields_of_a_complete_configuration(traced, ca
     ("arguments", "message"),
     [
         (["--gpu=H100"], "--output and --gpu belong to --longest"),
+        (["--longest", "--output=chart.png"], "--output='chart.png' is not allowed: it must end in .yaml or .yml"),
+        (["--longest", "--output=nowhere/x.yaml"], "--output='nowhere/x.yaml': the folder 'nowhere' does not exist"),
+        (
+            ["--longest", "--model=random-llama"],
+            "--prompt_tokens=512 leaves no room for an answer in the 64 positions of random-llama; set it lower",
+        ),
         (["--longest", "--gpu=H1"], "--gpu='H1' is not allowed: it must be one of T4, L4"),
     ],
 )
