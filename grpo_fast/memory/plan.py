@@ -352,8 +352,8 @@ class _Planner:
     def sampling(self, states: list[tuple[int, int]], sequences: int) -> dict[str, float]:
         """The KV cache in the largest of `states` (rows, columns), and the logits of one token of each sequence.
 
-        A layer's cache exists twice while rows join, and its keys or its values do while it grows. Masked attention adds
-        a copy with as many key and value heads as query heads.
+        A layer's cache exists twice while rows join, and its keys or its values do while it grows. Masked attention
+        adds a copy with as many key and value heads as query heads.
         """
         config, vocab, (queries, keys, kv_bytes) = self.config, self.text.vocab_size, self.heads()
         wide = max(rows * max(self.cached(width)) for rows, width in states)

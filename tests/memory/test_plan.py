@@ -339,5 +339,7 @@ def test_plan_memory_reference_and_offloaded_state_are_in_host_memory():
     config = settings(beta=0.1, optim_offload=True, max_completion_length=100, max_tokens_per_microbatch=200)
     plan = plan_memory(config, model_config, 50)
     assert plan.host == {"optimizer state": 12 * plan.parameters, "reference": 4 * plan.parameters}
+    # Scoring by the reference is a forward of the whole microbatch: the MLP has three tensors of its width at once.
+    assert plan.moments["reference"]["MLP"] >= 3 * 200 * model_config.intermediate_size * 4
     assert "optimizer state" not in plan.training
     assert plan.moments["reference"]["reference"] == 4 * plan.parameters
