@@ -279,9 +279,12 @@ class _Planner:
         else:
             states = self.sampled(answer) if self.continuous else [self.padded(answer)]
             sequences = max(rows for rows, _ in states)
-            moments["rollout"] = {**fixed, **self.sampling(states, sequences)}
+            sampling = self.sampling(states, sequences)
+            moments["rollout"] = {**fixed, **sampling}
             if self.continuous:
-                moments["rollout"]["prompts"] = self.prompts(setup, answer)
+                # The rows that join have their place in the cache only when they are computed.
+                joining = {**fixed, "KV cache": sampling["KV cache"], "prompts": self.prompts(setup, answer)}
+                moments["rollout"] = max(moments["rollout"], joining, key=total)
         moments = {name: {part: int(n) for part, n in parts.items() if n >= 1} for name, parts in moments.items()}
         return MemoryPlan(
             moments, {part: int(n) for part, n in host.items()}, weights.parameters, weights.trained, tokens, sequences
@@ -405,8 +408,8 @@ class _Planner:
     def sampling(self, states: list[tuple[int, int]], sequences: int) -> dict[str, float]:
         """The KV cache in the largest of `states` (rows, columns), and the logits of one token of each sequence.
 
-        While a layer computes, its cache exists twice, because growing copies it. Masked attention adds a copy with as
-        many key and value heads as query heads.
+        A layer's cache exists twice while rows join, and its keys or its values do while it grows. Masked attention
+        adds a copy with as many key and value heads as query heads.
         """
         config, vocab, (queries, keys, kv_bytes) = self.config, self.text.vocab_size, self.heads()
         wide = max(rows * max(self.cached(width)) for rows, width in states)
@@ -419,12 +422,12 @@ class _Planner:
         repeated = queries if queries > keys else 0
         return {
             "KV cache": kv_bytes * keys * max(rows * sum(self.cached(width)) for rows, width in states),
-            "KV cache of a layer, copied": kv_bytes * wide * (keys / 2 + repeated),
+            "KV cache of a layer, copied": kv_bytes * wide * max(keys, keys / 2 + repeated),
             "logits of a token": logits * self.dtype.itemsize + sampled,
         }
 
     def prompts(self, setup: Setup, answer: int) -> float:
-        """Memory while prompts are computed: their KV cache and one forward.
+        """Memory while prompts are computed, beyond the KV cache: one forward with its masks and a layer's copies.
 
         A sequence that the budget evicted is computed again like a prompt, of nearly full length.
         """
@@ -432,10 +435,18 @@ class _Planner:
         room = config.max_tokens_per_generation_batch // max(config.generation_batch_size, config.num_generations_eval)
         alone = longest if longest > room else self.prompt_tokens
         tokens = max(min(PREFILL_TOKENS, config.prompts_per_step * self.prompt_tokens), alone)
-        forward = Setup(setup.config, setup.layers, min(tokens, PREFILL_TOKENS), 1, training=False)
-        _, keys, kv_bytes = self.heads()
-        cache = kv_bytes * keys * tokens * self.text.num_hidden_layers
-        return cache + sum(self.tracer.trace(forward).peak.values())
+        part = min(tokens, PREFILL_TOKENS)
+        forward = Setup(setup.config, setup.layers, part, 1, training=False)
+        queries, keys, kv_bytes = self.heads()
+        # A single sequence in a single part is attended without a mask.
+        mask = part * alone if tokens > min(alone, PREFILL_TOKENS) else 0
+        repeated = kv_bytes * queries * tokens if mask and queries > keys else 0
+        # Layers with a sliding window keep the columns of the last part.
+        beyond = sum(min(width + PREFILL_TOKENS, tokens) - width for width in self.cached(tokens))
+        attended = max(kv_bytes * keys * tokens / 2, mask * self.dtype.itemsize + repeated)
+        traced = dict(self.tracer.trace(forward).peak)
+        within_a_layer = max(traced.pop("mlp", 0) + traced.pop("attention", 0), attended)
+        return kv_bytes * keys * beyond + mask + within_a_layer + sum(traced.values())
 
     def heads(self) -> tuple[int, int, int]:
         """The numbers of query heads and of key heads, and the bytes of one key and one value of a head."""

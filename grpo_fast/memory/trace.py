@@ -321,8 +321,9 @@ def _trace(model_config: Any, setup: Setup, device: str) -> Traced:
 
         with torch.autocast("cpu", torch.bfloat16) if config.bf16 else ExitStack():
             hidden = hidden_states()
+            forward = live.peak
             loss = _Head.apply(hidden, model.get_output_embeddings().weight, live)
             del hidden
         if setup.training:
             loss.backward()
-    return Traced(dict(live.marked), dict(live.peak))
+    return Traced(dict(live.marked), dict(live.peak if setup.training else forward))

@@ -131,25 +131,30 @@ class Decoder:
         return count if self.live else max(count, 1)
 
     def admit(self, new: list[Sequence]) -> None:
-        """Add `new` sequences, computing keys and values once for each prompt."""
+        """Add `new` sequences, computing keys and values once for each prompt.
+
+        Room is made when these are computed, so that finished rows and free columns are not in memory meanwhile.
+        """
         sequences = self.live + new
-        self.width = max(sequence.cached for sequence in sequences)
-        self.columns = self.width + self.growth(sequences)
-        self.most = len(sequences)
-        self.cache.reserve(self.most, self.width, self.columns)
+        self.cache.reserve(len(self.live), self.width, self.width)
         shared: dict[tuple, list[Sequence]] = {}
         for sequence in new:
             shared.setdefault((sequence.group, sequence.place if sequence.tokens else None), []).append(sequence)
         # Empty rows come last, when the layers know their shapes.
         together = sorted(shared.values(), key=lambda same: -same[0].cached)
+        joining = []
         while together:
             width = together[0][0].cached
             batch = [together.pop(0)]
             while together and (len(batch) + 1) * width <= PREFILL_TOKENS and (together[0][0].cached > 0 or not width):
                 batch.append(together.pop(0))
             sources = torch.tensor([line for line, same in enumerate(batch) for _ in same], device=self.device)
-            self.cache.join(self.prefill([same[0] for same in batch]) if width else None, sources)
+            joining.append((self.prefill([same[0] for same in batch]) if width else None, sources))
             self.live += [sequence for same in batch for sequence in same]
+        self.width = max(sequence.cached for sequence in sequences)
+        self.columns = self.width + self.growth(sequences)
+        self.most = len(sequences)
+        self.cache.reserve(self.most, self.width, self.columns, joining)
 
     def prefill(self, sequences: list[Sequence]) -> DynamicCache:
         """Keys and values of all but the last token of each sequence, right-aligned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
@@ -10,6 +11,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Steps after which a sliding layer moves its columns to the front of its buffer.
 SLACK = 64
+
+
+# Caches of prompts, each with the rows of it that join; None instead of a cache for empty rows.
+Joining = Sequence[tuple[DynamicCache | None, Tensor]]
 
 
 class RowsLayer(DynamicLayer):
@@ -53,13 +58,14 @@ class RowsLayer(DynamicLayer):
                 del old, new
         self.start, self.width = 0, width
 
-    def join(self, keys: Tensor | None, values: Tensor | None, sources: Tensor) -> None:
-        """Append rows `sources` of `keys` and `values` ``[., heads, columns, dim]``, or empty rows if they are None."""
+    def join(self, prompts: DynamicLayer | None, sources: Tensor) -> None:
+        """Append rows `sources` of the layer `prompts`, or empty rows if it is None."""
         rows, held = slice(self.rows, self.rows + len(sources)), self._columns()
-        if keys is not None and not self.is_initialized:
-            self.lazy_initialization(keys, values)
+        if prompts is not None and not self.is_initialized:
+            self.lazy_initialization(prompts.keys, prompts.values)
         if self.is_initialized:
-            for buffer, new in ((self.keys, keys), (self.values, values)):
+            joined = (None, None) if prompts is None else (prompts.keys, prompts.values)
+            for buffer, new in zip((self.keys, self.values), joined, strict=True):
                 count = 0 if new is None else min(new.shape[2], held.stop - held.start)
                 buffer[rows, :, held.start : held.stop - count] = 0
                 if count:
@@ -110,18 +116,26 @@ class RowsCache(Cache):
     def __init__(self, layers: list[DynamicLayer]):
         super().__init__(layers=[RowsLayer(getattr(layer, "sliding_window", None)) for layer in layers])
 
-    def reserve(self, rows: int, width: int, columns: int) -> None:
-        for layer in self.layers:
-            layer.reserve(rows, width, columns)
+    def reserve(self, rows: int, width: int, columns: int, joining: Joining = ()) -> None:
+        """Make room for `rows` of `columns`, each layer in its turn, and append the rows `joining`.
 
-    def join(self, prompts: DynamicCache | None, sources: Tensor) -> None:
+        It takes the keys and values out of the caches of prompts, so that those of one layer at most exist twice.
+        """
         for index, layer in enumerate(self.layers):
-            new = (None, None) if prompts is None else (prompts.layers[index].keys, prompts.layers[index].values)
-            layer.join(*new, sources)
+            layer.reserve(rows, width, columns)
+            for prompts, sources in joining:
+                layer.join(prompts and prompts.layers[index], sources)
+                release(prompts, index)
 
     def move(self, places: Tensor, sources: Tensor, rows: int, width: int) -> None:
         for layer in self.layers:
             layer.move(places, sources, rows, width)
+
+
+def release(prompts: DynamicCache | None, index: int) -> None:
+    """Free the keys and values of a layer of `prompts`."""
+    if prompts is not None:
+        prompts.layers[index].keys = prompts.layers[index].values = None
 
 
 def forward_arguments(module: nn.Module) -> list[str]:

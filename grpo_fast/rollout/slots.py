@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
+
+from grpo_fast.rollout.rows import Joining, release
 
 
 class SlotsLayer(DynamicLayer):
@@ -34,11 +36,11 @@ class SlotsLayer(DynamicLayer):
             setattr(self, name, new)
             del old, new
 
-    def join(self, keys: Tensor, values: Tensor, sources: Tensor, first: int) -> None:
-        """Write rows `sources` of `keys` and `values` ``[., heads, columns, dim]`` to the rows from `first` on."""
+    def join(self, prompts: DynamicLayer, sources: Tensor, first: int) -> None:
+        """Write rows `sources` of the layer `prompts` to the rows from `first` on."""
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        for buffer, new in ((self.keys, keys), (self.values, values)):
+            self.lazy_initialization(prompts.keys, prompts.values)
+        for buffer, new in ((self.keys, prompts.keys), (self.values, prompts.values)):
             buffer[first : first + len(sources), :, : new.shape[2]] = new[sources]
 
     def move(self, places: Tensor, sources: Tensor) -> None:
@@ -83,17 +85,18 @@ class SlotsCache(Cache):
         self.room, self.rows, self.end = (0, 0), 0, 0
         self.columns = torch.empty(0, 0, dtype=torch.long)
 
-    def reserve(self, rows: int, width: int, columns: int) -> None:
-        self.room = rows, columns
-        for layer in self.layers:
-            layer.reserve(self.rows, width)
-
-    def join(self, prompts: DynamicCache | None, sources: Tensor) -> None:
-        """Append rows `sources` of `prompts`, whose rows begin in the first column; empty rows if it is None."""
-        if prompts is not None:
-            for layer, prompt in zip(self.layers, prompts.layers, strict=True):
-                layer.join(prompt.keys, prompt.values, sources, self.rows)
-        self.rows += len(sources)
+    def reserve(self, rows: int, width: int, columns: int, joining: Joining = ()) -> None:
+        """Make room, each layer in its turn, and append the rows `joining`, which begin in the first column."""
+        self.room, present = (rows, columns), self.rows
+        self.rows += sum(len(sources) for _, sources in joining)
+        for index, layer in enumerate(self.layers):
+            layer.reserve(present, width)
+            first = present
+            for prompts, sources in joining:
+                if prompts is not None:
+                    layer.join(prompts.layers[index], sources, first)
+                    release(prompts, index)
+                first += len(sources)
 
     def move(self, places: Tensor, sources: Tensor, rows: int, width: int) -> None:
         for layer in self.layers:

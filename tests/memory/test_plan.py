@@ -1,5 +1,7 @@
 """The memory plan: parameters of real models, and the peak of a real step on a CPU."""
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,6 +21,7 @@ from grpo_fast.model.loading import add_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
 from grpo_fast.model.policy import LossInputs
+from grpo_fast.rollout import decode
 from support.plans import medium, read_config, settings
 from support.tiny import SMALL
 
@@ -70,8 +73,13 @@ def measured_peak(config: GRPOConfig, model_config, answer: int, prompt: int = P
     inputs = LossInputs(objective=config.objective(), advantages=ones, weights=ones / answer)
     policy.train()
     policy(batch, inputs).loss.backward()
+    return peak_bytes(lambda: policy(batch, inputs).loss.backward())
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes that `call` adds to what is already allocated, by torch's allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        policy(batch, inputs).loss.backward()
+        call()
     live = peak = 0
     for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -224,6 +232,40 @@ def test_plan_memory_cache_is_bounded_by_the_budget(budget, rows, width):
     assert plan.sequences == min(8, budget // 100)
 
 
+@pytest.mark.parametrize(("rows", "key_heads", "part"), [(1, 4, 256), (1, 4, 4096), (1, 1, 256), (3, 4, 256)])
+def test_plan_memory_peak_of_sampling_when_sequences_join(rows, key_heads, part, monkeypatch):
+    """Evicted sequences are computed again without a second copy of their keys and values."""
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", part)
+    monkeypatch.setattr("grpo_fast.memory.plan.PREFILL_TOKENS", part)
+    length = 1500 if rows == 1 else 600
+    answer = length - PROMPT
+    model_config = medium(num_hidden_layers=24, num_key_value_heads=key_heads, vocab_size=512)
+    model = AutoModelForCausalLM.from_config(model_config).eval()
+    decoder = decode.Decoder(model, rows * length, answer, set(), lambda _: lambda _, scores: scores, False, False)
+    decoder.waiting, decoder.responses = deque(), [None] * 2 * rows
+
+    def join_and_end(first: int) -> None:
+        one_missing = [5] * (answer - 1), [0.0] * (answer - 1)
+        decoder.admit([decode.Sequence(first + i, first + i, [7] * PROMPT, *one_missing) for i in range(rows)])
+        decoder.step()
+        assert not decoder.live
+
+    with torch.no_grad():
+        measured = peak_bytes(lambda: [join_and_end(first) for first in (0, rows)])
+    budget = rows * length if rows > 1 else 1
+    config = settings(
+        dtype="float32", max_completion_length=answer, max_tokens_per_generation_batch=budget, use_cpu=True,
+        generation_batch_size=max(rows, 2), num_generations=max(rows, 2), num_generations_eval=1, max_eval_samples=1,
+    )  # fmt: skip
+    parts = plan_memory(config, model_config, PROMPT).rollout
+    assert parts["KV cache"] == 24 * 2 * 4 * 32 * key_heads * rows * length
+    planned = total(parts) - sum(parts.get(part, 0) for part in FIXED)
+    print(f"planned {planned / 2**20:.2f} MiB, measured {measured / 2**20:.2f} MiB")
+    # With repeated heads the plan is an upper bound: it adds them to a mask in the dtype of the queries.
+    assert 0.99 * measured < planned < (1.01 if key_heads == 4 else 1.15) * measured
+    assert measured < 1.4 * parts["KV cache"]
+
+
 def test_plan_memory_vllm_has_its_own_weights_and_cache():
     """They are absent from training with sleep mode, present without it, and absent with a server."""
     fields = {"max_completion_length": 900, "generation_batch_size": 8, "use_vllm": True}
@@ -318,6 +360,8 @@ def test_plan_memory_reference_and_offloaded_state_are_in_host_memory():
     config = settings(beta=0.1, optim_offload=True, max_completion_length=100, max_tokens_per_microbatch=200)
     plan = plan_memory(config, model_config, 50)
     assert plan.host == {"optimizer state": 12 * plan.parameters, "reference": 4 * plan.parameters}
+    # Scoring by the reference is a forward of the whole microbatch: the MLP has three tensors of its width at once.
+    assert plan.moments["reference"]["MLP"] >= 3 * 200 * model_config.intermediate_size * 4
     assert "optimizer state" not in plan.training
     assert plan.moments["reference"]["reference"] == 4 * plan.parameters
 

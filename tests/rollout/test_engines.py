@@ -56,9 +56,9 @@ def reserved(monkeypatch):
     sizes = []
     reserve = decode.RowsCache.reserve
 
-    def kept(self, *size):
-        sizes.append(size)
-        reserve(self, *size)
+    def kept(self, rows, width, columns, *joining):
+        sizes.append((rows, width, columns))
+        reserve(self, rows, width, columns, *joining)
 
     monkeypatch.setattr(decode.RowsCache, "reserve", kept)
     return sizes
