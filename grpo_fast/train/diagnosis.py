@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from grpo_fast.model.transfer import send
 from grpo_fast.train.batch import StepBatch
 from grpo_kernels import PolicyObjective
 from grpo_kernels._checks import sequence_ids, sequence_sums
@@ -46,9 +47,9 @@ def diagnose(
     device, offsets = logprobs.device, batch.offsets
     active = torch.zeros(len(batch.samples), dtype=torch.bool)
     active[batch.active] = True
-    ids = sequence_ids(offsets, int(offsets[-1])).to(device)
-    computed = active.to(device)[ids] & (batch.weights != 0)
-    counts = sequence_sums(computed.double(), ids, offsets.to(device))
+    ids, ends = send(sequence_ids(offsets, int(offsets[-1])), device), send(offsets, device)
+    computed = send(active, device)[ids] & (batch.weights != 0)
+    counts = sequence_sums(computed.double(), ids, ends)
     found: dict[str, Tensor] = {}
 
     def share(name: str, of: Tensor, among: Tensor) -> None:
@@ -64,7 +65,7 @@ def diagnose(
     share("objective/clipped_high", silent & (advantages > 0), informative)
     if correction is not None:
         share("objective/masked_tokens", ~kept, computed)
-        left = sequence_sums(kept.double(), ids, offsets.to(device))
+        left = sequence_sums(kept.double(), ids, ends)
         share("objective/masked_sequences", left == 0, counts > 0)
     log_ratio = (
         None if batch.old_logprobs is None else _log_ratio(logprobs - batch.old_logprobs, objective, computed, ids)
@@ -76,9 +77,9 @@ def diagnose(
         size = 2 * weight.logsumexp(0) - (2 * weight).logsumexp(0)
         found["objective/effective_sample_size"] = size.exp() / computed.sum()
 
-    starts = offsets[:-1].to(device)[ids]
+    starts = ends[:-1][ids]
     place = torch.arange(len(ids), device=device) - starts
-    part = (place * PARTS // offsets.diff().to(device)[ids].clamp(min=1)).clamp(max=PARTS - 1)
+    part = (place * PARTS // ends.diff()[ids].clamp(min=1)).clamp(max=PARTS - 1)
     columns = {"entropy": entropy}
     if batch.ref_logprobs is not None:
         columns["kl"] = kl_and_derivative(logprobs, batch.ref_logprobs, objective.kl, objective.kl_clip)[0]
@@ -100,7 +101,7 @@ def _silent(batch: StepBatch, objective: PolicyObjective, logprobs: Tensor, adva
     """Whether the objective's own term has no gradient in a token ``[N]``."""
     alone = replace(objective, beta=0.0, entropy_coef=0.0, kl_bias_correction=False)
     tokens = Tokens(advantages, batch.weights, batch.old_logprobs, batch.ref_logprobs, None, batch.selected)
-    return policy_terms(logprobs, tokens, alone, None, batch.offsets.to(logprobs.device)).grad_logprobs == 0
+    return policy_terms(logprobs, tokens, alone, None, send(batch.offsets, logprobs.device)).grad_logprobs == 0
 
 
 def _log_ratio(difference: Tensor, objective: PolicyObjective, computed: Tensor, ids: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from grpo_fast.model.loading import REFERENCE, train_adapter
 from grpo_fast.model.microbatch_policy import MicrobatchPolicy
 from grpo_fast.model.packing import Sample, build_microbatch, plan_rows, token_offsets
 from grpo_fast.model.policy import LossInputs, Teaching
+from grpo_fast.model.transfer import send
 from grpo_fast.train.batch import StepBatch
 from grpo_fast.train.checkpoint import load_tensors, load_weights
 from grpo_fast.train.diagnosis import diagnose
@@ -138,7 +139,7 @@ class Learner:
         self.policy.eval()
         batch.old_logprobs = self.score(self.policy, batch)
         if batch.sampling_logprobs is not None:
-            offsets = batch.offsets.to(batch.weights.device)
+            offsets = send(batch.offsets, batch.weights.device)
             arguments = (batch.old_logprobs, batch.sampling_logprobs, offsets, batch.weights)
             batch.correction = sampling_correction(self.config, *arguments)
         return batch.split(count, self.config.objective(), self.config)
@@ -248,7 +249,7 @@ class Learner:
         if stats is not None and self.teach is None:
             metrics |= diagnose(batch, self.objective, seen, entropy, self.step_advantages(batch), correction)
         if corrects:
-            offsets = batch.offsets.to(seen.device)
+            offsets = send(batch.offsets, seen.device)
             batch.correction = sampling_correction(self.config, seen, batch.sampling_logprobs, offsets, batch.weights)
             metrics |= sampling_metrics(batch, seen, by_token="token" in self.config.vllm_importance_sampling_mode)
         if clips and stats is not None:
@@ -304,7 +305,7 @@ class Learner:
         return loss_correction(
             logprobs, self.config, advantages=self.step_advantages(batch), mask=batch.weights,
             old_logprobs=batch.old_logprobs, sampling_logprobs=batch.sampling_logprobs, known=batch.correction,
-            cu_seqlens=batch.offsets.to(logprobs.device),
+            cu_seqlens=send(batch.offsets, logprobs.device),
         )  # fmt: skip
 
     def microbatches(self, batch: StepBatch) -> Iterator[Microbatch]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from grpo_fast.model.transfer import send
 from grpo_fast.rewards import Rewards
 from grpo_fast.rollout import Response
 from grpo_fast.train.advantages import nanstd
@@ -121,19 +123,17 @@ def clip_extremes(
     if objective.kind != "clip" or not batch.active:
         return {}
     counted = (batch.weights != 0).to(logprobs.device)
-    offsets = batch.offsets.to(logprobs.device)
-    rows = torch.arange(len(batch.samples), device=logprobs.device).repeat_interleave(offsets.diff())
+    # On the CPU, where the lengths are known; a GPU would make the host wait for them.
+    rows = send(torch.arange(len(batch.samples)).repeat_interleave(batch.offsets.diff()), logprobs.device)
 
     def sums(values: Tensor) -> Tensor:
         zeros = torch.zeros(len(batch.samples), dtype=torch.float64, device=logprobs.device)
         return zeros.index_add(0, rows, values.double() * counted)
 
     tokens = sums(torch.ones_like(logprobs))
-    computed = torch.zeros_like(tokens, dtype=torch.bool)
-    computed[batch.active] = True
-    computed &= tokens > 0
-    if not bool(computed.any()):
-        return {}
+    active = torch.zeros(len(batch.samples), dtype=torch.bool)
+    active[batch.active] = True
+    computed = send(active, logprobs.device) & (tokens > 0)
     old = logprobs if batch.old_logprobs is None else batch.old_logprobs
     log_ratio = (logprobs - old).double()
     if objective.level != "token":
@@ -142,7 +142,11 @@ def clip_extremes(
     ratio, advantages = log_ratio.exp(), advantages.to(logprobs.device)
     low = sums((ratio < objective.lower_bound) & (advantages < 0)) / tokens
     high = sums((ratio > objective.upper_bound) & (advantages > 0)) / tokens
-    return {"clip_ratio/low_min": low[computed].min().item(), "clip_ratio/high_max": high[computed].max().item()}
+    extremes = torch.stack([low.where(computed, torch.inf).min(), high.where(computed, -torch.inf).max()]).tolist()
+    # Without a completion that was computed they are infinite.
+    if not all(map(math.isfinite, extremes)):
+        return {}
+    return dict(zip(("clip_ratio/low_min", "clip_ratio/high_max"), extremes, strict=True))
 
 
 def loss_parts(

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[1] / "support" / "fake_cuda_trainer.py"
 # What the host reads in a step, once each: whether all tokens count, the sums of the loss, the gradient's norm, and
 # whether the weights are finite.
-READS = {"learner.py": 2, "metrics.py": 1, "finite.py": 1}
+# After the last microbatch: the number of known rows, then the figures of the loss, of its bounds and of the objective.
+READS = {"learner.py": 2, "metrics.py": 2, "diagnosis.py": 1, "finite.py": 1}
 LONG = [
     "padded", "checkpointed", "activations offloaded", "optimizer offloaded", "lora", "autocast", "float32", "tiled",
     "reference", "several steps",
@@ -44,7 +45,7 @@ def check_step(name: str, report: Report, architecture: str) -> None:
     if name == "reference":
         # The metrics of the parts of the loss.
         expected["metrics.py"] += 3
-    assert files(report.places) == expected, name
+    assert files(report.places) == expected, (name, report.places)
     assert found["waits of scoring"] == {}, name
     steps = report.of("adamw_step")
     assert len(steps) == (found["tensors"] if found["optimizer"] == "StochasticAdamW" else 0), name
