@@ -116,7 +116,7 @@ test-oldest: $(OLDEST_VENV)/.ready  ## the suite with the oldest libraries allow
 	$(OLDEST_VENV)/bin/python -m pytest -n 2 -m "$(LEFT_OUT)" $(ARGS)
 
 test-peers: $(VENV)/.peers  ## losses, drop-ins and benchmarks against TRL's and Liger's own code, which it installs
-	$(BIN)/python -m pytest -n 2 tests/integrations tests/benchmarks/test_benchmark_head.py \
+	$(BIN)/python -m pytest -n 2 tests/integrations tests/test_side_by_side.py tests/benchmarks/test_benchmark_head.py \
 		tests/benchmarks/test_benchmark_suite.py tests/benchmarks/test_benchmark_memory.py $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.ready  ## sampling and training with vLLM on this CPU, which it installs into .venv-vllm
