@@ -19,6 +19,8 @@ ENGINES = {
     "sm_120": ("HMMA", "UTMALDG"),
     "gfx942": ("v_mfma_f32_32x32x8_bf16", "global_load"),
 }
+# Their code is like that of sm_80 and sm_90; `make test-long` compiles for them.
+SIMILAR = ("sm_86", "sm_89", "sm_120")
 # Kernel -> bytes of the widest load and store of a thread, at least, and registers at most. `head_gradient` and
 # `adamw_step` are those that move gigabytes, whatever V and the number of weights are multiples of.
 MEMORY_BOUND = {
@@ -42,7 +44,9 @@ MEMORY_BOUND = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ENGINES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.long] * (name in SIMILAR)) for name in ENGINES]
+)
 def test_kernels_compile_for_architecture(architecture):
     """Every tile of the table, default and candidate, fits the GPU and keeps its inner loop in registers."""
     lines = compiled("-m", "grpo_kernels.triton_kernels.compile_report", architecture, "--json").splitlines()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from grpo_fast.cli import main
 from grpo_fast.config import GRPOConfig
 from grpo_fast.errors import UserError
+from grpo_fast.memory import longest
 from grpo_fast.memory.longest import CHOICES, HOST, TRAINED, best, longest_answers
 from grpo_fast.memory.plan import GIB, longest_answer, plan_memory
 from grpo_fast.memory.shapes import SHAPES, known_config, known_shape
@@ -29,7 +30,15 @@ def tracer():
 
 
 @pytest.fixture
-def traced(tracer, monkeypatch):
+def few(monkeypatch):
+    """A search of few settings, which takes few traces; the long tests search all of them."""
+    monkeypatch.setattr(longest, "TRAINED", {"LoRA": TRAINED["LoRA"], "QLoRA (4-bit)": TRAINED["QLoRA (4-bit)"]})
+    monkeypatch.setattr(longest, "HOST", {})
+    monkeypatch.setattr(longest, "CHOICES", (({"gradient_checkpointing": True}, {}),))
+
+
+@pytest.fixture
+def traced(few, tracer, monkeypatch):
     """The command reuses the traces of the other tests."""
     monkeypatch.setattr("grpo_fast.memory.longest_report.Tracer", lambda model_config: tracer)
 
@@ -96,36 +105,50 @@ def test_known_shape(name, key):
     assert known_shape(name) == key
 
 
+def check_longest(config, tracer, each):
+    """Every number is checked by the plan itself; one percent more does not fit."""
+    plan = plan_memory(each.config, tracer.model_config, 512, tracer)
+    assert plan.fits(VRAM)
+    assert plan == each.plan
+    assert each.config.max_completion_length == each.answer <= min(each.by_memory, 32_768 - 512)
+    if each.answer < 32_768 - 512:
+        more = int(1.01 * each.answer)
+        longer = replace(
+            each.config, max_completion_length=more, max_tokens_per_microbatch=512 + more,
+            max_tokens_per_generation_batch=512 + more,
+        )  # fmt: skip
+        assert not plan_memory(longer, tracer.model_config, 512, tracer).fits(VRAM)
+
+
+def test_longest_answers_of_few_settings_fit_and_longer_ones_do_not(few, config, tracer):
+    found = longest_answers(config, tracer, VRAM, 512)
+    assert [each.trained for each in found] == ["LoRA", "QLoRA (4-bit)"]
+    for each in found:
+        check_longest(config, tracer, each)
+    assert 0 < found[0].by_memory < found[1].by_memory
+    assert best(found).trained == ("LoRA" if found[0].answer >= 0.98 * found[1].answer else "QLoRA (4-bit)")
+
+
+@pytest.mark.long
 def test_longest_answers_fit_and_longer_ones_do_not(config, tracer, found):
-    """Every number is checked by the plan itself; one token more, or the next faster setting, does not fit."""
     assert [each.trained for each in found] == [*TRAINED, *HOST]
     for each in found:
-        plan = plan_memory(each.config, tracer.model_config, 512, tracer)
-        assert plan.fits(VRAM)
-        assert plan == each.plan
-        assert each.config.max_completion_length == each.answer <= min(each.by_memory, 32_768 - 512)
-    for each in found:
-        if each.answer < 32_768 - 512:
-            longer = replace(
-                each.config,
-                max_completion_length=int(1.01 * each.answer),
-                max_tokens_per_microbatch=512 + int(1.01 * each.answer),
-                max_tokens_per_generation_batch=512 + int(1.01 * each.answer),
-            )
-            assert not plan_memory(longer, tracer.model_config, 512, tracer).fits(VRAM)
+        check_longest(config, tracer, each)
     memory = {each.trained: each.by_memory for each in found}
     assert memory["all weights"] < memory["LoRA"] < memory["QLoRA (4-bit)"] <= memory["QLoRA, layers on host"]
 
 
+@pytest.mark.long
 def test_longest_answers_are_at_least_those_of_any_single_switch(config, tracer, found):
     """The search finds no less than the one-switch-at-a-time table of ``grpo-fast plan``."""
     start = replace(config, dtype="bfloat16", max_completion_length=512, max_tokens_per_microbatch=1024)
     for changes in possible_changes(start, 512).values():
         changed = replace(start, **changes)
-        longest = longest_answer(changed, tracer, VRAM, 512)
-        assert best(found).by_memory >= 0.98 * longest, changes
+        alone = longest_answer(changed, tracer, VRAM, 512)
+        assert best(found).by_memory >= 0.98 * alone, changes
 
 
+@pytest.mark.long
 def test_longest_answers_take_no_switch_that_is_not_needed(config, tracer):
     """With plenty of memory, no switch is set; the choices' last settings are the defaults."""
     found = longest_answers(config, tracer, 2000 * GIB, 512)
@@ -137,12 +160,14 @@ def test_longest_answers_take_no_switch_that_is_not_needed(config, tracer):
     assert all(choice[-1] == {} for choice in CHOICES)
 
 
+@pytest.mark.long
 def test_longest_answers_of_a_device_without_room(config, tracer):
     found = longest_answers(config, tracer, 2 * GIB, 512)
     assert found[0].answer == 0
     assert found[0].plan is None
 
 
+@pytest.mark.long
 def test_best_takes_layers_on_host_only_if_nothing_else_fits(found):
     assert best(found).trained in TRAINED
     nothing = [replace(each, answer=0) if each.trained in TRAINED else each for each in found]
@@ -161,8 +186,8 @@ def test_longest_command_writes_a_recipe_that_fits(traced, capsys, tmp_path, mon
     assert f"answers of up to {fields['max_completion_length']:,} tokens" in recipe.read_text()
     assert (tmp_path / "Qwen2.5-0.5B-6GiB.png").stat().st_size > 10_000
     assert main(["plan", str(recipe), "--vram=6GiB"]) == 0
-    longest = f"Longest answer that fits with these settings: {fields['max_completion_length']:,} tokens"
-    assert longest in " ".join(capsys.readouterr().out.split())
+    line = f"Longest answer that fits with these settings: {fields['max_completion_length']:,} tokens"
+    assert line in " ".join(capsys.readouterr().out.split())
     assert main(command) == 2
     assert "already exists; choose another file with --output" in capsys.readouterr().err
 
@@ -197,17 +222,16 @@ def test_longest_command_refuses_wrong_options(arguments, message, capsys, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_step_time_of_a_training_bound_by_arithmetic(config, found):
+def test_step_time_of_a_training_bound_by_arithmetic(config, tracer):
     """By hand: products of 2 flops a parameter and token, one forward and a backward of twice that."""
-    each = found[0]
-    plain = replace(each.config, gradient_checkpointing=False, activation_offloading=False, optim_offload=False)
-    text = known_config(MODEL)
-    time = estimate_step(plain, text, each.plan, 512, "H100")
-    sequence, rate = 512 + each.answer, 0.4 * GPUS["H100"].tflops * 1e12
-    products = 3 * 2 * each.plan.parameters * sequence
+    plain = replace(config, dtype="bfloat16", max_completion_length=3584, max_tokens_per_microbatch=4096)
+    text, plan = known_config(MODEL), plan_memory(plain, tracer.model_config, 512, tracer)
+    time = estimate_step(plain, text, plan, 512, "H100")
+    sequence, rate = 4096, 0.4 * GPUS["H100"].tflops * 1e12
+    products = 3 * 2 * plan.parameters * sequence
     attention = 3.5 * 2 * sequence**2 * text.num_attention_heads * 64 * text.num_hidden_layers
     assert time.training == pytest.approx(plain.generation_batch_size * (products + attention) / rate)
-    slower = estimate_step(plain, text, each.plan, 512, "T4")
+    slower = estimate_step(plain, text, plan, 512, "T4")
     assert slower.training == pytest.approx(time.training * GPUS["H100"].tflops / GPUS["T4"].tflops)
 
 
@@ -230,6 +254,7 @@ def test_plan_extrapolates_to_long_answers(config, tracer):
     assert plans[0].peak <= plans[1].peak <= 1.01 * plans[0].peak
 
 
+@pytest.mark.long
 def test_longest_table_of_the_documents_is_the_planners(tracer):
     spec = importlib.util.spec_from_file_location("fill_longest", ROOT / "docs" / "fill_longest.py")
     filler = importlib.util.module_from_spec(spec)
