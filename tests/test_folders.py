@@ -26,3 +26,9 @@ def test_grpo_kernels_source_imports():
             words = line.split()
             if words[:1] in (["import"], ["from"]):
                 assert words[1].split(".")[0] in allowed, f"{path.name}: {line}"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    # pytest imports each by its name alone, and one of two with the same name would be left out.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
