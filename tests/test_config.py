@@ -210,3 +210,21 @@ def test_config_shortens_long_values_in_errors(fields):
     with pytest.raises(UserError) as error:
         GRPOConfig(**{**BASE, **fields})
     assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("value", [{"x": 1}, "wrong", object()], ids=["a mapping", "a text", "an object"])
+def test_config_in_a_script_refuses_another_kind_of_value_for_every_number(value):
+    """In one line that names the field; a file is checked by its parser already."""
+    numbers = [
+        field.name for field in dataclasses.fields(GRPOConfig)
+        if field.type in ("int", "float", "int | None", "float | None")
+    ]  # fmt: skip
+    assert len(numbers) > 30
+    for name in numbers:
+        with pytest.raises(UserError, match=f"^{name}=.* is not allowed: it must be a (whole )?number") as raised:
+            GRPOConfig(model_name_or_path="m", dataset_name="d", **{name: value})
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"^lora_r=True is not allowed: it must be a whole number$"):
+        GRPOConfig(model_name_or_path="m", dataset_name="d", lora_r=True)
+    with pytest.raises(UserError, match=r"^dataset_name=3 is not allowed: it must be a text$"):
+        GRPOConfig(model_name_or_path="m", dataset_name=3)

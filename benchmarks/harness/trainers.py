@@ -1,7 +1,7 @@
 """Our trainer and TRL's with the same settings, both advanced one optimizer step at a time.
 
-TRL's `train()` runs in a thread that waits before every optimizer step until it is told to continue, so that the steps
-of both trainers can be timed in turn.
+TRL's `train()` runs in a thread that blocks before each optimizer step until the benchmark releases it, so that the
+steps of both trainers can be timed in turn.
 """
 
 from __future__ import annotations

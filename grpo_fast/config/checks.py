@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 import sys
 from collections.abc import Set
 from functools import cache
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from grpo_fast.config.sizes import UNSET
 from grpo_fast.errors import UserError, one_line, shown
@@ -138,6 +141,14 @@ _NORMALIZE_THEN_SUM = (
     ("scale_rewards", "group"), ("reward_baseline", "mean"), ("kl_in_reward", False), ("relative_weight", 1.0),
     ("baseline_weight", 0.0),
 )  # fmt: skip
+# The kinds of values that `check_kinds` knows, and their names. A list may be one text, which is split later.
+_KINDS = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: ((str, os.PathLike), "a text"),
+    list: ((list, tuple, set, str), "a list"),
+    dict: (dict, "a mapping of names to values"),
+}
 # Cached: a memory plan tries thousands of configurations.
 _hints = cache(get_type_hints)
 
@@ -173,6 +184,28 @@ def check_config(config: Any) -> None:
         config.objective()
     except ValueError as error:
         raise UserError(one_line(str(error).removeprefix("PolicyObjective: "), limit=200)) from None
+
+
+def check_kinds(config: Any) -> None:
+    """Check that numbers are numbers, texts texts and so on; a script can give any object where a file cannot.
+
+    Raises:
+        UserError: names the first field with a value of another kind, and what is allowed.
+    """
+    for name, hint in _hints(type(config)).items():
+        value, parts = getattr(config, name), _parts(hint)
+        if value is None or not parts or not all(part in _KINDS for part in parts):
+            continue
+        # True and False are integers to Python.
+        kinds = [_KINDS[part] for part in parts]
+        if isinstance(value, bool) or not any(isinstance(value, kind) for kind, _ in kinds):
+            _refuse(name, value, " or ".join(dict.fromkeys(text for _, text in kinds)))
+
+
+def _parts(hint: Any) -> list[Any]:
+    """The types of a union without None, or the type itself; ``list`` for ``list[str]``."""
+    union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [get_origin(part) or part for part in union if part is not type(None)]
 
 
 def _check_types(config: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, Literal, TypeVar
 
-from grpo_fast.config.checks import check_config, check_objective_settings
+from grpo_fast.config.checks import check_config, check_kinds, check_objective_settings
 from grpo_fast.config.sizes import UNSET, completions_per_step, resolve_sizes
 from grpo_fast.config.trl import check_names, translate
 from grpo_fast.errors import UserError, one_line, shown
@@ -505,6 +505,7 @@ class GRPOConfig:
     needs_rewards: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_kinds(self)
         translate(self)
         for name in _PATH_FIELDS:
             value = getattr(self, name)

@@ -36,7 +36,7 @@ class PassRates:
         self.rates = read_pass_rates(Path(config.pass_rates or ""), metric)
 
     def filter(self, rows: list[Row], warn: Callable[[str], None]) -> list[Row]:
-        """The rows whose pass rate lies within the bounds; `warn` is told how many are left out, and why.
+        """The rows whose pass rate lies within the bounds; `warn` gets a line that says how many are left out, and why.
 
         Raises:
             UserError: none is left.

@@ -88,7 +88,7 @@ def test_linear_distillation_gradcheck(options, beta):
 
 
 class _Anew(torch.autograd.Function):
-    """A function that is computed anew for each backward, of which gradcheck takes several."""
+    """A function that recomputes the operation for each backward, since gradcheck runs several."""
 
     @staticmethod
     def forward(ctx, function, *leaves):
